@@ -1,0 +1,94 @@
+"""The encodings of a step: sparse update log, dense integer differences, dense float deltas.
+
+*Sparse update log* (16-bit checkpoints): the columns of a part whose bits differ from the previous recorded step, and
+the integer difference of the bit patterns, modulo the width; exact. Columns are kept as gaps inside blocks of
+``BLOCK`` columns, so that a gap fits 16 bits and a block can be decoded alone; ``indptr`` counts entries before each block.
+
+*Dense*: a row of float deltas against the base, rounded to a number of mantissa bits, or of integer differences of the
+bit patterns against the base, which is exact.
+"""
+
+from __future__ import annotations
+
+import google_crc32c
+import numpy as np
+
+from relexkit.dtypes import round_to_mantissa_bits, to_float32
+
+BLOCK = 2**16
+"""Columns of a block of the sparse log."""
+
+CHECKSUM_BLOCK = 2**22
+"""Elements of a block of the content checksum, and of a unit of work."""
+
+
+def num_blocks(numel: int) -> int:
+    """Blocks of the sparse log in a part of ``numel`` columns."""
+    return -(-numel // BLOCK)
+
+
+def changed_columns(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """Ascending columns ``int64 [n]`` at which two bit arrays ``[D]`` differ.
+
+    Equal stretches are skipped eight bytes at a time: between neighbouring bfloat16 checkpoints fewer than one weight in
+    a hundred changes. The arrays start at the same alignment; temporaries take one byte per element.
+    """
+    per_word = 8 // previous.itemsize
+    whole = len(previous) // per_word * per_word
+    words_before, words_after = previous[:whole].view(np.uint64), current[:whole].view(np.uint64)
+    words = np.flatnonzero(words_before != words_after)
+    inside = np.flatnonzero(words_before[words].view(previous.dtype) != words_after[words].view(current.dtype))
+    columns = words[inside // per_word] * per_word + inside % per_word
+    tail = whole + np.flatnonzero(previous[whole:] != current[whole:])
+    return np.concatenate([columns, tail])
+
+
+def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gaps ``uint16 [n]`` and ``indptr uint32 [num_blocks + 1]`` of ascending ``columns`` in a part of ``numel``."""
+    block = columns >> 16
+    indptr = np.searchsorted(block, np.arange(num_blocks(numel) + 1)).astype(np.uint32)
+    local = columns & (BLOCK - 1)
+    gaps = np.diff(local, prepend=0)
+    starts = indptr[:-1][np.diff(indptr) > 0]
+    gaps[starts] = local[starts]
+    return gaps.astype(np.uint16), indptr
+
+
+def decode_columns(gaps: np.ndarray, indptr: np.ndarray, first_block: int = 0) -> np.ndarray:
+    """Columns ``int64 [n]`` of the part from gaps of whole blocks.
+
+    ``indptr`` ``[k + 1]`` belongs to blocks ``first_block`` to ``first_block + k`` and may start at any entry number.
+    """
+    running = np.cumsum(gaps, dtype=np.int64)
+    counts = np.diff(indptr.astype(np.int64))
+    before = indptr[:-1].astype(np.int64) - int(indptr[0])
+    reached = np.where(before > 0, running[before - 1], 0) if len(running) else np.zeros(len(before), np.int64)
+    shift = (first_block + np.arange(len(counts))) * BLOCK - reached
+    return running + np.repeat(shift, counts)
+
+
+def apply_update(state: np.ndarray, columns: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move ``state`` (bits) by one update in place; returns the bits before and after at ``columns``."""
+    before = state[columns]
+    after = before + differences.view(state.dtype)
+    state[columns] = after
+    return before, after
+
+
+def float_row(base: np.ndarray, current: np.ndarray, dtype: str, mantissa_bits: int) -> np.ndarray:
+    """Float32 delta ``[n]`` of two bit arrays, subtracted in float32 and rounded to ``mantissa_bits``."""
+    delta = to_float32(current, dtype) - to_float32(base, dtype)
+    return round_to_mantissa_bits(delta, mantissa_bits)
+
+
+def content_checksum(blocks: list[int]) -> int:
+    """Checksum of a part's content from the CRC-32C of its blocks of ``CHECKSUM_BLOCK`` elements, in order."""
+    return google_crc32c.value(np.asarray(blocks, "<u4").tobytes())
+
+
+def block_checksums(bits: np.ndarray) -> list[int]:
+    """CRC-32C of each consecutive block of ``CHECKSUM_BLOCK`` elements of ``bits`` ``[n]``."""
+    frozen = bits.view()
+    frozen.flags.writeable = False  # the extension takes read-only buffers, and then copies nothing
+    starts = range(0, len(frozen), CHECKSUM_BLOCK)
+    return [google_crc32c.value(frozen[begin : begin + CHECKSUM_BLOCK]) for begin in starts]

@@ -1,0 +1,630 @@
+"""The trajectory store: one self-contained Zarr v3 group per run. `docs/format.md` is its specification.
+
+One writer at a time, any number of readers meanwhile. A step exists once its number stands in ``steps``, which is
+written last; whatever a crash left beyond is ignored and overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.sync import sync
+
+from relexkit.dtypes import bits_dtype, nonfinite_index, to_float32
+from relexkit.encoding import (
+    BLOCK,
+    CHECKSUM_BLOCK,
+    apply_update,
+    block_checksums,
+    content_checksum,
+    decode_columns,
+    encode_columns,
+    num_blocks,
+)
+from relexkit.errors import StoreError
+from relexkit.layout import Layout
+
+FORMAT_VERSION = 1
+
+READ_WINDOW = {"sparse": 2**25, "exact": 2**22, "float": 2**22, "fixed": 2**22}
+"""Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
+
+_ROWS = 64  # rows that arrays are created with; doubled when they are full
+_LOG_CHUNK = 4096  # steps per chunk of the small per-step arrays
+_BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
+_ENTRY_CHUNK = 2**18
+_ROW_CHUNK = 2**18
+_SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+_DENSE_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+_BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
+_UNWRITTEN_INDPTR = 0xFFFFFFFF
+_UNWRITTEN_GAP = 0xFFFF
+_UNWRITTEN_INTEGER = -1
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)``."""
+
+_T = TypeVar("_T")
+
+
+class TrajectoryStore:
+    """A store opened for reading. ``TrajectoryStore(path)`` costs a few small reads, whatever the number of steps.
+
+    Attributes:
+        layout: the flat parameter space.
+        steps: recorded optimizer steps, ``int64 [T]``, ascending.
+        attributes: ``source``, ``base`` (description, sha256), ``mantissa_bits``, ``relexkit_version``, ...
+
+    Raises:
+        StoreError: there is no store, its creation was interrupted, or its format version is unknown.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self._arrays: dict[str, zarr.Array] = {}
+        self._indptr: dict[int, np.ndarray] = {}
+        self._group = _open_group(self.path)
+        self.attributes = _relexkit_attributes(self._group, self.path)
+        self.layout = Layout.from_json(self.attributes["layout"])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See the steps that a writer has committed since."""
+        self._arrays.clear()
+        self._indptr.clear()
+        log = self._guard("the commit log", lambda: np.asarray(self._array("steps")[:]))
+        self.steps: np.ndarray = log[log >= 0]
+
+    @property
+    def mantissa_bits(self) -> int | None:
+        """Mantissa bits of float deltas; None if no part holds any."""
+        return self.attributes["mantissa_bits"]
+
+    @property
+    def exact(self) -> bool:
+        """True if every recorded step can be rebuilt bit for bit."""
+        return all(part.encoding != "float" for part in self.layout.parts)
+
+    def row_of(self, step: int) -> int:
+        """Row of a recorded step.
+
+        Raises:
+            StoreError: the step is not recorded.
+        """
+        found = np.flatnonzero(self.steps == step)
+        if not len(found):
+            raise StoreError(f"step {step} is not recorded in {self.path}; it holds {describe_steps(self.steps)}")
+        return int(found[0])
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read_base(self, part: int, begin: int, end: int) -> np.ndarray:
+        """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed part)."""
+        return self._guard(
+            f"the base, tensor {self._tensor_at(part, begin)!r}", lambda: np.asarray(self._array(f"base/{part}")[begin:end])
+        )
+
+    def indptr(self, part: int) -> np.ndarray:
+        """Entries of the sparse log before each block, ``uint32 [T, num_blocks + 1]``; cached."""
+        if part not in self._indptr:
+            table = self._guard(
+                f"part {part} of the update log", lambda: np.asarray(self._array(f"updates/{part}/indptr")[: len(self.steps)])
+            )
+            for row in np.flatnonzero((table[:, 0] != 0) | (np.diff(table.astype(np.int64), axis=1) < 0).any(axis=1)):
+                self._damaged(int(row), part, 0, "its index is missing or not ascending")
+            self._indptr[part] = table
+        return self._indptr[part]
+
+    def read_update(self, part: int, row: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """One step's entries of the sparse log in columns ``begin:end`` of a part.
+
+        ``begin`` is a multiple of ``BLOCK``, ``end`` too unless it is the end of the part. Returns ascending columns
+        counted from the start of the part, ``int64 [n]``, and integer differences of bits, ``int16`` or ``int32 [n]``.
+        """
+        first, last = begin // BLOCK, num_blocks(end)
+        indptr = self.indptr(part)[row, first : last + 1]
+        low, high = int(indptr[0]), int(indptr[-1])
+        name = f"updates/{part}"
+        if low == high:
+            return np.empty(0, np.int64), np.empty(0, self._array(f"{name}/data").dtype)
+        where = self._where(row, part, begin)
+        gaps = self._guard(where, lambda: np.asarray(self._array(f"{name}/indices")[row, low:high]))
+        differences = self._guard(where, lambda: np.asarray(self._array(f"{name}/data")[row, low:high]))
+        if not differences.all() or ((gaps == _UNWRITTEN_GAP).all() and not self._written(f"{name}/indices", row)):
+            self._damaged(row, part, begin, "a chunk is missing")
+        columns = decode_columns(gaps, indptr, first)
+        if columns[0] < begin or columns[-1] >= end:
+            self._damaged(row, part, begin, "columns lie outside their block")
+        return columns, differences
+
+    def read_row(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
+        """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base."""
+        name = f"deltas/{part}"
+        values = self._guard(self._where(row, part, begin), lambda: np.asarray(self._array(name)[row, begin:end]))
+        if values.dtype == np.float32:
+            if nonfinite_index(values.view(np.uint32), "float32") is not None:
+                self._damaged(row, part, begin, "a chunk is missing")
+        elif (values == _UNWRITTEN_INTEGER).all() and not self._written(name, row):
+            self._damaged(row, part, begin, "a chunk is missing")
+        return values
+
+    def read_delta(self, part: int, row: int, begin: int, end: int, base: np.ndarray) -> np.ndarray:
+        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there."""
+        values = self.read_row(part, row, begin, end)
+        if values.dtype == np.float32:
+            return values
+        dtype = self.layout.parts[part].dtype
+        return to_float32(base + values.view(base.dtype), dtype) - to_float32(base, dtype)
+
+    def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
+        """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as for ``read_update``.
+
+        From a sparse part this replays the log up to the row. From float deltas it is the base plus the stored delta,
+        rounded to nearest, which is exact only to the stated mantissa bits.
+        """
+        from relexkit.dtypes import round_bits
+
+        encoding, dtype = self.layout.parts[part].encoding, self.layout.parts[part].dtype
+        state = self.read_base(part, begin, end)
+        if row < 0 or encoding == "fixed":
+            return state
+        if encoding == "sparse":
+            for earlier in range(row + 1):
+                columns, differences = self.read_update(part, earlier, begin, end)
+                apply_update(state, columns - begin, differences)
+            return state
+        values = self.read_row(part, row, begin, end)
+        if encoding == "exact":
+            return state + values.view(state.dtype)
+        return round_bits(to_float32(state, dtype) + values, dtype, "nearest", tensor=self._tensor_at(part, begin))
+
+    def checksums(self) -> np.ndarray:
+        """Content checksum of every step and part, ``uint32 [T, parts]``."""
+        return self._guard("the checksums", lambda: np.asarray(self._array("checksums")[: len(self.steps)]))
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
+        return {
+            name: self._guard(f"metric {name!r}", lambda n=name: np.asarray(self._array(f"metrics/{n}")[: len(self.steps)]))
+            for name in self.attributes_of("metrics").get("names", [])
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer files by name."""
+        return {
+            name: self._guard(f"file {name!r}", lambda n=name: np.asarray(self._array(f"files/{n}")[:]).tobytes())
+            for name in self.attributes["files"]
+        }
+
+    def attributes_of(self, group: str) -> dict[str, Any]:
+        """Attributes of a sub-group; empty if it does not exist."""
+        try:
+            return dict(self._group[group].attrs)
+        except KeyError:
+            return {}
+
+    def verify(self, progress: ProgressCallback | None = None) -> None:
+        """Read every chunk and compare every step with the checksum of its content. Two passes at most, flat memory.
+
+        Raises:
+            StoreError: the first damaged place, by step and tensor.
+        """
+        self.files()
+        self.metrics()
+        checksums = self.checksums()
+        digest = hashlib.sha256()
+        for part, spec in enumerate(self.layout.parts):
+            contents: list[list[int]] = [[] for _ in self.steps]
+            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+                state = self.read_base(part, begin, end)
+                digest.update(memoryview(state).cast("B"))
+                for row in range(len(self.steps) if spec.encoding != "fixed" else 0):
+                    if spec.encoding == "sparse":
+                        columns, differences = self.read_update(part, row, begin, end)
+                        apply_update(state, columns - begin, differences)
+                    else:
+                        state = self.read_row(part, row, begin, end)
+                    contents[row] += block_checksums(state)
+            for row, content in enumerate(contents):
+                if content and content_checksum(content) != checksums[row, part]:
+                    self._damaged(row, part, 0, "its content does not match its checksum")
+            if progress:
+                progress("verifying", part + 1, len(self.layout.parts))
+        if digest.hexdigest() != self.attributes["base"]["sha256"]:
+            raise StoreError(f"{self.path}: the base does not match its sha256; restore the store from a copy")
+
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes on disk by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...); local stores only."""
+        sizes: dict[str, int] = {}
+        for folder, _, names in os.walk(self.path):
+            top = Path(folder).relative_to(self.path).parts[:1]
+            key = top[0] if top else "."
+            sizes[key] = sizes.get(key, 0) + sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+        return sizes
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _array(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            found = self._group[name]
+            if not isinstance(found, zarr.Array):
+                raise StoreError(f"{self.path}: {name} is not an array")
+            self._arrays[name] = found
+        return self._arrays[name]
+
+    def _tensor_at(self, part: int, column: int) -> str:
+        segments = self.layout.segments_in(part, column)
+        return segments[0].tensor.name if segments else f"part {part}"
+
+    def _where(self, row: int, part: int, begin: int) -> str:
+        return f"step {self.steps[row]}, tensor {self._tensor_at(part, begin)!r}"
+
+    def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
+        raise StoreError(f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy")
+
+    def _written(self, array: str, row: int) -> bool:
+        store = self._group.store_path
+        return sync((store / array / "c" / str(row) / "0").exists())
+
+    def _guard(self, where: str, read: Callable[[], _T]) -> _T:
+        try:
+            return read()
+        except StoreError:
+            raise
+        except Exception as error:  # checksum, decompression, JSON and file errors all arrive here
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise StoreError(f"{self.path}: {where}: cannot be read ({reason}); restore the store from a copy") from error
+
+
+class StoreWriter:
+    """Appends steps to a store. Use as a context manager: it holds the writer's lock.
+
+    A step is ``begin``, one ``write_sparse`` or ``write_row`` for every moving part, then ``commit``.
+
+    Raises:
+        StoreError: another process is writing, or a step does not come after the recorded ones.
+    """
+
+    def __init__(self, path: str | Path):
+        self._lock = WriterLock(str(path))
+        try:
+            self.store = TrajectoryStore(path)
+            self._arrays: dict[str, zarr.Array] = {}
+            self._group = zarr.open_group(str(path), mode="r+")
+            self._row = len(self.store.steps)
+            self._discard_unfinished()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def begin(self, step: int) -> None:
+        """Start a step; it must be larger than every recorded one."""
+        last = int(self.store.steps[-1]) if self._row else 0
+        if step <= last:
+            raise StoreError(f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a new store")
+        self._step = step
+        self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
+        self._reserve()
+
+    def write_sparse(self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int) -> None:
+        """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits after the update."""
+        gaps, indptr = encode_columns(columns, self.store.layout.parts[part].numel)
+        with self._writing():
+            if len(gaps):
+                self._array(f"updates/{part}/indices")[self._row, : len(gaps)] = gaps
+                self._array(f"updates/{part}/data")[self._row, : len(gaps)] = differences
+            self._array(f"updates/{part}/indptr")[self._row, :] = indptr
+        self._checksums[part] = checksum
+
+    def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
+        """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum of their bits."""
+        with self._writing():
+            self._array(f"deltas/{part}")[self._row, :] = values
+        self._checksums[part] = checksum
+
+    def commit(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Make the step visible to readers: everything before was invisible, and this is one atomic replacement."""
+        with self._writing():
+            self._array("checksums")[self._row, :] = self._checksums
+            self._write_metrics(metrics or {})
+            self._array("steps")[self._row] = self._step
+        self.store.refresh()
+        self._row += 1
+
+    def _write_metrics(self, metrics: Mapping[str, float]) -> None:
+        if not metrics:
+            return
+        group = self._group["metrics"]
+        names = group.attrs.get("names", [])
+        for metric, value in metrics.items():
+            name = re.sub(r"[^A-Za-z0-9_.-]", ".", metric).strip(".") or "metric"
+            if name not in names:
+                rows = self._array("steps").shape[0]
+                _create(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=float("nan"))
+                names = [*names, name]
+                group.attrs["names"] = names
+            self._array(f"metrics/{name}")[self._row] = value
+
+    def _array(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
+
+    def _per_step_arrays(self) -> list[str]:
+        names = [f"metrics/{name}" for name in self.store.attributes_of("metrics").get("names", [])]
+        for part, spec in enumerate(self.store.layout.parts):
+            if spec.encoding == "sparse":
+                names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
+            elif spec.encoding != "fixed":
+                names.append(f"deltas/{part}")
+        return [*names, "checksums", "steps"]
+
+    def _reserve(self) -> None:
+        """Make room for one more row; ``steps`` grows last, so its length never exceeds the others'."""
+        if self._row < self._array("steps").shape[0]:
+            return
+        with self._writing():
+            for name in self._per_step_arrays():
+                array = self._array(name)
+                array.resize((2 * self._row, *array.shape[1:]))
+
+    def _discard_unfinished(self) -> None:
+        """Delete what a crash left in the first uncommitted row, so that a rewrite never merges with it."""
+        with self._writing():
+            for name in self._per_step_arrays():
+                if name.startswith(("updates/", "deltas/")):
+                    sync((self._group.store_path / name / "c" / str(self._row)).delete_dir())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.store.path}: cannot be written ({error.strerror or error}); the {len(self.store.steps)} recorded "
+                "steps are intact: free space and run the command again"
+            ) from error
+
+
+def create_store(
+    path: str | Path,
+    layout: Layout,
+    read_base: Callable[[int, int, int], np.ndarray],
+    *,
+    files: Mapping[str, bytes],
+    source: str,
+    base: str,
+    mantissa_bits: int | None,
+    version: str,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write a store without steps: layout, base weights, files. Killed half-way, the next call starts over.
+
+    Args:
+        read_base: ``(part, begin, end) -> bits`` of the base weights.
+        source, base: where the checkpoints and the base came from, in words.
+
+    Raises:
+        StoreError: something is at ``path`` already, another process writes it, or the disk is full.
+    """
+    path = str(path)
+    with WriterLock(path):
+        _clear_for_creation(path)
+        attributes: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "state": "creating",
+            "relexkit_version": version,
+            "source": source,
+            "mantissa_bits": mantissa_bits,
+            "layout": layout.to_json(),
+            "files": sorted(files),
+        }
+        try:
+            group = zarr.create_group(path, attributes={"relexkit": attributes})
+            digest = _write_base(group, layout, read_base, progress)
+            _create_empty_arrays(group, layout)
+            for name, content in files.items():
+                data = np.frombuffer(content, np.uint8)
+                _create(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=_BASE_CODECS)[:] = data
+            attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
+            group.attrs["relexkit"] = attributes
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be written ({error.strerror or error}); free space and run the command again"
+            ) from error
+
+
+def _write_base(
+    group: zarr.Group,
+    layout: Layout,
+    read_base: Callable[[int, int, int], np.ndarray],
+    progress: ProgressCallback | None,
+) -> str:
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hasher:
+        for part, spec in enumerate(layout.parts):
+            chunk = min(_BASE_CHUNK, max(1, spec.numel))
+            shard = -(-min(_BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
+            array = _create(
+                group, f"base/{part}", (spec.numel,), bits_dtype(spec.dtype), (chunk,), shards=(shard,), codecs=_BASE_CODECS
+            )
+            for begin in range(0, spec.numel, shard):
+                end = min(begin + shard, spec.numel)
+                bits = read_base(part, begin, end)
+                hashed = hasher.submit(digest.update, memoryview(bits).cast("B"))
+                array[begin:end] = bits
+                hashed.result()
+            if progress:
+                progress("writing the base", part + 1, len(layout.parts))
+    return digest.hexdigest()
+
+
+def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:
+    """Content hash of base weights: sha256 of the raw little-endian bits of all parts in order. One pass."""
+    digest = hashlib.sha256()
+    for part, spec in enumerate(layout.parts):
+        for begin, end in blocks(spec.numel):
+            digest.update(memoryview(read_base(part, begin, end)).cast("B"))
+    return digest.hexdigest()
+
+
+def _create_empty_arrays(group: zarr.Group, layout: Layout) -> None:
+    for part, spec in enumerate(layout.parts):
+        bits = bits_dtype(spec.dtype)
+        signed = np.dtype(f"int{bits.itemsize * 8}")
+        if spec.encoding == "sparse":
+            entries = min(_ENTRY_CHUNK, max(1, spec.numel))
+            shards = (1, -(-max(1, spec.numel) // entries) * entries)
+            shape = (_ROWS, spec.numel)
+            for leaf, dtype, fill in (("indices", np.uint16, _UNWRITTEN_GAP), ("data", signed, 0)):
+                name = f"updates/{part}/{leaf}"
+                _create(group, name, shape, dtype, (1, entries), shards=shards, codecs=_SPARSE_CODECS, fill_value=fill)
+            shape = (_ROWS, num_blocks(spec.numel) + 1)
+            _create(group, f"updates/{part}/indptr", shape, "uint32", (1, shape[1]), fill_value=_UNWRITTEN_INDPTR)
+        elif spec.encoding != "fixed":
+            chunk = min(_ROW_CHUNK, max(1, spec.numel))
+            is_float = spec.encoding == "float"
+            _create(
+                group, f"deltas/{part}", (_ROWS, spec.numel), np.float32 if is_float else signed, (1, chunk),
+                shards=(1, -(-max(1, spec.numel) // chunk) * chunk), codecs=_DENSE_CODECS,
+                fill_value=float("nan") if is_float else _UNWRITTEN_INTEGER,
+            )  # fmt: skip
+    group.create_group("metrics", attributes={"names": []})
+    _create(group, "checksums", (_ROWS, max(1, len(layout.parts))), "uint32", (1, max(1, len(layout.parts))))
+    _create(group, "steps", (_ROWS,), "int64", (_LOG_CHUNK,), fill_value=-1)
+
+
+def _create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunks: tuple[int, ...],
+    *,
+    shards: tuple[int, ...] | None = None,
+    codecs: Iterable[Any] = _SPARSE_CODECS,
+    fill_value: float = 0,
+) -> zarr.Array:
+    return group.create_array(
+        name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=list(codecs), fill_value=fill_value
+    )
+
+
+def blocks(numel: int, size: int = CHECKSUM_BLOCK) -> Iterator[tuple[int, int]]:
+    """Consecutive ``(begin, end)`` that cover ``numel`` columns in pieces of ``size`` (a multiple of ``BLOCK``)."""
+    for begin in range(0, numel, size):
+        yield begin, min(begin + size, numel)
+
+
+def describe_steps(steps: np.ndarray) -> str:
+    """Steps in words: ``40 steps from 1 to 40``."""
+    if not len(steps):
+        return "no steps"
+    if len(steps) == 1:
+        return f"only step {steps[0]}"
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+
+
+def _open_group(path: str) -> zarr.Group:
+    if "://" not in path and not os.path.isdir(path):
+        raise StoreError(f"{path}: no such store; expected a folder written by `relexkit import`")
+    try:
+        return zarr.open_group(path, mode="r")
+    except FileNotFoundError:
+        raise StoreError(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
+    except Exception as error:
+        raise StoreError(f"{path}: is not a readable Zarr group ({error}); restore the store from a copy") from error
+
+
+def _relexkit_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
+    attributes = dict(group.attrs).get("relexkit")
+    if not isinstance(attributes, dict) or "format_version" not in attributes:
+        raise StoreError(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
+    if attributes["format_version"] != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: has format version {attributes['format_version']!r}; this relexkit reads version {FORMAT_VERSION}: "
+            "install the release that wrote it"
+        )
+    if attributes.get("state") != "ready":
+        raise StoreError(f"{path}: its creation was interrupted; run the same `relexkit import` again")
+    return attributes
+
+
+def _clear_for_creation(path: str) -> None:
+    """Remove an interrupted creation; refuse anything else that is there."""
+    if "://" in path or not os.path.lexists(path):
+        return
+    folder = Path(path)
+    if not folder.is_dir():
+        raise StoreError(f"{path}: exists and is not a folder; choose another -o")
+    if all(p.name.endswith(".partial") for p in folder.iterdir()):
+        return  # empty, or killed while the very first file was written
+    try:
+        _relexkit_attributes(_open_group(path), path)
+    except StoreError as error:
+        if "creation was interrupted" not in str(error):
+            raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+        shutil.rmtree(folder)
+        return
+    raise StoreError(f"{path}: a store exists there; choose another -o")
+
+
+class WriterLock(contextlib.AbstractContextManager):
+    """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes with the process."""
+
+    def __init__(self, path: str):
+        self._file = None
+        if "://" in path:
+            return  # object stores have no locks; one writer is then the user's promise
+        lock_path = path.rstrip("/") + ".lock"
+        try:
+            Path(lock_path).parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                file = open(lock_path, "a+")  # noqa: SIM115 - held until close()
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    owner = file.read().strip() or "another process"
+                    file.close()
+                    raise StoreError(f"{path}: is being written by {owner}; wait until it ends") from None
+                if os.path.exists(lock_path) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                    break
+                file.close()  # its owner removed it between our open and our lock
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be locked for writing ({error.strerror or error})") from error
+        self._file, self._path = file, lock_path
+
+    def close(self) -> None:
+        """Release the lock and remove its file."""
+        if self._file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._file.close()
+            self._file = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
