@@ -55,16 +55,16 @@ def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndar
 
 
 def decode_columns(gaps: np.ndarray, indptr: np.ndarray, first_block: int = 0) -> np.ndarray:
-    """Columns ``int64 [n]`` of the part from gaps of whole blocks.
+    """Columns ``int32 [n]`` of the part from gaps of whole blocks (a part has fewer than 2**31 columns).
 
     ``indptr`` ``[k + 1]`` belongs to blocks ``first_block`` to ``first_block + k`` and may start at any entry number.
     """
-    running = np.cumsum(gaps, dtype=np.int64)
-    counts = np.diff(indptr.astype(np.int64))
-    before = indptr[:-1].astype(np.int64) - int(indptr[0])
-    reached = np.where(before > 0, running[before - 1], 0) if len(running) else np.zeros(len(before), np.int64)
-    shift = (first_block + np.arange(len(counts))) * BLOCK - reached
-    return running + np.repeat(shift, counts)
+    running = np.cumsum(gaps.astype(np.int32), dtype=np.int32)
+    entries = indptr.astype(np.int64) - int(indptr[0])
+    reached = np.concatenate([[0], running]).astype(np.int32)[entries[:-1]]
+    shift = (first_block + np.arange(len(entries) - 1, dtype=np.int32)) * np.int32(BLOCK) - reached
+    running += np.repeat(shift, np.diff(entries))
+    return running
 
 
 def apply_update(state: np.ndarray, columns: np.ndarray, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

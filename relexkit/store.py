@@ -40,14 +40,14 @@ from relexkit.layout import Layout
 
 FORMAT_VERSION = 1
 
-READ_WINDOW = {"sparse": 2**25, "exact": 2**22, "float": 2**22, "fixed": 2**22}
+READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "fixed": 2**22}
 """Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
 
 _ROWS = 64  # rows that arrays are created with; doubled when they are full
 _LOG_CHUNK = 4096  # steps per chunk of the small per-step arrays
 _BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
-_ENTRY_CHUNK = 2**18
-_ROW_CHUNK = 2**18
+_ENTRY_CHUNK = 2**17
+_ROW_CHUNK = 2**17
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
 _DENSE_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
 _BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
@@ -133,14 +133,14 @@ class TrajectoryStore:
         """One step's entries of the sparse log in columns ``begin:end`` of a part.
 
         ``begin`` is a multiple of ``BLOCK``, ``end`` too unless it is the end of the part. Returns ascending columns
-        counted from the start of the part, ``int64 [n]``, and integer differences of bits, ``int16`` or ``int32 [n]``.
+        counted from the start of the part, ``int32 [n]``, and integer differences of bits, ``int16`` or ``int32 [n]``.
         """
         first, last = begin // BLOCK, num_blocks(end)
         indptr = self.indptr(part)[row, first : last + 1]
         low, high = int(indptr[0]), int(indptr[-1])
         name = f"updates/{part}"
         if low == high:
-            return np.empty(0, np.int64), np.empty(0, self._array(f"{name}/data").dtype)
+            return np.empty(0, np.int32), np.empty(0, self._array(f"{name}/data").dtype)
         where = self._where(row, part, begin)
         gaps = self._guard(where, lambda: np.asarray(self._array(f"{name}/indices")[row, low:high]))
         differences = self._guard(where, lambda: np.asarray(self._array(f"{name}/data")[row, low:high]))
