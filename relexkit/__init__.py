@@ -1,1 +1,40 @@
-"""x"""
+"""relexkit: trajectory stores, spectra and extrapolated checkpoints for reinforcement-learning runs of language models.
+
+    from relexkit import TrajectoryStore, extrapolate, gram, import_checkpoints, spectrum
+
+    store = import_checkpoints("run/checkpoints", "run.zarr", base="base").store
+    table = spectrum(gram(store), scope="module")
+    extrapolate(store, [500, 1000], "predicted", until=50)
+
+What is not in ``__all__`` may change freely.
+"""
+
+from relexkit.errors import CheckpointError, ExtrapolationError, RelexkitError, StoreError
+from relexkit.extrapolators import METHODS, Options, predict_weights
+from relexkit.gram import Gram, gram
+from relexkit.importer import import_checkpoints
+from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
+from relexkit.spectrum import Spectrum, spectrum
+from relexkit.store import TrajectoryStore
+from relexkit.version import __version__
+
+__all__ = [
+    "METHODS",
+    "CheckpointError",
+    "ExtrapolationError",
+    "Gram",
+    "Options",
+    "RelexkitError",
+    "Spectrum",
+    "StoreError",
+    "TrajectoryStore",
+    "__version__",
+    "apply",
+    "checkout",
+    "extrapolate",
+    "gram",
+    "import_checkpoints",
+    "predict_weights",
+    "round_checkpoint",
+    "spectrum",
+]

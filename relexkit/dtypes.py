@@ -55,11 +55,6 @@ def widen_bits(bits: np.ndarray, source: str, target: str) -> np.ndarray:
     return to_float32(bits, source).view(np.uint32)
 
 
-def is_narrower(dtype: str, source: str) -> bool:
-    """True if values of ``source`` may not fit ``dtype`` exactly."""
-    return dtype != source and dtype != "float32"
-
-
 def round_to_mantissa_bits(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
     """Float32 ``values`` ``[n]`` rounded to nearest even at ``mantissa_bits`` explicit bits (1 to 23), in place.
 

@@ -18,6 +18,9 @@ from relexkit.dtypes import round_to_mantissa_bits, to_float32
 BLOCK = 2**16
 """Columns of a block of the sparse log."""
 
+Update = tuple[np.ndarray, np.ndarray]
+"""One step of the sparse log: ascending columns ``int32 [n]`` and non-zero bit differences ``[n]``."""
+
 CHECKSUM_BLOCK = 2**22
 """Elements of a block of the content checksum, and of a unit of work."""
 
@@ -73,6 +76,12 @@ def apply_update(state: np.ndarray, columns: np.ndarray, differences: np.ndarray
     after = before + differences.view(state.dtype)
     state[columns] = after
     return before, after
+
+
+def clip_update(update: Update, begin: int, end: int) -> Update:
+    """The entries of an update in columns ``begin:end``, columns counted from ``begin``."""
+    first, last = np.searchsorted(update[0], np.array([begin, end], np.int32))
+    return update[0][first:last] - np.int32(begin), update[1][first:last]
 
 
 def float_row(base: np.ndarray, current: np.ndarray, dtype: str, mantissa_bits: int) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,13 +19,20 @@ import numpy as np
 import zarr
 
 from relexkit.dtypes import to_float32
-from relexkit.encoding import BLOCK, apply_update, num_blocks
+from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import scope_of
-from relexkit.store import FORMAT_VERSION, READ_WINDOW, ProgressCallback, TrajectoryStore, WriterLock, describe_steps
+from relexkit.store import (
+    FORMAT_VERSION,
+    READ_WINDOW,
+    ProgressCallback,
+    TrajectoryStore,
+    WriterLock,
+    column_windows,
+    describe_steps,
+)
 
 _PIECE = 2**13  # columns whose products are accumulated in float32, and in cache, before the sum goes to float64
-_LOG_BYTES = 8  # of an entry of the log as it is read: column, difference, and slack while decoding
 _WORK_BYTES = 24  # of an entry in a window: column, slot, value, and temporaries
 _WORKERS = min(4, os.cpu_count() or 1)
 
@@ -85,18 +91,14 @@ class Gram:
 
         unit = add(self.unit_moves)
         unit[np.isin(np.arange(len(names)), index[(self.unit_moves < 0).any(axis=1)])] = -1
-        return Gram(
-            self.steps, names, add(self.num_parameters), add(self.matrices), add(self.changed), add(self.moved), unit
-        )
+        return Gram(self.steps, names, add(self.num_parameters), add(self.matrices), add(self.changed), add(self.moved), unit)
 
     def groups(self, scope: str) -> list[str]:
         """For each of the N names, the group of ``scope`` that it falls into."""
         return [scope_of(name, scope) for name in self.names]
 
 
-def gram(
-    store: TrajectoryStore, *, memory_budget_bytes: int = 2**28, progress: ProgressCallback | None = None
-) -> Gram:
+def gram(store: TrajectoryStore, *, memory_budget_bytes: int = 2**28, progress: ProgressCallback | None = None) -> Gram:
     """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
 
     The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
@@ -172,13 +174,12 @@ def _sparse_pass(
     old = _num_known(known)
     products = np.zeros_like(result.matrices)
     numel = store.layout.parts[part].numel
-    entries = np.diff(store.indptr(part).astype(np.int64), axis=1).sum(axis=0)
+    entries = store.entries(part, len(store.steps))
     with ThreadPoolExecutor(_WORKERS) as pool:
         # Half of the budget holds a stretch of the log, read once; the other half the windows in work.
-        for begin, end in _windows(entries, numel, budget // (2 * _LOG_BYTES), numel):
-            updates = list(pool.map(lambda row, b=begin, e=end: store.read_update(part, row, b, e), range(len(store.steps))))
+        for begin, end, updates in store.read_log(part, len(store.steps), budget // 2, pool):
             inner = entries[begin // BLOCK : num_blocks(end)]
-            windows = _windows(inner, end - begin, budget // (2 * _WORKERS * _WORK_BYTES), READ_WINDOW["sparse"])
+            windows = column_windows(inner, end - begin, budget // (2 * _WORKERS * _WORK_BYTES), READ_WINDOW["sparse"])
             spans = [(begin + low, begin + high) for low, high in windows]
             results = pool.map(lambda span, u=updates: _sparse_window(store, part, span, u, old), spans)
             for span, (first, product, counts) in zip(spans, results, strict=True):
@@ -186,7 +187,6 @@ def _sparse_pass(
                 result.counts[first : first + len(counts), :, old:] += counts
                 if progress:
                     progress("Gram matrices", place[0] * 100 + 100 * span[1] // numel, place[1] * 100)
-            del updates
     if known is not None:
         products[:, :old, old:] = products[:, old:, :old].transpose(0, 2, 1)
         # E E^T of the cached steps: the inverse of the two cumulative sums
@@ -198,7 +198,7 @@ def _sparse_pass(
 
 
 def _sparse_window(
-    store: TrajectoryStore, part: int, window: tuple[int, int], updates: list[tuple[np.ndarray, np.ndarray]], old: int
+    store: TrajectoryStore, part: int, window: tuple[int, int], updates: list[Update], old: int
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Index of the first segment in a window of columns, ``E[old:] E^T`` and counts of each segment there.
 
@@ -214,9 +214,8 @@ def _sparse_window(
     touched = np.zeros(end - begin, bool)
     columns: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    for row, (all_columns, all_differences) in enumerate(updates):
-        first, last = np.searchsorted(all_columns, np.array([begin, end], np.int32))
-        local, differences = all_columns[first:last] - np.int32(begin), all_differences[first:last]
+    for row, update in enumerate(updates):
+        local, differences = clip_update(update, begin, end)
         before, after = apply_update(state, local, differences)
         touched[local] = True
         columns.append(local)
@@ -244,26 +243,12 @@ def _sparse_window(
     products = np.zeros((len(inside), num_steps - old, num_steps))
     for number, (tensor, left, right) in enumerate(pieces):
         dense = np.zeros((num_steps, right - left), np.float32)
-        for update, slot, value, span in zip(dense, slots, values, spans, strict=True):
+        for row_of_dense, slot, value, span in zip(dense, slots, values, spans, strict=True):
             first, last = span[number], span[number + 1]
-            update[slot[first:last] - left] = value[first:last]
+            row_of_dense[slot[first:last] - left] = value[first:last]
         products[tensor] += dense[old:] @ dense.T
     index = next(i for i, s in enumerate(layout.segments_in(part)) if s.tensor is inside[0].tensor)
     return index, products, counts
-
-
-def _windows(entries: np.ndarray, numel: int, most_entries: int, most_columns: int) -> Iterator[tuple[int, int]]:
-    """Cut ``numel`` columns between blocks so that no window has more entries or columns (but at least one block).
-
-    ``entries`` counts the entries of each block over all steps.
-    """
-    first, filled = 0, 0
-    for block, count in enumerate(entries):
-        if block > first and (filled + count > most_entries or (block + 1 - first) * BLOCK > most_columns):
-            yield first * BLOCK, block * BLOCK
-            first, filled = block, 0
-        filled += int(count)
-    yield first * BLOCK, numel
 
 
 # -- dense rows -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import numpy as np
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
 from relexkit.encoding import (
-    CHECKSUM_BLOCK,
     block_checksums,
     changed_columns,
     content_checksum,
@@ -127,9 +126,7 @@ def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
         raise RelexkitError(f"--steps {selection!r} is not a range; expected A:B or A:B:C with whole numbers") from None
     chosen = [s for s in available if low <= s <= high and (s - low) % every == 0]
     if not chosen:
-        raise RelexkitError(
-            f"--steps {selection} selects no step; the run holds {describe_steps(np.asarray(available))}"
-        )
+        raise RelexkitError(f"--steps {selection} selects no step; the run holds {describe_steps(np.asarray(available))}")
     return chosen
 
 
@@ -140,9 +137,7 @@ def _check_mantissa_bits(mantissa_bits: int | None, encoding: str) -> None:
         raise RelexkitError("--mantissa-bits has no effect with --encoding exact; leave one of them out")
 
 
-def _open_base(
-    run: Run, base: str | Path | None, wanted: list[int], source: str | Path
-) -> tuple[Checkpoint, str, list[int]]:
+def _open_base(run: Run, base: str | Path | None, wanted: list[int], source: str | Path) -> tuple[Checkpoint, str, list[int]]:
     after_base = [s for s in wanted if s > 0]
     if not after_base:
         raise CheckpointError(f"{source}: holds no step after the base; expected at least one step from 1 upwards")
@@ -212,9 +207,7 @@ def _choose_encodings(
     return chosen
 
 
-def _sampled_density(
-    order: list[tuple[str, tuple[int, ...], str]], earlier: Checkpoint, later: Checkpoint
-) -> dict[str, float]:
+def _sampled_density(order: list[tuple[str, tuple[int, ...], str]], earlier: Checkpoint, later: Checkpoint) -> dict[str, float]:
     changed: dict[str, int] = {}
     seen: dict[str, int] = {}
     for name, _, dtype in order:
@@ -246,7 +239,11 @@ def _tied_tensors(
     for head in heads:
         for embedding in embeddings:
             same_kind = head[1:] == embedding[1:] and head[0] != embedding[0]
-            if same_kind and _equal(base, head[0], embedding[0]) and all(_equal_at(run, s, head[0], embedding[0]) for s in steps):
+            if (
+                same_kind
+                and _equal(base, head[0], embedding[0])
+                and all(_equal_at(run, s, head[0], embedding[0]) for s in steps)
+            ):
                 tied[head[0]] = embedding[0]
     return tied
 
@@ -325,9 +322,7 @@ def _check_tensors(
     extra = [n for n in found.tensors if n not in expected]
     if missing or extra:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unexpected {_some(extra)}"] * bool(extra)
-        raise CheckpointError(
-            f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere"
-        )
+        raise CheckpointError(f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere")
     for name, (shape, dtype) in expected.items():
         info = found.tensors[name]
         if info.shape != shape:
@@ -339,9 +334,7 @@ def _check_tensors(
             hint = ""
             if widen and dtype in FLOAT_DTYPES and info.dtype == "float32":
                 hint = f": round the base first with `relexkit round --dtype {dtype} --rounding nearest`"
-            raise CheckpointError(
-                f"{where}: tensor {name!r} has dtype {info.dtype}; expected {dtype} as in {reference}{hint}"
-            )
+            raise CheckpointError(f"{where}: tensor {name!r} has dtype {info.dtype}; expected {dtype} as in {reference}{hint}")
         if dtype not in FLOAT_DTYPES and dtype.startswith("float"):
             raise CheckpointError(
                 f"{where}: tensor {name!r} has dtype {dtype}; expected float32, bfloat16 or float16: convert the checkpoints"
@@ -353,9 +346,7 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' * (len(names) > 1)} {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_same_run(
-    store: TrajectoryStore, base: Checkpoint, encoding: str, mantissa_bits: int | None
-) -> None:
+def _check_same_run(store: TrajectoryStore, base: Checkpoint, encoding: str, mantissa_bits: int | None) -> None:
     """The store belongs to this base and these options (it may have been created by an earlier, interrupted call)."""
     expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
     _check_tensors(expected, base, f"the store {store.path}", "the base", widen=True)

@@ -28,6 +28,7 @@ from relexkit.dtypes import bits_dtype, nonfinite_index, to_float32
 from relexkit.encoding import (
     BLOCK,
     CHECKSUM_BLOCK,
+    Update,
     apply_update,
     block_checksums,
     content_checksum,
@@ -51,6 +52,7 @@ _ROW_CHUNK = 2**17
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
 _DENSE_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
 _BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
+_ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 _UNWRITTEN_INDPTR = 0xFFFFFFFF
 _UNWRITTEN_GAP = 0xFFFF
 _UNWRITTEN_INTEGER = -1
@@ -150,6 +152,22 @@ class TrajectoryStore:
         if columns[0] < begin or columns[-1] >= end:
             self._damaged(row, part, begin, "columns lie outside their block")
         return columns, differences
+
+    def read_log(
+        self, part: int, num_rows: int, budget: int, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, int, list[Update]]]:
+        """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that fit ``budget`` bytes.
+
+        Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of the part. Every
+        chunk is read once, but for those that straddle two stretches.
+        """
+        numel = self.layout.parts[part].numel
+        for begin, end in column_windows(self.entries(part, num_rows), numel, budget // _ENTRY_BYTES, numel):
+            yield begin, end, list(pool.map(lambda row, b=begin, e=end: self.read_update(part, row, b, e), range(num_rows)))
+
+    def entries(self, part: int, num_rows: int) -> np.ndarray:
+        """Entries of the sparse log in each block over the first ``num_rows`` steps, ``int64 [num_blocks]``."""
+        return np.diff(self.indptr(part)[:num_rows].astype(np.int64), axis=1).sum(axis=0)
 
     def read_row(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base."""
@@ -534,6 +552,21 @@ def blocks(numel: int, size: int = CHECKSUM_BLOCK) -> Iterator[tuple[int, int]]:
     """Consecutive ``(begin, end)`` that cover ``numel`` columns in pieces of ``size`` (a multiple of ``BLOCK``)."""
     for begin in range(0, numel, size):
         yield begin, min(begin + size, numel)
+
+
+def column_windows(entries: np.ndarray, numel: int, most_entries: int, most_columns: int) -> Iterator[tuple[int, int]]:
+    """Cut ``numel`` columns between blocks so that no window has more entries or columns (but at least one block).
+
+    ``entries`` counts the entries of each block over all steps.
+    """
+    first, filled = 0, 0
+    for block, count in enumerate(entries):
+        if block > first and (filled + count > most_entries or (block + 1 - first) * BLOCK > most_columns):
+            yield first * BLOCK, block * BLOCK
+            first, filled = block, 0
+        filled += int(count)
+    if numel:
+        yield first * BLOCK, numel
 
 
 def describe_steps(steps: np.ndarray) -> str:

@@ -62,9 +62,7 @@ def open_run(source: Path) -> Run:
         run = detect(source)
         if run is not None:
             return run
-    raise CheckpointError(
-        f"{source}: holds no steps; expected sub-folders named checkpoint-N, global_step_N, step_N or step-N"
-    )
+    raise CheckpointError(f"{source}: holds no steps; expected sub-folders named checkpoint-N, global_step_N, step_N or step-N")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,0 +1,484 @@
+"""The ``relexkit`` command: parse, call one function, print.
+
+Results go to standard output (with ``--json`` one JSON document and nothing else), progress and messages to standard
+error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage. Heavy modules load inside the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relexkit.errors import RelexkitError
+from relexkit.version import __version__
+
+if TYPE_CHECKING:
+    from relexkit.spectrum import Spectrum
+    from relexkit.store import ProgressCallback, TrajectoryStore
+
+EXTERNAL = {"demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes")}
+"""Commands that other packages own: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
+
+_SHOWN_ROWS = 40
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parsed = None
+    try:
+        parser = _parser()
+        parsed = parser.parse_args(arguments)
+        if "prepare" in parsed:  # an external command's options are known only to its module
+            parsed = parsed.prepare(arguments)
+        parsed.run(parsed)
+    except (RelexkitError, OSError) as error:
+        if parsed is not None and parsed.debug:
+            raise
+        print(f"relexkit: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("relexkit: interrupted; run the same command again to go on", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, RelexkitError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}"
+    return " ".join(str(error).split())
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from relexkit.importer import import_checkpoints
+
+    with _progress() as progress:
+        result = import_checkpoints(
+            parsed.source, parsed.out, base=parsed.base, steps=parsed.steps, encoding=parsed.encoding,
+            mantissa_bits=parsed.mantissa_bits, progress=progress,
+        )  # fmt: skip
+    if result.already:
+        _say(f"{len(result.already)} steps were recorded already")
+    _print_info(result.store, parsed.json)
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    from relexkit.store import TrajectoryStore
+
+    _print_info(TrajectoryStore(parsed.store), parsed.json)
+
+
+def _print_info(store: TrajectoryStore, as_json: bool) -> None:
+    from relexkit.store import describe_steps
+
+    sizes = store.num_bytes()
+    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    bits = {"float32": 4}
+    checkpoint_bytes = sum(part.numel * bits.get(part.dtype, 2) for part in moving)
+    document: dict[str, Any] = {
+        "path": store.path,
+        "format_version": store.attributes["format_version"],
+        "steps": [int(s) for s in store.steps],
+        "num_parameters": store.layout.num_parameters,
+        "num_tensors": len(store.layout.tensors),
+        "tied": {t.name: t.tied_to for t in store.layout.tensors if t.tied_to},
+        "dtypes": sorted({part.dtype for part in moving}),
+        "encodings": sorted({part.encoding for part in moving}),
+        "mantissa_bits": store.mantissa_bits,
+        "exact": store.exact,
+        "source": store.attributes["source"],
+        "base": store.attributes["base"],
+        "metrics": sorted(store.metrics()),
+        "bytes": sizes,
+        "checkpoint_bytes": checkpoint_bytes,
+        "relexkit_version": store.attributes["relexkit_version"],
+    }
+    if as_json:
+        _print_json(document)
+        return
+    kept = "bit for bit" if store.exact else f"float deltas, {store.mantissa_bits} mantissa bits"
+    log = sizes.get("updates", 0) + sizes.get("deltas", 0)
+    whole = checkpoint_bytes * max(1, len(store.steps))
+    rows = [
+        ("steps", describe_steps(store.steps)),
+        ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
+        ("recorded as", f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})"),
+        ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
+        ("on disk", f"{_size(sum(sizes.values()))}: steps {_size(log)}, base {_size(sizes.get('base', 0))}"),
+        ("instead of", f"{_size(whole)} of checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)"),
+    ]
+    if document["tied"]:
+        rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
+    if document["metrics"]:
+        rows.append(("metrics", ", ".join(document["metrics"])))
+    _print_pairs(store.path, rows)
+
+
+def _verify(parsed: argparse.Namespace) -> None:
+    from relexkit.store import TrajectoryStore, describe_steps
+
+    store = TrajectoryStore(parsed.store)
+    with _progress() as progress:
+        store.verify(progress)
+    if parsed.json:
+        _print_json({"path": store.path, "steps": [int(s) for s in store.steps], "verified": True})
+    else:
+        print(f"{store.path}: every chunk of {describe_steps(store.steps)} and of the base is intact")
+
+
+def _spectrum(parsed: argparse.Namespace) -> None:
+    from relexkit.gram import gram
+    from relexkit.spectrum import spectrum
+    from relexkit.store import TrajectoryStore
+
+    store = TrajectoryStore(parsed.store)
+    with _progress() as progress:
+        matrices = gram(store, progress=progress)
+    result = spectrum(matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered)
+    if parsed.json:
+        _print_json(_spectrum_document(result))
+    else:
+        _print_spectrum(result, parsed.all)
+    if parsed.plot:
+        figures = import_module("analysis.figures")
+        for path in figures.plot_spectra(matrices.until(parsed.until), parsed.plot, centered=parsed.centered):
+            _say(f"wrote {path}")
+
+
+def _spectrum_document(result: Spectrum) -> dict[str, Any]:
+    scopes = [
+        {
+            "name": s.name,
+            "num_parameters": s.num_parameters,
+            "energy_share": s.energy_share,
+            "singular_values": s.singular_values.tolist(),
+            "explained_variance_ratio": s.explained_variance_ratio.tolist(),
+            "n_components": {str(p): s.num_directions(p / 100) for p in (90, 95, 99)},
+            "coefficients": s.coefficients.T.tolist(),
+            "r2": s.r2.tolist(),
+            "drift": s.drift.tolist(),
+            "update_cosines": s.update_cosines.tolist(),
+            "changed": s.changed.tolist(),
+            "moved": s.moved.tolist(),
+            "unit_moves": s.unit_moves,
+        }
+        for s in result.scopes
+    ]
+    null = {"explained_variance_ratio": result.null.explained_variance_ratio.tolist(), "r2": result.null.r2.tolist()}
+    return {"steps": result.steps.tolist(), "centered": result.centered, "scope": result.scope, "scopes": scopes, "null": null}
+
+
+def _print_spectrum(result: Spectrum, show_all: bool) -> None:
+    import numpy as np
+    from rich.table import Table
+
+    about = "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
+    title = f"Spectrum of {len(result.steps)} steps, {result.steps[0]} to {result.steps[-1]} ({about})"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
+    table.add_column(result.scope, overflow="fold")
+    for heading in ("parameters", "energy", "1st", "1st-2nd", "90/95/99 %", "R²", "cos", "drift", "changed/step", "ever"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def cells(s: Any, *, null: bool = False) -> list[str]:
+        ratio = s.explained_variance_ratio
+        blank = "" if null else "-"
+        return [
+            f"[dim]{s.name}[/dim]" if null else s.name,
+            "" if null else f"{s.num_parameters:,}",
+            "" if null else _percent(s.energy_share),
+            _percent(ratio[0]) if len(ratio) else blank,
+            _percent(ratio[:2].sum()) if len(ratio) else blank,
+            "/".join(str(s.num_directions(p) or "-") for p in (0.9, 0.95, 0.99)),
+            _number(s.r2[0]) if len(s.r2) else blank,
+            _number(float(np.nanmean(s.update_cosines))) if np.isfinite(s.update_cosines).any() else blank,
+            _number(s.drift[1]),
+            "" if null else _percent(float(s.changed.mean())),
+            "" if null else _percent(float(s.moved[-1])),
+        ]
+
+    ordered = result.scopes if result.scope in ("global", "layer") else sorted(
+        result.scopes, key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0
+    )  # fmt: skip
+    shown = ordered if show_all else ordered[:_SHOWN_ROWS]
+    for s in shown:
+        table.add_row(*cells(s))
+    table.add_section()
+    table.add_row(*cells(result.null, null=True))
+    _console().print(table)
+    if len(shown) < len(ordered):
+        print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
+    for line in spectrum_notes(result):
+        print(line)
+
+
+def spectrum_notes(result: Spectrum) -> list[str]:
+    """What a reader of the table must know, in sentences."""
+    notes = [
+        "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²: first coefficient on the step.",
+        "cos: mean cosine of neighbouring updates (1 on a line, 0 on a walk). drift: first direction of half the steps "
+        "against all, |cos|.",
+        "The last row is a walk without any direction, recorded at the same steps: only what exceeds it is evidence.",
+    ]
+    still = [s.name for s in result.scopes if not len(s.singular_values)]
+    if still:
+        shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+        notes.append(f"Never moved, so there is no variance to explain: {shown}.")
+    if len(result.steps) == 1:
+        notes.append("One recorded step: there is one direction by definition; record more steps to learn anything.")
+    changes = [(float(s.changed.sum()) * s.num_parameters, s.unit_moves) for s in result.scopes if not math.isnan(s.unit_moves)]
+    total = sum(count for count, _ in changes)
+    if total and total < 0.5 * sum(s.num_parameters for s in result.scopes) * len(result.steps):
+        share = sum(count * unit for count, unit in changes) / total
+        notes.append(
+            f"Resolution: few weights change at a step, {100 * share:.0f} % of the changes by exactly one unit in the last "
+            "place: the stored precision hides most of the motion. Record float32 weights where possible."
+        )
+    return notes
+
+
+def _extrapolate(parsed: argparse.Namespace) -> None:
+    from relexkit.extrapolators import Options
+    from relexkit.materialize import extrapolate
+    from relexkit.store import TrajectoryStore
+
+    options = Options(
+        rank=parsed.rank, fit=parsed.fit, degree=parsed.degree, window=parsed.window, refit_every=parsed.refit_every,
+        axis=parsed.axis, anchor=parsed.anchor, alpha=parsed.alpha,
+    )  # fmt: skip
+    with _progress() as progress:
+        written = extrapolate(
+            TrajectoryStore(parsed.store), parsed.to, parsed.out, until=parsed.until, method=parsed.method,
+            options=options, scope=parsed.scope, scale=parsed.scale, dtype=parsed.dtype, rounding=parsed.rounding,
+            seed=parsed.seed, progress=progress,
+        )  # fmt: skip
+    if parsed.json:
+        _print_json([{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written])
+        return
+    for p in written:
+        print(f"step {p.target:g}: {p.folder}" + (" (was there already)" if p.already else ""))
+
+
+def _checkout(parsed: argparse.Namespace) -> None:
+    from relexkit.materialize import checkout
+    from relexkit.store import TrajectoryStore
+
+    store = TrajectoryStore(parsed.store)
+    with _progress() as progress:
+        folder = checkout(store, parsed.step, parsed.out, progress=progress)
+    exact = store.exact or parsed.step == 0
+    if parsed.json:
+        _print_json({"step": parsed.step, "folder": str(folder), "exact": exact})
+    else:
+        kept = "bit for bit" if exact else f"to {store.mantissa_bits} mantissa bits of the delta"
+        print(f"step {parsed.step}: {folder} ({kept})")
+
+
+def _round(parsed: argparse.Namespace) -> None:
+    from relexkit.materialize import round_checkpoint
+
+    with _progress() as progress:
+        folder = round_checkpoint(
+            parsed.source, parsed.out, dtype=parsed.dtype, rounding=parsed.rounding, seed=parsed.seed, progress=progress
+        )
+    if parsed.json:
+        _print_json({"folder": str(folder), "dtype": parsed.dtype, "rounding": parsed.rounding, "seed": parsed.seed})
+    else:
+        print(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="relexkit", description="Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models."
+    )
+    parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run)
+        return command
+
+    command = add("import", _import, "import a run's checkpoints into a trajectory store; run again to add new steps")
+    command.add_argument("source", metavar="SRC", help="folder with checkpoint-N, global_step_N, step_N or step-N inside")
+    command.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
+    command.add_argument("--base", metavar="DIR", help="the base model (default: the run's step 0)")
+    command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, every C-th")
+    command.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
+                         help="exact keeps every bit; auto: exact for 16-bit checkpoints, float deltas for float32")  # fmt: skip
+    command.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
+
+    for name, run, text in (
+        ("info", _info, "say what is inside a store"),
+        ("verify", _verify, "read every chunk of a store and compare it with its checksums"),
+    ):
+        add(name, run, text).add_argument("store", metavar="RUN.zarr")
+
+    command = add("spectrum", _spectrum, "principal directions of the updates, beside those of a walk without direction")
+    command.add_argument("store", metavar="RUN.zarr")
+    command.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor")
+    command.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
+    command.add_argument("--centered", action="store_true", help="PCA about the mean checkpoint instead of the base")
+    command.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
+    command.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
+
+    command = add("extrapolate", _extrapolate, "write the predicted checkpoints of future steps")
+    command.add_argument("store", metavar="RUN.zarr")
+    command.add_argument("--to", type=_step, nargs="+", required=True, metavar="STEP", help="target steps")
+    command.add_argument("-o", "--out", required=True, metavar="OUT", help="folder for OUT/step-STEP/")
+    command.add_argument("--until", type=int, metavar="T_CUT", help="use only steps up to this one")
+    command.add_argument("--method", default="relex", help="relex, reconstruct, least-squares, least-squares-origin, "
+                         "two-point, first-update or hold (default: relex)")  # fmt: skip
+    command.add_argument("--rank", type=int, default=1, help="principal directions to keep (default: 1)")
+    command.add_argument("--fit", choices=("linear", "polynomial", "sinusoid"), default="linear")
+    command.add_argument("--degree", type=int, default=2, help="of the polynomial (default: 2)")
+    command.add_argument("--window", type=int, metavar="W", help="fit only the last W recorded steps")
+    command.add_argument("--refit-every", type=int, metavar="F", help="autoregressive: refit after every F predicted steps")
+    command.add_argument("--axis", choices=("step", "row"), default="step",
+                         help="fit against step numbers, or row numbers as the released RELEX scripts do")  # fmt: skip
+    command.add_argument("--anchor", type=int, metavar="STEP", help="two-point: the earlier point (default: the base)")
+    command.add_argument("--alpha", type=float, help="first-update: multiple of the first delta (default: target / first step)")
+    command.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor",
+                         help="what shares one fit (default: tensor)")  # fmt: skip
+    command.add_argument("--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output (default: as recorded)")
+    _add_rounding(command)
+
+    command = add("checkout", _checkout, "write a recorded step as a checkpoint; step 0 is the base")
+    command.add_argument("store", metavar="RUN.zarr")
+    command.add_argument("--step", type=int, required=True)
+    command.add_argument("-o", "--out", required=True, metavar="DIR")
+
+    command = add("round", _round, "write any checkpoint in another precision, stochastically rounded")
+    command.add_argument("source", metavar="SRC", help="a Hugging Face checkpoint folder")
+    command.add_argument("-o", "--out", required=True, metavar="DIR")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    _add_rounding(command)
+
+    for name, (module, text) in EXTERNAL.items():
+        _add_external(commands, name, module, text)
+    return parser
+
+
+def _add_rounding(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
+    command.add_argument("--seed", type=int, default=0, help="of the stochastic rounding (default: 0)")
+
+
+def _add_external(commands: Any, name: str, module: str, text: str) -> None:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", add_help=False)
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+    command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+
+    def prepare(arguments: Sequence[str] | None) -> argparse.Namespace:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        owner = import_module(module)
+        real = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
+        real.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        owner.add_arguments(real)
+        real.set_defaults(run=owner.run)
+        return real.parse_args(given[given.index(name) + 1 :])
+
+    command.set_defaults(prepare=prepare)
+
+
+def _step(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RelexkitError(f"--to {text!r} is not a number; expected an optimizer step such as 500") from None
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A progress bar on standard error that appears after two seconds of work, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
+    began = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+        if not bar.live.is_started and time.monotonic() - began > 2 and bar.console.is_terminal:
+            bar.start()
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(_without_nan(document)))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a number that does not exist is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

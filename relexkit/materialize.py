@@ -1,0 +1,515 @@
+"""Weights over deltas become checkpoints: one streaming pass, any number of targets.
+
+A prediction is ``theta_0 + M^T a``. From dense rows that is a weighted sum of rows; from the sparse log, with ``E`` the
+values of the updates, ``M^T a = E^T (L^T a)``: a scatter-add of the log with the suffix sums of ``a``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from relexkit.checkpoints import open_checkpoint
+from relexkit.dtypes import FLOAT_DTYPES, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
+from relexkit.encoding import CHECKSUM_BLOCK, Update, apply_update, clip_update
+from relexkit.errors import CheckpointError, RelexkitError, StoreError
+from relexkit.extrapolators import METHODS, Options, predict_weights
+from relexkit.gram import Gram, gram
+from relexkit.layout import Layout, Segment
+from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
+from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_WORKERS = min(2, os.cpu_count() or 1)
+PROVENANCE = "relexkit.json"
+"""File in a written folder that says exactly how it was made; a rerun skips a folder that already says the same."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What ``extrapolate`` wrote for one target: the folder, and whether it was there already."""
+
+    target: float
+    folder: Path
+    already: bool
+
+
+def extrapolate(
+    store: TrajectoryStore,
+    to: Sequence[float],
+    out: str | Path,
+    *,
+    until: int | None = None,
+    method: str = "relex",
+    options: Options | None = None,
+    scope: str = "tensor",
+    scale: float = 1.0,
+    dtype: str | None = None,
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    memory_budget_bytes: int = 2**28,
+    progress: ProgressCallback | None = None,
+) -> list[Prediction]:
+    """Write a predicted checkpoint ``OUT/step-TARGET/`` for every target; each loads with ``from_pretrained``.
+
+    Args:
+        to: target steps, in optimizer steps.
+        until: use only steps up to this one.
+        method, options, scope, scale: see ``predict_weights``.
+        dtype: of the output; the recorded one if not given. 16-bit outputs are rounded stochastically unless
+            ``rounding`` is ``nearest``: nearest rounding erases motion below half a unit in the last place.
+        seed: of the stochastic rounding; the result does not depend on how the work is cut.
+
+    One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices if the store has
+    none yet). Memory: the budget, whatever the number of steps and parameters.
+
+    Raises:
+        ExtrapolationError: see ``predict_weights``.
+        StoreError: damaged chunk, or the disk is full; nothing half-written is left.
+    """
+    options = options or Options()
+    check_output_dtype(dtype)
+    num_used = len(used_steps(store, until))
+    needs_gram = METHODS[method].needs_gram if method in METHODS else True
+    observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
+    weights = predict_weights(observed.until(until), list(to), method=method, options=options, scope=scope, scale=scale)
+    settings = {"method": method, **_used_options(method, options), "scope": scope, "scale": scale}
+    jobs, predictions = [], []
+    for target, weight in zip(to, weights, strict=True):
+        provenance = {
+            "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
+            "steps": [int(s) for s in store.steps[:num_used]], "base": store.attributes["base"],
+            "source": store.attributes["source"], "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed,
+        }  # fmt: skip
+        folder = Path(out) / f"step-{target:g}"
+        already = is_finished(folder, provenance)
+        predictions.append(Prediction(target, folder, already))
+        if not already:
+            card = model_card(provenance, variance=_variance(observed.until(until)) if needs_gram else None)
+            jobs.append((folder, weight, provenance, card))
+    if jobs:
+        pending = [FolderJob(folder, provenance, card) for folder, _, provenance, card in jobs]
+        with PendingFolders(store, pending, dtype) as writers:
+
+            def consume(index: int, segment: Segment, values: np.ndarray) -> None:
+                name, start = segment.tensor.name, segment.start
+                target_dtype = dtype or segment.tensor.dtype
+                bits = round_bits(values, target_dtype, rounding, seed=seed, tensor=name, start=start)
+                writers.write(index, segment, bits)
+
+            _stream(store, np.stack([w for _, w, _, _ in jobs]), consume, memory_budget_bytes, progress)
+            writers.write_fixed()
+    return predictions
+
+
+def apply(
+    store: TrajectoryStore,
+    model: torch.nn.Module,
+    weights: np.ndarray,
+    *,
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    memory_budget_bytes: int = 2**28,
+) -> None:
+    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is.
+
+    Args:
+        model: its ``state_dict`` has the store's tensors (tied ones under either name).
+        weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of ``predict_weights``; all zero for the base.
+        rounding: used where a parameter is less precise than float32.
+
+    Raises:
+        RelexkitError: the model lacks a tensor, or has it with another shape.
+    """
+    import torch
+
+    state = model.state_dict()
+    flat: dict[str, torch.Tensor] = {}
+    for tensor in store.layout.tensors:
+        names = [tensor.name] + [t.name for t in store.layout.tensors if t.tied_to == tensor.name]
+        found = next((n for n in names if n in state), None)
+        if found is None or tuple(state[found].shape) != tensor.shape:
+            problem = "lacks it" if found is None else f"has it with shape {list(state[found].shape)}"
+            raise RelexkitError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}")
+        flat[tensor.name] = state[found].detach().view(-1)
+    dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in flat.items()}
+
+    def consume(_: int, segment: Segment, values: np.ndarray) -> None:
+        name = segment.tensor.name
+        bits = round_bits(values, dtypes[name], rounding, seed=seed, tensor=name, start=segment.start)
+        block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(flat[name].dtype)
+        flat[name][segment.start : segment.start + segment.numel].copy_(block)
+
+    with torch.no_grad():
+        _stream(store, weights[None], consume, memory_budget_bytes, None)
+
+
+def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
+    """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
+
+    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype.
+
+    Raises:
+        StoreError: the step is not recorded, or a chunk is damaged.
+        RelexkitError: something else is at ``out``.
+    """
+    row = -1 if step == 0 else store.row_of(step)
+    exact = "bit for bit" if store.exact or step == 0 else f"to {store.mantissa_bits} mantissa bits of the delta"
+    provenance = {
+        "relexkit": __version__, "kind": "recorded", "step": step, "exact": exact,
+        "base": store.attributes["base"], "source": store.attributes["source"],
+    }  # fmt: skip
+    folder = Path(out)
+    if is_finished(folder, provenance):
+        return folder
+    with PendingFolders(store, [FolderJob(folder, provenance, None)], None) as writers:
+        for part, spec in enumerate(store.layout.parts):
+            if spec.encoding == "fixed":
+                continue
+            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+                state = store.read_state(part, row, begin, end)
+                for segment in store.layout.segments_in(part, begin, end):
+                    low = segment.offset - begin
+                    writers.write(0, segment, state[low : low + segment.numel])
+                if progress:
+                    progress("writing", end, spec.numel)
+        writers.write_fixed()
+    return folder
+
+
+def round_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    progress: ProgressCallback | None = None,
+) -> Path:
+    """Write a checkpoint folder in another precision, stochastically rounded unless told otherwise.
+
+    Tensors that are not float, and float tensors that ``dtype`` holds exactly, keep their values. One pass, flat memory.
+
+    Raises:
+        CheckpointError: the source is damaged or not finite.
+        RelexkitError: something else is at ``out``, or a value does not fit ``dtype``.
+    """
+    check_output_dtype(dtype)
+    folder = Path(out)
+    with closing(open_checkpoint(Path(source))) as checkpoint:
+        provenance = {
+            "relexkit": __version__, "kind": "rounded", "source": str(source), "dtype": dtype,
+            "rounding": rounding, "seed": seed,
+        }  # fmt: skip
+        if is_finished(folder, provenance):
+            return folder
+        tensors = {
+            name: TensorInfo(info.shape, dtype if info.dtype in FLOAT_DTYPES else info.dtype)
+            for name, info in checkpoint.tensors.items()
+        }
+        with temporary_folder(folder) as temporary:
+            with closing(SafetensorsFolderWriter(temporary, tensors)) as writer:
+                for done, (name, info) in enumerate(checkpoint.tensors.items(), 1):
+                    moving = info.dtype in FLOAT_DTYPES
+                    for begin, end in blocks(info.numel if moving else info.num_bytes):
+                        raw = np.empty(end - begin, bits_dtype(info.dtype))
+                        checkpoint.read_into(name, begin, raw)
+                        if moving:
+                            bad = nonfinite_index(raw, info.dtype)
+                            if bad is not None:
+                                raise CheckpointError(
+                                    f"{source}: tensor {name!r} is NaN or infinite at element {begin + bad}; "
+                                    "expected finite weights"
+                                )
+                            if info.dtype != dtype:
+                                values = to_float32(raw, info.dtype)
+                                raw = round_bits(values, dtype, rounding, seed=seed, tensor=name, start=begin)
+                        writer.write(name, begin, raw)
+                    if progress:
+                        progress("rounding", done, len(tensors))
+            write_files(temporary, checkpoint.files(), dtype, provenance, None)
+    return folder
+
+
+def used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
+    """The recorded steps up to ``until``."""
+    return store.steps if until is None else store.steps[store.steps <= until]
+
+
+def check_output_dtype(dtype: str | None) -> None:
+    """Refuse an output format that is not one of ours."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise RelexkitError(f"--dtype {dtype} is unknown; choose one of {', '.join(FLOAT_DTYPES)}")
+
+
+def _shape_only(store: TrajectoryStore) -> Gram:
+    """A stand-in for the Gram matrices, for methods whose weights depend on the steps alone."""
+    if not len(store.steps):
+        raise StoreError(f"{store.path}: holds no steps; import or record some first")
+    tensors, num_steps = store.layout.moving_tensors, len(store.steps)
+    identity = np.broadcast_to(np.eye(num_steps), (len(tensors), num_steps, num_steps))
+    counts = np.zeros((len(tensors), num_steps), np.int64)
+    sizes = np.array([t.numel for t in tensors], np.int64)
+    return Gram(store.steps, tuple(t.name for t in tensors), sizes, identity, counts, counts, counts)
+
+
+def _used_options(method: str, options: Options) -> dict[str, Any]:
+    return {name: value for name, value in asdict(options).items() if name in METHODS[method].options}
+
+
+def _variance(observed: Gram) -> float:
+    """Share of the energy on each tensor's own first direction, over the whole model; NaN if nothing moved."""
+    from relexkit.spectrum import decompose
+
+    total = np.trace(observed.matrices, axis1=1, axis2=2)
+    first = sum(float(decompose(m).singular_values[0] ** 2) for m, t in zip(observed.matrices, total, strict=True) if t > 0)
+    return first / float(total.sum()) if total.sum() > 0 else float("nan")
+
+
+# -- the pass over the deltas -----------------------------------------------------------------------------------------
+
+Consume = Callable[[int, Segment, np.ndarray], None]
+"""Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from several threads."""
+
+
+def _stream(
+    store: TrajectoryStore, weights: np.ndarray, consume: Consume, budget: int, progress: ProgressCallback | None
+) -> None:
+    """Pass ``theta_0 + M^T a`` for every row of ``weights [P, N, T]`` to ``consume``, piece by piece.
+
+    Steps beyond the last one with a non-zero weight are not read.
+    """
+    layout = store.layout
+    row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
+    used = np.flatnonzero(weights.any(axis=(0, 1)))
+    num_rows = int(used[-1]) + 1 if len(used) else 0
+    width = max(2**18, min(CHECKSUM_BLOCK, budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16))
+
+    def predict(part: int, begin: int, end: int, updates: list[Update] | None) -> None:
+        segments = layout.segments_in(part, begin, end)
+        weight = weights[:, [row_of[s.tensor.name] for s in segments], :num_rows]
+        base = store.read_base(part, begin, end)
+        if updates is None:
+            sums = _dense_sums(store, part, begin, end, base, segments, weight)
+        else:
+            sums = _sparse_sums(layout.parts[part].dtype, begin, end, base, updates, segments, weight)
+        original = to_float32(base, layout.parts[part].dtype)
+        for index, values in enumerate(sums):
+            values += original
+            for segment in segments:
+                low = segment.offset - begin
+                consume(index, segment, values[low : low + segment.numel])
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for part, spec in enumerate(layout.parts):
+            if spec.encoding == "fixed":
+                continue
+            stretches: Iterable[tuple[int, int, list[Update] | None]] = [(0, spec.numel, None)]
+            if spec.encoding == "sparse":
+                stretches = store.read_log(part, num_rows, budget // 2, pool)
+            for begin, end, updates in stretches:
+                spans = [(part, begin + low, begin + high, updates) for low, high in blocks(end - begin, width)]
+                list(pool.map(lambda span: predict(*span), spans))
+                if progress:
+                    progress("predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100)
+
+
+def _sparse_sums(
+    dtype: str, begin: int, end: int, base: np.ndarray, updates: list[Update], segments: list[Segment], weights: np.ndarray
+) -> np.ndarray:
+    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a sparse part; ``weights [P, S, T]``."""
+    suffix = weights[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].astype(np.float32)
+    state = base.copy()
+    sums = np.zeros((len(weights), end - begin), np.float32)
+    edges = np.array([*(s.offset - begin for s in segments), end - begin], np.int32)
+    for row, update in enumerate(updates):
+        local, differences = clip_update(update, begin, end)
+        before, after = apply_update(state, local, differences)
+        values = to_float32(after, dtype) - to_float32(before, dtype)
+        counts = np.diff(np.searchsorted(local, edges))
+        for target, total in enumerate(sums):
+            total[local] += np.repeat(suffix[target, :, row], counts) * values
+    return sums
+
+
+def _dense_sums(
+    store: TrajectoryStore, part: int, begin: int, end: int, base: np.ndarray, segments: list[Segment], weights: np.ndarray
+) -> np.ndarray:
+    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a dense part; ``weights [P, S, T]``."""
+    sums = np.zeros((len(weights), end - begin), np.float32)
+    for row in np.flatnonzero(weights.any(axis=(0, 1))):
+        delta = store.read_delta(part, int(row), begin, end, base)
+        for index, segment in enumerate(segments):
+            low = segment.offset - begin
+            for target, total in enumerate(sums):
+                total[low : low + segment.numel] += np.float32(weights[target, index, row]) * delta[low : low + segment.numel]
+    return sums
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    """A checkpoint folder to be written, what ``relexkit.json`` will say, and its README (None for none)."""
+
+    folder: Path
+    provenance: dict[str, Any]
+    card: str | None
+
+
+class PendingFolders:
+    """Checkpoint folders of a store's tensors under temporary names; renamed when the block succeeds, else removed."""
+
+    def __init__(self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None):
+        self._store, self._jobs, self._dtype = store, jobs, dtype
+        self._aliases = aliases(store.layout)
+
+    def __enter__(self) -> PendingFolders:
+        tensors = {
+            t.name: TensorInfo(t.shape, (self._dtype or t.dtype) if t.dtype in FLOAT_DTYPES else t.dtype)
+            for t in self._store.layout.tensors
+        }
+        with ExitStack() as stack:
+            self._folders = [stack.enter_context(temporary_folder(job.folder)) for job in self._jobs]
+            self._writers = [SafetensorsFolderWriter(folder, tensors) for folder in self._folders]
+            for writer in self._writers:
+                stack.callback(writer.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, index: int, segment: Segment, bits: np.ndarray) -> None:
+        """Write a piece of a tensor, and of every tensor tied to it, into folder ``index``."""
+        for name in (segment.tensor.name, *self._aliases.get(segment.tensor.name, ())):
+            self._writers[index].write(name, segment.start, bits)
+
+    def write_fixed(self) -> None:
+        """Write the tensors that are not float into every folder."""
+        for part, spec in enumerate(self._store.layout.parts):
+            if spec.encoding != "fixed":
+                continue
+            for begin, end in blocks(spec.numel):
+                raw = self._store.read_base(part, begin, end)
+                for segment in self._store.layout.segments_in(part, begin, end):
+                    low = segment.offset - begin
+                    for index in range(len(self._jobs)):
+                        self.write(index, segment, raw[low : low + segment.numel])
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            for folder, job in zip(self._folders, self._jobs, strict=True):
+                write_files(folder, self._store.files(), self._dtype, job.provenance, job.card)
+
+
+def aliases(layout: Layout) -> dict[str, list[str]]:
+    """Name of a tensor -> names of the tensors that are tied to it."""
+    found: dict[str, list[str]] = {}
+    for tensor in layout.tensors:
+        if tensor.tied_to:
+            found.setdefault(tensor.tied_to, []).append(tensor.name)
+    return found
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its name if the block succeeds and vanishes if it does not.
+
+    Raises:
+        StoreError: the disk is full or the place cannot be written.
+    """
+    temporary = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left one
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: cannot be written ({error.strerror or error}); nothing was left there: free space or choose another -o"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
+    """True if ``folder`` is a finished result of the same request; False if nothing is there.
+
+    Raises:
+        RelexkitError: something else is there.
+    """
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        found = None
+    if found == json.loads(json.dumps(provenance)):
+        return True
+    raise RelexkitError(f"{folder}: exists and holds something else; remove it or choose another -o")
+
+
+def write_files(
+    folder: Path, files: Mapping[str, bytes], dtype: str | None, provenance: Mapping[str, Any], card: str | None
+) -> None:
+    """Write configuration (with the output's dtype), tokenizer, provenance and README into a checkpoint folder."""
+    for name, content in files.items():
+        if name == "config.json" and dtype is not None:
+            content = _with_dtype(content, dtype)
+        (folder / name).write_bytes(content)
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+    if card is not None:
+        (folder / "README.md").write_text(card)
+
+
+def _with_dtype(config: bytes, dtype: str) -> bytes:
+    try:
+        document = json.loads(config)
+    except ValueError:
+        return config
+    for key in ("dtype", "torch_dtype"):
+        if key in document:
+            document[key] = dtype
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
+    """README.md of a predicted checkpoint: what it is and how it was made."""
+    steps, base = provenance["steps"], provenance["base"]
+    options = [f.name for f in fields(Options) if provenance.get(f.name) is not None]
+    said = ", ".join(f"{name} {provenance[name]}" for name in options if name != "degree" or provenance["fit"] == "polynomial")
+    rows = {
+        "base": f"{base['description']} (sha256 `{base['sha256']}`)",
+        "source": provenance["source"],
+        "steps used": f"{len(steps)}, from {steps[0]} to {steps[-1]}",
+        "target step": f"{provenance['target']:g}",
+        "method": provenance["method"] + (f" ({said})" if said else ""),
+        "fitted per": provenance["scope"],
+        "scale": f"{provenance['scale']:g}",
+        "dtype, rounding": f"{provenance['dtype']}, {provenance['rounding']} (seed {provenance['seed']})",
+        "relexkit": provenance["relexkit"],
+    }
+    if variance is not None:
+        rows["variance on each tensor's first direction"] = f"{100 * variance:.1f} %"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n"
+        f"# Extrapolated checkpoint, step {provenance['target']:g}\n\n"
+        f"These weights were not trained: they were predicted from the updates of steps {steps[0]} to {steps[-1]}. "
+        "Evaluate them before use.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
