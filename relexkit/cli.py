@@ -32,12 +32,13 @@ _SHOWN_ROWS = 40
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = None
     try:
-        parser = _parser()
-        parsed = parser.parse_args(arguments)
-        if "prepare" in parsed:  # an external command's options are known only to its module
-            parsed = parsed.prepare(arguments)
+        if given and given[0] in EXTERNAL:
+            parsed = _external_parser(given[0]).parse_args(given[1:])
+        else:
+            parsed = _parser().parse_args(given)
         parsed.run(parsed)
     except (RelexkitError, OSError) as error:
         if parsed is not None and parsed.debug:
@@ -320,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", metavar="DIR", help="the base model (default: the run's step 0)")
     command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, every C-th")
     command.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
-                         help="exact keeps every bit; auto: exact for 16-bit checkpoints, float deltas for float32")  # fmt: skip
+                         help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip
     command.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
 
     for name, run, text in (
@@ -370,31 +371,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     _add_rounding(command)
 
-    for name, (module, text) in EXTERNAL.items():
-        _add_external(commands, name, module, text)
+    for name, (_, text) in EXTERNAL.items():
+        commands.add_parser(name, help=text)  # for the list; main() asks the owner for the options
+    return parser
+
+
+def _external_parser(name: str) -> argparse.ArgumentParser:
+    module, text = EXTERNAL[name]
+    owner = import_module(module)
+    parser = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    owner.add_arguments(parser)
+    parser.set_defaults(run=owner.run)
     return parser
 
 
 def _add_rounding(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
     command.add_argument("--seed", type=int, default=0, help="of the stochastic rounding (default: 0)")
-
-
-def _add_external(commands: Any, name: str, module: str, text: str) -> None:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", add_help=False)
-    command.add_argument("rest", nargs=argparse.REMAINDER)
-    command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
-
-    def prepare(arguments: Sequence[str] | None) -> argparse.Namespace:
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        owner = import_module(module)
-        real = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
-        real.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        owner.add_arguments(real)
-        real.set_defaults(run=owner.run)
-        return real.parse_args(given[given.index(name) + 1 :])
-
-    command.set_defaults(prepare=prepare)
 
 
 def _step(text: str) -> float:

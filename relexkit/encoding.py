@@ -91,7 +91,7 @@ def float_row(base: np.ndarray, current: np.ndarray, dtype: str, mantissa_bits: 
 
 
 def content_checksum(blocks: list[int]) -> int:
-    """Checksum of a part's content from the CRC-32C of its blocks of ``CHECKSUM_BLOCK`` elements, in order."""
+    """One checksum of several: of a part's content from the CRC-32C of its blocks of ``CHECKSUM_BLOCK`` elements."""
     return google_crc32c.value(np.asarray(blocks, "<u4").tobytes())
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
 from relexkit.gram import Gram
+from relexkit.linalg import single_threaded_blas
 from relexkit.spectrum import decompose
 
 
@@ -27,7 +28,7 @@ class Options:
     """What the methods can be told; each method names the ones that it uses in ``METHODS``.
 
     Attributes:
-        rank: principal directions kept (RELEX, reconstruct).
+        rank: principal directions kept, at most as many as there are (RELEX, reconstruct).
         fit: how a coefficient is continued: ``linear``, ``polynomial`` or ``sinusoid`` (RELEX).
         degree: of the polynomial fit.
         window: fit only the last so many recorded steps; None for all.
@@ -109,10 +110,10 @@ def fit_sinusoid(x: np.ndarray, y: np.ndarray, options: Options) -> Curve:
             (a, f, phase, c), _ = curve_fit(_sinusoid, x, y, p0=start, maxfev=10000)
     except RuntimeError:
         raise ExtrapolationError("the sinusoid fit did not converge; use --fit linear or polynomial") from None
-    return lambda t: float(_sinusoid(np.float64(t), a, f, phase, c))
+    return lambda t: float(_sinusoid(t, a, f, phase, c))
 
 
-def _sinusoid(x: np.ndarray, a: float, f: float, phase: float, c: float) -> np.ndarray:
+def _sinusoid(x: Any, a: float, f: float, phase: float, c: float) -> Any:
     return a * np.sin(2 * np.pi * f * x + phase) + c
 
 
@@ -272,16 +273,16 @@ def predict_weights(
             raise ExtrapolationError(f"--to {target:g} is not a step; expected a positive number")
     grouped = gram.scoped(scope)
     by_group = np.zeros((len(targets), len(grouped.names), len(gram.steps)))
-    for row, name in enumerate(grouped.names):
-        matrix = grouped.matrices[row]
-        if not np.trace(matrix) > 0:
-            continue
-        for index, target in enumerate(targets):
-            try:
-                by_group[index, row] = METHODS[method].weights(matrix, gram.steps, target, options)
-            except ExtrapolationError as error:
-                place = "" if len(gram.steps) < 2 else f"{name}: "
-                raise ExtrapolationError(f"{place}{error}") from None
+    with single_threaded_blas():
+        for row, name in enumerate(grouped.names):
+            matrix = grouped.matrices[row]
+            if not np.trace(matrix) > 0:
+                continue
+            for index, target in enumerate(targets):
+                try:
+                    by_group[index, row] = METHODS[method].weights(matrix, gram.steps, target, options)
+                except ExtrapolationError as error:
+                    raise ExtrapolationError(f"{name}: {error}") from None
     if scope != "tensor":
         by_group = by_group[:, [grouped.names.index(g) for g in gram.groups(scope)]]
     return scale * by_group

@@ -21,13 +21,15 @@ import zarr
 from relexkit.dtypes import to_float32
 from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
 from relexkit.errors import RelexkitError, StoreError
-from relexkit.layout import scope_of
+from relexkit.layout import Segment, scope_of
+from relexkit.linalg import single_threaded_blas
 from relexkit.store import (
     FORMAT_VERSION,
     READ_WINDOW,
     ProgressCallback,
     TrajectoryStore,
     WriterLock,
+    blocks,
     column_windows,
     describe_steps,
 )
@@ -175,7 +177,7 @@ def _sparse_pass(
     products = np.zeros_like(result.matrices)
     numel = store.layout.parts[part].numel
     entries = store.entries(part, len(store.steps))
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with single_threaded_blas(), ThreadPoolExecutor(_WORKERS) as pool:
         # Half of the budget holds a stretch of the log, read once; the other half the windows in work.
         for begin, end, updates in store.read_log(part, len(store.steps), budget // 2, pool):
             inner = entries[begin // BLOCK : num_blocks(end)]
@@ -247,44 +249,59 @@ def _sparse_window(
             first, last = span[number], span[number + 1]
             row_of_dense[slot[first:last] - left] = value[first:last]
         products[tensor] += dense[old:] @ dense.T
-    index = next(i for i, s in enumerate(layout.segments_in(part)) if s.tensor is inside[0].tensor)
-    return index, products, counts
+    return _index_of(layout.segments_in(part), inside[0]), products, counts
 
 
 # -- dense rows -------------------------------------------------------------------------------------------------------
 
 
 def _dense_pass(
-    store: TrajectoryStore, part: int, old: int, budget: int, result: _PartGram,
-    progress: ProgressCallback | None, place: tuple[int, int],
-) -> None:  # fmt: skip
+    store: TrajectoryStore,
+    part: int,
+    old: int,
+    budget: int,
+    result: _PartGram,
+    progress: ProgressCallback | None,
+    place: tuple[int, int],
+) -> None:
     """Rows ``old:`` of ``M M^T``: float32 products over short stretches of columns, summed in float64."""
-    layout, num_steps = store.layout, len(store.steps)
-    segments = {s.tensor.name: i for i, s in enumerate(layout.segments_in(part))}
-    numel = layout.parts[part].numel
-    width = max(_PIECE, budget // (8 * num_steps) // _PIECE * _PIECE)
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        for begin in range(0, numel, width):
-            end = min(begin + width, numel)
-            base = store.read_base(part, begin, end) if layout.parts[part].encoding == "exact" else np.empty(0, np.uint16)
-            deltas = np.empty((num_steps, end - begin), np.float32)
-
-            def read(row: int, b: int = begin, e: int = end, base: np.ndarray = base, out: np.ndarray = deltas) -> None:
-                out[row] = store.read_delta(part, row, b, e, base)
-
-            list(pool.map(read, range(num_steps)))
-            for segment in layout.segments_in(part, begin, end):
-                index = segments[segment.tensor.name]
-                low = segment.offset - begin
-                for left in range(low, low + segment.numel, _PIECE):
-                    piece = deltas[:, left : min(left + _PIECE, low + segment.numel)]
-                    result.matrices[index, old:] += piece[old:] @ piece.T
-                    result.counts[index, 1, old:] += np.count_nonzero(piece[old:], axis=1)
-                    for row in range(old, num_steps):
-                        earlier = piece[row - 1] if row else 0
-                        result.counts[index, 0, row] += np.count_nonzero(piece[row] != earlier)
+    numel = store.layout.parts[part].numel
+    width = max(_PIECE, budget // (_WORKERS * 4 * (len(store.steps) + 2)) // _PIECE * _PIECE)
+    windows = list(blocks(numel, min(width, READ_WINDOW[store.layout.parts[part].encoding])))
+    with single_threaded_blas(), ThreadPoolExecutor(_WORKERS) as pool:
+        results = pool.map(lambda window: _dense_window(store, part, window, old), windows)
+        for (_, end), (first, product, counts) in zip(windows, results, strict=True):
+            result.matrices[first : first + len(product), old:] += product
+            result.counts[first : first + len(counts), :2, old:] += counts
             if progress:
                 progress("Gram matrices", place[0] * 100 + 100 * end // numel, place[1] * 100)
+
+
+def _dense_window(store: TrajectoryStore, part: int, window: tuple[int, int], old: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Index of the first segment in a window, ``M[old:] M^T`` and counts (changed, moved) of each segment there."""
+    begin, end = window
+    layout, num_steps = store.layout, len(store.steps)
+    base = store.read_base(part, begin, end) if layout.parts[part].encoding == "exact" else np.empty(0, np.uint16)
+    deltas = np.empty((num_steps, end - begin), np.float32)
+    for row in range(num_steps):
+        deltas[row] = store.read_delta(part, row, begin, end, base)
+    inside = layout.segments_in(part, begin, end)
+    products = np.zeros((len(inside), num_steps - old, num_steps))
+    counts = np.zeros((len(inside), 2, num_steps - old), np.int64)
+    for product, count, segment in zip(products, counts, inside, strict=True):
+        low, high = segment.offset - begin, segment.offset - begin + segment.numel
+        for left in range(low, high, _PIECE):
+            piece = deltas[:, left : min(left + _PIECE, high)]
+            product += piece[old:] @ piece.T
+            for row in range(old, num_steps):
+                moved = np.count_nonzero(piece[row] != 0)
+                changed = np.count_nonzero(piece[row] != piece[row - 1]) if row else moved
+                count[:, row - old] += (changed, moved)
+    return _index_of(layout.segments_in(part), inside[0]), products, counts
+
+
+def _index_of(segments: list[Segment], piece: Segment) -> int:
+    return next(i for i, s in enumerate(segments) if s.tensor is piece.tensor)
 
 
 # -- cache in the store -----------------------------------------------------------------------------------------------
@@ -297,7 +314,8 @@ def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
         steps = np.asarray(group.attrs["steps"])
         if group.attrs["format_version"] != FORMAT_VERSION or not np.array_equal(steps, store.steps[: len(steps)]):
             return None
-        known = _PartGram(np.asarray(group["matrices"][:]), np.asarray(group["counts"][:]))
+        known = _PartGram(*(np.asarray(zarr.open_array(store.path, path=f"gram/{part}/{name}", mode="r")[:])
+                            for name in ("matrices", "counts")))  # fmt: skip
     except Exception:  # absent, half-written or damaged: it is derived data and computed again
         return None
     if not len(steps) or np.isnan(known.matrices).any() or (known.counts == _UNWRITTEN_COUNT).any():

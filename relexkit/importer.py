@@ -58,7 +58,7 @@ def import_checkpoints(
     steps: str | None = None,
     encoding: Literal["auto", "exact", "float"] = "auto",
     mantissa_bits: int | None = None,
-    memory_budget_bytes: int = 2**29,
+    memory_budget_bytes: int = 5 * 2**26,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
     """Import a folder of checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
@@ -238,12 +238,9 @@ def _tied_tensors(
     tied = {}
     for head in heads:
         for embedding in embeddings:
-            same_kind = head[1:] == embedding[1:] and head[0] != embedding[0]
-            if (
-                same_kind
-                and _equal(base, head[0], embedding[0])
-                and all(_equal_at(run, s, head[0], embedding[0]) for s in steps)
-            ):
+            if head[1:] != embedding[1:] or head[0] == embedding[0] or not _equal(base, head[0], embedding[0]):
+                continue
+            if all(_equal_at(run, step, head[0], embedding[0]) for step in steps):
                 tied[head[0]] = embedding[0]
     return tied
 
@@ -261,7 +258,7 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
         pair = [np.empty(end - begin, bits_dtype(info.dtype)) for _ in range(2)]
         checkpoint.read_into(first, begin, pair[0])
         checkpoint.read_into(second, begin, pair[1])
-        if not np.array_equal(*pair):
+        if not np.array_equal(pair[0], pair[1]):
             return False
     return True
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from relexkit.checkpoints import open_checkpoint
 from relexkit.dtypes import FLOAT_DTYPES, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
-from relexkit.encoding import CHECKSUM_BLOCK, Update, apply_update, clip_update
+from relexkit.encoding import CHECKSUM_BLOCK, Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.extrapolators import METHODS, Options, predict_weights
 from relexkit.gram import Gram, gram
@@ -86,11 +86,12 @@ def extrapolate(
     observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
     weights = predict_weights(observed.until(until), list(to), method=method, options=options, scope=scope, scale=scale)
     settings = {"method": method, **_used_options(method, options), "scope": scope, "scale": scale}
+    content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     jobs, predictions = [], []
     for target, weight in zip(to, weights, strict=True):
         provenance = {
             "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
-            "steps": [int(s) for s in store.steps[:num_used]], "base": store.attributes["base"],
+            "steps": [int(s) for s in store.steps[:num_used]], "content": content, "base": store.attributes["base"],
             "source": store.attributes["source"], "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed,
         }  # fmt: skip
         folder = Path(out) / f"step-{target:g}"

@@ -27,7 +27,7 @@ _DTYPES = {
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
 _CODES = {name: code for code, (name, _) in _DTYPES.items()}
-ITEM_BYTES = {name: size for name, size in _DTYPES.values()}
+ITEM_BYTES = dict(_DTYPES.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class SafetensorsFile:
         ``out`` is contiguous, of the unsigned type that carries the tensor's dtype (for other dtypes ``uint8``, and
         then ``start`` and the length count bytes).
         """
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         position = self._begin[name] + start * out.itemsize
         while view:
             count = os.preadv(self._fd, [view], position)
@@ -191,7 +191,7 @@ class SafetensorsFolderWriter:
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         """Write elements ``start:start+len(bits)`` of a tensor (bytes for a tensor that is not float). Thread-safe."""
         file, begin = self._place[name]
-        view = memoryview(np.ascontiguousarray(bits)).cast("B")
+        view = np.ascontiguousarray(bits).data.cast("B")
         position = self._data_start[file] + begin + start * bits.itemsize
         while view:
             count = os.pwrite(self._files[file], view, position)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexkit.gram import Gram
+from relexkit.linalg import single_threaded_blas
 
 RANK_TOLERANCE = 1e-7
 """Directions with a singular value at most this fraction of the first are numerically zero and dropped."""
@@ -55,8 +56,12 @@ def decompose(matrix: np.ndarray) -> Decomposition:
 
 
 def center(matrix: np.ndarray) -> np.ndarray:
-    """``J G J`` with ``J = I - 11^T / T``: the Gram matrix about the mean checkpoint instead of the base."""
-    return matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
+    """``J G J`` with ``J = I - 11^T / T``: the Gram matrix about the mean checkpoint instead of the base.
+
+    Zero where what is left is rounding noise: checkpoints that differ from the base but not from each other.
+    """
+    about = matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
+    return about if np.trace(about) > 1e-12 * np.trace(matrix) else np.zeros_like(about)
 
 
 def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -73,18 +78,21 @@ def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return (time @ deviation) ** 2 / ((time**2).sum() * total)
 
 
-def drift(matrix: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
     """``|cos|`` between the first direction of the first ``n`` steps and that of all steps, for each n of ``prefixes``.
 
-    ``u_1(n)^T G[:n, :] u_1(T) / (sigma_1(n) sigma_1(T))``; NaN where a prefix has not moved.
+    ``u_1(n)^T G[:n, :] u_1(T) / (sigma_1(n) sigma_1(T))``; centered, with each prefix about its own mean, the same with
+    ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
     """
-    final = decompose(matrix)
+    about = center if centered else np.asarray
+    final = decompose(about(matrix))
     cosines = np.full(len(prefixes), np.nan)
     if not len(final.singular_values):
         return cosines
+    # the eigenvectors of a centered matrix sum to zero, so they need no centering themselves
     projected = matrix @ final.left[:, 0] / final.singular_values[0]
     for index, count in enumerate(prefixes):
-        prefix = decompose(matrix[:count, :count])
+        prefix = decompose(about(matrix[:count, :count]))
         if len(prefix.singular_values):
             cosines[index] = abs(prefix.left[:, 0] @ projected[:count]) / prefix.singular_values[0]
     return np.minimum(cosines, 1.0)
@@ -173,6 +181,11 @@ def spectrum(gram: Gram, *, scope: str = "tensor", until: int | None = None, cen
         RelexkitError: no recorded step is as early as ``until``.
     """
     chosen = gram.until(until).scoped(scope)
+    with single_threaded_blas():
+        return _spectrum(chosen, scope, centered)
+
+
+def _spectrum(chosen: Gram, scope: str, centered: bool) -> Spectrum:
     energy = np.trace(chosen.matrices, axis1=1, axis2=2)
     total = energy.sum()
     scopes = []
@@ -190,7 +203,7 @@ def spectrum(gram: Gram, *, scope: str = "tensor", until: int | None = None, cen
                 changed=chosen.changed[row] / max(1, size),
                 moved=chosen.moved[row] / max(1, size),
                 unit_moves=float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan"),
-            )  # fmt: skip
+            )
         )
     null = _scope_spectrum("walk without direction", 0, walk_gram(chosen.steps), chosen.steps, centered)
     return Spectrum(chosen.steps, scope, centered, scopes, null)
@@ -211,7 +224,7 @@ def _scope_spectrum(
         explained_variance_ratio=parts.explained_variance_ratio,
         coefficients=parts.coefficients,
         r2=r_squared(parts.coefficients, steps),
-        drift=drift(about, quarters(len(steps))),
+        drift=drift(matrix, quarters(len(steps)), centered=centered),
         update_cosines=update_cosines(matrix),
         changed=empty if changed is None else changed,
         moved=empty if moved is None else moved,

@@ -38,6 +38,7 @@ from relexkit.encoding import (
 )
 from relexkit.errors import StoreError
 from relexkit.layout import Layout
+from relexkit.shards import ShardReader, shard_reader
 
 FORMAT_VERSION = 1
 
@@ -50,7 +51,7 @@ _BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
 _ENTRY_CHUNK = 2**17
 _ROW_CHUNK = 2**17
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
-_DENSE_CODECS = (BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+_DENSE_CODECS = (BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 _UNWRITTEN_INDPTR = 0xFFFFFFFF
@@ -78,6 +79,7 @@ class TrajectoryStore:
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._arrays: dict[str, zarr.Array] = {}
+        self._readers: dict[str, ShardReader | None] = {}
         self._indptr: dict[int, np.ndarray] = {}
         self._group = _open_group(self.path)
         self.attributes = _relexkit_attributes(self._group, self.path)
@@ -87,8 +89,9 @@ class TrajectoryStore:
     def refresh(self) -> None:
         """See the steps that a writer has committed since."""
         self._arrays.clear()
+        self._readers.clear()
         self._indptr.clear()
-        log = self._guard("the commit log", lambda: np.asarray(self._array("steps")[:]))
+        log = self._read_small("the commit log", "steps", None)
         self.steps: np.ndarray = log[log >= 0]
 
     @property
@@ -117,15 +120,14 @@ class TrajectoryStore:
     def read_base(self, part: int, begin: int, end: int) -> np.ndarray:
         """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed part)."""
         return self._guard(
-            f"the base, tensor {self._tensor_at(part, begin)!r}", lambda: np.asarray(self._array(f"base/{part}")[begin:end])
+            f"the base, tensor {self._tensor_at(part, begin)!r}", lambda: self._read(f"base/{part}", None, begin, end)
         )
 
     def indptr(self, part: int) -> np.ndarray:
         """Entries of the sparse log before each block, ``uint32 [T, num_blocks + 1]``; cached."""
         if part not in self._indptr:
-            table = self._guard(
-                f"part {part} of the update log", lambda: np.asarray(self._array(f"updates/{part}/indptr")[: len(self.steps)])
-            )
+            where = f"part {part} of the update log"
+            table = self._read_small(where, f"updates/{part}/indptr", len(self.steps))
             for row in np.flatnonzero((table[:, 0] != 0) | (np.diff(table.astype(np.int64), axis=1) < 0).any(axis=1)):
                 self._damaged(int(row), part, 0, "its index is missing or not ascending")
             self._indptr[part] = table
@@ -144,8 +146,8 @@ class TrajectoryStore:
         if low == high:
             return np.empty(0, np.int32), np.empty(0, self._array(f"{name}/data").dtype)
         where = self._where(row, part, begin)
-        gaps = self._guard(where, lambda: np.asarray(self._array(f"{name}/indices")[row, low:high]))
-        differences = self._guard(where, lambda: np.asarray(self._array(f"{name}/data")[row, low:high]))
+        gaps = self._guard(where, lambda: self._read(f"{name}/indices", row, low, high))
+        differences = self._guard(where, lambda: self._read(f"{name}/data", row, low, high))
         if not differences.all() or ((gaps == _UNWRITTEN_GAP).all() and not self._written(f"{name}/indices", row)):
             self._damaged(row, part, begin, "a chunk is missing")
         columns = decode_columns(gaps, indptr, first)
@@ -172,7 +174,7 @@ class TrajectoryStore:
     def read_row(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base."""
         name = f"deltas/{part}"
-        values = self._guard(self._where(row, part, begin), lambda: np.asarray(self._array(name)[row, begin:end]))
+        values = self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end))
         if values.dtype == np.float32:
             if nonfinite_index(values.view(np.uint32), "float32") is not None:
                 self._damaged(row, part, begin, "a chunk is missing")
@@ -212,21 +214,17 @@ class TrajectoryStore:
 
     def checksums(self) -> np.ndarray:
         """Content checksum of every step and part, ``uint32 [T, parts]``."""
-        return self._guard("the checksums", lambda: np.asarray(self._array("checksums")[: len(self.steps)]))
+        return self._read_small("the checksums", "checksums", len(self.steps))
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
-        return {
-            name: self._guard(f"metric {name!r}", lambda n=name: np.asarray(self._array(f"metrics/{n}")[: len(self.steps)]))
-            for name in self.attributes_of("metrics").get("names", [])
-        }
+        names = self.attributes_of("metrics").get("names", [])
+        return {name: self._read_small(f"metric {name!r}", f"metrics/{name}", len(self.steps)) for name in names}
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
-        return {
-            name: self._guard(f"file {name!r}", lambda n=name: np.asarray(self._array(f"files/{n}")[:]).tobytes())
-            for name in self.attributes["files"]
-        }
+        names = self.attributes["files"]
+        return {name: self._read_small(f"file {name!r}", f"files/{name}", None).tobytes() for name in names}
 
     def attributes_of(self, group: str) -> dict[str, Any]:
         """Attributes of a sub-group; empty if it does not exist."""
@@ -249,7 +247,7 @@ class TrajectoryStore:
             contents: list[list[int]] = [[] for _ in self.steps]
             for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
                 state = self.read_base(part, begin, end)
-                digest.update(memoryview(state).cast("B"))
+                digest.update(state.data.cast("B"))
                 for row in range(len(self.steps) if spec.encoding != "fixed" else 0):
                     if spec.encoding == "sparse":
                         columns, differences = self.read_update(part, row, begin, end)
@@ -283,6 +281,18 @@ class TrajectoryStore:
                 raise StoreError(f"{self.path}: {name} is not an array")
             self._arrays[name] = found
         return self._arrays[name]
+
+    def _read(self, name: str, row: int | None, begin: int, end: int) -> np.ndarray:
+        if name not in self._readers:
+            self._readers[name] = shard_reader(self._array(name))
+        reader = self._readers[name]
+        if reader is not None:
+            return reader.read(row, begin, end)
+        array = self._array(name)
+        return np.asarray(array[begin:end] if row is None else array[row, begin:end])
+
+    def _read_small(self, where: str, name: str, rows: int | None) -> np.ndarray:
+        return self._guard(where, lambda: np.asarray(self._array(name)[:rows]))
 
     def _tensor_at(self, part: int, column: int) -> str:
         segments = self.layout.segments_in(part, column)
@@ -373,19 +383,21 @@ class StoreWriter:
         if not metrics:
             return
         group = self._group["metrics"]
-        names = group.attrs.get("names", [])
+        names: list[str] = list(self.store.attributes_of("metrics")["names"])
         for metric, value in metrics.items():
             name = re.sub(r"[^A-Za-z0-9_.-]", ".", metric).strip(".") or "metric"
             if name not in names:
                 rows = self._array("steps").shape[0]
                 _create(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=float("nan"))
-                names = [*names, name]
+                names.append(name)
                 group.attrs["names"] = names
             self._array(f"metrics/{name}")[self._row] = value
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
-            self._arrays[name] = self._group[name]
+            array = self._group[name]
+            assert isinstance(array, zarr.Array)
+            self._arrays[name] = array
         return self._arrays[name]
 
     def _per_step_arrays(self) -> list[str]:
@@ -489,7 +501,7 @@ def _write_base(
             for begin in range(0, spec.numel, shard):
                 end = min(begin + shard, spec.numel)
                 bits = read_base(part, begin, end)
-                hashed = hasher.submit(digest.update, memoryview(bits).cast("B"))
+                hashed = hasher.submit(digest.update, bits.data.cast("B"))
                 array[begin:end] = bits
                 hashed.result()
             if progress:
@@ -502,7 +514,7 @@ def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]
     digest = hashlib.sha256()
     for part, spec in enumerate(layout.parts):
         for begin, end in blocks(spec.numel):
-            digest.update(memoryview(read_base(part, begin, end)).cast("B"))
+            digest.update(read_base(part, begin, end).data.cast("B"))
     return digest.hexdigest()
 
 
@@ -578,13 +590,21 @@ def describe_steps(steps: np.ndarray) -> str:
     return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
+class _NotAStore(StoreError):
+    """Something else is there, or nothing."""
+
+
+class _CreationInterrupted(StoreError):
+    """A store that a killed writer has not finished creating."""
+
+
 def _open_group(path: str) -> zarr.Group:
     if "://" not in path and not os.path.isdir(path):
-        raise StoreError(f"{path}: no such store; expected a folder written by `relexkit import`")
+        raise _NotAStore(f"{path}: no such store; expected a folder written by `relexkit import`")
     try:
         return zarr.open_group(path, mode="r")
     except FileNotFoundError:
-        raise StoreError(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
+        raise _NotAStore(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
     except Exception as error:
         raise StoreError(f"{path}: is not a readable Zarr group ({error}); restore the store from a copy") from error
 
@@ -592,14 +612,14 @@ def _open_group(path: str) -> zarr.Group:
 def _relexkit_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
     attributes = dict(group.attrs).get("relexkit")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
-        raise StoreError(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
+        raise _NotAStore(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
     if attributes["format_version"] != FORMAT_VERSION:
         raise StoreError(
             f"{path}: has format version {attributes['format_version']!r}; this relexkit reads version {FORMAT_VERSION}: "
             "install the release that wrote it"
         )
     if attributes.get("state") != "ready":
-        raise StoreError(f"{path}: its creation was interrupted; run the same `relexkit import` again")
+        raise _CreationInterrupted(f"{path}: its creation was interrupted; run the same `relexkit import` again")
     return attributes
 
 
@@ -614,11 +634,11 @@ def _clear_for_creation(path: str) -> None:
         return  # empty, or killed while the very first file was written
     try:
         _relexkit_attributes(_open_group(path), path)
-    except StoreError as error:
-        if "creation was interrupted" not in str(error):
-            raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+    except _CreationInterrupted:
         shutil.rmtree(folder)
         return
+    except _NotAStore:
+        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
     raise StoreError(f"{path}: a store exists there; choose another -o")
 
 

@@ -19,9 +19,13 @@ from relexkit.safetensors_io import TensorInfo
 class Checkpoint(Protocol):
     """One set of weights, readable in pieces."""
 
-    description: str
-    tensors: Mapping[str, TensorInfo]
-    """Every stored tensor in the order in which reading is cheapest."""
+    @property
+    def description(self) -> str:
+        """What this is, in words."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor in the order in which reading is cheapest."""
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (of bytes, for tensors that are not float)."""

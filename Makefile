@@ -1,0 +1,47 @@
+# Every target creates and updates the environment by itself: `make demo` and `make test` are enough on a fresh machine.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Everything that is ours and Python, also before the first commit of a file.
+SOURCES := relexkit trainer analysis tests docs
+
+.PHONY: help demo test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      train a small model, record, analyse, extrapolate: minutes on two cores (ARGS='-o FOLDER ...')"
+	@echo "make test      the default tests (ARGS='tests/test_store.py -k crash')"
+	@echo "make test-all  every test, also the slow ones"
+	@echo "make check     lint, format, types and the default tests: what continuous integration runs"
+	@echo "make bench     speed, memory and disk against the budgets (ARGS='--reference CLONE ...')"
+	@echo "make clean     remove the environment, caches and the demo's results"
+
+# The stamp is written last, so an interrupted installation is started again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "relexkit needs Python 3.11 or newer; give one with make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/relexkit demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist demo-run
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
