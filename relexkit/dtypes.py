@@ -97,6 +97,9 @@ def round_bits(
     Raises:
         RelexkitError: a value is NaN, infinite or rounds beyond the largest finite number of ``dtype``.
     """
+    bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
+    if bad is not None:
+        raise _does_not_fit(tensor, start + bad, values[bad], dtype)
     if dtype == "float32":
         bits = np.ascontiguousarray(values).view(np.uint32)
     elif rounding == "nearest":
@@ -105,11 +108,15 @@ def round_bits(
         bits = _round_stochastic(values, dtype, random_bits(seed, tensor, start, start + len(values)))
     bad = nonfinite_index(bits, dtype)
     if bad is not None:
-        raise RelexkitError(
-            f"tensor {tensor!r}: element {start + bad} has the value {values[bad]!r}, which {dtype} cannot hold; "
-            "expected finite weights: choose a nearer target or --dtype float32"
-        )
+        raise _does_not_fit(tensor, start + bad, values[bad], dtype)
     return bits
+
+
+def _does_not_fit(tensor: str, index: int, value: np.float32, dtype: str) -> RelexkitError:
+    return RelexkitError(
+        f"tensor {tensor!r}: element {index} has the value {value!r}, which {dtype} cannot hold; "
+        "expected finite weights: choose a nearer target or --dtype float32"
+    )
 
 
 def _round_nearest(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -83,6 +83,10 @@ def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
             f"{len(x)} recorded step{'s' * (len(x) != 1)} cannot fix a polynomial of degree {degree}; "
             "record more steps, widen --window, or use --method two-point or hold"
         )
+    if degree == 1:  # in closed form: autoregressive refits come here a thousand times for every tensor
+        middle, height = x.mean(), y.mean()
+        slope = (x - middle) @ y / ((x - middle) ** 2).sum()
+        return lambda t: float(height + slope * (t - middle))
     series = np.polynomial.Polynomial.fit(x, y, degree)
     return lambda t: float(series(t))
 
@@ -136,18 +140,17 @@ def _continue(values: np.ndarray, steps: np.ndarray, target: float, options: Opt
     y, fit, last = values[-window:], FITS[options.fit], float(steps[-1])
     if options.refit_every is None or target <= last:
         return fit(x, y, options)(x[-1] + target - last if by_row else target)
-    curve, since = fit(x, y, options), 0
-    step = last
-    while step < target:
-        if since == options.refit_every:
-            curve, since = fit(x, y, options), 0
-        step = min(step + 1, target)
-        # The released scripts evaluate one row past the window at every step, also between refits.
-        predicted = curve(float(window)) if by_row else curve(step)
-        y = np.append(y[1:], predicted)
-        x = x if by_row else np.append(x[1:], step)
-        since += 1
-    return predicted
+    # The released scripts evaluate one row past the window at every step, also between refits.
+    future = np.append(np.arange(last + 1, target), target)
+    x = np.concatenate([x, np.full(len(future), float(window)) if by_row else future])
+    y = np.concatenate([y, np.empty(len(future))])
+    for first in range(0, len(future), options.refit_every):
+        curve = fit(
+            np.arange(window, dtype=np.float64) if by_row else x[first : first + window], y[first : first + window], options
+        )
+        for place in range(window + first, min(window + first + options.refit_every, len(y))):
+            y[place] = curve(x[place])
+    return float(y[-1])
 
 
 def reconstruct(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,7 @@ SPARSE_BELOW = 1 / 8
 """A dtype whose neighbouring checkpoints differ in a smaller share of the weights is stored as a sparse log."""
 
 _SAMPLE_ELEMENTS = 2**14
+_WIDENED = {"float32": ("bfloat16", "float16")}  # what may stand for a dtype in the base
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -192,15 +193,17 @@ def _choose_encodings(
     dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")
-    with closing(run.checkpoint(steps[-1])) as last:
-        if len(steps) > 1:
-            with closing(run.checkpoint(steps[-2])) as earlier:
-                density = _sampled_density(order, earlier, last)
-        else:
-            density = _sampled_density(order, base, last)
+    try:
+        with ExitStack() as stack:
+            last = stack.enter_context(closing(run.checkpoint(steps[-1])))
+            earlier = stack.enter_context(closing(run.checkpoint(steps[-2]))) if len(steps) > 1 else base
+            density = _sampled_density(order, earlier, last)
+    except CheckpointError:  # damaged: the import reports it when it comes to that step
+        with closing(run.checkpoint(steps[0])) as first:
+            density = _sampled_density(order, base, first)
     chosen: dict[str, Encoding] = {}
     for dtype in dtypes:
-        if density[dtype] < SPARSE_BELOW:
+        if density.get(dtype, 0.0) < SPARSE_BELOW:
             chosen[dtype] = "sparse"
         else:
             chosen[dtype] = "exact" if encoding == "exact" or dtype != "float32" else "float"
@@ -210,9 +213,11 @@ def _choose_encodings(
 def _sampled_density(order: list[tuple[str, tuple[int, ...], str]], earlier: Checkpoint, later: Checkpoint) -> dict[str, float]:
     changed: dict[str, int] = {}
     seen: dict[str, int] = {}
-    for name, _, dtype in order:
-        if dtype not in FLOAT_DTYPES or name not in later.tensors or name not in earlier.tensors:
-            continue
+    for name, shape, dtype in order:
+        shapes = [c.tensors[name].shape for c in (earlier, later) if name in c.tensors]
+        dtypes = {c.tensors[name].dtype for c in (earlier, later) if name in c.tensors}
+        if dtype not in FLOAT_DTYPES or shapes != [shape, shape] or not dtypes <= {dtype, *_WIDENED.get(dtype, ())}:
+            continue  # not float, or not as in the first step, which the import reports
         count = min(_SAMPLE_ELEMENTS, later.tensors[name].numel)
         start = (later.tensors[name].numel - count) // 2
         pair = []
@@ -222,7 +227,7 @@ def _sampled_density(order: list[tuple[str, tuple[int, ...], str]], earlier: Che
             pair.append(widen_bits(raw, checkpoint.tensors[name].dtype, dtype))
         changed[dtype] = changed.get(dtype, 0) + int(np.count_nonzero(pair[0] != pair[1]))
         seen[dtype] = seen.get(dtype, 0) + count
-    return {dtype: changed[dtype] / max(1, seen[dtype]) for dtype in seen}
+    return {dtype: count / max(1, seen[dtype]) for dtype, count in changed.items()}
 
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -247,7 +252,7 @@ def _tied_tensors(
 
 def _equal_at(run: Run, step: int, first: str, second: str) -> bool:
     with closing(run.checkpoint(step)) as checkpoint:
-        if first not in checkpoint.tensors or second not in checkpoint.tensors:
+        if checkpoint.tensors.get(first) != checkpoint.tensors.get(second) or first not in checkpoint.tensors:
             return False  # the import itself reports it
         return _equal(checkpoint, first, second)
 
@@ -326,7 +331,7 @@ def _check_tensors(
             raise CheckpointError(
                 f"{where}: tensor {name!r} has shape {list(info.shape)}; expected {list(shape)} as in {reference}"
             )
-        allowed = (dtype,) if not widen or dtype != "float32" else tuple(FLOAT_DTYPES)
+        allowed = (dtype, *(_WIDENED.get(dtype, ()) if widen else ()))
         if info.dtype not in allowed:
             hint = ""
             if widen and dtype in FLOAT_DTYPES and info.dtype == "float32":
@@ -451,7 +456,7 @@ class _Appender:
             reference = self._reference(part, begin, end)
             columns = changed_columns(reference, current)
             after = current[columns]
-            self._refuse_nonfinite(part, after, begin + columns, where)
+            self._refuse_nonfinite(part, after, begin + columns, where, self._layout.parts[part].dtype)
             differences = after - reference[columns]
             if part in self._kept:
                 reference[columns] = after
@@ -472,10 +477,12 @@ class _Appender:
         def encode(span: tuple[int, int]) -> list[int]:
             begin, end = span
             current = _read_columns(checkpoint, self._layout, part, begin, end, where)
-            self._refuse_nonfinite(part, current, range(begin, end), where)
+            self._refuse_nonfinite(part, current, range(begin, end), where, spec.dtype)
             reference = self._reference(part, begin, end)
             if is_float:
-                row[begin:end] = float_row(reference, current, spec.dtype, self._store.mantissa_bits or 23)
+                with np.errstate(over="ignore"):
+                    row[begin:end] = float_row(reference, current, spec.dtype, self._store.mantissa_bits or 23)
+                self._refuse_nonfinite(part, row[begin:end].view(np.uint32), range(begin, end), where, "float32")
             else:
                 row[begin:end] = (current - reference).view(row.dtype)
             return block_checksums(row[begin:end])
@@ -495,8 +502,11 @@ class _Appender:
                     "expected integer and boolean tensors to stay the same in all steps"
                 )
 
-    def _refuse_nonfinite(self, part: int, bits: np.ndarray, columns: Sequence[int] | np.ndarray, where: str) -> None:
-        bad = nonfinite_index(bits, self._layout.parts[part].dtype)
+    def _refuse_nonfinite(
+        self, part: int, bits: np.ndarray, columns: Sequence[int] | np.ndarray, where: str, dtype: str
+    ) -> None:
+        """Refuse a weight, or a delta, that is not finite; ``columns`` say where ``bits`` lie in the part."""
+        bad = nonfinite_index(bits, dtype)
         if bad is not None:
             column = int(columns[bad])
             segment = self._layout.segments_in(part, column)[0]

@@ -149,7 +149,8 @@ def build_layout(
         encoding: Encoding = encodings[dtype] if dtype in FLOAT_DTYPES else "fixed"
         limit = limits[encoding]
         part = open_part.get(dtype)
-        if part is None or (sizes[part][0] and sizes[part][0] + numel > limit):
+        # a tensor that has to be cut starts a part of its own, and its pieces are the parts that follow
+        if part is None or (sizes[part][0] + numel > limit and (sizes[part][0] or part != len(sizes) - 1)):
             part = len(sizes)
             sizes.append([0, dtype, encoding])
         specs.append(TensorSpec(name=name, shape=shape, dtype=dtype, part=part, offset=sizes[part][0], numel=numel))

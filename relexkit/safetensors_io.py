@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +63,14 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
         self._begin: dict[str, int] = {}
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise CheckpointError(f"{path}: is not a file; expected safetensors weights")
             self._parse_header()
         except BaseException:
             self.close()
@@ -83,10 +86,15 @@ class SafetensorsFile:
             )
         try:
             header = json.loads(os.pread(self._fd, length, 8))
-            self.metadata = header.pop("__metadata__", {})
+            if not isinstance(header.pop("__metadata__", {}), dict):
+                raise ValueError("__metadata__ is not a dictionary")
             for name, entry in header.items():
                 self._add(name, entry, size - 8 - length, 8 + length)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            ranges = sorted((self._begin[name], info.num_bytes, name) for name, info in self.tensors.items())
+            for (begin, count, first), (following, _, second) in pairwise(ranges):
+                if count and begin + count > following:
+                    raise ValueError(f"tensors {first!r} and {second!r} overlap")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{self.path}: the header is not valid ({error}); write or download it again") from None
@@ -96,8 +104,10 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has dtype {entry['dtype']!r}; expected one of {', '.join(_DTYPES)}"
             )
-        info = TensorInfo(tuple(int(n) for n in entry["shape"]), _DTYPES[entry["dtype"]][0])
         begin, end = entry["data_offsets"]
+        if any(type(number) is not int for number in (begin, end, *entry["shape"])):
+            raise ValueError(f"tensor {name!r} has a shape or an offset that is not a whole number")
+        info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]][0])
         if any(n < 0 for n in info.shape) or begin < 0 or end - begin != info.num_bytes:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} of shape {list(info.shape)} and dtype {info.dtype} claims bytes "

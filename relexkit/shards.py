@@ -33,7 +33,6 @@ class ShardReader:
     def __init__(self, folder: Path, array: zarr.Array):
         self._folder = folder
         self._dtype = array.dtype
-        self._fill = array.fill_value
         assert array.shards is not None
         self._chunk, self._shard = array.chunks[-1], array.shards[-1]
 
@@ -62,8 +61,7 @@ class ShardReader:
                 target = out[low - begin : high - begin]
                 offset, length = index[chunk]
                 if offset == _MISSING and length == _MISSING:
-                    target[:] = self._fill  # a chunk of fill values alone is not stored
-                    continue
+                    raise ValueError("a chunk is missing")  # the store writes chunks of fill values too
                 whole = target if high - low == self._chunk else np.empty(self._chunk, self._dtype)
                 self._decode(os.pread(fd, int(length), int(offset)), whole)
                 if whole is not target:

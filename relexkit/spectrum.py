@@ -7,6 +7,7 @@ model, as RELEX (arXiv 2605.21468) computes it; *centered* is the PCA of ``J G J
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,7 @@ def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
     time = steps - steps.mean()
     deviation = values - values.mean(axis=0)
     total = (deviation**2).sum(axis=0)
+    total[total <= 1e-24 * (values**2).sum(axis=0)] = 0.0  # what rounding leaves of a constant
     with np.errstate(invalid="ignore", divide="ignore"):
         return (time @ deviation) ** 2 / ((time**2).sum() * total)
 
@@ -85,7 +87,12 @@ def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -
     ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
     """
     about = center if centered else np.asarray
-    final = decompose(about(matrix))
+    return _drift(matrix, prefixes, about, decompose(about(matrix)))
+
+
+def _drift(
+    matrix: np.ndarray, prefixes: np.ndarray, about: Callable[[np.ndarray], np.ndarray], final: Decomposition
+) -> np.ndarray:
     cosines = np.full(len(prefixes), np.nan)
     if not len(final.singular_values):
         return cosines
@@ -213,8 +220,8 @@ def _scope_spectrum(
     name: str, size: int, matrix: np.ndarray, steps: np.ndarray, centered: bool, *, energy_share: float = float("nan"),
     changed: np.ndarray | None = None, moved: np.ndarray | None = None, unit_moves: float = float("nan"),
 ) -> ScopeSpectrum:  # fmt: skip
-    about = center(matrix) if centered else matrix
-    parts = decompose(about)
+    about = center if centered else np.asarray
+    parts = decompose(about(matrix))
     empty = np.full(len(steps), np.nan)
     return ScopeSpectrum(
         name=name,
@@ -224,7 +231,7 @@ def _scope_spectrum(
         explained_variance_ratio=parts.explained_variance_ratio,
         coefficients=parts.coefficients,
         r2=r_squared(parts.coefficients, steps),
-        drift=drift(matrix, quarters(len(steps)), centered=centered),
+        drift=_drift(matrix, quarters(len(steps)), about, parts),
         update_cosines=update_cosines(matrix),
         changed=empty if changed is None else changed,
         moved=empty if moved is None else moved,

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import getpass
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
 
-from relexkit.dtypes import bits_dtype, nonfinite_index, to_float32
+from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.encoding import (
     BLOCK,
     CHECKSUM_BLOCK,
@@ -53,6 +55,7 @@ _ROW_CHUNK = 2**17
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
 _DENSE_CODECS = (BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
+_WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a missing chunk is always damage, never a chunk of fill values
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 _UNWRITTEN_INDPTR = 0xFFFFFFFF
 _UNWRITTEN_GAP = 0xFFFF
@@ -148,7 +151,7 @@ class TrajectoryStore:
         where = self._where(row, part, begin)
         gaps = self._guard(where, lambda: self._read(f"{name}/indices", row, low, high))
         differences = self._guard(where, lambda: self._read(f"{name}/data", row, low, high))
-        if not differences.all() or ((gaps == _UNWRITTEN_GAP).all() and not self._written(f"{name}/indices", row)):
+        if not differences.all():
             self._damaged(row, part, begin, "a chunk is missing")
         columns = decode_columns(gaps, indptr, first)
         if columns[0] < begin or columns[-1] >= end:
@@ -174,13 +177,7 @@ class TrajectoryStore:
     def read_row(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base."""
         name = f"deltas/{part}"
-        values = self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end))
-        if values.dtype == np.float32:
-            if nonfinite_index(values.view(np.uint32), "float32") is not None:
-                self._damaged(row, part, begin, "a chunk is missing")
-        elif (values == _UNWRITTEN_INTEGER).all() and not self._written(name, row):
-            self._damaged(row, part, begin, "a chunk is missing")
-        return values
+        return self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end))
 
     def read_delta(self, part: int, row: int, begin: int, end: int, base: np.ndarray) -> np.ndarray:
         """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there."""
@@ -218,7 +215,7 @@ class TrajectoryStore:
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
-        names = self.attributes_of("metrics").get("names", [])
+        names = self.metric_names()
         return {name: self._read_small(f"metric {name!r}", f"metrics/{name}", len(self.steps)) for name in names}
 
     def files(self) -> dict[str, bytes]:
@@ -226,12 +223,13 @@ class TrajectoryStore:
         names = self.attributes["files"]
         return {name: self._read_small(f"file {name!r}", f"files/{name}", None).tobytes() for name in names}
 
-    def attributes_of(self, group: str) -> dict[str, Any]:
-        """Attributes of a sub-group; empty if it does not exist."""
-        try:
-            return dict(self._group[group].attrs)
-        except KeyError:
-            return {}
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that were logged."""
+        attributes = self._guard("the list of metrics", lambda: dict(self._group["metrics"].attrs))
+        names = attributes.get("names")
+        if not isinstance(names, list) or attributes.get("checksum") != _json_checksum(names):
+            raise StoreError(f"{self.path}: the list of metrics is damaged; restore the store from a copy")
+        return [str(name) for name in names]
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
         """Read every chunk and compare every step with the checksum of its content. Two passes at most, flat memory.
@@ -288,11 +286,24 @@ class TrajectoryStore:
         reader = self._readers[name]
         if reader is not None:
             return reader.read(row, begin, end)
-        array = self._array(name)
+        array = self._array(name)  # remote: Zarr fills in for missing chunks, so look for the shard first
+        shard = array.shards[-1] if array.shards else array.chunks[-1]
+        for number in range(begin // shard, -(-end // shard)):
+            key = self._group.store_path / name / "c" / (f"{number}" if row is None else f"{row}/{number}")
+            if not sync(key.exists()):
+                raise FileNotFoundError("a chunk is missing")
         return np.asarray(array[begin:end] if row is None else array[row, begin:end])
 
     def _read_small(self, where: str, name: str, rows: int | None) -> np.ndarray:
-        return self._guard(where, lambda: np.asarray(self._array(name)[:rows]))
+        def read() -> np.ndarray:
+            array = self._array(name)
+            if array.ndim == 1:  # rows of the others are known to be missing by their content
+                for chunk in range(-(-array.shape[0] // array.chunks[0])):
+                    if not sync((self._group.store_path / name / "c" / str(chunk)).exists()):
+                        raise ValueError("a chunk is missing")
+            return np.asarray(array[:rows])
+
+        return self._guard(where, read)
 
     def _tensor_at(self, part: int, column: int) -> str:
         segments = self.layout.segments_in(part, column)
@@ -303,10 +314,6 @@ class TrajectoryStore:
 
     def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
         raise StoreError(f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy")
-
-    def _written(self, array: str, row: int) -> bool:
-        store = self._group.store_path
-        return sync((store / array / "c" / str(row) / "0").exists())
 
     def _guard(self, where: str, read: Callable[[], _T]) -> _T:
         try:
@@ -383,25 +390,26 @@ class StoreWriter:
         if not metrics:
             return
         group = self._group["metrics"]
-        names: list[str] = list(self.store.attributes_of("metrics")["names"])
+        names = self.store.metric_names()
         for metric, value in metrics.items():
             name = re.sub(r"[^A-Za-z0-9_.-]", ".", metric).strip(".") or "metric"
             if name not in names:
                 rows = self._array("steps").shape[0]
-                _create(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=float("nan"))
+                nothing = float("nan")
+                _create(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=nothing)[:] = nothing
                 names.append(name)
-                group.attrs["names"] = names
+                group.attrs.update({"names": names, "checksum": _json_checksum(names)})
             self._array(f"metrics/{name}")[self._row] = value
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
             array = self._group[name]
             assert isinstance(array, zarr.Array)
-            self._arrays[name] = array
+            self._arrays[name] = array.with_config(_WRITE_ALL)
         return self._arrays[name]
 
     def _per_step_arrays(self) -> list[str]:
-        names = [f"metrics/{name}" for name in self.store.attributes_of("metrics").get("names", [])]
+        names = [f"metrics/{name}" for name in self.store.metric_names()]
         for part, spec in enumerate(self.store.layout.parts):
             if spec.encoding == "sparse":
                 names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
@@ -417,6 +425,8 @@ class StoreWriter:
             for name in self._per_step_arrays():
                 array = self._array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
+                if array.ndim == 1:
+                    array[self._row :] = array.fill_value
 
     def _discard_unfinished(self) -> None:
         """Delete what a crash left in the first uncommitted row, so that a rewrite never merges with it."""
@@ -477,7 +487,7 @@ def create_store(
                 data = np.frombuffer(content, np.uint8)
                 _create(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=_BASE_CODECS)[:] = data
             attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
-            group.attrs["relexkit"] = attributes
+            group.attrs["relexkit"] = attributes | {"checksum": _json_checksum(attributes)}
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror or error}); free space and run the command again"
@@ -539,9 +549,9 @@ def _create_empty_arrays(group: zarr.Group, layout: Layout) -> None:
                 shards=(1, -(-max(1, spec.numel) // chunk) * chunk), codecs=_DENSE_CODECS,
                 fill_value=float("nan") if is_float else _UNWRITTEN_INTEGER,
             )  # fmt: skip
-    group.create_group("metrics", attributes={"names": []})
+    group.create_group("metrics", attributes={"names": [], "checksum": _json_checksum([])})
     _create(group, "checksums", (_ROWS, max(1, len(layout.parts))), "uint32", (1, max(1, len(layout.parts))))
-    _create(group, "steps", (_ROWS,), "int64", (_LOG_CHUNK,), fill_value=-1)
+    _create(group, "steps", (_ROWS,), "int64", (_LOG_CHUNK,), fill_value=-1)[:] = -1
 
 
 def _create(
@@ -556,7 +566,15 @@ def _create(
     fill_value: float = 0,
 ) -> zarr.Array:
     return group.create_array(
-        name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, compressors=list(codecs), fill_value=fill_value
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=list(codecs),
+        fill_value=fill_value,
+        config=_WRITE_ALL,
+        overwrite=True,
     )
 
 
@@ -620,7 +638,14 @@ def _relexkit_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
         )
     if attributes.get("state") != "ready":
         raise _CreationInterrupted(f"{path}: its creation was interrupted; run the same `relexkit import` again")
-    return attributes
+    content = {key: value for key, value in attributes.items() if key != "checksum"}
+    if attributes.get("checksum") != _json_checksum(content):
+        raise StoreError(f"{path}: its description (zarr.json) is damaged; restore the store from a copy")
+    return content
+
+
+def _json_checksum(document: Any) -> int:
+    return google_crc32c.value(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _clear_for_creation(path: str) -> None:
@@ -635,7 +660,12 @@ def _clear_for_creation(path: str) -> None:
     try:
         _relexkit_attributes(_open_group(path), path)
     except _CreationInterrupted:
-        shutil.rmtree(folder)
+        for child in folder.iterdir():  # zarr.json goes last: it says what this is
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child.name != "zarr.json":
+                child.unlink()
+        (folder / "zarr.json").unlink()
         return
     except _NotAStore:
         raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None

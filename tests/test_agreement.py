@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from relexkit import Options, extrapolate, import_checkpoints
 
-REFERENCES = [os.environ["RELEXKIT_REFERENCE"]] if os.environ.get("RELEXKIT_REFERENCE") else []
+REFERENCE = os.environ.get("RELEXKIT_REFERENCE", "")
 
 
 def released_delta(run: Run, name: str, until: int, target: int, rank: int) -> np.ndarray:
@@ -32,7 +32,8 @@ def released_delta(run: Run, name: str, until: int, target: int, rank: int) -> n
     left, singular = vectors[:, ::-1][:, :rank], np.sqrt(np.maximum(values[::-1][:rank], 0))
     if singular[0] == 0:
         return np.zeros(rows.shape[1], np.float32)
-    basis = (rows.T @ left) / singular
+    kept = singular > 1e-6 * singular[0]  # the scripts zero the other directions
+    basis = (rows.T @ left) * np.where(kept, 1 / np.where(kept, singular, 1), 0)
     x = np.arange(len(steps))
     at = len(steps) - 1 + (target - steps[-1])
     predicted = [np.polyval(np.polyfit(x, c, 1), at) for c in (rows @ basis).T]
@@ -93,9 +94,7 @@ def grid_run(folder: Path) -> Run:
     return Run(folder / "run", folder / "base", weights, folders)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_checkpoints_agree_with_the_released_scripts(reference: str, rank: int, tmp_path: Path) -> None:
+def agreement_with_the_released_scripts(rank: int, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +104,7 @@ def test_checkpoints_agree_with_the_released_scripts(reference: str, rank: int, 
 
     def script(name: str, **options: object) -> None:
         arguments = [str(a) for key, value in options.items() for a in (f"--{key}", value)]
-        command = [sys.executable, str(Path(reference, "scripts", name)), *arguments]
+        command = [sys.executable, str(Path(REFERENCE, "scripts", name)), *arguments]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
 
@@ -133,3 +132,9 @@ def test_checkpoints_agree_with_the_released_scripts(reference: str, rank: int, 
     for name, tensor in released.items():
         equal, total = equal + int((tensor == rounded[name]).sum()), total + tensor.numel()
     assert equal >= 0.999 * total  # but for values on the border between two neighbours
+
+
+if REFERENCE:
+    test_checkpoints_agree_with_the_released_scripts = pytest.mark.parametrize("rank", [1, 2])(
+        agreement_with_the_released_scripts
+    )

@@ -140,14 +140,13 @@ def test_spectrum_json_equals_the_python_call(
         assert found["explained_variance_ratio"] == expected.explained_variance_ratio.tolist()
         np.testing.assert_array_equal(np.array(found["coefficients"]).T.reshape(4, -1), expected.coefficients)
         assert len(found["r2"]) == len(found["singular_values"])
-    # all keys that hold one entry for each direction agree in length
     assert all(len(s["coefficients"]) == len(s["singular_values"]) for s in document["scopes"])
 
 
 def test_spectrum_table(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = ok(capsys, "spectrum", store, "--scope", "global")
     assert "Spectrum of 5 steps, 2 to 20 (uncentered: about the base)" in out
-    [row] = [line for line in out.splitlines() if line.startswith(" global ") or line.startswith("global ")]
+    [row] = [line for line in out.splitlines() if line.split()[:1] == ["global"] and "parameters" not in line]
     [found] = spectrum(gram(TrajectoryStore(store)), scope="global").scopes
     assert f"{100 * found.explained_variance_ratio[0]:.1f} %" in row
     assert f"{found.r2[0]:.3f}" in row
@@ -164,8 +163,8 @@ def test_spectrum_hides_small_rows_unless_asked(tmp_path: Path, capsys: pytest.C
     path = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
     out, _ = ok(capsys, "spectrum", path)
     assert "(5 more rows hold less energy: --all shows them)" in out
-    assert out.count(".mlp.up_proj.weight") == 40
-    assert ok(capsys, "spectrum", path, "--all")[0].count(".mlp.up_proj.weight") == 45
+    assert len(re.findall(r"^ *model\.layers\.", out, re.MULTILINE)) == 40
+    assert len(re.findall(r"^ *model\.layers\.", ok(capsys, "spectrum", path, "--all")[0], re.MULTILINE)) == 45
     assert len(as_json(capsys, "spectrum", path)["scopes"]) == 45
 
 
@@ -190,14 +189,12 @@ def test_extrapolate_equals_the_python_call(store: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--refit-every", 2], ["--fit", "sinusoid"], ["--axis", "row"], ["--rounding", "nearest"], ["--method", "two-point"],
+        ["--refit-every", 2], ["--fit", "polynomial"], ["--axis", "row"], ["--rounding", "nearest"], ["--method", "two-point"],
         ["--method", "two-point", "--anchor", 3], ["--method", "first-update", "--alpha", -1.5], ["--method", "hold"],
         ["--method", "least-squares"], ["--method", "least-squares-origin"],
     ],
 )  # fmt: skip
-def test_every_option_changes_the_result(
-    options: list, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_option_changes_the_result(options: list, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["extrapolate", store, "--to", 60]
     ok(capsys, *common, "-o", tmp_path / "plain")
     ok(capsys, *common, "-o", tmp_path / "other", *options)
@@ -205,9 +202,7 @@ def test_every_option_changes_the_result(
     assert not all(same_bits(plain[n], other[n]) for n in plain)
 
 
-def test_reconstruct_checkout_and_round(
-    run_: Run, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reconstruct_checkout_and_round(run_: Run, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = as_json(capsys, "checkout", store, "--step", 7, "-o", tmp_path / "seven")
     assert document == {"step": 7, "folder": str(tmp_path / "seven"), "exact": True}
     found = load_file(tmp_path / "seven" / "model.safetensors")
@@ -241,7 +236,7 @@ def test_one_step_says_what_it_means(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = odd_store(tmp_path, motion="drift", density=0.05, steps=(5,))
     out, _ = ok(capsys, "spectrum", path, "--scope", "layer")
     assert "One recorded step: there is one direction by definition; record more steps to learn anything." in out
-    assert "nan" not in out.lower().replace("distance", "")
+    assert "nan" not in out.lower()
     for scope in ("tensor", "global"):
         document = as_json(capsys, "spectrum", path, "--scope", scope)
         assert document["steps"] == [5]
@@ -268,7 +263,9 @@ def test_steps_that_change_nothing_say_what_it_means(tmp_path: Path, capsys: pyt
     assert "nan" not in (tmp_path / "out/step-50/README.md").read_text().lower()
 
 
-def test_float_rows_say_how_exact_they_are(float32_store: TrajectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float_rows_say_how_exact_they_are(
+    float32_store: TrajectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = str(shutil.copytree(float32_store.path, tmp_path / "run.zarr"))
     assert as_json(capsys, "checkout", path, "--step", 2, "-o", tmp_path / "two")["exact"] is False
     assert "10 mantissa bits of the delta" in ok(capsys, "checkout", path, "--step", 2, "-o", tmp_path / "two")[0]
@@ -309,9 +306,7 @@ def test_stated_errors_are_one_line(run_: Run, store: str, tmp_path: Path, capsy
         assert not out.exists() or not list(out.iterdir()), arguments
 
 
-@pytest.mark.parametrize(
-    "value", [["--scale", "nan"], ["--scale", "inf"], ["--method", "first-update", "--alpha", "nan"]]
-)
+@pytest.mark.parametrize("value", [["--scale", "nan"], ["--scale", "inf"], ["--method", "first-update", "--alpha", "nan"]])
 def test_numbers_that_are_none_are_refused_by_name(
     value: list[str], store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,7 +321,8 @@ def test_numbers_that_are_none_are_refused_by_name(
         [], ["sing"], ["info"], ["spectrum", "x", "--scope", "head"], ["extrapolate", "x", "--to", "5"],
         ["extrapolate", "x", "-o", "y"], ["extrapolate", "x", "--to", "5", "-o", "y", "--rank", "one"],
         ["extrapolate", "x", "--to", "5", "-o", "y", "--fit", "cubic"], ["checkout", "x", "-o", "y"],
-        ["checkout", "x", "--step", "1.5", "-o", "y"], ["round", "x", "--dtype", "int8", "-o", "y"], ["info", "x", "--nonsense"],
+        ["checkout", "x", "--step", "1.5", "-o", "y"], ["round", "x", "--dtype", "int8", "-o", "y"],
+        ["info", "x", "--nonsense"],
         ["import", "x", "-o", "y", "--encoding", "zip"],
     ],
 )  # fmt: skip
@@ -352,9 +348,7 @@ def test_an_interruption_is_status_1_in_one_line(
 
 
 def relexkit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "relexkit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-m", "relexkit", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def test_the_command_as_a_process(store: str, tmp_path: Path) -> None:
@@ -376,7 +370,7 @@ def test_help_is_quick_and_complete() -> None:
     code = (
         "import sys\nfrom relexkit.cli import main\n"
         "try:\n    main(['extrapolate', '--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'zarr', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50])
 DELTAS = trajectory("walk", STEPS, 300, seed=1).deltas + 2 * trajectory("line", STEPS, 300, seed=2).deltas
 
 
-def predicted(deltas: np.ndarray, steps: np.ndarray, target: float, method: str = "relex", **options: object) -> np.ndarray:
+def predicted(deltas: np.ndarray, steps: np.ndarray, target: float, method: str = "relex", **options: Any) -> np.ndarray:
     """``M^T a`` of the library, ``[D]``."""
     weights = predict_weights(gram_of({"w": deltas}, steps), [target], method=method, options=Options(**options))
     assert weights.shape == (1, 1, len(steps))
@@ -101,7 +102,7 @@ def released_row_fit(window: np.ndarray, at: float, fit: str, degree: int) -> fl
     strongest = 1 + np.argmax(np.abs(np.fft.rfft(window - window.mean()))[1:])
     first = [3 * window.std() / np.sqrt(2), np.fft.rfftfreq(len(window))[strongest], 0.0, window.mean()]
     best, _ = curve_fit(wave, rows, window, p0=first, maxfev=10000)
-    return float(wave(np.float64(at), *best))
+    return float(wave(np.array([at]), *best)[0])
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -116,7 +117,7 @@ def test_row_axis_equals_the_released_formulas(steps: np.ndarray, fit: str, degr
     tail = coefficients[-(window or len(steps)) :, 0]
     at = len(tail) - 1 + (47 - steps[-1])
     expected = released_row_fit(tail, at, fit, degree) * right[0]
-    options = {"degree": degree} if fit == "polynomial" else {}
+    options: dict[str, Any] = {"degree": degree} if fit == "polynomial" else {}
     # curve_fit stops at a relative change of 1.5e-8 in the sum of squares, and in floating point depends on the sign
     close(predicted(deltas, steps, 47, fit=fit, window=window, axis="row", **options), expected, 1e-5)
 
@@ -284,9 +285,9 @@ def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(ExtrapolationError, match=f"--method magic is unknown; choose one of {', '.join(METHODS)}"):
         predicted(DELTAS, STEPS, 60, "magic")
     with pytest.raises(ExtrapolationError, match=f"--fit cubic is unknown; choose one of {', '.join(FITS)}"):
-        Options(fit="cubic")  # type: ignore[arg-type]
+        Options(fit="cubic")
     with pytest.raises(ExtrapolationError, match="--axis time is unknown; choose step or row"):
-        Options(axis="time")  # type: ignore[arg-type]
+        Options(axis="time")
     with pytest.raises(ValueError, match="scope 'head' is unknown: choose one of tensor, layer, module, global"):
         predict_weights(gram_of({"w": DELTAS}, STEPS), [60.0], scope="head")
 

@@ -31,7 +31,8 @@ def our_files() -> list[Path]:
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     tops = [ROOT / name for name in ("Makefile", "README.md", "CHANGELOG.md", "pyproject.toml", "constraints.txt")]
     below = [path for name in (*PACKAGES, "tests", "docs", ".ci") for path in (ROOT / name).rglob("*")]
-    return [path for path in (*tops, *below) if path.is_file() and "__pycache__" not in path.parts]
+    caches = re.compile(r"__pycache__|\.\w+_cache")
+    return [path for path in (*tops, *below) if path.is_file() and not any(caches.fullmatch(part) for part in path.parts)]
 
 
 def imported_packages(source: str) -> set[str]:

@@ -53,13 +53,13 @@ def test_r2_equals_that_of_a_fitted_line(centered: bool) -> None:
 
 @pytest.mark.parametrize("centered", [False, True])
 def test_drift_equals_cosines_of_right_singular_vectors(centered: bool) -> None:
+    """Each prefix on its own: with ``centered``, about the mean of that prefix."""
     deltas = trajectory("walk", STEPS, 60, seed=4).deltas
     [found] = spectrum(gram_of({"w": deltas}, STEPS), centered=centered).scopes
-    about = deltas - deltas.mean(axis=0) if centered else deltas
-    final = right_directions(about)[0]
     lengths = [2, 4, 6]
     assert quarters(len(STEPS)).tolist() == lengths
-    expected = [abs(right_directions(about[:n])[0] @ final) for n in lengths]
+    first = {n: right_directions(deltas[:n] - centered * deltas[:n].mean(axis=0))[0] for n in (*lengths, len(STEPS))}
+    expected = [abs(first[n] @ first[len(STEPS)]) for n in lengths]
     np.testing.assert_allclose(found.drift, expected, atol=1e-9)
 
 

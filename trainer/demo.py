@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tell_story(folder: Path, settings: SmallRun) -> dict[str, Any]:
-    """Do everything in ``folder`` and print it; what a former call finished is kept, what it left half-done is done again.
+    """Do everything in ``folder`` and print it. The run and the stores of a former call are kept and continued.
 
     Returns what ``summary.json`` holds: ``until``, ``targets``, ``models`` (name, precision, num_correct, accuracy,
     interval), ``comparisons`` of extrapolated models with others (difference, interval), and ``bytes`` of checkpoints and
@@ -103,6 +103,8 @@ def _obtain_run(folder: Path, settings: SmallRun) -> None:
             )
             raise RelexkitError(f"{folder}: holds another run ({other}); remove {folder.parent} or choose another -o")
         print(f"{folder} is there already.")
+        for derived in ("predicted", "checkout"):  # seconds of work; another version of relexkit may write them otherwise
+            shutil.rmtree(folder.parent / derived, ignore_errors=True)
     else:
         from trainer.small_run import make_run
 
@@ -286,9 +288,12 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:  # rich would still print an empty line
+        yield lambda what, done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:

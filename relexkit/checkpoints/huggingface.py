@@ -63,10 +63,11 @@ class HuggingFaceCheckpoint:
         try:
             state = json.loads(path.read_text())
             entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            merged = {key: value for entry in entries for key, value in entry.items() if key not in ("step", "epoch")}
+            numbers = {key: float(value) for key, value in merged.items() if isinstance(value, int | float)}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}
-        merged = {key: value for entry in entries for key, value in entry.items() if key not in ("step", "epoch")}
-        return {k: float(v) for k, v in merged.items() if isinstance(v, int | float) and math.isfinite(v)}
+        return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 class HuggingFaceRun:
@@ -125,6 +126,8 @@ def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             by_file.setdefault(str(file), []).append(str(tensor))
+        if not by_file:
+            raise ValueError("it names no tensor")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a valid index ({error}); write or download it again") from None
     for file in by_file:
