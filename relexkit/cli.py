@@ -249,7 +249,7 @@ def spectrum_notes(result: Spectrum) -> list[str]:
 
 
 def _extrapolate(parsed: argparse.Namespace) -> None:
-    from relexkit.extrapolators import Options
+    from relexkit.extrapolators import Options, step_text
     from relexkit.materialize import extrapolate
     from relexkit.store import TrajectoryStore
 
@@ -267,7 +267,7 @@ def _extrapolate(parsed: argparse.Namespace) -> None:
         _print_json([{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written])
         return
     for p in written:
-        print(f"step {p.target:g}: {p.folder}" + (" (was there already)" if p.already else ""))
+        print(f"step {step_text(p.target)}: {p.folder}" + (" (was there already)" if p.already else ""))
 
 
 def _checkout(parsed: argparse.Namespace) -> None:
@@ -422,7 +422,8 @@ def _progress() -> Iterator[ProgressCallback]:
     try:
         yield progress
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _console() -> Any:

@@ -114,7 +114,7 @@ def round_bits(
 
 def _does_not_fit(tensor: str, index: int, value: np.float32, dtype: str) -> RelexkitError:
     return RelexkitError(
-        f"tensor {tensor!r}: element {index} has the value {value!r}, which {dtype} cannot hold; "
+        f"tensor {tensor!r}: element {index} has the value {float(value):g}, which {dtype} cannot hold; "
         "expected finite weights: choose a nearer target or --dtype float32"
     )
 

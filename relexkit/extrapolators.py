@@ -10,8 +10,9 @@ first-update scaling, the replication study basetenlabs/relex-replication.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class Options:
             raise ExtrapolationError(f"--fit {self.fit} is unknown; choose one of {', '.join(FITS)}")
         if self.axis not in ("step", "row"):
             raise ExtrapolationError(f"--axis {self.axis} is unknown; choose step or row")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ExtrapolationError(f"--alpha {self.alpha:g} is not a number; expected a finite factor")
         if self.degree != 2 and self.fit != "polynomial":
             raise ExtrapolationError("--degree has an effect only with --fit polynomial; leave it out")
 
@@ -207,7 +210,9 @@ def hold(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -
 def _row_of(steps: np.ndarray, step: float, option: str) -> int:
     found = np.flatnonzero(steps == step)
     if not len(found):
-        raise ExtrapolationError(f"{option} {step:g} is not among the {len(steps)} steps used; expected a recorded step")
+        raise ExtrapolationError(
+            f"{option} {step_text(step)} is not among the {len(steps)} steps used; expected a recorded step"
+        )
     return int(found[0])
 
 
@@ -231,8 +236,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def check_method(method: str, options: Options) -> None:
-    """Refuse an unknown method, and an option that the method does not use.
+def step_text(step: float) -> str:
+    """A step as people write it: ``1000000``, ``2.5``."""
+    return str(int(step)) if float(step).is_integer() else repr(float(step))
+
+
+def check_request(targets: Sequence[float], method: str, options: Options, scale: float) -> None:
+    """Refuse an unknown method, an option that the method does not use, and targets or a scale that are no numbers.
 
     Raises:
         ExtrapolationError: with the choices.
@@ -245,6 +255,11 @@ def check_method(method: str, options: Options) -> None:
             allowed = ", ".join("--" + name.replace("_", "-") for name in used) or "no options"
             flag = "--" + field.name.replace("_", "-")
             raise ExtrapolationError(f"{flag} has no effect with --method {method}, which takes {allowed}; leave it out")
+    for target in targets:
+        if not (math.isfinite(target) and target > 0):
+            raise ExtrapolationError(f"--to {target:g} is not a step; expected a positive number")
+    if not math.isfinite(scale):
+        raise ExtrapolationError(f"--scale {scale:g} is not a number; expected a finite factor such as 0.5")
 
 
 def predict_weights(
@@ -270,10 +285,7 @@ def predict_weights(
             (named by tensor).
     """
     options = options or Options()
-    check_method(method, options)
-    for target in targets:
-        if not (np.isfinite(target) and target > 0):
-            raise ExtrapolationError(f"--to {target:g} is not a step; expected a positive number")
+    check_request(targets, method, options, scale)
     grouped = gram.scoped(scope)
     by_group = np.zeros((len(targets), len(grouped.names), len(gram.steps)))
     with single_threaded_blas():

@@ -248,7 +248,7 @@ def _sparse_window(
         for row_of_dense, slot, value, span in zip(dense, slots, values, spans, strict=True):
             first, last = span[number], span[number + 1]
             row_of_dense[slot[first:last] - left] = value[first:last]
-        products[tensor] += dense[old:] @ dense.T
+        products[tensor] += _product(dense, old)
     return _index_of(layout.segments_in(part), inside[0]), products, counts
 
 
@@ -292,12 +292,23 @@ def _dense_window(store: TrajectoryStore, part: int, window: tuple[int, int], ol
         low, high = segment.offset - begin, segment.offset - begin + segment.numel
         for left in range(low, high, _PIECE):
             piece = deltas[:, left : min(left + _PIECE, high)]
-            product += piece[old:] @ piece.T
+            product += _product(piece, old)
             for row in range(old, num_steps):
                 moved = np.count_nonzero(piece[row] != 0)
                 changed = np.count_nonzero(piece[row] != piece[row - 1]) if row else moved
                 count[:, row - old] += (changed, moved)
     return _index_of(layout.segments_in(part), inside[0]), products, counts
+
+
+def _product(rows: np.ndarray, old: int) -> np.ndarray:
+    """``rows[old:] rows^T`` of float32 rows, in float32 unless its range is too short for the squares."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = rows[old:] @ rows.T
+        largest = np.abs(product).max()
+    if 1e-25 < largest < np.inf or not rows.any():
+        return product
+    wide = rows.astype(np.float64)
+    return wide[old:] @ wide.T
 
 
 def _index_of(segments: list[Segment], piece: Segment) -> int:

@@ -22,11 +22,11 @@ from relexkit.checkpoints import open_checkpoint
 from relexkit.dtypes import FLOAT_DTYPES, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
 from relexkit.encoding import CHECKSUM_BLOCK, Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
-from relexkit.extrapolators import METHODS, Options, predict_weights
+from relexkit.extrapolators import METHODS, Options, check_request, predict_weights, step_text
 from relexkit.gram import Gram, gram
 from relexkit.layout import Layout, Segment
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
-from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks, describe_steps
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
@@ -79,26 +79,28 @@ def extrapolate(
         ExtrapolationError: see ``predict_weights``.
         StoreError: damaged chunk, or the disk is full; nothing half-written is left.
     """
-    options = options or Options()
+    options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
     check_output_dtype(dtype)
+    check_request(targets, method, options, scale)
     num_used = len(used_steps(store, until))
-    needs_gram = METHODS[method].needs_gram if method in METHODS else True
+    needs_gram = METHODS[method].needs_gram
     observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
-    weights = predict_weights(observed.until(until), list(to), method=method, options=options, scope=scope, scale=scale)
+    observed = observed.until(until)
+    weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale)
     settings = {"method": method, **_used_options(method, options), "scope": scope, "scale": scale}
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     jobs, predictions = [], []
-    for target, weight in zip(to, weights, strict=True):
+    for target, weight in zip(targets, weights, strict=True):
         provenance = {
             "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
             "steps": [int(s) for s in store.steps[:num_used]], "content": content, "base": store.attributes["base"],
             "source": store.attributes["source"], "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed,
         }  # fmt: skip
-        folder = Path(out) / f"step-{target:g}"
+        folder = Path(out) / f"step-{step_text(target)}"
         already = is_finished(folder, provenance)
         predictions.append(Prediction(target, folder, already))
         if not already:
-            card = model_card(provenance, variance=_variance(observed.until(until)) if needs_gram else None)
+            card = model_card(provenance, variance=_variance(observed) if needs_gram else None)
             jobs.append((folder, weight, provenance, card))
     if jobs:
         pending = [FolderJob(folder, provenance, card) for folder, _, provenance, card in jobs]
@@ -137,21 +139,23 @@ def apply(
     import torch
 
     state = model.state_dict()
-    flat: dict[str, torch.Tensor] = {}
-    for tensor in store.layout.tensors:
-        names = [tensor.name] + [t.name for t in store.layout.tensors if t.tied_to == tensor.name]
-        found = next((n for n in names if n in state), None)
-        if found is None or tuple(state[found].shape) != tensor.shape:
-            problem = "lacks it" if found is None else f"has it with shape {list(state[found].shape)}"
+    shared = aliases(store.layout)
+    flat: dict[str, list[torch.Tensor]] = {}
+    for tensor in store.layout.moving_tensors:
+        found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
+        wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
+        if wrong or not found:
+            problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
             raise RelexkitError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}")
-        flat[tensor.name] = state[found].detach().view(-1)
-    dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in flat.items()}
+        flat[tensor.name] = [state[name].detach().view(-1) for name in found]
 
     def consume(_: int, segment: Segment, values: np.ndarray) -> None:
-        name = segment.tensor.name
-        bits = round_bits(values, dtypes[name], rounding, seed=seed, tensor=name, start=segment.start)
-        block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(flat[name].dtype)
-        flat[name][segment.start : segment.start + segment.numel].copy_(block)
+        name, start = segment.tensor.name, segment.start
+        for target in flat[name]:
+            dtype = str(target.dtype).removeprefix("torch.")
+            bits = round_bits(values, dtype, rounding, seed=seed, tensor=name, start=start)
+            block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(target.dtype)
+            target[start : start + segment.numel].copy_(block)
 
     with torch.no_grad():
         _stream(store, weights[None], consume, memory_budget_bytes, None)
@@ -245,8 +249,16 @@ def round_checkpoint(
 
 
 def used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
-    """The recorded steps up to ``until``."""
-    return store.steps if until is None else store.steps[store.steps <= until]
+    """The recorded steps up to ``until``.
+
+    Raises:
+        StoreError: there are none.
+    """
+    used = store.steps if until is None else store.steps[store.steps <= until]
+    if not len(used):
+        held = f"the store holds {describe_steps(store.steps)}"
+        raise StoreError(f"{store.path}: holds no steps" if until is None else f"--until {until} keeps no step; {held}")
+    return used
 
 
 def check_output_dtype(dtype: str | None) -> None:
@@ -257,8 +269,6 @@ def check_output_dtype(dtype: str | None) -> None:
 
 def _shape_only(store: TrajectoryStore) -> Gram:
     """A stand-in for the Gram matrices, for methods whose weights depend on the steps alone."""
-    if not len(store.steps):
-        raise StoreError(f"{store.path}: holds no steps; import or record some first")
     tensors, num_steps = store.layout.moving_tensors, len(store.steps)
     identity = np.broadcast_to(np.eye(num_steps), (len(tensors), num_steps, num_steps))
     counts = np.zeros((len(tensors), num_steps), np.int64)
@@ -308,7 +318,7 @@ def _stream(
             sums = _sparse_sums(layout.parts[part].dtype, begin, end, base, updates, segments, weight)
         original = to_float32(base, layout.parts[part].dtype)
         for index, values in enumerate(sums):
-            values += original
+            values = np.where(values == 0, original, values + original)  # a -0.0 that does not move stays one
             for segment in segments:
                 low = segment.offset - begin
                 consume(index, segment, values[low : low + segment.numel])
@@ -385,9 +395,7 @@ class PendingFolders:
         }
         with ExitStack() as stack:
             self._folders = [stack.enter_context(temporary_folder(job.folder)) for job in self._jobs]
-            self._writers = [SafetensorsFolderWriter(folder, tensors) for folder in self._folders]
-            for writer in self._writers:
-                stack.callback(writer.close)
+            self._writers = [stack.enter_context(closing(SafetensorsFolderWriter(f, tensors))) for f in self._folders]
             self._stack = stack.pop_all()
         return self
 
@@ -497,19 +505,19 @@ def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
         "base": f"{base['description']} (sha256 `{base['sha256']}`)",
         "source": provenance["source"],
         "steps used": f"{len(steps)}, from {steps[0]} to {steps[-1]}",
-        "target step": f"{provenance['target']:g}",
+        "target step": step_text(provenance["target"]),
         "method": provenance["method"] + (f" ({said})" if said else ""),
         "fitted per": provenance["scope"],
         "scale": f"{provenance['scale']:g}",
         "dtype, rounding": f"{provenance['dtype']}, {provenance['rounding']} (seed {provenance['seed']})",
         "relexkit": provenance["relexkit"],
     }
-    if variance is not None:
+    if variance is not None and variance == variance:  # NaN: nothing moved
         rows["variance on each tensor's first direction"] = f"{100 * variance:.1f} %"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n"
-        f"# Extrapolated checkpoint, step {provenance['target']:g}\n\n"
+        f"# Extrapolated checkpoint, step {step_text(provenance['target'])}\n\n"
         f"These weights were not trained: they were predicted from the updates of steps {steps[0]} to {steps[-1]}. "
         "Evaluate them before use.\n\n"
         f"| | |\n|---|---|\n{table}\n"

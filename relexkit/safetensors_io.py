@@ -172,31 +172,35 @@ class SafetensorsFolderWriter:
         self._files: list[int] = []
         self._data_start: list[int] = []
         self._dtypes = {name: info.dtype for name, info in tensors.items()}
-        for file_name, shard in zip(names, shards, strict=True):
-            self._files.append(self._create(folder / file_name, shard))
+        try:
+            for file_name, shard in zip(names, shards, strict=True):
+                self._create(folder / file_name, shard)
+        except BaseException:
+            self.close()
+            raise
         if total > 1:
             weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
             size = sum(info.num_bytes for info in tensors.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def _create(self, path: Path, shard: Mapping[str, TensorInfo]) -> int:
+    def _create(self, path: Path, shard: Mapping[str, TensorInfo]) -> None:
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, info in shard.items():
             end = position + info.num_bytes
             header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
-            self._place[name] = (len(self._files), position)
+            self._place[name] = (len(self._data_start), position)
             position = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         start = 8 + len(encoded)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(fd)
         self._data_start.append(start)
         os.pwrite(fd, struct.pack("<Q", len(encoded)) + encoded, 0)
         if position and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, start + position)  # a full disk shows here, before any work
-        return fd
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
         """Write elements ``start:start+len(bits)`` of a tensor (bytes for a tensor that is not float). Thread-safe."""

@@ -75,7 +75,7 @@ def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
     time = steps - steps.mean()
     deviation = values - values.mean(axis=0)
     total = (deviation**2).sum(axis=0)
-    total[total <= 1e-24 * (values**2).sum(axis=0)] = 0.0  # what rounding leaves of a constant
+    total[total <= 1e-24 * (values**2).sum(axis=0)] = np.nan  # what rounding leaves of a constant
     with np.errstate(invalid="ignore", divide="ignore"):
         return (time @ deviation) ** 2 / ((time**2).sum() * total)
 

@@ -285,9 +285,9 @@ def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(ExtrapolationError, match=f"--method magic is unknown; choose one of {', '.join(METHODS)}"):
         predicted(DELTAS, STEPS, 60, "magic")
     with pytest.raises(ExtrapolationError, match=f"--fit cubic is unknown; choose one of {', '.join(FITS)}"):
-        Options(fit="cubic")
+        Options(fit="cubic")  # type: ignore[arg-type]
     with pytest.raises(ExtrapolationError, match="--axis time is unknown; choose step or row"):
-        Options(axis="time")
+        Options(axis="time")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scope 'head' is unknown: choose one of tensor, layer, module, global"):
         predict_weights(gram_of({"w": DELTAS}, STEPS), [60.0], scope="head")
 
@@ -297,7 +297,7 @@ def test_unknown_names_list_the_choices() -> None:
 )
 def test_option_values_out_of_range(name: str, value: int, least: int) -> None:
     with pytest.raises(ExtrapolationError, match=f"--{name.replace('_', '-')} {value} is too small; expected at least {least}"):
-        Options(**{name: value})
+        Options(**{name: value})  # type: ignore[arg-type]
 
 
 def test_an_option_that_a_method_ignores_is_refused() -> None:

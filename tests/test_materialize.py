@@ -38,7 +38,7 @@ from relexkit import (
 from relexkit.safetensors_io import SafetensorsFolderWriter
 
 BIG = {EMBEDDING: (700, 301), "model.layers.0.mlp.up_proj.weight": (3, 5), "model.norm.weight": (97,)}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "sparse": {"dtype": "bfloat16", "density": 0.05},
     "sparse float16": {"dtype": "float16", "density": 0.05},
     "exact": {"dtype": "float32", "density": 1.0},

@@ -1,0 +1,44 @@
+"""Make the sample stores of the current format version and the checkpoints that they hold.
+
+    python tests/data/make_samples.py
+
+Run once for a format version and commit the result: later releases must read these very files (`tests/test_format.py`).
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from runs import write_run  # noqa: E402
+
+from relexkit import gram, import_checkpoints  # noqa: E402
+
+SAMPLES = {
+    "sparse": ({"dtype": "bfloat16", "head": "tied", "buffers": True, "metrics": True}, {}),
+    "float": ({"dtype": "float32", "motion": "drift", "density": 1.0}, {"mantissa_bits": 7}),
+    "exact": ({"dtype": "float32", "motion": "drift", "density": 1.0}, {"encoding": "exact"}),
+}
+"""Name -> how the run is made, how it is imported."""
+
+
+def main() -> None:
+    for name, (run_options, import_options) in SAMPLES.items():
+        path = HERE / f"sample-v1-{name}.zarr"
+        shutil.rmtree(path, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            run = write_run(Path("sample"), steps=(1, 2, 5), **run_options)
+            store = import_checkpoints(run.source, path, base=run.base, **import_options).store
+            gram(store)
+            tensors = {f"{step}:{key}": t for step, weights in run.weights.items() for key, t in weights.items()}
+            save_file({k: t.clone() for k, t in tensors.items()}, HERE / f"sample-v1-{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
