@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from relexkit.errors import RelexkitError
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
+    from relexkit.backtest import Backtest
     from relexkit.spectrum import Spectrum
     from relexkit.store import ProgressCallback, TrajectoryStore
 
@@ -71,6 +73,8 @@ def _import(parsed: argparse.Namespace) -> None:
         )  # fmt: skip
     if result.already:
         _say(f"{len(result.already)} steps were recorded already")
+    if "config.json" not in result.store.attributes["files"]:
+        _say("no config.json was found: written checkpoints will need one before they load with from_pretrained")
     _print_info(result.store, parsed.json)
 
 
@@ -100,7 +104,7 @@ def _print_info(store: TrajectoryStore, as_json: bool) -> None:
         "exact": store.exact,
         "source": store.attributes["source"],
         "base": store.attributes["base"],
-        "metrics": sorted(store.metrics()),
+        "metrics": sorted(store.metric_names()),
         "bytes": sizes,
         "checkpoint_bytes": checkpoint_bytes,
         "relexkit_version": store.attributes["relexkit_version"],
@@ -166,7 +170,7 @@ def _spectrum_document(result: Spectrum) -> dict[str, Any]:
             "singular_values": s.singular_values.tolist(),
             "explained_variance_ratio": s.explained_variance_ratio.tolist(),
             "n_components": {str(p): s.num_directions(p / 100) for p in (90, 95, 99)},
-            "coefficients": s.coefficients.T.tolist(),
+            "coefficients": s.coefficients.tolist(),
             "r2": s.r2.tolist(),
             "drift": s.drift.tolist(),
             "update_cosines": s.update_cosines.tolist(),
@@ -182,6 +186,7 @@ def _spectrum_document(result: Spectrum) -> dict[str, Any]:
 
 def _print_spectrum(result: Spectrum, show_all: bool) -> None:
     import numpy as np
+    from rich.markup import escape
     from rich.table import Table
 
     about = "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
@@ -195,7 +200,7 @@ def _print_spectrum(result: Spectrum, show_all: bool) -> None:
         ratio = s.explained_variance_ratio
         blank = "" if null else "-"
         return [
-            f"[dim]{s.name}[/dim]" if null else s.name,
+            f"[dim]{s.name}[/dim]" if null else escape(s.name),
             "" if null else f"{s.num_parameters:,}",
             "" if null else _percent(s.energy_share),
             _percent(ratio[0]) if len(ratio) else blank,
@@ -246,6 +251,45 @@ def spectrum_notes(result: Spectrum) -> list[str]:
             "place: the stored precision hides most of the motion. Record float32 weights where possible."
         )
     return notes
+
+
+def _backtest(parsed: argparse.Namespace) -> None:
+    from relexkit.backtest import CHEAP, backtest
+    from relexkit.gram import gram
+    from relexkit.store import TrajectoryStore
+
+    with _progress() as progress:
+        matrices = gram(TrajectoryStore(parsed.store), progress=progress)
+    result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until)
+    if parsed.json:
+        grid = [asdict(row) for row in result.grid]
+        _print_json({"methods": result.methods, "grid": grid, "horizon": [asdict(h) for h in result.horizon]})
+    else:
+        _print_backtest(result)
+
+
+def _print_backtest(result: Backtest) -> None:
+    """Relative error of the whole model's delta: a row for a prefix and a later step, a column for a method."""
+    from rich.table import Table
+
+    table = Table(title="Relative error of the whole model's delta", title_justify="left", title_style="bold", box=None)
+    for heading in ("from", "to", *result.methods):
+        table.add_column(heading, justify="right", no_wrap=True)
+    errors = {(row.until, row.target, row.method): row.relative_error for row in result.grid}
+    for until in sorted({key[0] for key in errors}):
+        later = sorted({key[1] for key in errors if key[0] == until})
+        # the next recorded steps at 1.25, 1.5, 2, 4 times the prefix, and the last one
+        wanted = [next((s for s in later if s >= ratio * until), later[-1]) for ratio in (1.25, 1.5, 2, 4)]
+        for target in sorted({*wanted, later[-1]}):
+            found = [errors.get((until, target, method), math.nan) for method in result.methods]
+            best = min((e for e in found if not math.isnan(e)), default=math.nan)
+            cells = [f"[bold]{_number(e)}[/bold]" if e == best else _number(e) for e in found]
+            table.add_row(str(until), str(target), *cells)
+    _console().print(table)
+    for horizon in result.horizon:
+        print(horizon)
+    for (method, until), reason in result.failures.items():
+        print(f"{method} from step {until}: {reason}")
 
 
 def _extrapolate(parsed: argparse.Namespace) -> None:
@@ -319,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SRC", help="folder with checkpoint-N, global_step_N, step_N or step-N inside")
     command.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
     command.add_argument("--base", metavar="DIR", help="the base model (default: the run's step 0)")
-    command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, every C-th")
+    command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C")
     command.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
                          help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip
     command.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
@@ -338,13 +382,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
     command.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
 
+    command = add("backtest", _backtest, "how every method would have done in the run's own past, and how far to trust it")
+    command.add_argument("store", metavar="RUN.zarr")
+    command.add_argument("--method", nargs="+", metavar="M", help="only these (hold is always there)")
+    command.add_argument("--until", type=int, nargs="+", metavar="STEP", help="prefixes to predict from (default: up to eight)")
+
     command = add("extrapolate", _extrapolate, "write the predicted checkpoints of future steps")
     command.add_argument("store", metavar="RUN.zarr")
     command.add_argument("--to", type=_step, nargs="+", required=True, metavar="STEP", help="target steps")
     command.add_argument("-o", "--out", required=True, metavar="OUT", help="folder for OUT/step-STEP/")
     command.add_argument("--until", type=int, metavar="T_CUT", help="use only steps up to this one")
     command.add_argument("--method", default="relex", help="relex, reconstruct, least-squares, least-squares-origin, "
-                         "two-point, first-update or hold (default: relex)")  # fmt: skip
+                         "two-point, first-update, hold or model (default: relex)")  # fmt: skip
     command.add_argument("--rank", type=int, default=1, help="principal directions to keep (default: 1)")
     command.add_argument("--fit", choices=("linear", "polynomial", "sinusoid"), default="linear")
     command.add_argument("--degree", type=int, default=2, help="of the polynomial (default: 2)")
@@ -354,8 +403,8 @@ def _parser() -> argparse.ArgumentParser:
                          help="fit against step numbers, or row numbers as the released RELEX scripts do")  # fmt: skip
     command.add_argument("--anchor", type=int, metavar="STEP", help="two-point: the earlier point (default: the base)")
     command.add_argument("--alpha", type=float, help="first-update: multiple of the first delta (default: target / first step)")
-    command.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor",
-                         help="what shares one fit (default: tensor)")  # fmt: skip
+    command.add_argument("--scope", choices=("tensor", "layer", "module", "global"),
+                         help="what shares one fit (default: tensor; model: global)")  # fmt: skip
     command.add_argument("--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output (default: as recorded)")
     _add_rounding(command)
@@ -434,13 +483,14 @@ def _console() -> Any:
 
 
 def _print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(cell) for cell in row))
     _console().print(table)
 
 

@@ -23,6 +23,7 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 _EXPONENT_MASK = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
 Rounding = Literal["stochastic", "nearest"]
+ROUNDINGS = ("stochastic", "nearest")
 
 
 def bits_dtype(dtype: str) -> np.dtype:
@@ -97,6 +98,10 @@ def round_bits(
     Raises:
         RelexkitError: a value is NaN, infinite or rounds beyond the largest finite number of ``dtype``.
     """
+    if dtype not in FLOAT_DTYPES or rounding not in ROUNDINGS:
+        raise RelexkitError(
+            f"cannot round to {dtype} with {rounding} rounding; expected {', '.join(FLOAT_DTYPES)} and {' or '.join(ROUNDINGS)}"
+        )
     bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
     if bad is not None:
         raise _does_not_fit(tensor, start + bad, values[bad], dtype)

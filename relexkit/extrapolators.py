@@ -22,6 +22,7 @@ from relexkit.errors import ExtrapolationError
 from relexkit.gram import Gram
 from relexkit.linalg import single_threaded_blas
 from relexkit.spectrum import decompose
+from relexkit.trajectory_model import fit_trajectory, trajectory_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +219,21 @@ def _row_of(steps: np.ndarray, step: float, option: str) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: the function, the options that it uses, and whether it needs the Gram matrix."""
+    """A row of the table: the function, the options that it uses, whether it needs the Gram matrix.
+
+    ``scope`` is what shares a fit unless the caller says otherwise. ``fit`` is given where a fit is costly enough to be
+    shared among targets: ``(gram, steps, num_parameters) -> (target -> weights)``.
+    """
 
     weights: Callable[[np.ndarray, np.ndarray, float, Options], np.ndarray]
     options: tuple[str, ...] = ()
     needs_gram: bool = False
+    scope: str = "tensor"
+    fit: Callable[[np.ndarray, np.ndarray, float], Callable[[float], np.ndarray]] | None = None
+
+
+def _fit_model(gram: np.ndarray, steps: np.ndarray, num_parameters: float) -> Callable[[float], np.ndarray]:
+    return fit_trajectory(gram, steps, num_parameters=num_parameters).weights
 
 
 METHODS: dict[str, Method] = {
@@ -233,6 +244,7 @@ METHODS: dict[str, Method] = {
     "two-point": Method(two_point, ("anchor",)),
     "first-update": Method(first_update, ("alpha",)),
     "hold": Method(hold),
+    "model": Method(trajectory_model, needs_gram=True, scope="global", fit=_fit_model),
 }
 
 
@@ -268,14 +280,15 @@ def predict_weights(
     *,
     method: str = "relex",
     options: Options | None = None,
-    scope: str = "tensor",
+    scope: str | None = None,
     scale: float = 1.0,
 ) -> np.ndarray:
     """Weights of every tensor's observed deltas for every target, ``float64 [targets, N, T]``.
 
     Args:
         gram: per-tensor Gram matrices, already cut to the steps that may be used (``Gram.until``).
-        scope: what one fit is shared by: each ``tensor`` (RELEX), ``layer``, ``module`` or the whole model (``global``).
+        scope: what one fit is shared by: each ``tensor``, ``layer``, ``module`` or the whole model (``global``); None for
+            the method's own (RELEX: tensor, the trajectory model: global).
         scale: multiplies the predicted displacement from the base.
 
     A tensor that never moved gets zero weights. Reads no weights of the model.
@@ -286,6 +299,8 @@ def predict_weights(
     """
     options = options or Options()
     check_request(targets, method, options, scale)
+    chosen = METHODS[method]
+    scope = scope or chosen.scope
     grouped = gram.scoped(scope)
     by_group = np.zeros((len(targets), len(grouped.names), len(gram.steps)))
     with single_threaded_blas():
@@ -293,11 +308,14 @@ def predict_weights(
             matrix = grouped.matrices[row]
             if not np.trace(matrix) > 0:
                 continue
-            for index, target in enumerate(targets):
-                try:
-                    by_group[index, row] = METHODS[method].weights(matrix, gram.steps, target, options)
-                except ExtrapolationError as error:
-                    raise ExtrapolationError(f"{name}: {error}") from None
+            try:
+                if chosen.fit is not None:
+                    predict = chosen.fit(matrix, gram.steps, float(grouped.num_parameters[row]))
+                    by_group[:, row] = [predict(target) for target in targets]
+                else:
+                    by_group[:, row] = [chosen.weights(matrix, gram.steps, target, options) for target in targets]
+            except ExtrapolationError as error:
+                raise ExtrapolationError(f"{name}: {error}") from None
     if scope != "tensor":
         by_group = by_group[:, [grouped.names.index(g) for g in gram.groups(scope)]]
     return scale * by_group

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 import zarr
 
-from relexkit.dtypes import to_float32
+from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import Segment, scope_of
@@ -31,6 +31,7 @@ from relexkit.store import (
     WriterLock,
     blocks,
     column_windows,
+    create_array,
     describe_steps,
 )
 
@@ -104,7 +105,7 @@ def gram(store: TrajectoryStore, *, memory_budget_bytes: int = 2**28, progress: 
     """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
 
     The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
-    own rows. If another process is writing the store, the result is used and not kept.
+    own rows. Where it cannot be kept (a read-only place, another process keeping one) it is used all the same.
 
     Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the matrices themselves.
 
@@ -177,11 +178,13 @@ def _sparse_pass(
     products = np.zeros_like(result.matrices)
     numel = store.layout.parts[part].numel
     entries = store.entries(part, len(store.steps))
+    share = budget // (2 * _WORKERS)
+    per_column = 2 * bits_dtype(store.layout.parts[part].dtype).itemsize + 5  # state, base, whether touched, slot
     with single_threaded_blas(), ThreadPoolExecutor(_WORKERS) as pool:
         # Half of the budget holds a stretch of the log, read once; the other half the windows in work.
         for begin, end, updates in store.read_log(part, len(store.steps), budget // 2, pool):
             inner = entries[begin // BLOCK : num_blocks(end)]
-            windows = column_windows(inner, end - begin, budget // (2 * _WORKERS * _WORK_BYTES), READ_WINDOW["sparse"])
+            windows = column_windows(inner, end - begin, share // _WORK_BYTES, min(share // per_column, READ_WINDOW["sparse"]))
             spans = [(begin + low, begin + high) for low, high in windows]
             results = pool.map(lambda span, u=updates: _sparse_window(store, part, span, u, old), spans)
             for span, (first, product, counts) in zip(spans, results, strict=True):
@@ -329,7 +332,10 @@ def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
                             for name in ("matrices", "counts")))  # fmt: skip
     except Exception:  # absent, half-written or damaged: it is derived data and computed again
         return None
-    if not len(steps) or np.isnan(known.matrices).any() or (known.counts == _UNWRITTEN_COUNT).any():
+    shape = (len(store.layout.segments_in(part)), len(steps), len(steps))
+    if known.matrices.shape != shape or known.counts.shape != (shape[0], 3, shape[1]) or not len(steps):
+        return None  # another process is replacing it
+    if np.isnan(known.matrices).any() or (known.counts == _UNWRITTEN_COUNT).any():
         return None
     return known
 
@@ -338,16 +344,17 @@ _UNWRITTEN_COUNT = np.iinfo(np.int64).min
 
 
 def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
-    """Keep a result in the store, unless somebody else is writing it or it cannot be written."""
-    with contextlib.suppress(StoreError, OSError), WriterLock(store.path):
+    """Keep a result in the store, unless somebody else is keeping one or it cannot be written.
+
+    It has a lock of its own: what it writes is apart from the steps, so it may run while they are recorded.
+    """
+    with contextlib.suppress(StoreError, OSError), WriterLock(f"{store.path.rstrip('/')}.gram"):
         root = zarr.open_group(store.path, mode="r+")
         group = root.create_group(f"gram/{part}", overwrite=True)
         for name, values, fill in (
             ("matrices", result.matrices, float("nan")),
             ("counts", result.counts, _UNWRITTEN_COUNT),
         ):
-            chunks = (1, *values.shape[1:])
-            group.create_array(
-                name, shape=values.shape, dtype=values.dtype, chunks=chunks, shards=values.shape, fill_value=fill
-            )[:] = values
+            chunks, shape = (1, *values.shape[1:]), values.shape
+            create_array(group, name, shape, values.dtype, chunks, shards=shape, fill_value=fill)[:] = values
         group.attrs.update({"steps": store.steps.tolist(), "format_version": FORMAT_VERSION})

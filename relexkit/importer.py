@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
 from relexkit.encoding import (
+    BLOCK,
+    CHECKSUM_BLOCK,
     block_checksums,
     changed_columns,
     content_checksum,
@@ -23,6 +27,7 @@ from relexkit.encoding import (
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.layout import Encoding, Layout, Part, build_layout
 from relexkit.store import (
+    NotAStoreError,
     ProgressCallback,
     StoreWriter,
     TrajectoryStore,
@@ -40,6 +45,7 @@ SPARSE_BELOW = 1 / 8
 _SAMPLE_ELEMENTS = 2**14
 _WIDENED = {"float32": ("bfloat16", "float16")}  # what may stand for a dtype in the base
 _WORKERS = min(4, os.cpu_count() or 1)
+_QUEUE_BYTES = 2**26  # encoded but not yet written; a larger array waits until the queue is empty
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def import_checkpoints(
     Args:
         source: folder with one sub-folder for each step.
         base: folder of the base model; without it the run's step 0 is the base.
-        steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, every C-th from A.
+        steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A plus a multiple of C.
         encoding: ``exact`` keeps every bit, ``float`` rounded float deltas; ``auto`` is exact for 16-bit checkpoints
             and for float32 ones that hardly change, else float.
         mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative error of at most
@@ -75,14 +81,15 @@ def import_checkpoints(
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory; what does not fit is
             read again from its file.
 
-    Reads every checkpoint once, and the base twice. Memory: the budget, a few blocks of 2**22 elements, and for dense
-    encodings one row of a part.
+    Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are read once more, and so
+    is what does not fit the budget. Memory: the budget, a few blocks of 2**22 elements, the changes of one step, and for
+    dense encodings two rows of a part.
 
     Raises:
         CheckpointError: a checkpoint is damaged, not finite, or does not have the base's tensors.
         StoreError: ``out`` is something else, belongs to another run, is being written, or the disk is full.
     """
-    _check_mantissa_bits(mantissa_bits, encoding)
+    _check_encoding(encoding, mantissa_bits)
     run = open_run(Path(source))
     wanted = select_steps(run.steps, steps)
     base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source)
@@ -93,7 +100,7 @@ def import_checkpoints(
         with StoreWriter(out) as writer:
             store = writer.store
             if not created:
-                _check_same_run(store, base_checkpoint, encoding, mantissa_bits)
+                _check_same_run(store, run, base_checkpoint, encoding, mantissa_bits)
             recorded = {int(s) for s in store.steps}
             new = [s for s in wanted if s not in recorded]
             if new and recorded and new[0] < max(recorded):
@@ -131,7 +138,9 @@ def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
     return chosen
 
 
-def _check_mantissa_bits(mantissa_bits: int | None, encoding: str) -> None:
+def _check_encoding(encoding: str, mantissa_bits: int | None) -> None:
+    if encoding not in ("auto", "exact", "float"):
+        raise RelexkitError(f"--encoding {encoding} is unknown; choose auto, exact or float")
     if mantissa_bits is not None and not 1 <= mantissa_bits <= 23:
         raise RelexkitError(f"--mantissa-bits {mantissa_bits} is out of range; expected 1 to 23")
     if mantissa_bits is not None and encoding == "exact":
@@ -150,10 +159,14 @@ def _open_base(run: Run, base: str | Path | None, wanted: list[int], source: str
 
 
 def _is_store(path: str | Path) -> bool:
-    """True if a finished store is at ``path``; anything else there is judged when the store is created."""
+    """True if a finished store is at ``path``, False if one may be created there.
+
+    Raises:
+        StoreError: a store of an unknown version, or a damaged one.
+    """
     try:
         TrajectoryStore(path)
-    except RelexkitError:
+    except NotAStoreError:
         return False
     return True
 
@@ -283,8 +296,11 @@ def _base_reader(base: Checkpoint, layout: Layout) -> Callable[[int, int, int], 
     return read
 
 
-def _read_columns(checkpoint: Checkpoint, layout: Layout, part: int, begin: int, end: int, where: str) -> np.ndarray:
-    out = np.empty(end - begin, bits_dtype(layout.parts[part].dtype))
+def _read_columns(
+    checkpoint: Checkpoint, layout: Layout, part: int, begin: int, end: int, where: str, out: np.ndarray | None = None
+) -> np.ndarray:
+    if out is None:
+        out = np.empty(end - begin, bits_dtype(layout.parts[part].dtype))
     for segment in layout.segments_in(part, begin, end):
         name, stored = segment.tensor.name, checkpoint.tensors[segment.tensor.name].dtype
         target = out[segment.offset - begin : segment.offset - begin + segment.numel]
@@ -324,7 +340,10 @@ def _check_tensors(
     extra = [n for n in found.tensors if n not in expected]
     if missing or extra:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unexpected {_some(extra)}"] * bool(extra)
-        raise CheckpointError(f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere")
+        raise CheckpointError(
+            f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere: "
+            "convert them alike (a tied output head is either in all of them or in none)"
+        )
     for name, (shape, dtype) in expected.items():
         info = found.tensors[name]
         if info.shape != shape:
@@ -348,8 +367,8 @@ def _some(names: list[str]) -> str:
     return f"tensor{'s' * (len(names) > 1)} {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_same_run(store: TrajectoryStore, base: Checkpoint, encoding: str, mantissa_bits: int | None) -> None:
-    """The store belongs to this base and these options (it may have been created by an earlier, interrupted call)."""
+def _check_same_run(store: TrajectoryStore, run: Run, base: Checkpoint, encoding: str, mantissa_bits: int | None) -> None:
+    """The store belongs to this run, base and options (it may have been created by an earlier, interrupted call)."""
     expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
     _check_tensors(expected, base, f"the store {store.path}", "the base", widen=True)
     if base_sha256(store.layout, _base_reader(base, store.layout)) != store.attributes["base"]["sha256"]:
@@ -367,6 +386,31 @@ def _check_same_run(store: TrajectoryStore, base: Checkpoint, encoding: str, man
         raise CheckpointError(
             f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or choose another -o"
         )
+    _check_last_step(store, run, base)
+
+
+def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None:
+    """The last recorded step, if the run still has it, holds what the store holds, in the first block of every part."""
+    last = int(store.steps[-1]) if len(store.steps) else 0
+    if last not in run.steps or not last:
+        return
+    with closing(run.checkpoint(last)) as checkpoint:
+        expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
+        _check_tensors(expected, checkpoint, f"the store {store.path}", f"step {last}")
+        for part, spec in enumerate(store.layout.parts):
+            end = min(spec.numel, BLOCK)
+            current = _read_columns(checkpoint, store.layout, part, 0, end, f"step {last}")
+            if spec.encoding == "float":
+                reference = _read_columns(base, store.layout, part, 0, end, "the base")
+                row = store.read_row(part, len(store.steps) - 1, 0, end)
+                same = np.array_equal(float_row(reference, current, spec.dtype, store.mantissa_bits or 23), row)
+            else:
+                same = np.array_equal(current, store.read_state(part, len(store.steps) - 1, 0, end))
+            if not same:
+                raise CheckpointError(
+                    f"step {last} of the run differs from the one recorded in {store.path}: this is another run; "
+                    "choose another -o"
+                )
 
 
 # -- appending --------------------------------------------------------------------------------------------------------
@@ -382,7 +426,12 @@ def _append_all(
 ) -> None:
     with closing(_Appender(writer, base, memory_budget_bytes)) as appender:
         for done, step in enumerate(steps, 1):
-            appender.append(step, run.checkpoint(step))
+            checkpoint = run.checkpoint(step)
+            try:
+                appender.append(step, checkpoint)
+            except BaseException:
+                checkpoint.close()
+                raise
             if progress:
                 progress("importing", done, len(steps))
 
@@ -392,6 +441,8 @@ class _Appender:
 
     Reference weights stay in memory up to the budget, whole parts at a time; beyond it they are read again: the
     previous step from its checkpoint (or replayed from the store, after a restart), the base from its folder.
+
+    Writing goes on in the background, in order, so a step is committed while the next one is read.
     """
 
     def __init__(self, writer: StoreWriter, base: Checkpoint, memory_budget_bytes: int):
@@ -406,12 +457,34 @@ class _Appender:
                 remaining -= size
                 self._kept[part] = self._initial_reference(part, 0, spec.numel)
         self._pool = ThreadPoolExecutor(_WORKERS)
+        self._background = ThreadPoolExecutor(1)
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._scratch = threading.local()
 
     def close(self) -> None:
-        """Stop the workers and close the last checkpoint."""
-        self._pool.shutdown()
-        if self._previous is not None:
-            self._previous.close()
+        """Finish what is being written, stop the workers and close the last checkpoint.
+
+        Raises:
+            StoreError: the last writes failed.
+        """
+        try:
+            self._finish(0)
+        finally:
+            self._pool.shutdown()
+            self._background.shutdown()
+            if self._previous is not None:
+                self._previous.close()
+
+    def _finish(self, num_bytes: int) -> None:
+        """Wait until no more than ``num_bytes`` are still to be written."""
+        while self._pending and (num_bytes == 0 or sum(size for _, size in self._pending) > num_bytes):
+            self._pending.popleft()[0].result()
+
+    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Let the background thread write, once there is room in its queue."""
+        size = sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))
+        self._finish(max(0, _QUEUE_BYTES - size))
+        self._pending.append((self._background.submit(write, *arguments), size))
 
     def append(self, step: int, checkpoint: Checkpoint) -> None:
         """Record one checkpoint; it is closed when the next one is done."""
@@ -424,7 +497,7 @@ class _Appender:
                     f"{where}: tensors {tensor.name!r} and {tensor.tied_to!r} differ but were tied so far; "
                     "import into a new store"
                 )
-        self._writer.begin(step)
+        self._write(self._writer.begin, step)
         for part, spec in enumerate(self._layout.parts):
             if spec.encoding == "sparse":
                 self._append_sparse(part, checkpoint, where)
@@ -432,7 +505,7 @@ class _Appender:
                 self._check_fixed(part, checkpoint, where)
             else:
                 self._append_row(part, spec, checkpoint, where)
-        self._writer.commit(checkpoint.metrics())
+        self._write(self._writer.commit, checkpoint.metrics())
         if self._previous is not None:
             self._previous.close()
         self._previous = checkpoint
@@ -449,10 +522,18 @@ class _Appender:
             return _read_columns(self._previous, self._layout, part, begin, end, "the previous step")
         return self._initial_reference(part, begin, end)
 
+    def _read(self, checkpoint: Checkpoint, part: int, begin: int, end: int, where: str) -> np.ndarray:
+        """Columns of a checkpoint in the thread's own buffer, good until its next call: fresh pages cost as much as reading."""
+        bits = bits_dtype(self._layout.parts[part].dtype)
+        buffers: dict[np.dtype, np.ndarray] = self._scratch.__dict__.setdefault("buffers", {})
+        if bits not in buffers:
+            buffers[bits] = np.empty(CHECKSUM_BLOCK, bits)
+        return _read_columns(checkpoint, self._layout, part, begin, end, where, buffers[bits][: end - begin])
+
     def _append_sparse(self, part: int, checkpoint: Checkpoint, where: str) -> None:
         def encode(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
             begin, end = span
-            current = _read_columns(checkpoint, self._layout, part, begin, end, where)
+            current = self._read(checkpoint, part, begin, end, where)
             reference = self._reference(part, begin, end)
             columns = changed_columns(reference, current)
             after = current[columns]
@@ -467,7 +548,7 @@ class _Appender:
         bits = bits_dtype(self._layout.parts[part].dtype)
         differences = np.concatenate([np.empty(0, bits), *(r[1] for r in results)])
         checksum = content_checksum([value for r in results for value in r[2]])
-        self._writer.write_sparse(part, columns, differences.view(f"int{bits.itemsize * 8}"), checksum)
+        self._write(self._writer.write_sparse, part, columns, differences.view(f"int{bits.itemsize * 8}"), checksum)
 
     def _append_row(self, part: int, spec: Part, checkpoint: Checkpoint, where: str) -> None:
         bits = bits_dtype(spec.dtype)
@@ -476,7 +557,7 @@ class _Appender:
 
         def encode(span: tuple[int, int]) -> list[int]:
             begin, end = span
-            current = _read_columns(checkpoint, self._layout, part, begin, end, where)
+            current = self._read(checkpoint, part, begin, end, where)
             self._refuse_nonfinite(part, current, range(begin, end), where, spec.dtype)
             reference = self._reference(part, begin, end)
             if is_float:
@@ -488,7 +569,8 @@ class _Appender:
             return block_checksums(row[begin:end])
 
         checksums = self._pool.map(encode, blocks(spec.numel))
-        self._writer.write_row(part, row, content_checksum([value for block in checksums for value in block]))
+        checksum = content_checksum([value for block in checksums for value in block])
+        self._write(self._writer.write_row, part, row, checksum)
 
     def _check_fixed(self, part: int, checkpoint: Checkpoint, where: str) -> None:
         for begin, end in blocks(self._layout.parts[part].numel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -19,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.checkpoints import open_checkpoint
-from relexkit.dtypes import FLOAT_DTYPES, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
-from relexkit.encoding import CHECKSUM_BLOCK, Update, apply_update, clip_update, content_checksum
+from relexkit.dtypes import FLOAT_DTYPES, ROUNDINGS, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
+from relexkit.encoding import Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.extrapolators import METHODS, Options, check_request, predict_weights, step_text
 from relexkit.gram import Gram, gram
 from relexkit.layout import Layout, Segment
+from relexkit.linalg import single_threaded_blas
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
-from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks, describe_steps
+from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, WriterLock, blocks, describe_steps
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def extrapolate(
     until: int | None = None,
     method: str = "relex",
     options: Options | None = None,
-    scope: str = "tensor",
+    scope: str | None = None,
     scale: float = 1.0,
     dtype: str | None = None,
     rounding: Rounding = "stochastic",
@@ -80,15 +82,17 @@ def extrapolate(
         StoreError: damaged chunk, or the disk is full; nothing half-written is left.
     """
     options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
-    check_output_dtype(dtype)
+    check_output(dtype, rounding)
     check_request(targets, method, options, scale)
     num_used = len(used_steps(store, until))
     needs_gram = METHODS[method].needs_gram
     observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
     observed = observed.until(until)
     weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale)
-    settings = {"method": method, **_used_options(method, options), "scope": scope, "scale": scale}
+    settings = {"method": method, **_used_options(method, options), "scope": scope or METHODS[method].scope, "scale": scale}
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
+    with single_threaded_blas():
+        variance = _variance(observed) if needs_gram else None
     jobs, predictions = [], []
     for target, weight in zip(targets, weights, strict=True):
         provenance = {
@@ -100,8 +104,7 @@ def extrapolate(
         already = is_finished(folder, provenance)
         predictions.append(Prediction(target, folder, already))
         if not already:
-            card = model_card(provenance, variance=_variance(observed) if needs_gram else None)
-            jobs.append((folder, weight, provenance, card))
+            jobs.append((folder, weight, provenance, model_card(provenance, variance)))
     if jobs:
         pending = [FolderJob(folder, provenance, card) for folder, _, provenance, card in jobs]
         with PendingFolders(store, pending, dtype) as writers:
@@ -128,6 +131,8 @@ def apply(
 ) -> None:
     """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is.
 
+    Tensors that are not float keep the model's values. An error while reading leaves the model partly changed.
+
     Args:
         model: its ``state_dict`` has the store's tensors (tied ones under either name).
         weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of ``predict_weights``; all zero for the base.
@@ -138,12 +143,21 @@ def apply(
     """
     import torch
 
+    expected = (len(store.layout.moving_tensors), len(store.steps))
+    if weights.shape[:1] != expected[:1] or weights.ndim != 2 or weights.shape[1] > expected[1]:
+        raise RelexkitError(f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of predict_weights")
     state = model.state_dict()
     shared = aliases(store.layout)
     flat: dict[str, list[torch.Tensor]] = {}
     for tensor in store.layout.moving_tensors:
         found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
+        for name in found:
+            if str(state[name].dtype).removeprefix("torch.") not in FLOAT_DTYPES or not state[name].is_contiguous():
+                raise RelexkitError(
+                    f"tensor {name!r} of the model is {state[name].dtype}, contiguous {state[name].is_contiguous()}; "
+                    f"expected contiguous {', '.join(FLOAT_DTYPES)}"
+                )
         if wrong or not found:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
             raise RelexkitError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}")
@@ -171,9 +185,10 @@ def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: Pr
         RelexkitError: something else is at ``out``.
     """
     row = -1 if step == 0 else store.row_of(step)
+    content = f"{content_checksum(store.checksums()[row].tolist()):08x}" if row >= 0 else "base"
     exact = "bit for bit" if store.exact or step == 0 else f"to {store.mantissa_bits} mantissa bits of the delta"
     provenance = {
-        "relexkit": __version__, "kind": "recorded", "step": step, "exact": exact,
+        "relexkit": __version__, "kind": "recorded", "step": step, "exact": exact, "content": content,
         "base": store.attributes["base"], "source": store.attributes["source"],
     }  # fmt: skip
     folder = Path(out)
@@ -211,15 +226,20 @@ def round_checkpoint(
         CheckpointError: the source is damaged or not finite.
         RelexkitError: something else is at ``out``, or a value does not fit ``dtype``.
     """
-    check_output_dtype(dtype)
-    folder = Path(out)
-    with closing(open_checkpoint(Path(source))) as checkpoint:
+    check_output(dtype, rounding)
+    folder, source = Path(out), Path(source).resolve()
+    with closing(open_checkpoint(source)) as checkpoint:
         provenance = {
             "relexkit": __version__, "kind": "rounded", "source": str(source), "dtype": dtype,
-            "rounding": rounding, "seed": seed,
+            "rounding": rounding, "seed": seed, "weights": _weight_files(source),
         }  # fmt: skip
         if is_finished(folder, provenance):
             return folder
+        for name, info in checkpoint.tensors.items():
+            if info.dtype.startswith("float") and info.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{source}: tensor {name!r} has dtype {info.dtype}; expected float32, bfloat16 or float16: convert it first"
+                )
         tensors = {
             name: TensorInfo(info.shape, dtype if info.dtype in FLOAT_DTYPES else info.dtype)
             for name, info in checkpoint.tensors.items()
@@ -244,8 +264,14 @@ def round_checkpoint(
                         writer.write(name, begin, raw)
                     if progress:
                         progress("rounding", done, len(tensors))
-            write_files(temporary, checkpoint.files(), dtype, provenance, None)
+            write_files(temporary, checkpoint.files(), [dtype], provenance, None)
     return folder
+
+
+def _weight_files(source: Path) -> list[list[str | int]]:
+    """Name, size and time of every weight file below a folder: what tells a changed source from the same one."""
+    found = sorted(p for kind in ("*.safetensors", "*.bin") for p in source.rglob(kind))
+    return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
 
 def used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
@@ -261,10 +287,12 @@ def used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
     return used
 
 
-def check_output_dtype(dtype: str | None) -> None:
-    """Refuse an output format that is not one of ours."""
+def check_output(dtype: str | None, rounding: str) -> None:
+    """Refuse an output format or a rounding that is not one of ours."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise RelexkitError(f"--dtype {dtype} is unknown; choose one of {', '.join(FLOAT_DTYPES)}")
+    if rounding not in ROUNDINGS:
+        raise RelexkitError(f"--rounding {rounding} is unknown; choose {' or '.join(ROUNDINGS)}")
 
 
 def _shape_only(store: TrajectoryStore) -> Gram:
@@ -306,7 +334,7 @@ def _stream(
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
     used = np.flatnonzero(weights.any(axis=(0, 1)))
     num_rows = int(used[-1]) + 1 if len(used) else 0
-    width = max(2**18, min(CHECKSUM_BLOCK, budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16))
+    width = max(2**18, min(READ_WINDOW["float"], budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16))
 
     def predict(part: int, begin: int, end: int, updates: list[Update] | None) -> None:
         segments = layout.segments_in(part, begin, end)
@@ -387,6 +415,10 @@ class PendingFolders:
     def __init__(self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None):
         self._store, self._jobs, self._dtype = store, jobs, dtype
         self._aliases = aliases(store.layout)
+        sizes = Counter[str]()
+        for part in store.layout.parts:
+            sizes[part.dtype] += part.numel if part.encoding != "fixed" else 0
+        self._dtypes = [dtype] if dtype else [name for name, _ in sizes.most_common()]
 
     def __enter__(self) -> PendingFolders:
         tensors = {
@@ -422,7 +454,7 @@ class PendingFolders:
             return
         with self._stack:
             for folder, job in zip(self._folders, self._jobs, strict=True):
-                write_files(folder, self._store.files(), self._dtype, job.provenance, job.card)
+                write_files(folder, self._store.files(), self._dtypes, job.provenance, job.card)
 
 
 def aliases(layout: Layout) -> dict[str, list[str]]:
@@ -442,17 +474,19 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
         StoreError: the disk is full or the place cannot be written.
     """
     temporary = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left one
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise StoreError(
-            f"{folder}: cannot be written ({error.strerror or error}); nothing was left there: free space or choose another -o"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with WriterLock(str(temporary)):  # two commands may be asked for the same folder
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left one
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, folder)
+        except OSError as error:
+            raise StoreError(
+                f"{folder}: cannot be written ({error.strerror or error}); nothing was left there: "
+                "free space or choose another -o"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
@@ -473,27 +507,37 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
 
 
 def write_files(
-    folder: Path, files: Mapping[str, bytes], dtype: str | None, provenance: Mapping[str, Any], card: str | None
+    folder: Path, files: Mapping[str, bytes], dtypes: list[str], provenance: Mapping[str, Any], card: str | None
 ) -> None:
-    """Write configuration (with the output's dtype), tokenizer, provenance and README into a checkpoint folder."""
+    """Write configuration, tokenizer, provenance and README into a checkpoint folder.
+
+    A configuration that names another dtype than those of the weights (most frequent first) would make a loader round
+    them, so it is corrected.
+    """
     for name, content in files.items():
-        if name == "config.json" and dtype is not None:
-            content = _with_dtype(content, dtype)
+        if name == "config.json":
+            content = _with_dtype(content, dtypes)
         (folder / name).write_bytes(content)
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     if card is not None:
         (folder / "README.md").write_text(card)
 
 
-def _with_dtype(config: bytes, dtype: str) -> bytes:
+def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:
+    def corrected(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: dtypes[0] if key in ("dtype", "torch_dtype") and inner not in dtypes else corrected(inner)
+            for key, inner in value.items()
+        }
+
     try:
         document = json.loads(config)
     except ValueError:
         return config
-    for key in ("dtype", "torch_dtype"):
-        if key in document:
-            document[key] = dtype
-    return (json.dumps(document, indent=2) + "\n").encode()
+    changed = corrected(document)
+    return config if changed == document or not dtypes else (json.dumps(changed, indent=2) + "\n").encode()
 
 
 def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:

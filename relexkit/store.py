@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,18 +48,20 @@ READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "fixed": 2**22}
 """Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
 
 _ROWS = 64  # rows that arrays are created with; doubled when they are full
-_LOG_CHUNK = 4096  # steps per chunk of the small per-step arrays
+_LOG_CHUNK = 2**17  # steps that a store can hold: its small per-step arrays are one chunk, replaced as a whole
 _BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
 _ENTRY_CHUNK = 2**17
 _ROW_CHUNK = 2**17
-_SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"), Crc32cCodec())
+_SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _DENSE_CODECS = (BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
-_BASE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a missing chunk is always damage, never a chunk of fill values
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 _UNWRITTEN_INDPTR = 0xFFFFFFFF
 _UNWRITTEN_GAP = 0xFFFF
 _UNWRITTEN_INTEGER = -1
+
+SAFE_FILE_NAME = re.compile(r"(?!relexkit\.json|model|pytorch_model|adapter_model|README)[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""Files that a store may hold and write beside weights: plain names that replace no weights and no record of ours."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
@@ -97,6 +99,11 @@ class TrajectoryStore:
         log = self._read_small("the commit log", "steps", None)
         self.steps: np.ndarray = log[log >= 0]
 
+    def add_step(self, step: int) -> None:
+        """Note a step that this process has just committed; ``refresh`` without reading anything."""
+        self._indptr.clear()
+        self.steps = np.append(self.steps, step)
+
     @property
     def mantissa_bits(self) -> int | None:
         """Mantissa bits of float deltas; None if no part holds any."""
@@ -129,12 +136,21 @@ class TrajectoryStore:
     def indptr(self, part: int) -> np.ndarray:
         """Entries of the sparse log before each block, ``uint32 [T, num_blocks + 1]``; cached."""
         if part not in self._indptr:
-            where = f"part {part} of the update log"
-            table = self._read_small(where, f"updates/{part}/indptr", len(self.steps))
+            table = self._read_indptr(part)
             for row in np.flatnonzero((table[:, 0] != 0) | (np.diff(table.astype(np.int64), axis=1) < 0).any(axis=1)):
                 self._damaged(int(row), part, 0, "its index is missing or not ascending")
-            self._indptr[part] = table
+            self._indptr = {part: table}  # passes go part by part; all parts of a large run would take much
         return self._indptr[part]
+
+    def _read_indptr(self, part: int) -> np.ndarray:
+        def read(row: int | slice) -> np.ndarray:
+            return np.asarray(self._array(f"updates/{part}/indptr")[row])
+
+        try:
+            return read(slice(len(self.steps)))
+        except Exception:  # a damaged chunk belongs to one step: find and name it
+            rows = [self._guard(self._where(row, part, 0), partial(read, row)) for row in range(len(self.steps))]
+            return np.stack(rows)
 
     def read_update(self, part: int, row: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """One step's entries of the sparse log in columns ``begin:end`` of a part.
@@ -163,8 +179,8 @@ class TrajectoryStore:
     ) -> Iterator[tuple[int, int, list[Update]]]:
         """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that fit ``budget`` bytes.
 
-        Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of the part. Every
-        chunk is read once, but for those that straddle two stretches.
+        Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of the part. A chunk that
+        lies in several stretches is read for each of them.
         """
         numel = self.layout.parts[part].numel
         for begin, end in column_windows(self.entries(part, num_rows), numel, budget // _ENTRY_BYTES, numel):
@@ -221,6 +237,9 @@ class TrajectoryStore:
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
         names = self.attributes["files"]
+        for name in names:
+            if not SAFE_FILE_NAME.fullmatch(name):
+                raise StoreError(f"{self.path}: holds a file named {name!r}; expected plain names such as tokenizer.json")
         return {name: self._read_small(f"file {name!r}", f"files/{name}", None).tobytes() for name in names}
 
     def metric_names(self) -> list[str]:
@@ -232,7 +251,7 @@ class TrajectoryStore:
         return [str(name) for name in names]
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
-        """Read every chunk and compare every step with the checksum of its content. Two passes at most, flat memory.
+        """Read every chunk and compare every step with the checksum of its content. One pass, flat memory.
 
         Raises:
             StoreError: the first damaged place, by step and tensor.
@@ -267,7 +286,9 @@ class TrajectoryStore:
         for folder, _, names in os.walk(self.path):
             top = Path(folder).relative_to(self.path).parts[:1]
             key = top[0] if top else "."
-            sizes[key] = sizes.get(key, 0) + sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # a writer's temporary file
+                    sizes[key] = sizes.get(key, 0) + os.path.getsize(os.path.join(folder, name))
         return sizes
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -359,6 +380,7 @@ class StoreWriter:
             raise StoreError(f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a new store")
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
+        self._missing = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
         self._reserve()
 
     def write_sparse(self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int) -> None:
@@ -370,36 +392,48 @@ class StoreWriter:
                 self._array(f"updates/{part}/data")[self._row, : len(gaps)] = differences
             self._array(f"updates/{part}/indptr")[self._row, :] = indptr
         self._checksums[part] = checksum
+        self._missing.discard(part)
 
     def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
         """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum of their bits."""
         with self._writing():
             self._array(f"deltas/{part}")[self._row, :] = values
         self._checksums[part] = checksum
+        self._missing.discard(part)
 
     def commit(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Make the step visible to readers: everything before was invisible, and this is one atomic replacement."""
+        """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
+
+        Raises:
+            StoreError: a part of the step was not written, or the disk is full.
+        """
+        if self._missing:
+            raise StoreError(
+                f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write every part first"
+            )
         with self._writing():
             self._array("checksums")[self._row, :] = self._checksums
             self._write_metrics(metrics or {})
             self._array("steps")[self._row] = self._step
-        self.store.refresh()
+        self.store.add_step(self._step)
         self._row += 1
 
     def _write_metrics(self, metrics: Mapping[str, float]) -> None:
-        if not metrics:
-            return
-        group = self._group["metrics"]
-        names = self.store.metric_names()
+        """Every known metric gets a value or NaN: a killed writer may have left one in this row."""
+        group, names = self._group["metrics"], self.store.metric_names()
+        given: dict[str, float] = {}
         for metric, value in metrics.items():
-            name = re.sub(r"[^A-Za-z0-9_.-]", ".", metric).strip(".") or "metric"
+            name = re.sub(r"[^a-z0-9_.-]", ".", metric.lower()).strip(".") or "metric"
+            given.setdefault(name, value)
+        for name in given:
             if name not in names:
                 rows = self._array("steps").shape[0]
                 nothing = float("nan")
-                _create(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=nothing)[:] = nothing
+                create_array(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=nothing)[:] = nothing
                 names.append(name)
                 group.attrs.update({"names": names, "checksum": _json_checksum(names)})
-            self._array(f"metrics/{name}")[self._row] = value
+        for name in names:
+            self._array(f"metrics/{name}")[self._row] = given.get(name, float("nan"))
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
@@ -421,12 +455,12 @@ class StoreWriter:
         """Make room for one more row; ``steps`` grows last, so its length never exceeds the others'."""
         if self._row < self._array("steps").shape[0]:
             return
+        if self._row >= _LOG_CHUNK:
+            raise StoreError(f"{self.store.path}: is full with {self._row} steps; import into a new store")
         with self._writing():
             for name in self._per_step_arrays():
                 array = self._array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
-                if array.ndim == 1:
-                    array[self._row :] = array.fill_value
 
     def _discard_unfinished(self) -> None:
         """Delete what a crash left in the first uncommitted row, so that a rewrite never merges with it."""
@@ -468,6 +502,8 @@ def create_store(
         StoreError: something is at ``path`` already, another process writes it, or the disk is full.
     """
     path = str(path)
+    if "://" in path:
+        raise StoreError(f"{path}: is not a local path; stores are written to local disks: copy the finished store there")
     with WriterLock(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
@@ -485,7 +521,7 @@ def create_store(
             _create_empty_arrays(group, layout)
             for name, content in files.items():
                 data = np.frombuffer(content, np.uint8)
-                _create(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=_BASE_CODECS)[:] = data
+                create_array(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=_DENSE_CODECS)[:] = data
             attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
             group.attrs["relexkit"] = attributes | {"checksum": _json_checksum(attributes)}
         except OSError as error:
@@ -505,8 +541,8 @@ def _write_base(
         for part, spec in enumerate(layout.parts):
             chunk = min(_BASE_CHUNK, max(1, spec.numel))
             shard = -(-min(_BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
-            array = _create(
-                group, f"base/{part}", (spec.numel,), bits_dtype(spec.dtype), (chunk,), shards=(shard,), codecs=_BASE_CODECS
+            array = create_array(
+                group, f"base/{part}", (spec.numel,), bits_dtype(spec.dtype), (chunk,), shards=(shard,), codecs=_DENSE_CODECS
             )
             for begin in range(0, spec.numel, shard):
                 end = min(begin + shard, spec.numel)
@@ -538,23 +574,23 @@ def _create_empty_arrays(group: zarr.Group, layout: Layout) -> None:
             shape = (_ROWS, spec.numel)
             for leaf, dtype, fill in (("indices", np.uint16, _UNWRITTEN_GAP), ("data", signed, 0)):
                 name = f"updates/{part}/{leaf}"
-                _create(group, name, shape, dtype, (1, entries), shards=shards, codecs=_SPARSE_CODECS, fill_value=fill)
+                create_array(group, name, shape, dtype, (1, entries), shards=shards, codecs=_SPARSE_CODECS, fill_value=fill)
             shape = (_ROWS, num_blocks(spec.numel) + 1)
-            _create(group, f"updates/{part}/indptr", shape, "uint32", (1, shape[1]), fill_value=_UNWRITTEN_INDPTR)
+            create_array(group, f"updates/{part}/indptr", shape, "uint32", (1, shape[1]), fill_value=_UNWRITTEN_INDPTR)
         elif spec.encoding != "fixed":
             chunk = min(_ROW_CHUNK, max(1, spec.numel))
             is_float = spec.encoding == "float"
-            _create(
+            create_array(
                 group, f"deltas/{part}", (_ROWS, spec.numel), np.float32 if is_float else signed, (1, chunk),
                 shards=(1, -(-max(1, spec.numel) // chunk) * chunk), codecs=_DENSE_CODECS,
                 fill_value=float("nan") if is_float else _UNWRITTEN_INTEGER,
             )  # fmt: skip
     group.create_group("metrics", attributes={"names": [], "checksum": _json_checksum([])})
-    _create(group, "checksums", (_ROWS, max(1, len(layout.parts))), "uint32", (1, max(1, len(layout.parts))))
-    _create(group, "steps", (_ROWS,), "int64", (_LOG_CHUNK,), fill_value=-1)[:] = -1
+    create_array(group, "checksums", (_ROWS, max(1, len(layout.parts))), "uint32", (1, max(1, len(layout.parts))))
+    create_array(group, "steps", (_ROWS,), "int64", (_LOG_CHUNK,), fill_value=-1)[:] = -1
 
 
-def _create(
+def create_array(
     group: zarr.Group,
     name: str,
     shape: tuple[int, ...],
@@ -565,6 +601,7 @@ def _create(
     codecs: Iterable[Any] = _SPARSE_CODECS,
     fill_value: float = 0,
 ) -> zarr.Array:
+    """Create an array whose every chunk is written and carries a checksum; replaces what is there."""
     return group.create_array(
         name,
         shape=shape,
@@ -608,21 +645,21 @@ def describe_steps(steps: np.ndarray) -> str:
     return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
-class _NotAStore(StoreError):
+class NotAStoreError(StoreError):
     """Something else is there, or nothing."""
 
 
-class _CreationInterrupted(StoreError):
+class _CreationInterrupted(NotAStoreError):
     """A store that a killed writer has not finished creating."""
 
 
 def _open_group(path: str) -> zarr.Group:
     if "://" not in path and not os.path.isdir(path):
-        raise _NotAStore(f"{path}: no such store; expected a folder written by `relexkit import`")
+        raise NotAStoreError(f"{path}: no such store; expected a folder written by `relexkit import`")
     try:
         return zarr.open_group(path, mode="r")
     except FileNotFoundError:
-        raise _NotAStore(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
+        raise NotAStoreError(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
     except Exception as error:
         raise StoreError(f"{path}: is not a readable Zarr group ({error}); restore the store from a copy") from error
 
@@ -630,7 +667,7 @@ def _open_group(path: str) -> zarr.Group:
 def _relexkit_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
     attributes = dict(group.attrs).get("relexkit")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
-        raise _NotAStore(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
+        raise NotAStoreError(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
     if attributes["format_version"] != FORMAT_VERSION:
         raise StoreError(
             f"{path}: has format version {attributes['format_version']!r}; this relexkit reads version {FORMAT_VERSION}: "
@@ -667,7 +704,7 @@ def _clear_for_creation(path: str) -> None:
                 child.unlink()
         (folder / "zarr.json").unlink()
         return
-    except _NotAStore:
+    except NotAStoreError:
         raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
     raise StoreError(f"{path}: a store exists there; choose another -o")
 
@@ -679,11 +716,12 @@ class WriterLock(contextlib.AbstractContextManager):
         self._file = None
         if "://" in path:
             return  # object stores have no locks; one writer is then the user's promise
-        lock_path = path.rstrip("/") + ".lock"
+        lock_path = os.path.realpath(path) + ".lock"  # one lock, whatever the spelling of the path
         try:
             Path(lock_path).parent.mkdir(parents=True, exist_ok=True)
             while True:
-                file = open(lock_path, "a+")  # noqa: SIM115 - held until close()
+                fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+                file = os.fdopen(fd, "r+")  # held until close()
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -695,10 +733,14 @@ class WriterLock(contextlib.AbstractContextManager):
                     break
                 file.close()  # its owner removed it between our open and our lock
             file.truncate(0)
-            file.write(f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()}")
+            user = os.environ.get("USER") or f"user {os.getuid()}"
+            file.write(f"process {os.getpid()} of {user} on {socket.gethostname()}")
             file.flush()
         except OSError as error:
-            raise StoreError(f"{path}: cannot be locked for writing ({error.strerror or error})") from error
+            raise StoreError(
+                f"{path}: cannot be locked for writing ({error.strerror or error}); expected a writable place on a file "
+                "system with locks: choose another -o"
+            ) from error
         self._file, self._path = file, lock_path
 
     def close(self) -> None:

@@ -669,3 +669,16 @@ def test_a_full_disk_at_any_write_leaves_whole_steps(tmp_path: Path, monkeypatch
         assert_same_content(out, tmp_path / "whole.zarr")
         shutil.rmtree(out)
     assert 20 < fail_from < 390  # it failed in creation and in every step, and got through at last
+
+
+def test_another_run_with_the_same_base_is_refused(tmp_path: Path) -> None:
+    """Two seeds of one experiment differ in nothing but their weights."""
+    first = write_run(tmp_path / "a", steps=(1, 2), seed=3)
+    second = write_run(tmp_path / "b", steps=(1, 2, 3), seed=3)
+    other = {n: t.clone() for n, t in second.weights[2].items()}
+    other[Q_PROJ].view(torch.int16)[0, 0] += 1
+    write_checkpoint(second.folders[2], other)
+    import_checkpoints(first.source, tmp_path / "s.zarr", base=first.base)
+    with pytest.raises(CheckpointError, match=r"step 2 of the run differs from .*: this is another run"):
+        import_checkpoints(second.source, tmp_path / "s.zarr", base=second.base)
+    assert TrajectoryStore(tmp_path / "s.zarr").steps.tolist() == [1, 2]

@@ -673,3 +673,25 @@ def test_a_file_size_limit_is_a_stated_error(tmp_path: Path) -> None:
     assert "cannot be written" in ran.stderr
     assert "nothing was left there" in ran.stderr
     assert listing(tmp_path / "out") == set()
+
+
+def test_checkout_of_another_store_is_not_taken_for_finished(tmp_path: Path) -> None:
+    """Two runs of the same base in folders of the same name say the same of themselves, but for their weights."""
+    first = write_run(tmp_path / "a", steps=(1, 2), seed=3)
+    second = write_run(tmp_path / "b", steps=(1, 2), seed=3, density=0.5)
+    stores = [import_checkpoints(r.source, tmp_path / f"{n}.zarr", base=r.base).store for n, r in (("a", first), ("b", second))]
+    checkout(stores[0], 2, tmp_path / "out")
+    with pytest.raises(RelexkitError, match="exists and holds something else"):
+        checkout(stores[1], 2, tmp_path / "out")
+
+
+def test_a_float32_prediction_is_not_rounded_by_the_base_configuration(tmp_path: Path) -> None:
+    run = write_run(tmp_path, dtype="float32", motion="drift", density=1.0, base_dtype="bfloat16")
+    for folder in run.folders.values():
+        if folder != run.base:
+            (folder / "config.json").unlink(missing_ok=True)
+    config = json.loads((run.base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (run.base / "config.json").write_text(json.dumps(config))
+    store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
+    (written,) = extrapolate(store, [60], tmp_path / "out")
+    assert json.loads((written.folder / "config.json").read_text())["dtype"] == "float32"

@@ -328,3 +328,21 @@ def test_windows_cover_every_column_once_within_their_bounds(seed: int) -> None:
 @pytest.mark.parametrize(("steps", "words"), [([], "no steps"), ([4], "only step 4"), ([1, 2, 9], "3 steps from 1 to 9")])
 def test_steps_in_words(steps: list[int], words: str) -> None:
     assert describe_steps(np.array(steps, np.int64)) == words
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "model.safetensors", "relexkit.json", "pytorch_model.bin", ""])
+def test_a_store_cannot_write_files_of_its_own_choice(name: str, bfloat16_store: TrajectoryStore, tmp_path: Path) -> None:
+    """What a store calls a file becomes a path when a checkpoint is written."""
+    store = TrajectoryStore(shutil.copytree(bfloat16_store.path, tmp_path / "s.zarr"))
+    store.attributes["files"] = [name]
+    with pytest.raises(StoreError, match="holds a file named"):
+        store.files()
+
+
+def test_a_step_with_a_part_missing_is_not_committed(bfloat16_store: TrajectoryStore, tmp_path: Path) -> None:
+    path = shutil.copytree(bfloat16_store.path, tmp_path / "s.zarr")
+    with StoreWriter(path) as writer:
+        writer.begin(100)
+        with pytest.raises(StoreError, match="step 100 lacks parts"):
+            writer.commit()
+    assert 100 not in TrajectoryStore(path).steps

@@ -23,11 +23,11 @@ _INSIDE = ("actor/huggingface", "huggingface", ".")
 
 _SAFE_INDEX, _SAFE = "model.safetensors.index.json", "model.safetensors"
 _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_WEIGHTS = (_SAFE_INDEX, _SAFE, _BIN_INDEX, _BIN)
+_WEIGHTS = (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)  # the order in which transformers looks
 
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
-    r"|processor_config|chat_template)\.(json|jinja|txt|model)|merges\.txt|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
+    r"|video_preprocessor_config|processor_config|tekken|chat_template)\.(json|jinja|txt|model)|merges\.txt|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
 )
 
 

@@ -1,0 +1,346 @@
+"""A run as a Gaussian process, fitted to its Gram matrix: how much of it is drift, how long the drift lasts, where it goes.
+
+Every parameter's gradient is taken to be ``d + e``: a drift ``d`` that keeps its direction for a correlation time ``ell``
+(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line) and white noise ``e``. The optimizer turns gradients
+into updates by its momentum with Adam's bias correction and the learning rate, which is a known linear map ``H`` from
+gradients to recorded deltas, and storage adds rounding. So the deltas of one parameter have the covariance
+
+    K = sigma^2 (H H^T + tau^2 H R_ell H^T + nu^2 I),        log p = -D/2 log|K| - 1/2 tr(K^-1 G).
+
+The best linear predictor under the model is a vector of weights over the observed deltas, ``a(t) = K^-1 k(t)``, with
+variance ``k(t, t) - k(t)^T K^-1 k(t)`` per parameter.
+
+The bias correction matters: without it, a fresh optimizer's first updates, which are several times larger than the later
+ones, look like a drift that dies out. Parameters are not independent, so the likelihood counts ``effective_dimension`` of
+them, measured from the scatter of the whitened Gram matrix about the identity; drift strength and correlation time are
+then averaged over their posterior rather than maximised, with a prior by which a drift that has lasted ``s`` steps lasts
+about as many again. One fit serves every tensor of a scope, up to a scale that does not affect the weights.
+
+Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps, L correlation times, C drift strengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relexkit.errors import ExtrapolationError
+
+if TYPE_CHECKING:
+    from relexkit.extrapolators import Options  # whose table of methods lists this one
+
+_GRID = 4096  # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
+_HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
+_JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
+_MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
+_PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
+_DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
+_NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
+_RATIOS = np.exp(np.linspace(np.log(1e-3), np.log(1e4), 60))  # drift-to-noise ratios averaged over, [C]
+_LIFETIMES = np.r_[2.0 ** np.arange(-5, 4), np.inf]  # correlation times averaged over, in units of the last step, [L]
+_LIFETIME_PRIOR = np.r_[_LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2])]
+# logit of momentum, log rounding, log drift-to-noise ratio, log correlation time over the last step
+_START = (2.2, -8.0, 0.0, -0.7)
+_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (-10.0, 10.0), (-5.0, 4.0)]
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """How optimizer steps lead to recorded deltas: the known part of the model.
+
+    Attributes:
+        unit: optimizer steps per grid point; 1 unless the run is longer than the grid.
+        history: gradients before the base that the optimizer remembers; 0 for an optimizer that starts with the run.
+        rates: learning rate by optimizer step (any unit), ``[S]``, or None for a constant one.
+    """
+
+    unit: float
+    history: int
+    rates: np.ndarray | None
+
+    def response(self, steps: np.ndarray, momentum: float) -> np.ndarray:
+        """``H``: what a unit gradient at every grid point adds to the delta of every step, ``[len(steps), S]``."""
+        from scipy.signal import lfilter  # half a second of imports that only this method needs
+
+        count = int(np.ceil(steps.max() / self.unit))
+        padded = np.zeros((len(steps), self.history + count))
+        response = padded[:, self.history :]
+        np.clip(steps[:, None] / self.unit - np.arange(count), 0.0, 1.0, out=response)
+        if self.rates is not None:
+            # beyond its end a schedule keeps its last rate
+            at = np.minimum((np.arange(count) + 0.5) * self.unit, len(self.rates)).astype(np.int64)
+            response *= self.rates[np.minimum(at, len(self.rates) - 1)]
+        beta = momentum**self.unit
+        response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
+        return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
+
+    def drift(self, response: np.ndarray, lifetime: float) -> np.ndarray:
+        """``H R_ell H^T`` by two recursions, so that no matrix over optimizer steps is formed."""
+        from scipy.signal import lfilter
+
+        if np.isinf(lifetime):
+            total = response.sum(axis=1)
+            return np.outer(total, total)
+        decay = np.exp(-self.unit / lifetime)
+        forward = lfilter([1.0], [1.0, -decay], response)
+        backward = lfilter([1.0], [1.0, -decay], response[:, ::-1])[:, ::-1]
+        return (forward + backward - response) @ response.T
+
+
+@dataclass(frozen=True)
+class _Lifetime:
+    """Every drift strength of one correlation time, in the basis where walk and rounding together are the identity.
+
+    Attributes:
+        lifetime: the correlation time.
+        basis: ``V [T, T]`` with ``V^T (H H^T + nu^2 I) V = I`` and ``V^T H R H^T V = diag(spread)``.
+        spread: ``[T]``.
+        strengths: ``tau^2 [C]``.
+        scales: ``sigma^2`` summed over parameters, ``[C]``.
+        losses: ``-log p`` per parameter, ``[C]``.
+    """
+
+    lifetime: float
+    basis: np.ndarray
+    spread: np.ndarray
+    strengths: np.ndarray
+    scales: np.ndarray
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrajectoryFit:
+    """A fitted trajectory model.
+
+    Attributes:
+        steps: the recorded steps that it was fitted to, ``int64 [T]``.
+        momentum: fitted ``beta`` of the optimizer.
+        warm: whether the optimizer had a history before the base (a resumed run, or no bias correction).
+        rounding: ``nu^2`` as a share of the walk's variance at the last step.
+        drift_to_noise: variance of the drift over that of the walk at the last step (``rho_T``); posterior median.
+        drift_to_noise_interval: central 90 % of the posterior.
+        correlation_time: ``ell`` in optimizer steps, posterior median; infinite for a line.
+        correlation_time_interval: central 90 % of the posterior.
+        effective_dimension: independent parameters that the scatter of the data amounts to.
+        evidence: twice the log likelihood ratio of drift against none, in effective parameters.
+        p_value: chance of at least this evidence on a drift-free walk, at most: half the tail of chi-square with two degrees
+            of freedom, since the strength is at its bound and the correlation time unknown there. Simulated walks with and
+            without momentum and rounding raise false alarms at most at the nominal rate.
+    """
+
+    steps: np.ndarray
+    momentum: float
+    warm: bool
+    rounding: float
+    drift_to_noise: float
+    drift_to_noise_interval: tuple[float, float]
+    correlation_time: float
+    correlation_time_interval: tuple[float, float]
+    effective_dimension: float
+    evidence: float
+    p_value: float
+    _clock: _Clock
+    _rows: np.ndarray
+    _gram: np.ndarray
+    _parts: tuple[tuple[_Lifetime, np.ndarray], ...]
+
+    def weights(self, target: float) -> np.ndarray:
+        """Weights over the observed deltas that predict the delta at ``target`` (a positive step), ``float64 [T]``."""
+        return self._predict(target)[0]
+
+    def variance(self, target: float) -> float:
+        """Expected squared error at ``target``, summed over the parameters of the Gram matrix that was fitted.
+
+        Includes what the posterior leaves open about drift strength and correlation time, not the rounding of the target.
+        """
+        return self._predict(target)[1]
+
+    def shares(self, matrices: np.ndarray) -> np.ndarray:
+        """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by likelihood, ``[N]``.
+
+        ``variance(target) * shares`` is each tensor's expected squared error.
+        """
+        chosen = matrices[:, self._rows[:, None], self._rows]
+        shares = np.zeros(len(matrices))
+        for part, share in self._parts:
+            white = ((chosen @ part.basis) * part.basis).sum(axis=1)
+            shares += (white @ (1 / (1 + part.strengths[:, None] * part.spread)).T / part.scales) @ share
+        return shares / len(self._rows)
+
+    def _predict(self, target: float) -> tuple[np.ndarray, float]:
+        times = self.steps[self._rows].astype(np.float64)
+        response = self._clock.response(np.r_[times, target, target], self.momentum)
+        walk = response @ response[-1]
+        # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
+        middles = self._clock.unit * (np.arange(response.shape[1]) - self._clock.history + 0.5)
+        fading = response.copy()
+        fading[-1] *= times[-1] / np.maximum(middles, times[-1])
+        mean, left, square = np.zeros(len(times)), 0.0, 0.0
+        for part, share in self._parts:
+            drift = self._clock.drift(fading if np.isfinite(part.lifetime) else response, part.lifetime)
+            strengths = part.strengths[:, None]
+            cross = (walk[:-2] + strengths * drift[-1, :-2]) @ part.basis
+            shrunk = cross / (1 + strengths * part.spread)
+            candidates = shrunk @ part.basis.T
+            mean += share @ candidates
+            left += share @ (part.scales * (walk[-1] + part.strengths * drift[-2, -2] - (cross * shrunk).sum(axis=1)))
+            square += share @ ((candidates @ self._gram) * candidates).sum(axis=1)
+        weights = np.zeros(len(self.steps))
+        weights[self._rows] = mean
+        return weights, float(left + max(0.0, square - mean @ self._gram @ mean))
+
+
+def fit_trajectory(
+    gram: np.ndarray, steps: np.ndarray, *, num_parameters: float, rates: np.ndarray | None = None
+) -> TrajectoryFit:
+    """The model fitted to a Gram matrix, usually the sum over a scope (``Gram.scoped("global")``): one fit for all targets.
+
+    Args:
+        gram: ``float64 [T, T]``.
+        steps: recorded optimizer steps ``[T]``, positive and increasing.
+        num_parameters: coordinates that the Gram matrix sums over; bounds the effective dimension.
+        rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last recorded step; None for
+            a constant one. Past its end it keeps its last value.
+
+    A few tenths of a second at 100 steps, most of it the search for momentum and rounding; reads no weights. Of more than 200
+    recorded steps the last 100 and 100 spread over the earlier ones are used.
+
+    Raises:
+        ExtrapolationError: fewer than three recorded steps, or nothing moved.
+    """
+    if len(steps) < 3:
+        raise ExtrapolationError(
+            f"{len(steps)} recorded step{'s' * (len(steps) != 1)} cannot tell a drift from a walk; "
+            "record at least 3, or use --method two-point or hold"
+        )
+    if not np.trace(gram) > 0:
+        raise ExtrapolationError("nothing moved up to here, so there is no motion to continue; use later steps")
+    rows, recorded = _thin(len(steps)), steps
+    gram, steps = gram[np.ix_(rows, rows)], steps[rows]
+    unit = max(1.0, float(steps[-1]) / _GRID)
+    clocks = [_Clock(unit, history, rates) for history in (0, _HISTORY)]
+    walks = [_search(gram, steps, clock, _START[:2]) for clock in clocks]
+    drifts = [_search(gram, steps, c, (*walk[1], *_START[2:])) for c, walk in zip(clocks, walks, strict=True)]
+    null, walk_only, walk_clock = min(((*walk, c) for walk, c in zip(walks, clocks, strict=True)), key=itemgetter(0))
+    loss, parameters, clock = min(((*drift, c) for drift, c in zip(drifts, clocks, strict=True)), key=itemgetter(0))
+    parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
+    evidence = max(0.0, 2 * effective * (null - loss))
+    p_value = 0.5 * float(np.exp(-evidence / 2)) if evidence else 1.0
+    if p_value > _DOUBT:
+        # A slow walk and a drift that turns quickly look alike: without evidence the walk's momentum explains the motion.
+        parameters, clock = walk_only, walk_clock
+        parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
+    lasting = _quantiles(_LIFETIMES * float(steps[-1]), posterior.sum(axis=1))
+    strong = _quantiles(_RATIOS, posterior.sum(axis=0))
+    return TrajectoryFit(
+        steps=recorded,
+        momentum=_expit(parameters[0]),
+        warm=clock.history > 0,
+        rounding=float(np.exp(parameters[1])),
+        drift_to_noise=strong[1],
+        drift_to_noise_interval=(strong[0], strong[2]),
+        correlation_time=lasting[1],
+        correlation_time_interval=(lasting[0], lasting[2]),
+        effective_dimension=effective,
+        evidence=evidence,
+        p_value=p_value,
+        _clock=clock,
+        _rows=rows,
+        _gram=gram,
+        _parts=tuple(_kept(part, p) for part, p in zip(parts, posterior, strict=True) if p.max() > _NEGLIGIBLE),
+    )
+
+
+def _thin(num_steps: int) -> np.ndarray:
+    """Indices of the recorded steps that a fit uses; its cost grows with their cube."""
+    if num_steps <= _MOST:
+        return np.arange(num_steps)
+    earlier = np.linspace(0, num_steps - _RECENT - 1, _MOST - _RECENT).round().astype(np.int64)
+    return np.r_[earlier, np.arange(num_steps - _RECENT, num_steps)]
+
+
+def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[float, ...]) -> tuple[float, np.ndarray]:
+    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength and life of a drift."""
+    from scipy.linalg.lapack import dpotrf, dpotri  # half the time of a fit is the overhead of calls
+    from scipy.optimize import minimize
+
+    times, origin = steps.astype(np.float64), np.array(start)
+    lower = np.tril(gram) + np.tril(gram, -1)
+
+    def loss(x: np.ndarray) -> float:
+        response = clock.response(times, _expit(x[0]))
+        walk = response @ response.T
+        covariance = walk + np.exp(x[1]) * walk[-1, -1] * np.eye(len(times))
+        if len(x) > 2:
+            drift = clock.drift(response, times[-1] * np.exp(x[3]))
+            covariance += np.exp(x[2]) * walk[-1, -1] / drift[-1, -1] * drift
+        covariance += _JITTER * covariance[-1, -1] * np.eye(len(times))
+        left, failed = dpotrf(covariance, lower=1)
+        assert not failed, "jitter keeps every covariance within the bounds positive definite"
+        inverse, _ = dpotri(left, lower=1)  # its lower triangle
+        energy = (lower * inverse).sum()
+        value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
+        return float(value + 1e-6 * ((x - origin) ** 2).sum())  # holds what the steps do not determine near the start
+
+    best = minimize(loss, origin, method="L-BFGS-B", bounds=_BOUNDS[: len(origin)], options={"ftol": 3e-8, "maxiter": 50})
+    return float(best.fun), best.x
+
+
+def _integrate(
+    gram: np.ndarray, steps: np.ndarray, clock: _Clock, parameters: np.ndarray, num_parameters: float
+) -> tuple[list[_Lifetime], np.ndarray, float]:
+    """Correlation times, posterior over them and drift strengths ``[L, C]``, effective dimension; momentum, rounding fixed."""
+    response = clock.response(steps.astype(np.float64), _expit(parameters[0]))
+    walk = response @ response.T
+    lifetimes = _LIFETIMES * float(steps[-1])
+    rounding = float(np.exp(parameters[1]))
+    parts = [_lifetime(gram, walk, rounding, clock.drift(response, lifetime), lifetime) for lifetime in lifetimes]
+    losses = np.array([part.losses for part in parts])
+    effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
+    posterior = _LIFETIME_PRIOR[:, None] * np.exp(-effective * (losses - losses.min()))
+    return parts, posterior / posterior.sum(), effective
+
+
+def _lifetime(gram: np.ndarray, walk: np.ndarray, rounding: float, drift: np.ndarray, lifetime: float) -> _Lifetime:
+    from scipy.linalg import eigh
+
+    noise = walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
+    spread, basis = eigh(drift, noise)
+    spread = np.maximum(spread, 0.0)
+    strengths = _RATIOS * walk[-1, -1] / drift[-1, -1]
+    inflated = 1 + strengths[:, None] * spread
+    scales = (((gram @ basis) * basis).sum(axis=0) / inflated).mean(axis=1)
+    log_determinant = np.log(inflated).sum(axis=1) + np.linalg.slogdet(noise)[1]
+    losses = len(walk) / 2 * np.log(scales) + log_determinant / 2
+    return _Lifetime(lifetime, basis, spread, strengths, scales, losses)
+
+
+def _effective_dimension(gram: np.ndarray, part: _Lifetime, num_parameters: float) -> float:
+    """Whitened deltas of different steps have products that scatter about zero with variance 1 / dimension."""
+    best = int(part.losses.argmin())
+    white = part.basis / np.sqrt((1 + part.strengths[best] * part.spread) * part.scales[best])
+    products = (white.T @ gram @ white)[np.triu_indices(len(gram), 1)]
+    return min(num_parameters, (len(products) + _PRIOR_PAIRS) / ((products**2).sum() + _PRIOR_PAIRS / _PRIOR_DIMENSION))
+
+
+def _kept(part: _Lifetime, share: np.ndarray) -> tuple[_Lifetime, np.ndarray]:
+    keep = share > _NEGLIGIBLE
+    short = replace(part, strengths=part.strengths[keep], scales=part.scales[keep], losses=part.losses[keep])
+    return short, share[keep]
+
+
+def _quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
+    """5, 50 and 95 % of a distribution over ascending values."""
+    return [float(values[i]) for i in np.searchsorted(np.cumsum(weights), (0.05, 0.5, 0.95)).clip(max=len(values) - 1)]
+
+
+def _expit(value: float) -> float:
+    return float(1 / (1 + np.exp(-value)))
+
+
+def trajectory_model(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
+    """The trajectory model as an extrapolator: fits and predicts one target; ``fit_trajectory`` shares a fit among targets."""
+    return fit_trajectory(gram, steps, num_parameters=np.inf).weights(target)
