@@ -31,14 +31,14 @@ def num_blocks(numel: int) -> int:
 
 
 def changed_columns(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Ascending columns ``int64 [n]`` at which two bit arrays ``[D]`` differ; temporaries take one byte per element."""
-    return np.flatnonzero(previous != current)
+    """Ascending columns ``int32 [n]`` at which two bit arrays ``[D]`` differ; temporaries take one byte per element."""
+    return np.flatnonzero(previous != current).astype(np.int32)
 
 
 def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndarray]:
     """Gaps ``uint16 [n]`` and ``indptr uint32 [num_blocks + 1]`` of ascending ``columns`` in a part of ``numel``."""
     block = columns >> 16
-    indptr = np.searchsorted(block, np.arange(num_blocks(numel) + 1)).astype(np.uint32)
+    indptr = np.searchsorted(block, np.arange(num_blocks(numel) + 1, dtype=block.dtype)).astype(np.uint32)
     local = columns & (BLOCK - 1)
     gaps = np.diff(local, prepend=0)
     starts = indptr[:-1][np.diff(indptr) > 0]

@@ -541,10 +541,10 @@ class _Appender:
             differences = after - reference[columns]
             if part in self._kept:
                 reference[columns] = after
-            return columns + begin, differences, block_checksums(current)
+            return columns + np.int32(begin), differences, block_checksums(current)
 
         results = list(self._pool.map(encode, blocks(self._layout.parts[part].numel)))
-        columns = np.concatenate([np.empty(0, np.int64), *(r[0] for r in results)])
+        columns = np.concatenate([np.empty(0, np.int32), *(r[0] for r in results)])
         bits = bits_dtype(self._layout.parts[part].dtype)
         differences = np.concatenate([np.empty(0, bits), *(r[1] for r in results)])
         checksum = content_checksum([value for r in results for value in r[2]])

@@ -17,7 +17,7 @@ from relexkit.safetensors_io import TensorInfo
 Encoding = Literal["sparse", "exact", "float", "fixed"]
 """How a part is stored: sparse update log, dense integer differences, dense float deltas, or base only."""
 
-PART_NUMEL: dict[Encoding, int] = {"sparse": 2**27, "exact": 2**25, "float": 2**25, "fixed": 2**27}
+PART_NUMEL: dict[Encoding, int] = {"sparse": 2**28, "exact": 2**25, "float": 2**25, "fixed": 2**27}
 """Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the smaller bound."""
 
 SCOPES = ("tensor", "layer", "module", "global")
