@@ -89,11 +89,11 @@ def test_a_step_without_weights_names_the_step(tmp_path: Path) -> None:
         open_run(tmp_path).checkpoint(2)
 
 
-def test_the_index_decides_when_there_is_also_a_single_file(tmp_path: Path) -> None:
-    """transformers writes either; a left-over single file of an earlier save must not win over a complete index."""
-    write_checkpoint(tmp_path / "checkpoint-1", {"old": torch.zeros(3)})
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    """Two saves in one folder: what is imported is what ``from_pretrained`` would have loaded."""
+    write_checkpoint(tmp_path / "checkpoint-1", {"single": torch.zeros(3)})
     write_checkpoint(tmp_path / "checkpoint-1", TINY, layout="sharded", shards=2)
-    assert set(open_run(tmp_path).checkpoint(1).tensors) == set(TINY)
+    assert set(open_run(tmp_path).checkpoint(1).tensors) == {"single"}
 
 
 def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
