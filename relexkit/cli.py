@@ -7,27 +7,25 @@ error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage. Heavy m
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relexkit.console import console, number, percent, print_json, print_pairs, progress_bar, say, size_text
 from relexkit.errors import RelexkitError
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
     from relexkit.backtest import Backtest
     from relexkit.spectrum import Spectrum
-    from relexkit.store import ProgressCallback, TrajectoryStore
+    from relexkit.store import TrajectoryStore
 
-EXTERNAL = {"demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes")}
-"""Commands that other packages own: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
+COMMAND_MODULES = {"demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes")}
+"""Commands with a module of their own: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
 
 _SHOWN_ROWS = 40
 
@@ -37,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = None
     try:
-        if given and given[0] in EXTERNAL:
-            parsed = _external_parser(given[0]).parse_args(given[1:])
+        if given and given[0] in COMMAND_MODULES:
+            parsed = _module_parser(given[0]).parse_args(given[1:])
         else:
             parsed = _parser().parse_args(given)
         parsed.run(parsed)
@@ -66,15 +64,15 @@ def _one_line(error: Exception) -> str:
 def _import(parsed: argparse.Namespace) -> None:
     from relexkit.importer import import_checkpoints
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         result = import_checkpoints(
             parsed.source, parsed.out, base=parsed.base, steps=parsed.steps, encoding=parsed.encoding,
             mantissa_bits=parsed.mantissa_bits, progress=progress,
         )  # fmt: skip
     if result.already:
-        _say(f"{len(result.already)} steps were recorded already")
+        say(f"{len(result.already)} steps were recorded already")
     if "config.json" not in result.store.attributes["files"]:
-        _say("no config.json was found: written checkpoints will need one before they load with from_pretrained")
+        say("no config.json was found: written checkpoints will need one before they load with from_pretrained")
     _print_info(result.store, parsed.json)
 
 
@@ -110,7 +108,7 @@ def _print_info(store: TrajectoryStore, as_json: bool) -> None:
         "relexkit_version": store.attributes["relexkit_version"],
     }
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     kept = "bit for bit" if store.exact else f"float deltas, {store.mantissa_bits} mantissa bits"
     log = sizes.get("updates", 0) + sizes.get("deltas", 0)
@@ -120,24 +118,24 @@ def _print_info(store: TrajectoryStore, as_json: bool) -> None:
         ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
         ("recorded as", f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})"),
         ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
-        ("on disk", f"{_size(sum(sizes.values()))}: steps {_size(log)}, base {_size(sizes.get('base', 0))}"),
-        ("instead of", f"{_size(whole)} of checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)"),
+        ("on disk", f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}"),
+        ("instead of", f"{size_text(whole)} of checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)"),
     ]
     if document["tied"]:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
     if document["metrics"]:
         rows.append(("metrics", ", ".join(document["metrics"])))
-    _print_pairs(store.path, rows)
+    print_pairs(store.path, rows)
 
 
 def _verify(parsed: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore, describe_steps
 
     store = TrajectoryStore(parsed.store)
-    with _progress() as progress:
+    with progress_bar() as progress:
         store.verify(progress)
     if parsed.json:
-        _print_json({"path": store.path, "steps": [int(s) for s in store.steps], "verified": True})
+        print_json({"path": store.path, "steps": [int(s) for s in store.steps], "verified": True})
     else:
         print(f"{store.path}: every chunk of {describe_steps(store.steps)} and of the base is intact")
 
@@ -148,17 +146,17 @@ def _spectrum(parsed: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
-    with _progress() as progress:
+    with progress_bar() as progress:
         matrices = gram(store, progress=progress)
     result = spectrum(matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered)
     if parsed.json:
-        _print_json(_spectrum_document(result))
+        print_json(_spectrum_document(result))
     else:
         _print_spectrum(result, parsed.all)
     if parsed.plot:
         figures = import_module("analysis.figures")
         for path in figures.plot_spectra(matrices.until(parsed.until), parsed.plot, centered=parsed.centered):
-            _say(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 def _spectrum_document(result: Spectrum) -> dict[str, Any]:
@@ -202,15 +200,15 @@ def _print_spectrum(result: Spectrum, show_all: bool) -> None:
         return [
             f"[dim]{s.name}[/dim]" if null else escape(s.name),
             "" if null else f"{s.num_parameters:,}",
-            "" if null else _percent(s.energy_share),
-            _percent(ratio[0]) if len(ratio) else blank,
-            _percent(ratio[:2].sum()) if len(ratio) else blank,
+            "" if null else percent(s.energy_share),
+            percent(ratio[0]) if len(ratio) else blank,
+            percent(ratio[:2].sum()) if len(ratio) else blank,
             "/".join(str(s.num_directions(p) or "-") for p in (0.9, 0.95, 0.99)),
-            _number(s.r2[0]) if len(s.r2) else blank,
-            _number(float(np.nanmean(s.update_cosines))) if np.isfinite(s.update_cosines).any() else blank,
-            _number(s.drift[1]),
-            "" if null else _percent(float(s.changed.mean())),
-            "" if null else _percent(float(s.moved[-1])),
+            number(s.r2[0]) if len(s.r2) else blank,
+            number(float(np.nanmean(s.update_cosines))) if np.isfinite(s.update_cosines).any() else blank,
+            number(s.drift[1]),
+            "" if null else percent(float(s.changed.mean())),
+            "" if null else percent(float(s.moved[-1])),
         ]
 
     ordered = result.scopes if result.scope in ("global", "layer") else sorted(
@@ -221,7 +219,7 @@ def _print_spectrum(result: Spectrum, show_all: bool) -> None:
         table.add_row(*cells(s))
     table.add_section()
     table.add_row(*cells(result.null, null=True))
-    _console().print(table)
+    console().print(table)
     if len(shown) < len(ordered):
         print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
     for line in spectrum_notes(result):
@@ -258,12 +256,12 @@ def _backtest(parsed: argparse.Namespace) -> None:
     from relexkit.gram import gram
     from relexkit.store import TrajectoryStore
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         matrices = gram(TrajectoryStore(parsed.store), progress=progress)
     result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until)
     if parsed.json:
         grid = [asdict(row) for row in result.grid]
-        _print_json({"methods": result.methods, "grid": grid, "horizon": [asdict(h) for h in result.horizon]})
+        print_json({"methods": result.methods, "grid": grid, "horizon": [asdict(h) for h in result.horizon]})
     else:
         _print_backtest(result)
 
@@ -283,9 +281,9 @@ def _print_backtest(result: Backtest) -> None:
         for target in sorted({*wanted, later[-1]}):
             found = [errors.get((until, target, method), math.nan) for method in result.methods]
             best = min((e for e in found if not math.isnan(e)), default=math.nan)
-            cells = [f"[bold]{_number(e)}[/bold]" if e == best else _number(e) for e in found]
+            cells = [f"[bold]{number(e)}[/bold]" if e == best else number(e) for e in found]
             table.add_row(str(until), str(target), *cells)
-    _console().print(table)
+    console().print(table)
     for horizon in result.horizon:
         print(horizon)
     for (method, until), reason in result.failures.items():
@@ -301,14 +299,14 @@ def _extrapolate(parsed: argparse.Namespace) -> None:
         rank=parsed.rank, fit=parsed.fit, degree=parsed.degree, window=parsed.window, refit_every=parsed.refit_every,
         axis=parsed.axis, anchor=parsed.anchor, alpha=parsed.alpha,
     )  # fmt: skip
-    with _progress() as progress:
+    with progress_bar() as progress:
         written = extrapolate(
             TrajectoryStore(parsed.store), parsed.to, parsed.out, until=parsed.until, method=parsed.method,
             options=options, scope=parsed.scope, scale=parsed.scale, dtype=parsed.dtype, rounding=parsed.rounding,
             seed=parsed.seed, progress=progress,
         )  # fmt: skip
     if parsed.json:
-        _print_json([{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written])
+        print_json([{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written])
         return
     for p in written:
         print(f"step {step_text(p.target)}: {p.folder}" + (" (was there already)" if p.already else ""))
@@ -319,11 +317,11 @@ def _checkout(parsed: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
-    with _progress() as progress:
+    with progress_bar() as progress:
         folder = checkout(store, parsed.step, parsed.out, progress=progress)
     exact = store.exact or parsed.step == 0
     if parsed.json:
-        _print_json({"step": parsed.step, "folder": str(folder), "exact": exact})
+        print_json({"step": parsed.step, "folder": str(folder), "exact": exact})
     else:
         kept = "bit for bit" if exact else f"to {store.mantissa_bits} mantissa bits of the delta"
         print(f"step {parsed.step}: {folder} ({kept})")
@@ -332,12 +330,12 @@ def _checkout(parsed: argparse.Namespace) -> None:
 def _round(parsed: argparse.Namespace) -> None:
     from relexkit.materialize import round_checkpoint
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         folder = round_checkpoint(
             parsed.source, parsed.out, dtype=parsed.dtype, rounding=parsed.rounding, seed=parsed.seed, progress=progress
         )
     if parsed.json:
-        _print_json({"folder": str(folder), "dtype": parsed.dtype, "rounding": parsed.rounding, "seed": parsed.seed})
+        print_json({"folder": str(folder), "dtype": parsed.dtype, "rounding": parsed.rounding, "seed": parsed.seed})
     else:
         print(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
 
@@ -420,13 +418,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     _add_rounding(command)
 
-    for name, (_, text) in EXTERNAL.items():
+    for name, (_, text) in COMMAND_MODULES.items():
         commands.add_parser(name, help=text)  # for the list; main() asks the owner for the options
     return parser
 
 
-def _external_parser(name: str) -> argparse.ArgumentParser:
-    module, text = EXTERNAL[name]
+def _module_parser(name: str) -> argparse.ArgumentParser:
+    module, text = COMMAND_MODULES[name]
     owner = import_module(module)
     parser = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -445,85 +443,3 @@ def _step(text: str) -> float:
         return float(text)
     except ValueError:
         raise RelexkitError(f"--to {text!r} is not a number; expected an optimizer step such as 500") from None
-
-
-# -- printing ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error that appears after two seconds of work, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    tasks: dict[str, Any] = {}
-    began = time.monotonic()
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - began > 2 and bar.console.is_terminal:
-            bar.start()
-
-    try:
-        yield progress
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    _console().print(table)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(_without_nan(document)))
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a number that does not exist is null."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
