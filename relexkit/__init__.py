@@ -14,6 +14,7 @@ from relexkit.extrapolators import METHODS, Options, predict_weights
 from relexkit.gram import Gram, gram
 from relexkit.importer import import_checkpoints
 from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
+from relexkit.recorder import Recorder
 from relexkit.spectrum import Spectrum, spectrum
 from relexkit.store import TrajectoryStore
 from relexkit.version import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "ExtrapolationError",
     "Gram",
     "Options",
+    "Recorder",
     "RelexkitError",
     "Spectrum",
     "StoreError",

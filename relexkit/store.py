@@ -349,29 +349,39 @@ class TrajectoryStore:
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse`` or ``write_row`` for every moving part, then ``commit``.
+    A step is ``begin``, one ``write_sparse`` or ``write_row`` for every moving part, then ``commit``. Several processes may
+    write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last, with the others'
+    ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
+
+    Args:
+        member: another process holds the lock and commits.
 
     Raises:
         StoreError: another process is writing, or a step does not come after the recorded ones.
     """
 
-    def __init__(self, path: str | Path):
-        self._lock = WriterLock(str(path))
+    def __init__(self, path: str | Path, *, member: bool = False):
+        self._member = member
+        self._lock = None if member else WriterLock(str(path))
         try:
             self.store = TrajectoryStore(path)
             self._arrays: dict[str, zarr.Array] = {}
             self._group = zarr.open_group(str(path), mode="r+")
             self._row = len(self.store.steps)
-            self._discard_unfinished()
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock. A step that was begun and not committed does not exist."""
+        if self._lock is not None:
+            self._lock.close()
 
     def begin(self, step: int) -> None:
         """Start a step; it must be larger than every recorded one."""
@@ -381,7 +391,40 @@ class StoreWriter:
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
         self._missing = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
-        self._reserve()
+        if self._member:
+            self._arrays.clear()  # the leader may have made room for more rows
+        else:
+            self._discard_unfinished()
+            self._reserve()
+
+    @property
+    def checksums(self) -> dict[int, int]:
+        """Content checksums of the parts of the step that this process has written so far."""
+        moving = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
+        return {part: int(self._checksums[part]) for part in sorted(moving - self._missing)}
+
+    def follow(self) -> None:
+        """Note, as a member, that the leader has committed the step."""
+        self.store.add_step(self._step)
+        self._row += 1
+
+    def truncate(self, last: int) -> None:
+        """Remove every step after ``last`` (0: all). Killed half-way, the steps are either all there or gone.
+
+        For a training run that goes back to an earlier state: what it records next may differ from what was there. A member
+        only takes note, after the leader.
+        """
+        keep = int((self.store.steps <= last).sum())
+        if keep == len(self.store.steps):
+            return
+        if not self._member:
+            with self._writing():
+                sync((self._group.store_path / "gram").delete_dir())  # derived from steps that may soon be others
+                log = np.full(self._array("steps").shape, -1, np.int64)
+                log[:keep] = self.store.steps[:keep]
+                self._array("steps")[:] = log
+        self.store.refresh()
+        self._row = keep
 
     def write_sparse(self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int) -> None:
         """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits after the update."""
@@ -401,12 +444,18 @@ class StoreWriter:
         self._checksums[part] = checksum
         self._missing.discard(part)
 
-    def commit(self, metrics: Mapping[str, float] | None = None) -> None:
+    def commit(self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None) -> None:
         """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
+
+        Args:
+            checksums: of the parts that members have written, from their ``checksums``.
 
         Raises:
             StoreError: a part of the step was not written, or the disk is full.
         """
+        for part, checksum in (checksums or {}).items():
+            self._checksums[part] = checksum
+            self._missing.discard(part)
         if self._missing:
             raise StoreError(
                 f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write every part first"
@@ -463,7 +512,7 @@ class StoreWriter:
                 array.resize((2 * self._row, *array.shape[1:]))
 
     def _discard_unfinished(self) -> None:
-        """Delete what a crash left in the first uncommitted row, so that a rewrite never merges with it."""
+        """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite never merges with it."""
         with self._writing():
             for name in self._per_step_arrays():
                 if name.startswith(("updates/", "deltas/")):

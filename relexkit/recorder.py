@@ -1,0 +1,397 @@
+"""A live model's weights into a trajectory store: copied after an optimizer step, encoded and written in the background.
+
+    recorder = Recorder(model, "run.zarr")        # the base: the weights as they are now
+    recorder.record(step, {"reward": reward})     # after optimizer.step(); returns when the weights are copied
+    recorder.close()
+
+Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in the same order: each writes
+the parts of the store that it owns, the first one creates the store and commits. Sharded parameters (``DTensor``, as FSDP2 has
+them) are gathered one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from relexkit.append import Appender, base_reader, check_tensors
+from relexkit.dtypes import FLOAT_DTYPES, bits_dtype
+from relexkit.encoding import BLOCK, float_row
+from relexkit.errors import RelexkitError, StoreError
+from relexkit.layout import Encoding, Layout, build_layout
+from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
+from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, create_store, describe_steps
+from relexkit.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_T = TypeVar("_T")
+
+
+class Recorder:
+    """Records the weights of ``model`` into the store ``path``, at most one step in flight.
+
+    A new store takes the weights as they are as its base. An existing one is continued from ``resume_from``; the steps after
+    it are removed, because training goes on from there.
+
+    Memory: one copy of the weights (with several processes, of the parts that each owns; the first one holds a whole copy
+    while the base is written); 16-bit parameters take a second one, of the step before.
+
+    Args:
+        model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names.
+        every: record only the steps that are multiples of this.
+        encoding: of float32 weights: ``float`` deltas with ``mantissa_bits``, or ``exact``. 16-bit weights are always exact.
+        tokenizer: kept beside the configuration of a transformers model, so that written checkpoints load.
+        resume_from: the recorded step whose weights the model holds, 0 for the base; None for a new store.
+        source: where the steps come from, in words.
+
+    Raises:
+        StoreError: ``path`` exists and ``resume_from`` is None, another process is writing it, or the disk is full.
+        RelexkitError: the model has other tensors than the store, or does not hold the weights of ``resume_from``.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        path: str | Path,
+        *,
+        every: int = 1,
+        encoding: Literal["float", "exact"] = "float",
+        mantissa_bits: int = 10,
+        tokenizer: Any = None,
+        resume_from: int | None = None,
+        source: str = "recorded during training",
+    ):
+        if every < 1:
+            raise RelexkitError(f"every {every} is not a number of steps; expected 1 or more")
+        self._model, self._every = model, every
+        self._group = _Group()
+        self._job: Future[None] | None = None
+        self._failure: BaseException | None = None
+        self._metrics: dict[str, float] = {}
+        if resume_from is None:
+            base = _Snapshot.whole(model, keep=self._group.rank == 0)
+            self._group.lead(lambda: _create(path, model, base, encoding, mantissa_bits, tokenizer, source))
+            del base
+        writer = self._group.lead(lambda: StoreWriter(path))
+        self._writer = self._group.agree(lambda: writer or StoreWriter(path, member=True))
+        try:
+            self._snapshot = self._position(resume_from)
+        except BaseException:
+            self._writer.close()
+            raise
+        layout = self._writer.store.layout
+        previous = sum(p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse")
+        self._appender = Appender(self._writer, None, previous, owned=self._snapshot.owned)
+        self._pool = ThreadPoolExecutor(1)
+
+    def _position(self, resume_from: int | None) -> _Snapshot:
+        """Room for a copy of the weights, once the model is known to fit the store, which then ends with ``resume_from``."""
+        store = self._writer.store
+        expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
+        described = _Snapshot.described(self._model)
+        self._group.agree(lambda: check_tensors(expected, described, f"the store {store.path}", "the model"))
+        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._group.rank, self._group.size))
+        if resume_from is not None:
+            snapshot.copy(self._model)
+            self._group.agree(lambda: snapshot.check_equals(store, resume_from))
+            self._group.lead(lambda: self._writer.truncate(resume_from))
+            if self._group.rank:
+                self._writer.truncate(resume_from)
+        return snapshot
+
+    def record(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+        """Record the weights as they are, as those after optimizer step ``step``; False if ``every`` leaves it out.
+
+        Waits for the step before, copies the weights and returns; the rest happens in the background.
+
+        Raises:
+            RelexkitError: the step before could not be recorded, or had a weight that is not finite.
+            StoreError: ``step`` does not come after the recorded ones.
+        """
+        if step % self._every:
+            return False
+        self.flush()
+        self._group.lead(lambda: self._writer.begin(step))
+        if self._group.rank:
+            self._writer.begin(step)
+        self._snapshot.copy(self._model)
+        self._metrics = dict(metrics or {})
+        self._job = self._pool.submit(self._write, step)
+        return True
+
+    def flush(self) -> None:
+        """Wait until all that was recorded is committed.
+
+        Raises:
+            RelexkitError: it could not be written; the store ends with the last step that could, and takes no more.
+        """
+        if self._failure is not None:
+            raise self._failure
+        job, self._job = self._job, None
+        if job is None:
+            return
+        try:
+            if self._group.size == 1:
+                job.result()
+            else:
+                self._commit_together(job)
+        except BaseException as failure:
+            self._failure = failure
+            raise
+
+    def close(self) -> None:
+        """``flush``, and release the store. Raises as ``flush`` does."""
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+            with contextlib.suppress(RelexkitError):  # flush has raised it
+                self._appender.close()
+            self._writer.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def store(self) -> TrajectoryStore:
+        """The store, with the steps committed so far."""
+        return self._writer.store
+
+    def _write(self, step: int) -> None:
+        self._appender.write_parts(step, self._snapshot)
+        self._appender.finish()
+        if self._group.size == 1:
+            self._writer.commit(self._metrics)
+
+    def _commit_together(self, job: Future[None]) -> None:
+        self._group.agree(job.result)
+        checksums: dict[int, int] = {}
+        for written in self._group.gather(self._writer.checksums):
+            checksums |= written
+        self._group.lead(lambda: self._writer.commit(self._metrics, checksums))
+        if self._group.rank:
+            self._writer.follow()
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by their ``state_dict`` names, without the prefixes of wrappers; shared ones once."""
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        weights[name] = tensor
+    return weights
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def _create(
+    path: str | Path, model: Any, base: _Snapshot, encoding: Encoding, mantissa_bits: int, tokenizer: Any, source: str
+) -> None:
+    with contextlib.suppress(StoreError):  # none there, or one whose creation was interrupted
+        there = TrajectoryStore(path)
+        raise RelexkitError(
+            f"{path}: a store with {describe_steps(there.steps)} exists there; resume from one of them or choose another path"
+        )
+    create_store(
+        path, base.layout_for(encoding), base_reader(base, base.layout_for(encoding)),
+        files=_model_files(model, tokenizer), source=source, base="the weights at the start of training",
+        mantissa_bits=mantissa_bits if encoding == "float" and base.has_float32 else None, version=__version__,
+    )  # fmt: skip
+
+
+def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """What transformers saves beside the weights: configuration, generation configuration, tokenizer."""
+    config = getattr(model, "config", None)
+    with tempfile.TemporaryDirectory() as folder:
+        for owner in (config, getattr(model, "generation_config", None), tokenizer):
+            if owner is not None and hasattr(owner, "save_pretrained"):
+                owner.save_pretrained(folder)
+        found = sorted(path for path in Path(folder).iterdir() if path.is_file() and SAFE_FILE_NAME.fullmatch(path.name))
+        return {path.name: path.read_bytes() for path in found}
+
+
+def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
+    """The parts that a process writes: the largest first, each to the process that has the least."""
+    loads = [0] * size
+    owned: list[list[int]] = [[] for _ in range(size)]
+    for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):
+        least = loads.index(min(loads))
+        loads[least] += layout.parts[part].numel
+        owned[least].append(part)
+    return sorted(owned[rank])
+
+
+# -- copies of the weights --------------------------------------------------------------------------------------------
+
+
+class _Snapshot:
+    """A copy of the owned parts of a model's weights, readable as a checkpoint."""
+
+    description = "the model"
+
+    def __init__(self, layout: Layout, owned: list[int]):
+        import torch
+
+        self.owned = owned
+        self.tensors = {t.name: TensorInfo(t.shape, t.dtype) for t in layout.tensors}
+        self._pieces: dict[str, list[tuple[int, torch.Tensor]]] = {t.name: [] for t in layout.tensors}
+        for part in owned:
+            spec = layout.parts[part]
+            dtype = getattr(torch, spec.dtype) if spec.encoding != "fixed" else torch.uint8
+            buffer = torch.empty(spec.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
+            for segment in layout.segments_in(part):
+                piece = buffer[segment.offset : segment.offset + segment.numel]
+                self._pieces[segment.tensor.name].append((segment.start, piece))
+
+    @classmethod
+    def described(cls, model: torch.nn.Module) -> _Snapshot:
+        """Names, shapes and dtypes of a model's weights, without values."""
+        weights = [(name, tuple(t.shape), _dtype_name(t)) for name, t in named_weights(model).items()]
+        return cls(build_layout(weights, _encodings("exact")), [])
+
+    @classmethod
+    def whole(cls, model: torch.nn.Module, *, keep: bool) -> _Snapshot:
+        """All weights; every process takes part in gathering them, those with ``keep`` hold them."""
+        described = cls.described(model)
+        layout = described.layout_for("exact")
+        snapshot = cls(layout, list(range(len(layout.parts))) if keep else [])
+        snapshot.copy(model)
+        return snapshot
+
+    @property
+    def has_float32(self) -> bool:
+        return any(info.dtype == "float32" for info in self.tensors.values())
+
+    def layout_for(self, encoding: Encoding) -> Layout:
+        """The layout of a store for these tensors."""
+        weights = [(name, info.shape, info.dtype) for name, info in self.tensors.items()]
+        return build_layout(weights, _encodings(encoding))
+
+    def copy(self, model: torch.nn.Module) -> None:
+        """Take over the model's weights, one tensor at a time. A collective call if they are sharded."""
+        import torch
+
+        with torch.no_grad():
+            for name, weight in named_weights(model).items():
+                whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+                pieces = self._pieces[name]
+                if pieces:
+                    flat = whole.detach().contiguous().view(-1)
+                    flat = flat if pieces[0][1].dtype == flat.dtype else flat.view(torch.uint8)
+                for start, piece in pieces:
+                    piece.copy_(flat[start : start + len(piece)], non_blocking=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Raw bits of elements ``start:start+len(out)`` of an owned tensor."""
+        import torch
+
+        for first, piece in self._pieces[name]:
+            low, high = max(start, first), min(start + len(out), first + len(piece))
+            if low < high:
+                bits = torch.int32 if out.dtype.itemsize == 4 else torch.int16 if out.dtype.itemsize == 2 else torch.uint8
+                out[low - start : high - start] = piece[low - first : high - first].view(bits).numpy().view(out.dtype)
+
+    def check_equals(self, store: TrajectoryStore, step: int) -> None:
+        """The first block of every owned part holds what the store holds at ``step``, to its precision.
+
+        Raises:
+            RelexkitError: the model holds other weights.
+        """
+        row = store.row_of(step) if step else -1
+        read = base_reader(self, store.layout)
+        for part in self.owned:
+            spec = store.layout.parts[part]
+            end = min(spec.numel, BLOCK)
+            current = read(part, 0, end)
+            if row >= 0 and spec.encoding == "float":
+                delta = float_row(store.read_base(part, 0, end), current, spec.dtype, store.mantissa_bits or 23)
+                same = np.array_equal(delta, store.read_row(part, row, 0, end))
+            else:
+                same = np.array_equal(current, store.read_state(part, row, 0, end))
+            if not same:
+                raise RelexkitError(
+                    f"the model does not hold the weights of {f'step {step}' if step else 'the base'} of {store.path}; "
+                    "expected the state that was saved with it: load that state, or record into a new store"
+                )
+
+    def files(self) -> dict[str, bytes]:
+        """Nothing: files belong to the store."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: metrics come with the step."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise RelexkitError(f"the model has a tensor of dtype {name}; expected one of {', '.join(ITEM_BYTES)}")
+    return name
+
+
+def _encodings(float32: Encoding) -> dict[str, Encoding]:
+    return {dtype: float32 if dtype == "float32" else "sparse" for dtype in FLOAT_DTYPES}
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+class _Group:
+    """The processes of ``torch.distributed``, or this one alone."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, on every process."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, action: Callable[[], _T]) -> _T:
+        """Run ``action`` (without collective calls in it) on every process; if it fails on one, every one raises."""
+        try:
+            result = action()
+        except Exception as error:
+            self.gather(str(error) if isinstance(error, RelexkitError) else repr(error))
+            raise
+        for rank, message in enumerate(self.gather(None)):
+            if message is not None:
+                raise RelexkitError(f"process {rank}: {message}")
+        return result
+
+    def lead(self, action: Callable[[], _T]) -> _T | None:
+        """``agree`` on what only the first process does; None on the others."""
+        return self.agree(lambda: action() if self.rank == 0 else None)
