@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from relexkit.dtypes import FLOAT_DTYPES, bits_dtype
 from relexkit.encoding import BLOCK, float_row
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import Encoding, Layout, build_layout
+from relexkit.processes import Processes
 from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
 from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, create_store, describe_steps
 from relexkit.version import __version__
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-_T = TypeVar("_T")
 
 
 class Recorder:
@@ -73,16 +73,16 @@ class Recorder:
         if every < 1:
             raise RelexkitError(f"every {every} is not a number of steps; expected 1 or more")
         self._model, self._every = model, every
-        self._group = _Group()
+        self._processes = Processes()
         self._job: Future[None] | None = None
         self._failure: BaseException | None = None
         self._metrics: dict[str, float] = {}
         if resume_from is None:
-            base = _Snapshot.whole(model, keep=self._group.rank == 0)
-            self._group.lead(lambda: _create(path, model, base, encoding, mantissa_bits, tokenizer, source))
+            base = _Snapshot.whole(model, keep=self._processes.rank == 0)
+            self._processes.lead(lambda: _create(path, model, base, encoding, mantissa_bits, tokenizer, source))
             del base
-        writer = self._group.lead(lambda: StoreWriter(path))
-        self._writer = self._group.agree(lambda: writer or StoreWriter(path, member=True))
+        writer = self._processes.lead(lambda: StoreWriter(path))
+        self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
         try:
             self._snapshot = self._position(resume_from)
         except BaseException:
@@ -98,13 +98,13 @@ class Recorder:
         store = self._writer.store
         expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
         described = _Snapshot.described(self._model)
-        self._group.agree(lambda: check_tensors(expected, described, f"the store {store.path}", "the model"))
-        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._group.rank, self._group.size))
+        self._processes.agree(lambda: check_tensors(expected, described, f"the store {store.path}", "the model"))
+        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._processes.rank, self._processes.size))
         if resume_from is not None:
             snapshot.copy(self._model)
-            self._group.agree(lambda: snapshot.check_equals(store, resume_from))
-            self._group.lead(lambda: self._writer.truncate(resume_from))
-            if self._group.rank:
+            self._processes.agree(lambda: snapshot.check_equals(store, resume_from))
+            self._processes.lead(lambda: self._writer.truncate(resume_from))
+            if self._processes.rank:
                 self._writer.truncate(resume_from)
         return snapshot
 
@@ -120,8 +120,8 @@ class Recorder:
         if step % self._every:
             return False
         self.flush()
-        self._group.lead(lambda: self._writer.begin(step))
-        if self._group.rank:
+        self._processes.lead(lambda: self._writer.begin(step))
+        if self._processes.rank:
             self._writer.begin(step)
         self._snapshot.copy(self._model)
         self._metrics = dict(metrics or {})
@@ -140,7 +140,7 @@ class Recorder:
         if job is None:
             return
         try:
-            if self._group.size == 1:
+            if self._processes.size == 1:
                 job.result()
             else:
                 self._commit_together(job)
@@ -172,16 +172,16 @@ class Recorder:
     def _write(self, step: int) -> None:
         self._appender.write_parts(step, self._snapshot)
         self._appender.finish()
-        if self._group.size == 1:
+        if self._processes.size == 1:
             self._writer.commit(self._metrics)
 
     def _commit_together(self, job: Future[None]) -> None:
-        self._group.agree(job.result)
+        self._processes.agree(job.result)
         checksums: dict[int, int] = {}
-        for written in self._group.gather(self._writer.checksums):
+        for written in self._processes.gather(self._writer.checksums):
             checksums |= written
-        self._group.lead(lambda: self._writer.commit(self._metrics, checksums))
-        if self._group.rank:
+        self._processes.lead(lambda: self._writer.commit(self._metrics, checksums))
+        if self._processes.rank:
             self._writer.follow()
 
 
@@ -355,43 +355,3 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 def _encodings(float32: Encoding) -> dict[str, Encoding]:
     return {dtype: float32 if dtype == "float32" else "sparse" for dtype in FLOAT_DTYPES}
-
-
-# -- processes --------------------------------------------------------------------------------------------------------
-
-
-class _Group:
-    """The processes of ``torch.distributed``, or this one alone."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.size = dist.get_world_size() if together else 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, on every process."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def agree(self, action: Callable[[], _T]) -> _T:
-        """Run ``action`` (without collective calls in it) on every process; if it fails on one, every one raises."""
-        try:
-            result = action()
-        except Exception as error:
-            self.gather(str(error) if isinstance(error, RelexkitError) else repr(error))
-            raise
-        for rank, message in enumerate(self.gather(None)):
-            if message is not None:
-                raise RelexkitError(f"process {rank}: {message}")
-        return result
-
-    def lead(self, action: Callable[[], _T]) -> _T | None:
-        """``agree`` on what only the first process does; None on the others."""
-        return self.agree(lambda: action() if self.rank == 0 else None)

@@ -1,0 +1,47 @@
+"""The processes that work together under ``torchrun``: who leads, what all agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from relexkit.errors import RelexkitError
+
+_T = TypeVar("_T")
+
+
+class Processes:
+    """The processes of ``torch.distributed``, or this one alone."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, on every process."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, action: Callable[[], _T]) -> _T:
+        """Run ``action`` (without collective calls in it) on every process; if it fails on one, every one raises."""
+        try:
+            result = action()
+        except Exception as error:
+            self.gather(str(error) if isinstance(error, RelexkitError) else repr(error))
+            raise
+        for rank, message in enumerate(self.gather(None)):
+            if message is not None:
+                raise RelexkitError(f"process {rank}: {message}")
+        return result
+
+    def lead(self, action: Callable[[], _T]) -> _T | None:
+        """``agree`` on what only the first process does; None on the others."""
+        return self.agree(lambda: action() if self.rank == 0 else None)
