@@ -22,7 +22,7 @@ from relexkit.errors import ExtrapolationError
 from relexkit.extrapolators import METHODS, Options, predict_weights
 from relexkit.gram import Gram
 from relexkit.layout import scope_of
-from relexkit.spectrum import RANK_TOLERANCE
+from relexkit.linalg import leading_eigenpairs
 from relexkit.trajectory_model import fit_trajectory
 
 MODEL = "model"
@@ -274,7 +274,7 @@ def _moments(gram: Gram, method: str, count: int, options: Options, rates: np.nd
     if method == MODEL:
         size = float(gram.num_parameters.sum())
         fit = fit_trajectory(matrices[:, :count, :count].sum(axis=0), steps, num_parameters=size, rates=rates)
-        shared = np.array([fit.weights(target) for target in targets])
+        shared = fit.predict(targets)[0]
     elif METHODS[method].needs_gram:
         weights = predict_weights(gram.until(int(steps[-1])), targets.tolist(), method=method, options=options)
         norms = np.einsum("jni,nik,jnk->jn", weights, matrices[:, :count, :count], weights, optimize=True)
@@ -293,7 +293,7 @@ def _relex_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """RELEX with a fit that is linear in the coefficients: ``a = U U^T h`` with the hat vector ``h`` of the fit."""
     count = len(steps)
-    values, vectors = _leading(np.ascontiguousarray(matrices[:, :count, :count]), options.rank)
+    values, vectors = leading_eigenpairs(np.ascontiguousarray(matrices[:, :count, :count]), options.rank)
     positions = vectors.transpose(0, 2, 1) @ _hat(steps, targets, options).T  # [N, R, J]
     later = vectors.transpose(0, 2, 1) @ matrices[:, :count, count:]
     return np.einsum("nr,nrj->jn", values, positions**2), np.einsum("nrj,nrj->jn", positions, later)
@@ -313,27 +313,3 @@ def _hat(steps: np.ndarray, targets: np.ndarray, options: Options) -> np.ndarray
     hat = np.zeros((len(targets), len(steps)))
     hat[:, -window:] = powers[1] @ np.linalg.pinv(powers[0])
     return hat
-
-
-def _leading(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest ``rank`` eigenvalues ``[N, R]`` and vectors ``[N, n, R]``; zero where numerically zero.
-
-    Block subspace iteration with a Rayleigh-Ritz step: the spectra fall off fast, so a few products replace hundreds of full
-    decompositions; tensors that have not converged are decomposed in full.
-    """
-    size = matrices.shape[1]
-    block = min(size, rank + 4)
-    vectors = np.linalg.qr(matrices[:, :, np.linspace(0, size - 1, block).astype(np.int64)]).Q
-    for _ in range(5):
-        vectors = np.linalg.qr(matrices @ (matrices @ vectors)).Q
-    products = matrices @ vectors
-    values, turn = np.linalg.eigh(vectors.transpose(0, 2, 1) @ products)
-    values, turn = values[:, ::-1][:, :rank], turn[:, :, ::-1][:, :, :rank]
-    vectors, products = vectors @ turn, products @ turn
-    residual = np.linalg.norm(products - vectors * values[:, None], axis=1)
-    rough = np.flatnonzero((residual > 1e-8 * values[:, :1]).any(axis=1))
-    if len(rough):
-        full, directions = np.linalg.eigh(matrices[rough])
-        values[rough], vectors[rough] = full[:, ::-1][:, :rank], directions[:, :, ::-1][:, :, :rank]
-    known = values > RANK_TOLERANCE**2 * values[:, :1]
-    return np.where(known, values, 0.0), np.where(known[:, None], vectors, 0.0)

@@ -21,7 +21,9 @@ from relexkit.version import __version__
 
 if TYPE_CHECKING:
     from relexkit.backtest import Backtest
-    from relexkit.spectrum import Spectrum
+    from relexkit.metrics import Informative
+    from relexkit.null import WalkNull
+    from relexkit.spectrum import ScopeSpectrum, Spectrum
     from relexkit.store import TrajectoryStore
 
 COMMAND_MODULES = {"demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes")}
@@ -142,24 +144,30 @@ def _verify(parsed: argparse.Namespace) -> None:
 
 def _spectrum(parsed: argparse.Namespace) -> None:
     from relexkit.gram import gram
+    from relexkit.metrics import informative_steps, learning_rates
     from relexkit.spectrum import spectrum
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
     with progress_bar() as progress:
         matrices = gram(store, progress=progress)
-    result = spectrum(matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered)
+    metrics = store.metrics()
+    result = spectrum(
+        matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered, momentum=parsed.momentum,
+        rates=learning_rates(store.steps, metrics),
+    )  # fmt: skip
+    informative = informative_steps({name: values[: len(result.steps)] for name, values in metrics.items()})
     if parsed.json:
-        print_json(_spectrum_document(result))
+        print_json(_spectrum_document(result, informative))
     else:
-        _print_spectrum(result, parsed.all)
+        _print_spectrum(result, parsed.all, informative)
     if parsed.plot:
         figures = import_module("analysis.figures")
         for path in figures.plot_spectra(matrices.until(parsed.until), parsed.plot, centered=parsed.centered):
             say(f"wrote {path}")
 
 
-def _spectrum_document(result: Spectrum) -> dict[str, Any]:
+def _spectrum_document(result: Spectrum, informative: Informative | None) -> dict[str, Any]:
     scopes = [
         {
             "name": s.name,
@@ -175,15 +183,38 @@ def _spectrum_document(result: Spectrum) -> dict[str, Any]:
             "changed": s.changed.tolist(),
             "moved": s.moved.tolist(),
             "unit_moves": s.unit_moves,
+            "null": _null_document(s.null),
         }
         for s in result.scopes
     ]
     null = {"explained_variance_ratio": result.null.explained_variance_ratio.tolist(), "r2": result.null.r2.tolist()}
-    return {"steps": result.steps.tolist(), "centered": result.centered, "scope": result.scope, "scopes": scopes, "null": null}
+    return {
+        "steps": result.steps.tolist(),
+        "centered": result.centered,
+        "scope": result.scope,
+        "scopes": scopes,
+        "null": null,
+        "whole": _null_document(result.whole),
+        "model": result.fit.summary() if result.fit else None,
+        "informative_steps": asdict(informative) if informative else None,
+    }
 
 
-def _print_spectrum(result: Spectrum, show_all: bool) -> None:
-    import numpy as np
+def _null_document(null: WalkNull | None) -> dict[str, Any] | None:
+    if null is None:
+        return None
+    return {
+        name: {
+            "observed": null.observed[name],
+            "walk": null.expected[name],
+            "walk_interval": [null.low[name], null.high[name]],
+            "p_value": null.p_value[name],
+        }
+        for name in null.observed
+    }
+
+
+def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -191,24 +222,23 @@ def _print_spectrum(result: Spectrum, show_all: bool) -> None:
     title = f"Spectrum of {len(result.steps)} steps, {result.steps[0]} to {result.steps[-1]} ({about})"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
     table.add_column(result.scope, overflow="fold")
-    for heading in ("parameters", "energy", "1st", "1st-2nd", "90/95/99 %", "R²", "cos", "drift", "changed/step", "ever"):
+    for heading in ("parameters", "energy", "1st % (walk)", "1st-2nd % (walk)", "90/95/99 %", "R² (walk)", "cos (walk)",
+                    "straight (walk)", "drift (walk)", "changed/step", "ever"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def cells(s: Any, *, null: bool = False) -> list[str]:
-        ratio = s.explained_variance_ratio
-        blank = "" if null else "-"
+    def cells(s: ScopeSpectrum) -> list[str]:
+        null = s.null
+        assert null is not None
+        shown = [_with_null(null, name) for name in ("first", "first_two", "r2", "cosine", "straightness", "drift")]
         return [
-            f"[dim]{s.name}[/dim]" if null else escape(s.name),
-            "" if null else f"{s.num_parameters:,}",
-            "" if null else percent(s.energy_share),
-            percent(ratio[0]) if len(ratio) else blank,
-            percent(ratio[:2].sum()) if len(ratio) else blank,
+            escape(s.name),
+            f"{s.num_parameters:,}",
+            percent(s.energy_share),
+            *shown[:2],
             "/".join(str(s.num_directions(p) or "-") for p in (0.9, 0.95, 0.99)),
-            number(s.r2[0]) if len(s.r2) else blank,
-            number(float(np.nanmean(s.update_cosines))) if np.isfinite(s.update_cosines).any() else blank,
-            number(s.drift[1]),
-            "" if null else percent(float(s.changed.mean())),
-            "" if null else percent(float(s.moved[-1])),
+            *shown[2:],
+            percent(float(s.changed.mean())),
+            percent(float(s.moved[-1])),
         ]
 
     ordered = result.scopes if result.scope in ("global", "layer") else sorted(
@@ -217,23 +247,36 @@ def _print_spectrum(result: Spectrum, show_all: bool) -> None:
     shown = ordered if show_all else ordered[:_SHOWN_ROWS]
     for s in shown:
         table.add_row(*cells(s))
-    table.add_section()
-    table.add_row(*cells(result.null, null=True))
     console().print(table)
     if len(shown) < len(ordered):
         print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
-    for line in spectrum_notes(result):
+    for line in spectrum_notes(result, informative):
         print(line)
 
 
-def spectrum_notes(result: Spectrum) -> list[str]:
+def _with_null(null: WalkNull, name: str) -> str:
+    """A statistic and, in parentheses, what its walk gives."""
+    value, walk = null.observed[name], null.expected[name]
+    if math.isnan(value):
+        return "-"
+    text, beside = (f"{100 * v:.1f}" if name.startswith("first") else number(v) for v in (value, walk))
+    return f"{text} [dim]({beside})[/dim]"
+
+
+def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> list[str]:
     """What a reader of the table must know, in sentences."""
     notes = [
-        "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²: first coefficient on the step.",
-        "cos: mean cosine of neighbouring updates (1 on a line, 0 on a walk). drift: first direction of half the steps "
-        "against all, |cos|.",
-        "The last row is a walk without any direction, recorded at the same steps: only what exceeds it is evidence.",
+        "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²: first coefficient on the step. "
+        "cos: mean cosine of neighbouring updates. straight: distance from the base over the length of the path. "
+        "drift: first direction of half the steps against all, |cos|.",
+        "In parentheses: a walk without direction, of the run's own step sizes and momentum; only what exceeds it is evidence.",
+        *_headline(result),
     ]
+    if informative and informative.count < informative.known:
+        notes.append(
+            f"{informative.count} of {informative.known} steps were informative ({informative.metric}); between them the "
+            "optimizer coasts on its momentum, which looks like a line and is none."
+        )
     still = [s.name for s in result.scopes if not len(s.singular_values)]
     if still:
         shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
@@ -251,14 +294,47 @@ def spectrum_notes(result: Spectrum) -> list[str]:
     return notes
 
 
+def _headline(result: Spectrum) -> list[str]:
+    """The run as a whole against its walk, and what the trajectory model says about a drift."""
+    fit, whole = result.fit, result.whole
+    if fit is None:
+        return []
+    lines = []
+    if whole.num_flips:
+        first = f"{percent(whole.observed['first'])} against {percent(whole.expected['first'])} "
+        first += f"({percent(whole.low['first'])} to {percent(whole.high['first'])}, p = {whole.p_value['first']:.2g})"
+        line = f"R² {number(whole.observed['r2'])} against {number(whole.expected['r2'])} "
+        line += f"({number(whole.low['r2'])} to {number(whole.high['r2'])}, p = {whole.p_value['r2']:.2g})"
+        lines.append(
+            f"Whole run against {whole.num_flips} walks with momentum {fit.momentum:.2f} and its own updates, signs flipped: "
+            f"first direction {first}; {line}."
+        )
+    low, high = fit.drift_to_noise_interval
+    short, long = fit.correlation_time_interval
+    lines.append(
+        f"Drift to noise {fit.drift_to_noise:.2g} ({low:.2g} to {high:.2g}; above 1 a line beats standing still), lasting "
+        f"{steps_text(fit.correlation_time)} ({steps_text(short)} to {steps_text(long)}); chance of this evidence on a walk: "
+        f"{fit.p_value:.2g}."
+    )
+    return lines
+
+
+def steps_text(value: float) -> str:
+    """A number of steps, or that it has no end."""
+    return "the whole run and on" if math.isinf(value) else f"{value:.3g} steps"
+
+
 def _backtest(parsed: argparse.Namespace) -> None:
     from relexkit.backtest import CHEAP, backtest
     from relexkit.gram import gram
+    from relexkit.metrics import learning_rates
     from relexkit.store import TrajectoryStore
 
+    store = TrajectoryStore(parsed.store)
     with progress_bar() as progress:
-        matrices = gram(TrajectoryStore(parsed.store), progress=progress)
-    result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until)
+        matrices = gram(store, progress=progress)
+    rates = learning_rates(store.steps, store.metrics())
+    result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until, rates=rates)
     if parsed.json:
         grid = [asdict(row) for row in result.grid]
         print_json({"methods": result.methods, "grid": grid, "horizon": [asdict(h) for h in result.horizon]})
@@ -377,6 +453,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor")
     command.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
     command.add_argument("--centered", action="store_true", help="PCA about the mean checkpoint instead of the base")
+    command.add_argument("--momentum", type=float, metavar="BETA",
+                         help="of the walk to compare with: Adam's first beta (default: fitted)")  # fmt: skip
     command.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
     command.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
 

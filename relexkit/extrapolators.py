@@ -222,18 +222,21 @@ class Method:
     """A row of the table: the function, the options that it uses, whether it needs the Gram matrix.
 
     ``scope`` is what shares a fit unless the caller says otherwise. ``fit`` is given where a fit is costly enough to be
-    shared among targets: ``(gram, steps, num_parameters) -> (target -> weights)``.
+    shared among targets: ``(gram, steps, num_parameters, rates) -> (targets [J] -> weights [J, T])``.
     """
 
     weights: Callable[[np.ndarray, np.ndarray, float, Options], np.ndarray]
     options: tuple[str, ...] = ()
     needs_gram: bool = False
     scope: str = "tensor"
-    fit: Callable[[np.ndarray, np.ndarray, float], Callable[[float], np.ndarray]] | None = None
+    fit: Callable[[np.ndarray, np.ndarray, float, np.ndarray | None], Callable[[Sequence[float]], np.ndarray]] | None = None
 
 
-def _fit_model(gram: np.ndarray, steps: np.ndarray, num_parameters: float) -> Callable[[float], np.ndarray]:
-    return fit_trajectory(gram, steps, num_parameters=num_parameters).weights
+def _fit_model(
+    gram: np.ndarray, steps: np.ndarray, num_parameters: float, rates: np.ndarray | None
+) -> Callable[[Sequence[float]], np.ndarray]:
+    fit = fit_trajectory(gram, steps, num_parameters=num_parameters, rates=rates)
+    return lambda targets: fit.predict(targets)[0]
 
 
 METHODS: dict[str, Method] = {
@@ -282,6 +285,7 @@ def predict_weights(
     options: Options | None = None,
     scope: str | None = None,
     scale: float = 1.0,
+    rates: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weights of every tensor's observed deltas for every target, ``float64 [targets, N, T]``.
 
@@ -290,6 +294,8 @@ def predict_weights(
         scope: what one fit is shared by: each ``tensor``, ``layer``, ``module`` or the whole model (``global``); None for
             the method's own (RELEX: tensor, the trajectory model: global).
         scale: multiplies the predicted displacement from the base.
+        rates: learning rates for the trajectory model, see ``relexkit.metrics.learning_rates``; other methods have no use for
+            them.
 
     A tensor that never moved gets zero weights. Reads no weights of the model.
 
@@ -310,8 +316,8 @@ def predict_weights(
                 continue
             try:
                 if chosen.fit is not None:
-                    predict = chosen.fit(matrix, gram.steps, float(grouped.num_parameters[row]))
-                    by_group[:, row] = [predict(target) for target in targets]
+                    predict = chosen.fit(matrix, gram.steps, float(grouped.num_parameters[row]), rates)
+                    by_group[:, row] = predict(targets)
                 else:
                     by_group[:, row] = [chosen.weights(matrix, gram.steps, target, options) for target in targets]
             except ExtrapolationError as error:

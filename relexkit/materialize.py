@@ -27,6 +27,7 @@ from relexkit.extrapolators import METHODS, Options, check_request, predict_weig
 from relexkit.gram import Gram, gram
 from relexkit.layout import Layout, Segment
 from relexkit.linalg import single_threaded_blas
+from relexkit.metrics import learning_rates
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, WriterLock, blocks, describe_steps
 from relexkit.version import __version__
@@ -88,7 +89,8 @@ def extrapolate(
     needs_gram = METHODS[method].needs_gram
     observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
     observed = observed.until(until)
-    weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale)
+    rates = learning_rates(store.steps, store.metrics())
+    weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates)
     settings = {"method": method, **_used_options(method, options), "scope": scope or METHODS[method].scope, "scale": scale}
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     with single_threaded_blas():

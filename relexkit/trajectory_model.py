@@ -21,9 +21,10 @@ Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps, L corr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _GRID = 4096  # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
+_NUDGE = 1e-5  # of the search's coordinates, for slopes
 _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 _PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
@@ -77,17 +79,26 @@ class _Clock:
         response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
         return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
 
-    def drift(self, response: np.ndarray, lifetime: float) -> np.ndarray:
-        """``H R_ell H^T`` by two recursions, so that no matrix over optimizer steps is formed."""
+    def drift(self, response: np.ndarray, lifetime: float, other: np.ndarray | None = None) -> np.ndarray:
+        """``H R_ell H^T`` (or ``H R_ell other^T``) by two recursions, so that no matrix over optimizer steps is formed."""
+        other = response if other is None else other
+        if np.isinf(lifetime):
+            return np.outer(response.sum(axis=1), other.sum(axis=1))
+        return self._smooth(response, lifetime) @ other.T
+
+    def drift_variance(self, response: np.ndarray, lifetime: float) -> np.ndarray:
+        """The diagonal of ``drift``, ``[len(response)]``."""
+        if np.isinf(lifetime):
+            return response.sum(axis=1) ** 2
+        return (self._smooth(response, lifetime) * response).sum(axis=1)
+
+    def _smooth(self, response: np.ndarray, lifetime: float) -> np.ndarray:
         from scipy.signal import lfilter
 
-        if np.isinf(lifetime):
-            total = response.sum(axis=1)
-            return np.outer(total, total)
         decay = np.exp(-self.unit / lifetime)
         forward = lfilter([1.0], [1.0, -decay], response)
         backward = lfilter([1.0], [1.0, -decay], response[:, ::-1])[:, ::-1]
-        return (forward + backward - response) @ response.T
+        return forward + backward - response
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,31 @@ class TrajectoryFit:
 
     def weights(self, target: float) -> np.ndarray:
         """Weights over the observed deltas that predict the delta at ``target`` (a positive step), ``float64 [T]``."""
-        return self._predict(target)[0]
+        return self.predict([target])[0][0]
 
     def variance(self, target: float) -> float:
         """Expected squared error at ``target``, summed over the parameters of the Gram matrix that was fitted.
 
         Includes what the posterior leaves open about drift strength and correlation time, not the rounding of the target.
         """
-        return self._predict(target)[1]
+        return float(self.predict([target])[1][0])
+
+    def summary(self) -> dict[str, Any]:
+        """What was fitted, as plain numbers under the names of the attributes."""
+        names = ("momentum", "warm", "rounding", "drift_to_noise", "drift_to_noise_interval", "correlation_time",
+                 "correlation_time_interval", "effective_dimension", "evidence", "p_value")  # fmt: skip
+        found = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    def walk_covariance(self, momentum: float | None = None) -> np.ndarray:
+        """Covariance of walk and rounding alone at the recorded steps, up to a factor, ``[T, T]``: the run without drift.
+
+        ``momentum`` replaces the fitted one. Positive definite.
+        """
+        beta = self.momentum if momentum is None else momentum
+        response = self._clock.response(self.steps.astype(np.float64), beta)
+        walk = response @ response.T
+        return walk + (self.rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
         """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by likelihood, ``[N]``.
@@ -170,27 +198,30 @@ class TrajectoryFit:
             shares += (white @ (1 / (1 + part.strengths[:, None] * part.spread)).T / part.scales) @ share
         return shares / len(self._rows)
 
-    def _predict(self, target: float) -> tuple[np.ndarray, float]:
-        times = self.steps[self._rows].astype(np.float64)
-        response = self._clock.response(np.r_[times, target, target], self.momentum)
-        walk = response @ response[-1]
+    def predict(self, targets: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``weights`` and ``variance`` of J targets at once, ``float64 [J, T]`` and ``[J]``; hardly dearer than one."""
+        times, at = self.steps[self._rows].astype(np.float64), np.asarray(targets, np.float64)
+        seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
+        walk, walk_ahead = seen @ ahead.T, (ahead**2).sum(axis=1)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
-        middles = self._clock.unit * (np.arange(response.shape[1]) - self._clock.history + 0.5)
-        fading = response.copy()
-        fading[-1] *= times[-1] / np.maximum(middles, times[-1])
-        mean, left, square = np.zeros(len(times)), 0.0, 0.0
+        middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
+        fading = ahead * (times[-1] / np.maximum(middles, times[-1]))
+        mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
         for part, share in self._parts:
-            drift = self._clock.drift(fading if np.isfinite(part.lifetime) else response, part.lifetime)
+            drift = self._clock.drift(seen, part.lifetime, fading if np.isfinite(part.lifetime) else ahead)  # [T, J]
+            drift_ahead = self._clock.drift_variance(ahead, part.lifetime)
             strengths = part.strengths[:, None]
-            cross = (walk[:-2] + strengths * drift[-1, :-2]) @ part.basis
+            cross = (walk + strengths[..., None] * drift).transpose(2, 0, 1) @ part.basis  # [J, C, T]
             shrunk = cross / (1 + strengths * part.spread)
-            candidates = shrunk @ part.basis.T
-            mean += share @ candidates
-            left += share @ (part.scales * (walk[-1] + part.strengths * drift[-2, -2] - (cross * shrunk).sum(axis=1)))
-            square += share @ ((candidates @ self._gram) * candidates).sum(axis=1)
-        weights = np.zeros(len(self.steps))
-        weights[self._rows] = mean
-        return weights, float(left + max(0.0, square - mean @ self._gram @ mean))
+            mean += share @ shrunk @ part.basis.T
+            explained = (cross * shrunk).sum(axis=2)
+            left += (part.scales * (walk_ahead[:, None] + part.strengths * drift_ahead[:, None] - explained)) @ share
+            white_gram = part.basis.T @ self._gram @ part.basis
+            square += ((shrunk @ white_gram) * shrunk).sum(axis=2) @ share
+        weights = np.zeros((len(at), len(self.steps)))
+        weights[:, self._rows] = mean
+        spread = square - ((mean @ self._gram) * mean).sum(axis=1)
+        return weights, left + np.maximum(0.0, spread)
 
 
 def fit_trajectory(
@@ -267,25 +298,46 @@ def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[flo
     from scipy.linalg.lapack import dpotrf, dpotri  # half the time of a fit is the overhead of calls
     from scipy.optimize import minimize
 
-    times, origin = steps.astype(np.float64), np.array(start)
-    lower = np.tril(gram) + np.tril(gram, -1)
+    times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
 
-    def loss(x: np.ndarray) -> float:
-        response = clock.response(times, _expit(x[0]))
+    def shapes(momentum: float, lifetime: float) -> tuple[np.ndarray, np.ndarray]:
+        """Covariance of walk and drift; the drift's in units of the walk's variance at the last step."""
+        response = clock.response(times, _expit(momentum))
         walk = response @ response.T
-        covariance = walk + np.exp(x[1]) * walk[-1, -1] * np.eye(len(times))
-        if len(x) > 2:
-            drift = clock.drift(response, times[-1] * np.exp(x[3]))
-            covariance += np.exp(x[2]) * walk[-1, -1] / drift[-1, -1] * drift
-        covariance += _JITTER * covariance[-1, -1] * np.eye(len(times))
+        if len(origin) == 2:
+            return walk, np.zeros_like(walk)
+        drift = clock.drift(response, times[-1] * np.exp(lifetime))
+        return walk, walk[-1, -1] / drift[-1, -1] * drift
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        full = np.r_[x, 0.0, 0.0][:4]
+        walk, drift = shapes(full[0], full[3])
+        rounding, strength = np.exp(full[1]) * walk[-1, -1] * eye, np.exp(full[2]) * drift
+        covariance = walk + rounding + strength
+        covariance += _JITTER * covariance[-1, -1] * eye
         left, failed = dpotrf(covariance, lower=1)
         assert not failed, "jitter keeps every covariance within the bounds positive definite"
-        inverse, _ = dpotri(left, lower=1)  # its lower triangle
-        energy = (lower * inverse).sum()
+        lower, _ = dpotri(left, lower=1)
+        inverse = np.tril(lower) + np.tril(lower, -1).T
+        explained = inverse @ gram
+        energy = np.trace(explained)
         value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
-        return float(value + 1e-6 * ((x - origin) ** 2).sum())  # holds what the steps do not determine near the start
+        # d value = tr(pull dK); the filters behind momentum and correlation time are differenced, the rest is exact
+        pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
+        turned = [shapes(full[0] + _NUDGE, full[3])]
+        slopes = [turned[0][0] - walk + np.exp(full[2]) * (turned[0][1] - drift)]
+        slopes[0] = slopes[0] / _NUDGE + np.exp(full[1]) * (turned[0][0][-1, -1] - walk[-1, -1]) / _NUDGE * eye
+        slopes.append(rounding)
+        if len(x) > 2:
+            slopes.append(strength)
+            slopes.append(np.exp(full[2]) * (shapes(full[0], full[3] + _NUDGE)[1] - drift) / _NUDGE)
+        gradient = np.array([(pull * slope).sum() for slope in slopes])
+        # the last term holds what the steps do not determine near the start
+        return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
 
-    best = minimize(loss, origin, method="L-BFGS-B", bounds=_BOUNDS[: len(origin)], options={"ftol": 3e-8, "maxiter": 50})
+    best = minimize(
+        loss, origin, jac=True, method="L-BFGS-B", bounds=_BOUNDS[: len(origin)], options={"ftol": 3e-8, "maxiter": 50}
+    )
     return float(best.fun), best.x
 
 

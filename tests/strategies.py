@@ -79,3 +79,16 @@ def gram_of(deltas: Mapping[str, np.ndarray], steps: np.ndarray) -> Gram:
         np.array(moved, np.int64),
         np.array(unit, np.int64),
     )
+
+
+def walk_with_momentum(
+    rng: np.random.Generator, num_steps: int, num_columns: int, beta: float, rates: np.ndarray | None = None
+) -> np.ndarray:
+    """A walk without direction ``[num_steps, num_columns]`` by a fresh Adam-like optimizer's own recursion."""
+    state, position, rows = np.zeros(num_columns), np.zeros(num_columns), []
+    for index in range(num_steps):
+        state = beta * state + (1 - beta) * rng.standard_normal(num_columns)
+        rate = 1.0 if rates is None else rates[index]
+        position = position + rate * state / (1 - beta ** (index + 1))
+        rows.append(position)
+    return np.array(rows)

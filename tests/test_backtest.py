@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from relexkit import backtest as module
 from relexkit.backtest import CHEAP, MODEL, Backtest, backtest
 from relexkit.errors import ExtrapolationError
 from relexkit.extrapolators import METHODS, Options, predict_weights
 from relexkit.gram import Gram
+from relexkit.linalg import leading_eigenpairs
 from relexkit.trajectory_model import fit_trajectory
 
 STEPS = np.array([1, 2, 4, 7, 8, 11, 15, 16, 20, 23, 30, 31])
@@ -130,7 +130,7 @@ def test_flat_spectra_fall_back_to_the_full_decomposition() -> None:
     turn = np.linalg.qr(rng.standard_normal((20, 20))).Q
     flat = turn @ np.diag(np.linspace(1.0, 0.99, 20)) @ turn.T
     steep = turn @ np.diag(0.1 ** np.arange(20.0)) @ turn.T
-    values, vectors = module._leading(np.array([flat, steep, np.zeros((20, 20))]), 2)
+    values, vectors = leading_eigenpairs(np.array([flat, steep, np.zeros((20, 20))]), 2)
     np.testing.assert_allclose(values[:2], [[1.0, 0.99 + 0.01 * 18 / 19], [1.0, 0.1]], rtol=1e-9)
     for row in (0, 1):
         np.testing.assert_allclose(np.abs(vectors[row].T @ turn[:, :2]), np.eye(2), atol=1e-6)

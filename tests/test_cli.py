@@ -148,7 +148,7 @@ def test_spectrum_table(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Spectrum of 5 steps, 2 to 20 (uncentered: about the base)" in out
     [row] = [line for line in out.splitlines() if line.split()[:1] == ["global"] and "parameters" not in line]
     [found] = spectrum(gram(TrajectoryStore(store)), scope="global").scopes
-    assert f"{100 * found.explained_variance_ratio[0]:.1f} %" in row
+    assert f"{100 * found.explained_variance_ratio[0]:.1f} ({100 * found.null.expected['first']:.1f})" in row
     assert f"{found.r2[0]:.3f}" in row
     assert "walk without direction" in out
     assert "Resolution: few weights change at a step" in out

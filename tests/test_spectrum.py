@@ -189,14 +189,14 @@ def test_num_directions_by_hand() -> None:
 
 def test_the_null_has_the_shares_of_the_analytic_limit() -> None:
     """Eigenfunctions sin((k - 1/2) pi x) of min(s, t): 8 / ((2k - 1)^2 pi^2) of the energy, and R^2 of sin(pi x / 2) on x."""
-    deltas = trajectory("walk", np.arange(1, 801), 3, seed=0).deltas
-    null = spectrum(gram_of({"w": deltas}, np.arange(1, 801))).null
+    steps = np.arange(1, 801)
+    null = decompose(walk_gram(steps))
     ratios = null.explained_variance_ratio
     covariance, variances = 4 / np.pi**2 - 1 / np.pi, (1 / 12) * (1 / 2 - 4 / np.pi**2)
     # the discrete walk differs from the limit by about 1 / T
     assert ratios[0] == pytest.approx(8 / np.pi**2, abs=2e-3)
     assert ratios[:2].sum() == pytest.approx(8 / np.pi**2 * (1 + 1 / 9), abs=2e-3)
-    assert null.r2[0] == pytest.approx(covariance**2 / variances, abs=2e-3)
+    assert r_squared(null.coefficients, steps)[0] == pytest.approx(covariance**2 / variances, abs=2e-3)
     assert covariance**2 / variances == pytest.approx(0.96, abs=0.005)
 
 
