@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from relexkit.spectrum import ScopeSpectrum, Spectrum
     from relexkit.store import TrajectoryStore
 
-COMMAND_MODULES = {"demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes")}
+COMMAND_MODULES = {
+    "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
+    "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
+}
 """Commands with a module of their own: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
 
 _SHOWN_ROWS = 40
@@ -503,7 +506,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _module_parser(name: str) -> argparse.ArgumentParser:
     module, text = COMMAND_MODULES[name]
-    owner = import_module(module)
+    try:
+        owner = import_module(module)
+    except ModuleNotFoundError as error:
+        raise RelexkitError(f"{name} needs the package {error.name}; install it with: pip install 'relexkit[train]'") from None
     parser = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     owner.add_arguments(parser)

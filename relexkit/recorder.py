@@ -50,7 +50,7 @@ class Recorder:
         every: record only the steps that are multiples of this.
         encoding: of float32 weights: ``float`` deltas with ``mantissa_bits``, or ``exact``. 16-bit weights are always exact.
         tokenizer: kept beside the configuration of a transformers model, so that written checkpoints load.
-        resume_from: the recorded step whose weights the model holds, 0 for the base; None for a new store.
+        resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
         source: where the steps come from, in words.
 
     Raises:
@@ -102,7 +102,8 @@ class Recorder:
         snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._processes.rank, self._processes.size))
         if resume_from is not None:
             snapshot.copy(self._model)
-            self._processes.agree(lambda: snapshot.check_equals(store, resume_from))
+            if resume_from % self._every == 0:
+                self._processes.agree(lambda: snapshot.check_equals(store, resume_from))
             self._processes.lead(lambda: self._writer.truncate(resume_from))
             if self._processes.rank:
                 self._writer.truncate(resume_from)
@@ -161,7 +162,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._processes.size > 1:  # the others may be gone: no more calls that need them
+            self._job = None
         self.close()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,8 +139,8 @@ class GRPOConfig:
         return self.steps_per_generation * self.num_iterations
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> GRPOConfig:
-    """A configuration from a YAML file and ``--key value`` pairs, which win.
+def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> GRPOConfig:
+    """A configuration from a YAML file, and options given as YAML text, which win.
 
     Raises:
         RelexkitError: the file cannot be read or is not a mapping; an option is unknown, missing, of another type, or out of
@@ -157,7 +157,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> GRPOC
         if not isinstance(loaded, dict):
             raise RelexkitError(f"{path}: holds no options; expected lines such as `learning_rate: 1.0e-6`")
         values = loaded
-    return build_config(_merge(values, overrides))
+    return build_config(values | {name: yaml.safe_load(text) for name, text in (overrides or {}).items()})
 
 
 def build_config(values: Mapping[str, Any]) -> GRPOConfig:
@@ -182,28 +182,6 @@ def build_config(values: Mapping[str, Any]) -> GRPOConfig:
 def dump_config(config: GRPOConfig) -> str:
     """The resolved configuration as YAML; ``load_config`` of it gives the same run."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _merge(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``--key value`` or ``--key=value``; ``--task.option value`` reaches into a mapping. Values are read as YAML."""
-    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
-    rest = list(overrides)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise RelexkitError(f"{word!r} is not an option; expected --key value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise RelexkitError(f"--{key}: lacks a value; expected --{key} VALUE")
-            text = rest.pop(0)
-        place, (*outer, last) = merged, key.split(".")
-        for name in outer:
-            inner = place.get(name)
-            place[name] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
-            place = place[name]
-        place[last] = yaml.safe_load(text)
-    return merged
 
 
 def _as_number(name: str, value: Any) -> Any:

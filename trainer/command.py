@@ -1,0 +1,51 @@
+"""The ``relexkit train`` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from relexkit import RelexkitError
+from relexkit.console import print_json, print_pairs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``relexkit train``: a file, then options by the names of ``trainer.config.GRPOConfig``."""
+    from trainer.config import GRPOConfig
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
+    parser.epilog = "what the options mean:" + (GRPOConfig.__doc__ or "").partition("Attributes:")[2].rstrip()
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="options by name; those given here win")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    for field in dataclasses.fields(GRPOConfig):
+        default = "required" if field.default is dataclasses.MISSING else field.default
+        parser.add_argument(f"--{field.name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"({default})")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, or go on with a training that was interrupted."""
+    from trainer.config import GRPOConfig, load_config
+
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GRPOConfig) if field.name in arguments}
+    if arguments.config is None and not given:
+        raise RelexkitError("no configuration was given; expected a YAML file, or --model, --task and --output at least")
+    config = load_config(arguments.config, given)
+    from trainer.run_log import read_log
+    from trainer.train import train
+
+    folder = train(config)
+    entries = read_log(folder)
+    last = {key: value for key, value in entries[-1].items() if value is not None}
+    if arguments.json:
+        print_json({"output": str(folder), "steps": config.max_steps, "metrics": last})
+        return
+    accuracy = f"{last['eval/accuracy']:.3f} greedy on validation problems" if "eval/accuracy" in last else "not evaluated"
+    following = f"spectrum {folder / 'run.zarr'}" if config.record_every else f"evaluate {folder / 'final'}"
+    rows = [
+        ("steps", f"{config.max_steps}"),
+        ("reward", f"{entries[0]['reward']:.3f} at step 1, {last['reward']:.3f} at the end"),
+        ("accuracy", accuracy),
+        ("next", f"relexkit {following}"),
+    ]
+    print_pairs(str(folder), rows)

@@ -1,0 +1,372 @@
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300): prompts, rollouts, rewards, advantages, steps, recording.
+
+    relexkit train CONFIG.yaml [--key value ...]
+
+leaves in the output folder ``config.yaml`` (resolved), ``run.zarr`` (the trajectory store, from the float32 master weights),
+``rollouts/`` (every rollout, one table), ``metrics.jsonl``, ``events/`` (TensorBoard), ``state/`` (for a resume) and ``final/``
+(the trained model).
+
+The order of the prompts, the noise of every rollout and dropout are functions of the seed and the step, so a run that is
+killed and started again goes on from its last state to the same bits on a CPU, and the number of processes changes rounding
+only.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relexkit import Recorder, RelexkitError, TrajectoryStore
+from relexkit.processes import Processes
+from relexkit.store import NotAStoreError
+from trainer.advantage import group_advantages
+from trainer.config import GRPOConfig, dump_config
+from trainer.evaluate import evaluate
+from trainer.folder import claim_folder, save_model
+from trainer.loss import Denominators, policy_loss
+from trainer.policy import make_batch, micro_batches, padded, sampled_logprobs, token_logprobs
+from trainer.rollout import Completion, Sampling, generate, pad_token, stream_seed
+from trainer.rollout_log import Rollout, truncate_after, write_step
+from trainer.run_log import RunLog
+from trainer.setup import build_optimizer, choose_device, learning_rate, load_model, process_group, shard
+from trainer.state import last_state, load_state, save_state
+from trainer.tasks import Problem, Task, load_task, prompt_text, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What takes part in every step: the model that learns, the frozen one it is held to (or None), and how both compute."""
+
+    model: Any
+    reference: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    autocast: bool
+    processes: Processes
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        if self.processes.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(self.processes.gather(total.tolist()), dtype=torch.float64).sum(dim=0)
+        return total.tolist()
+
+
+@dataclass(kw_only=True)
+class Generation:
+    """Rollouts of this process for ``P`` prompts, ``G`` of each, row ``p * G + g``.
+
+    ``old_logp`` and ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling policy and
+    under the reference; None where they are not needed. ``counts`` is 0 for a completion that is masked out. ``seconds`` is
+    how long sampling and scoring took.
+    """
+
+    problems: list[Problem]
+    prompts: list[str]
+    completions: list[Completion]
+    reward_PG: torch.Tensor
+    advantage_PG: torch.Tensor
+    counts: list[int]
+    seconds: float
+    old_logp: list[torch.Tensor] | None
+    ref_logp: list[torch.Tensor] | None
+
+
+def train(config: GRPOConfig) -> Path:
+    """Run or resume a training; returns its folder.
+
+    With ``torchrun`` every process calls this. Memory: the weights in float32, as much for gradients, twice as much for the
+    optimizer, one copy for the recorder, a reference if ``beta`` is not 0, and the activations and logits of a micro-batch.
+
+    Raises:
+        RelexkitError: the folder holds a run with other options, the task or a prompt cannot be used, a reward function fails,
+            or the loss is not finite; what was recorded before stays, and the same call goes on from the last state.
+    """
+    device = choose_device(config)
+    with process_group(device) as processes, ExitStack() as stack:
+        folder = Path(config.output)
+        _check_processes(config, processes)
+        processes.lead(lambda: claim_folder(folder, dump_config(config)))
+        task = load_task(config.task)
+        problems = list(task.problems("train"))
+        policy = _load_policy(config, device, processes)
+        step = last_state(folder / "state") or 0
+        if step:
+            load_state(folder / "state", step, policy.model, policy.optimizer, processes)
+        processes.lead(lambda: truncate_after(folder / "rollouts", step))
+        recorder = _open_recorder(config, folder, policy, step, stack)
+        log = stack.enter_context(RunLog(folder, step, config.max_steps, active=processes.rank == 0))
+        if step:
+            log.say(f"going on after step {step}")
+        while step < config.max_steps:
+            generation = roll_out(config, policy, task, problems, step // config.steps_of_generation)
+            first = step + 1
+            for index in range(min(config.steps_of_generation, config.max_steps - step)):
+                began = time.monotonic()
+                metrics = optimizer_step(config, policy, generation, index % config.steps_per_generation, step + 1)
+                step += 1
+                if recorder is not None:
+                    recorder.record(step, metrics)
+                if config.eval_steps and (step % config.eval_steps == 0 or step == config.max_steps):
+                    metrics |= _validate(config, policy, task)
+                log.write(step, metrics | _speed(config, metrics, generation, time.monotonic() - began))
+            _log_rollouts(folder / "rollouts", first, generation, processes)
+            if config.save_steps and step // config.save_steps > (first - 1) // config.save_steps and step < config.max_steps:
+                _keep(config, folder, policy, recorder, step)
+        _keep(config, folder, policy, recorder, step)
+        save_model(folder / "final", policy.model, policy.tokenizer, processes)
+    return folder
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------
+
+
+def _check_processes(config: GRPOConfig, processes: Processes) -> None:
+    unit = processes.size * config.num_generations * config.steps_per_generation
+    if config.generation_batch_size % unit:
+        raise RelexkitError(
+            f"generation_batch_size: {config.generation_batch_size} does not split over {processes.size} processes; expected a "
+            f"multiple of {unit}"
+        )
+
+
+def _load_policy(config: GRPOConfig, device: torch.device, processes: Processes) -> Policy:
+    model, tokenizer = load_model(config.model, device)
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = None
+    if config.beta:
+        reference = shard(load_model(config.model, device)[0].requires_grad_(False), processes, device)
+    shard(model, processes, device)
+    return Policy(
+        model=model, reference=reference, tokenizer=tokenizer, optimizer=build_optimizer(model, config),
+        autocast=config.bf16 if config.bf16 is not None else device.type == "cuda", processes=processes,
+    )  # fmt: skip
+
+
+def _open_recorder(config: GRPOConfig, folder: Path, policy: Policy, step: int, stack: ExitStack) -> Recorder | None:
+    if not config.record_every:
+        return None
+    store = folder / "run.zarr"
+    begun = any(policy.processes.gather(_is_store(store)))
+    recorder = Recorder(
+        policy.model, store, every=config.record_every, mantissa_bits=config.mantissa_bits, tokenizer=policy.tokenizer,
+        resume_from=step if begun else None, source=f"GRPO of {config.model}",
+    )  # fmt: skip
+    return stack.enter_context(recorder)
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        TrajectoryStore(path)
+    except NotAStoreError:  # nothing, or a creation that was interrupted, which the recorder starts again
+        return False
+    return True
+
+
+def prompt_numbers(num_problems: int, config: GRPOConfig, generation: int) -> list[int]:
+    """Which problems a generation takes: every problem once an epoch, in an order drawn anew for each epoch."""
+    first = generation * config.num_prompts
+    places = [divmod(position, num_problems) for position in range(first, first + config.num_prompts)]
+    orders = {}
+    for epoch in {epoch for epoch, _ in places}:
+        orders[epoch] = list(range(num_problems))
+        random.Random(stream_seed(config.seed, ("order", epoch))).shuffle(orders[epoch])
+    return [orders[epoch][index] for epoch, index in places]
+
+
+# -- one generation ---------------------------------------------------------------------------------------------------
+
+
+def roll_out(config: GRPOConfig, policy: Policy, task: Task, problems: Sequence[Problem], generation: int) -> Generation:
+    """Sample, score and compare the rollouts of this process for one generation."""
+    began = time.monotonic()
+    numbers = prompt_numbers(len(problems), config, generation)
+    share = config.num_prompts // policy.processes.size
+    begin = policy.processes.rank * share
+    chosen = [problems[number] for number in numbers[begin : begin + share]]
+    rows = [problem for problem in chosen for _ in range(config.num_generations)]
+    prompts = [prompt_text(problem, policy.tokenizer) for problem in rows]
+    keys = [
+        (generation, begin + position, sample) for position in range(share) for sample in range(config.num_generations)
+    ]  # fmt: skip
+    sampling = Sampling(
+        max_completion_length=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
+        top_p=config.top_p, seed=config.seed,
+    )  # fmt: skip
+    completions = generate(policy.model, policy.tokenizer, prompts, keys, sampling, batch_size=config.generation_rows)
+    rewards = policy.processes.agree(
+        lambda: [score(task, problem, c.text) for problem, c in zip(rows, completions, strict=True)]
+    )  # fmt: skip
+    reward_PG = torch.tensor(rewards, dtype=torch.float32).view(share, config.num_generations)
+    advantage_PG = group_advantages(
+        reward_PG, config.scale_rewards, gather=lambda own: torch.tensor(policy.processes.gather(own.tolist())).view(-1)
+    )
+    masked = config.mask_truncated_completions
+    result = Generation(
+        problems=rows, prompts=prompts, completions=completions, reward_PG=reward_PG, advantage_PG=advantage_PG,
+        counts=[0 if masked and c.truncated else 1 for c in completions], seconds=time.monotonic() - began,
+        old_logp=None, ref_logp=None,
+    )  # fmt: skip
+    shared = (completions, config.temperature, config.micro_batch_tokens, pad_token(policy.tokenizer), policy.autocast)
+    if config.steps_of_generation > 1:
+        result.old_logp = sampled_logprobs(policy.model, *shared)
+    if policy.reference is not None:
+        result.ref_logp = sampled_logprobs(policy.reference, *shared)
+    return result
+
+
+def _log_rollouts(folder: Path, step: int, generation: Generation, processes: Processes) -> None:
+    assert generation.old_logp is not None, "the first step on a generation fills in its log-probabilities"
+    rows = [
+        Rollout(
+            step=step, problem=problem.key, prompt=prompt, text=c.text, prompt_ids=c.prompt_ids,
+            completion_ids=c.completion_ids, logprobs=logp.tolist(), truncated=c.truncated, reward=float(reward),
+            advantage=float(advantage),
+        )
+        for problem, prompt, c, logp, reward, advantage in zip(
+            generation.problems, generation.prompts, generation.completions, generation.old_logp,
+            generation.reward_PG.view(-1), generation.advantage_PG.view(-1), strict=True,
+        )
+    ]  # fmt: skip
+    processes.agree(lambda: write_step(folder, step, rows, process=processes.rank))
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(config: GRPOConfig, policy: Policy, generation: Generation, part: int, step: int) -> dict[str, float]:
+    """Take optimizer step ``step`` on one part of a generation, in place; returns what is logged, named as in TRL.
+
+    Raises:
+        RelexkitError: the loss or the gradient is not finite; the weights are those of the step before.
+    """
+    rows = _rows_of_part(config, generation, part)
+    completions = [generation.completions[row] for row in rows]
+    tokens = [len(c.completion_ids) * generation.counts[row] for c, row in zip(completions, rows, strict=True)]
+    every_token = sum(len(c.completion_ids) * n for c, n in zip(generation.completions, generation.counts, strict=True))
+    totals = policy.sum(float(len(rows)), float(sum(tokens)), float(every_token))
+    denominators = Denominators(sequences=totals[0], tokens=totals[1], generation_tokens=totals[2])
+    rate = learning_rate(config, step)
+    for group in policy.optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(stream_seed(config.seed, ("dropout", step, policy.processes.rank)))
+    policy.optimizer.zero_grad(set_to_none=True)
+    sums, fresh = _accumulate(config, policy, generation, rows, denominators)
+    names = sorted(sums)
+    total = dict(zip(names, policy.sum(*(sums[name] for name in names)), strict=True))
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+    grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    for name, value in (("loss", total["loss"]), ("gradient norm", grad_norm)):
+        if not torch.isfinite(torch.tensor(value)):
+            raise RelexkitError(
+                f"step {step}: the {name} is {value}; expected a finite number: the weights of step {step - 1} are recorded, "
+                "lower learning_rate or max_grad_norm and resume from the last state, or start again"
+            )
+    policy.optimizer.step()
+    if generation.old_logp is None:
+        generation.old_logp = fresh
+    return _step_metrics(config, policy, generation, rows, total, denominators) | {
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+    }
+
+
+def _rows_of_part(config: GRPOConfig, generation: Generation, part: int) -> list[int]:
+    """The rows of every ``steps_per_generation``-th prompt: whole groups."""
+    prompts = range(part, generation.reward_PG.shape[0], config.steps_per_generation)
+    return [prompt * config.num_generations + sample for prompt in prompts for sample in range(config.num_generations)]
+
+
+def _accumulate(
+    config: GRPOConfig, policy: Policy, generation: Generation, rows: list[int], denominators: Denominators
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Gradients of the step's loss, micro-batch by micro-batch; sums over its tokens, and every row's log-probabilities."""
+    device = policy.model.device
+    completions = [generation.completions[row] for row in rows]
+    advantage_B = generation.advantage_PG.view(-1)[rows].to(device)
+    counts_B = torch.tensor([generation.counts[row] for row in rows], dtype=torch.float32, device=device)
+    groups = micro_batches(completions, config.micro_batch_tokens)
+    sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high"), 0.0)
+    fresh: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    for number, group in enumerate(groups):
+        batch = make_batch([completions[index] for index in group], pad_token(policy.tokenizer), device)
+        if policy.processes.size > 1:  # gradients are exchanged once, with the last micro-batch
+            policy.model.set_requires_gradient_sync(number == len(groups) - 1)
+        logp_BT, entropy_BT = token_logprobs(policy.model, batch, config.temperature, policy.autocast)
+        mask_BT = batch.mask * counts_B[group, None]
+        old, ref = (
+            None if values is None else padded([values[rows[index]] for index in group], logp_BT)
+            for values in (generation.old_logp, generation.ref_logp)
+        )
+        outputs = policy_loss(
+            logp_BT, advantage_B[group], mask_BT, denominators, config, old_logp_BT=old, ref_logp_BT=ref
+        )  # fmt: skip
+        (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
+        sums["loss"] += float(outputs.loss.detach())
+        sums["entropy"] += float((entropy_BT * mask_BT).sum())
+        for name, value in outputs.sums.items():
+            sums[name] += float(value)
+        for index, logp_T in zip(group, logp_BT.detach(), strict=True):
+            fresh[index] = logp_T[: len(completions[index].completion_ids)]
+    return sums, fresh
+
+
+def _step_metrics(
+    config: GRPOConfig, policy: Policy, generation: Generation, rows: list[int], total: dict[str, float], counted: Denominators
+) -> dict[str, float]:
+    chosen = [generation.completions[row] for row in rows]
+    reward_PG = generation.reward_PG.view(-1)[rows].view(-1, config.num_generations)
+    spread_P = reward_PG.std(dim=1)
+    lengths = [len(c.completion_ids) for c in chosen]
+    groups, reward, spread, still, length, cut = policy.sum(
+        float(len(spread_P)), float(reward_PG.sum()), float(spread_P.sum()), float((spread_P == 0).sum()),
+        float(sum(lengths)), float(sum(c.truncated for c in chosen)),
+    )  # fmt: skip
+    tokens = max(1.0, counted.tokens)
+    metrics = {
+        "loss": total["loss"],
+        "reward": reward / counted.sequences,
+        "reward_std": spread / groups,
+        "frac_reward_zero_std": still / groups,
+        "entropy": total["entropy"] / tokens,
+        "clip_ratio/low_mean": total["clip_low"] / tokens,
+        "clip_ratio/high_mean": total["clip_high"] / tokens,
+        "clip_ratio/region_mean": (total["clip_low"] + total["clip_high"]) / tokens,
+        "completions/mean_length": length / counted.sequences,
+        "completions/max_length": float(max(policy.processes.gather(max(lengths)))),
+        "completions/clipped_ratio": cut / counted.sequences,
+    }
+    return metrics | ({"kl": total["kl"] / tokens} if config.beta else {})
+
+
+def _speed(config: GRPOConfig, metrics: dict[str, float], generation: Generation, seconds: float) -> dict[str, float]:
+    """Seconds of a step with its share of the generation, and completion tokens a second; apart, since they never repeat."""
+    whole = seconds + generation.seconds / config.steps_of_generation
+    tokens = metrics["completions/mean_length"] * config.generation_batch_size / config.steps_per_generation
+    return {"step_seconds": whole, "tokens_per_second": tokens / whole}
+
+
+def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float]:
+    """Greedy accuracy on validation problems, the same ones every time."""
+    found = evaluate(
+        policy.model, policy.tokenizer, task, num_problems=config.eval_num_problems,
+        max_completion_length=config.max_completion_length, seed=config.seed, batch_size=config.generation_rows,
+    )  # fmt: skip
+    return {"eval/accuracy": found.accuracy}
+
+
+def _keep(config: GRPOConfig, folder: Path, policy: Policy, recorder: Recorder | None, step: int) -> None:
+    """The full state, once the store holds the step too."""
+    if recorder is not None:
+        recorder.flush()
+    save_state(folder / "state", step, policy.model, policy.optimizer, policy.processes)
