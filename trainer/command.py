@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 
 from relexkit import RelexkitError
 from relexkit.console import print_json, print_pairs
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from trainer.train import train
 
     folder = train(config)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+        return
     entries = read_log(folder)
     last = {key: value for key, value in entries[-1].items() if value is not None}
     if arguments.json:

@@ -35,6 +35,7 @@ class GRPOConfig:
         temperature, top_p, top_k: of the sampling; log-probabilities are those at ``temperature``, without the cuts.
         loss_type: how token losses become one number, see ``trainer.loss``.
         beta: weight of the KL divergence to the starting model; 0 loads no reference.
+        use_bias_correction_kl: multiply the divergence by the importance ratio.
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high] (epsilon if None).
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the ``batch``, or not (``none``).
@@ -68,6 +69,7 @@ class GRPOConfig:
     top_k: int | None = None
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     beta: float = 0.0
+    use_bias_correction_kl: bool = False
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None

@@ -3,11 +3,12 @@
 With ``d = logp - old_logp`` the importance ratio is ``w = exp(d)`` of each token, or, at the ``sequence`` level (GSPO), ``exp``
 of the mean of ``d`` over the completion. The loss of a token is ``-min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A)``, the
 first ``w`` capped at ``delta`` if that is given, plus ``beta`` times the KL divergence to the reference by the k3 estimator,
-``exp(ref - logp) - (ref - logp) - 1``. Sums run over the completion tokens that count:
+``exp(ref - logp) - (ref - logp) - 1``, times ``w`` with ``use_bias_correction_kl`` (its gradient is then that of the reverse
+divergence, arXiv 2512.02556; TRL's default since 1.16, not ours). Sums run over the completion tokens that count:
 
     grpo     mean over sequences of the mean over their tokens
     bnpo     sum over tokens / tokens of the optimizer step
-    dapo     sum over tokens / tokens of the generation: as bnpo if a generation is one step, else a step carries its share
+    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is one step
     dr_grpo  sum over tokens / (sequences x max_completion_length)
 
 Where we differ from TRL: the denominators are those of the whole optimizer step over all processes, so that splitting a step
@@ -80,6 +81,7 @@ def policy_loss(
     if config.beta:
         assert ref_logp_BT is not None, "beta needs the reference's log-probabilities"
         kl_BT = k3_divergence(logp_BT, ref_logp_BT)
+        kl_BT = kl_BT * ratio_BT if config.use_bias_correction_kl else kl_BT
         token_loss_BT = token_loss_BT + config.beta * kl_BT
         sums["kl"] = (kl_BT.detach() * mask_BT).sum()
     clipped_low = (ratio_BT.detach() < low) & (advantage_B[:, None] < 0)
@@ -104,5 +106,5 @@ def aggregate(
         return (sum_B / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(1.0, denominators.sequences)
     if config.loss_type == "dr_grpo":
         return sum_B.sum() / max(1.0, denominators.sequences * config.max_completion_length)
-    tokens = denominators.tokens if config.loss_type == "bnpo" else denominators.generation_tokens
-    return sum_B.sum() / max(1.0, tokens)
+    share = denominators.generation_tokens / config.steps_per_generation
+    return sum_B.sum() / max(1.0, denominators.tokens if config.loss_type == "bnpo" else share)
