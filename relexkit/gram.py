@@ -10,34 +10,28 @@ Shape suffixes: N tensors or groups, T steps, D columns.
 from __future__ import annotations
 
 import contextlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import zarr
 
-from relexkit.dtypes import bits_dtype, to_float32
-from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
+from relexkit.device import PIECE, Engine, open_engine
+from relexkit.distributed import ALONE, Processes
 from relexkit.errors import RelexkitError, StoreError
-from relexkit.layout import Segment, scope_of
-from relexkit.linalg import single_threaded_blas
+from relexkit.layout import scope_of
+from relexkit.onepass import Pass, Sums, Tick, ticker
 from relexkit.store import (
     FORMAT_VERSION,
-    READ_WINDOW,
     ProgressCallback,
     TrajectoryStore,
     WriterLock,
-    blocks,
-    column_windows,
     create_array,
     describe_steps,
 )
 
-_PIECE = 2**13  # columns whose products are accumulated in float32, and in cache, before the sum goes to float64
-_WORK_BYTES = 24  # of an entry in a window: column, slot, value, and temporaries
-_WORKERS = min(4, os.cpu_count() or 1)
+ROUNDING_ERROR = 1e-6
+"""Error of an exact Gram matrix as a share of its trace: products of at most 8192 columns are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,9 @@ class Gram:
         moved: ``int64 [N, T]``, weights that differ from the base.
         unit_moves: ``int64 [N, T]``, weights that moved by exactly one unit in the last place since the previous step,
             or -1 where the encoding does not keep bit patterns.
+        uncertainty: ``float64 [N, T]``: for the leading ``n x n`` block, how far it may be off along its first two
+            directions, in the spectral norm: rounding, and for a randomized result the estimated error of the approximation.
+            Taken as rounding alone if not given.
     """
 
     steps: np.ndarray
@@ -62,6 +59,11 @@ class Gram:
     changed: np.ndarray
     moved: np.ndarray
     unit_moves: np.ndarray
+    uncertainty: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.uncertainty is None:
+            object.__setattr__(self, "uncertainty", rounding_error(self.matrices))
 
     def until(self, step: int | None) -> Gram:
         """The prefix of the run up to and including ``step``: leading blocks, no copy.
@@ -76,7 +78,7 @@ class Gram:
             raise RelexkitError(f"--until {step} keeps no step; the store holds {describe_steps(self.steps)}")
         return Gram(
             self.steps[:count], self.names, self.num_parameters, self.matrices[:, :count, :count],
-            self.changed[:, :count], self.moved[:, :count], self.unit_moves[:, :count],
+            self.changed[:, :count], self.moved[:, :count], self.unit_moves[:, :count], self.uncertainty[:, :count],
         )  # fmt: skip
 
     def scoped(self, scope: str) -> Gram:
@@ -94,42 +96,109 @@ class Gram:
 
         unit = add(self.unit_moves)
         unit[np.isin(np.arange(len(names)), index[(self.unit_moves < 0).any(axis=1)])] = -1
-        return Gram(self.steps, names, add(self.num_parameters), add(self.matrices), add(self.changed), add(self.moved), unit)
+        return Gram(
+            self.steps, names, add(self.num_parameters), add(self.matrices), add(self.changed), add(self.moved), unit,
+            add(self.uncertainty),
+        )  # fmt: skip
 
     def groups(self, scope: str) -> list[str]:
         """For each of the N names, the group of ``scope`` that it falls into."""
         return [scope_of(name, scope) for name in self.names]
 
 
-def gram(store: TrajectoryStore, *, memory_budget_bytes: int = 2**28, progress: ProgressCallback | None = None) -> Gram:
+def rounding_error(matrices: np.ndarray) -> np.ndarray:
+    """``Gram.uncertainty`` of exact ``matrices [N, T, T]``."""
+    return ROUNDING_ERROR * np.einsum("nii->ni", matrices).cumsum(axis=1)
+
+
+def gram(
+    store: TrajectoryStore,
+    *,
+    device: str = "cpu",
+    processes: Processes = ALONE,
+    memory_budget_bytes: int = 2**28,
+    progress: ProgressCallback | None = None,
+) -> Gram:
     """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
 
     The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
     own rows. Where it cannot be kept (a read-only place, another process keeping one) it is used all the same.
 
+    Args:
+        device: ``cpu``, or where PyTorch computes the products (``cuda``, ``cuda:N``).
+        processes: every one of them makes this call; each reads its share of the columns, all get the whole result.
+
     Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the matrices themselves.
 
     Raises:
-        StoreError: no recorded steps, or a damaged chunk (named by step and tensor).
+        StoreError: no recorded steps, a damaged chunk (named by step and tensor), or the store was replaced meanwhile.
+        RelexkitError: the device is not there, or another of the processes failed.
+    """
+    engine = open_engine(device)
+    parts = moving_parts(store)
+    tick = ticker(progress, "Gram matrices", sum(store.layout.parts[part].numel for part in parts))
+    results = {part: _part_gram(store, part, memory_budget_bytes, engine, processes, tick) for part in parts}
+    check_unchanged(store)
+    matrices, counts = assemble(store, {p: [r.matrices] for p, r in results.items()}, {p: r.counts for p, r in results.items()})
+    sizes = np.array([t.numel for t in store.layout.moving_tensors], np.int64)
+    return Gram(store.steps, tuple(t.name for t in store.layout.moving_tensors), sizes, matrices[0], *counts)
+
+
+def moving_parts(store: TrajectoryStore) -> list[int]:
+    """Parts that have deltas.
+
+    Raises:
+        StoreError: no step is recorded.
     """
     if not len(store.steps):
         raise StoreError(f"{store.path}: holds no steps; import or record some first")
-    parts = [p for p, part in enumerate(store.layout.parts) if part.encoding != "fixed" and part.numel]
+    return [p for p, part in enumerate(store.layout.parts) if part.encoding != "fixed" and part.numel]
+
+
+def known_steps(store: TrajectoryStore) -> int:
+    """How many of the recorded steps the matrices that are kept in the store cover, in every part."""
+    covered = []
+    for part in moving_parts(store):
+        try:
+            steps = np.asarray(zarr.open_group(store.path, path=f"gram/{part}", mode="r").attrs["steps"])
+        except Exception:  # absent or damaged
+            return 0
+        covered.append(len(steps) if np.array_equal(steps, store.steps[: len(steps)]) else 0)
+    return min(covered, default=0)
+
+
+def check_unchanged(store: TrajectoryStore) -> None:
+    """Refuse results of a pass during which the store was replaced; steps that were added do not matter.
+
+    Raises:
+        StoreError: it is gone or another one.
+    """
+    try:
+        now = TrajectoryStore(store.path)
+        same = now.attributes == store.attributes and np.array_equal(now.steps[: len(store.steps)], store.steps)
+    except StoreError:
+        same = False
+    if not same:
+        raise StoreError(f"{store.path}: was replaced while it was read; run the command again when nothing writes it")
+
+
+def assemble(
+    store: TrajectoryStore, arrays: dict[int, list[np.ndarray]], counts: dict[int, np.ndarray]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Arrays ``[S, ...]`` and counts ``[S, 3, T]`` of parts -> summed over parts, ``[N, ...]`` and ``[3, N, T]``."""
     tensors = store.layout.moving_tensors
     row_of = {tensor.name: row for row, tensor in enumerate(tensors)}
-    num_steps = len(store.steps)
-    matrices = np.zeros((len(tensors), num_steps, num_steps))
-    counts = np.zeros((3, len(tensors), num_steps), np.int64)
-    for done, part in enumerate(parts):
-        result = _part_gram(store, part, memory_budget_bytes, progress, (done, len(parts)))
-        for segment, matrix, count in zip(store.layout.segments_in(part), result.matrices, result.counts, strict=True):
-            row = row_of[segment.tensor.name]
-            matrices[row] += matrix
-            counts[:, row] += count
+    some, num_steps = next(iter(arrays.values())), next(iter(counts.values())).shape[2]
+    totals = [np.zeros((len(tensors), *array.shape[1:])) for array in some]
+    total_counts = np.zeros((3, len(tensors), num_steps), np.int64)
+    for part, found in arrays.items():
+        rows = [row_of[s.tensor.name] for s in store.layout.segments_in(part)]
+        for total, array in zip(totals, found, strict=True):
+            total[rows] += array  # a tensor has at most one segment in a part
+        total_counts[:, rows] += counts[part].transpose(1, 0, 2)
     dense = [row for row, t in enumerate(tensors) if store.layout.parts[t.part].encoding != "sparse"]
-    counts[2, dense] = -1
-    sizes = np.array([t.numel for t in tensors], np.int64)
-    return Gram(store.steps, tuple(t.name for t in tensors), sizes, matrices, *counts)
+    total_counts[2, dense] = -1
+    return totals, total_counts
 
 
 @dataclass
@@ -140,182 +209,84 @@ class _PartGram:
     counts: np.ndarray
 
 
+@dataclass(frozen=True)
+class _OuterProducts:
+    """Kernel of the exact pass: ``rows[old:] rows^T``."""
+
+    num_rows: int
+    old: int
+    of_updates: bool = True
+    width: int = PIECE
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.num_rows - self.old, self.num_rows),)
+
+    def constants(self, segment: int) -> tuple[np.ndarray, ...]:
+        return ()
+
+    def product(self, rows: Any, *constants: Any) -> list[Any]:
+        return [rows[self.old :] @ rows.T]
+
+
 def _part_gram(
-    store: TrajectoryStore, part: int, budget: int, progress: ProgressCallback | None, place: tuple[int, int]
+    store: TrajectoryStore, part: int, budget: int, engine: Engine, processes: Processes, tick: Tick
 ) -> _PartGram:
-    known = _load(store, part)
-    num_steps = len(store.steps)
-    old = _num_known(known)
+    known = processes.share(lambda: _load(store, part))
+    num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
     if known is not None and old == num_steps:
+        tick(store.layout.parts[part].numel)
         return known
-    num_segments = len(store.layout.segments_in(part))
-    result = _PartGram(np.zeros((num_segments, num_steps, num_steps)), np.zeros((num_segments, 3, num_steps), np.int64))
-    if store.layout.parts[part].encoding == "sparse":
-        _sparse_pass(store, part, known, budget, result, progress, place)
-    else:
-        _dense_pass(store, part, old, budget, result, progress, place)
+    kernel = _OuterProducts(num_steps, old)
+    sums = run_shared(store, part, kernel, num_steps, old, budget, engine, processes, tick)
+    finish = _from_sparse if store.layout.parts[part].encoding == "sparse" else _from_dense
+    result = finish(sums, known, old)
     result.matrices[:, :, old:] = result.matrices[:, old:, :].transpose(0, 2, 1)
     if known is not None:
         result.matrices[:, :old, :old] = known.matrices
         result.counts[:, :, :old] = known.counts
-    _save(store, part, result)
+    if processes.rank == 0:
+        _save(store, part, result)
     return result
 
 
-def _num_known(known: _PartGram | None) -> int:
-    return 0 if known is None else known.matrices.shape[1]
+def run_shared(
+    store: TrajectoryStore, part: int, kernel: Any, num_rows: int, old: int, budget: int, engine: Engine,
+    processes: Processes, tick: Tick,
+) -> Sums:  # fmt: skip
+    """One pass over a part, its columns divided among the processes; every process gets the sums."""
+    spans = processes.spans(store.layout.parts[part].numel, part)
+    work = Pass(
+        store=store, part=part, kernel=kernel, num_rows=num_rows, old=old, spans=spans, budget=budget, engine=engine, tick=tick
+    )
+    with processes.together():
+        sums = work.run()
+    return Sums([processes.sum(product) for product in sums.products], processes.sum(sums.counts))
 
 
-# -- sparse log -------------------------------------------------------------------------------------------------------
+def _from_dense(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
+    num_segments, _, num_steps = sums.products[0].shape
+    result = _PartGram(np.zeros((num_segments, num_steps, num_steps)), np.zeros((num_segments, 3, num_steps), np.int64))
+    result.matrices[:, old:] = sums.products[0]
+    result.counts[:, :, old:] = sums.counts
+    return result
 
 
-def _sparse_pass(
-    store: TrajectoryStore, part: int, known: _PartGram | None, budget: int, result: _PartGram,
-    progress: ProgressCallback | None, place: tuple[int, int],
-) -> None:  # fmt: skip
-    """Rows ``old:`` of ``L (E E^T) L^T``; the products are summed over windows, the two triangles applied at the end."""
-    old = _num_known(known)
-    products = np.zeros_like(result.matrices)
-    numel = store.layout.parts[part].numel
-    entries = store.entries(part, len(store.steps))
-    share = budget // (2 * _WORKERS)
-    per_column = 2 * bits_dtype(store.layout.parts[part].dtype).itemsize + 5  # state, base, whether touched, slot
-    with single_threaded_blas(), ThreadPoolExecutor(_WORKERS) as pool:
-        # Half of the budget holds a stretch of the log, read once; the other half the windows in work.
-        for begin, end, updates in store.read_log(part, len(store.steps), budget // 2, pool):
-            inner = entries[begin // BLOCK : num_blocks(end)]
-            windows = column_windows(inner, end - begin, share // _WORK_BYTES, min(share // per_column, READ_WINDOW["sparse"]))
-            spans = [(begin + low, begin + high) for low, high in windows]
-            results = pool.map(lambda span, u=updates: _sparse_window(store, part, span, u, old), spans)
-            for span, (first, product, counts) in zip(spans, results, strict=True):
-                products[first : first + len(product), old:] += product
-                result.counts[first : first + len(counts), :, old:] += counts
-                if progress:
-                    progress("Gram matrices", place[0] * 100 + 100 * span[1] // numel, place[1] * 100)
+def _from_sparse(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
+    """``L (E E^T) L^T`` from rows ``old:`` of ``E E^T`` and the cached matrices of the steps before."""
+    num_segments, _, num_steps = sums.products[0].shape
+    products = np.zeros((num_segments, num_steps, num_steps))
+    products[:, old:] = sums.products[0]
+    counts = np.zeros((num_segments, 3, num_steps), np.int64)
+    counts[:, :, old:] = sums.counts
     if known is not None:
         products[:, :old, old:] = products[:, old:, :old].transpose(0, 2, 1)
         # E E^T of the cached steps: the inverse of the two cumulative sums
         padded = np.pad(known.matrices, ((0, 0), (1, 0), (1, 0)))
         products[:, :old, :old] = np.diff(np.diff(padded, axis=1), axis=2)
-        result.counts[:, 1, old] += known.counts[:, 1, -1]
-    result.counts[:, 1, old:] = result.counts[:, 1, old:].cumsum(axis=1)
-    result.matrices[:] = products.cumsum(axis=1).cumsum(axis=2)
-
-
-def _sparse_window(
-    store: TrajectoryStore, part: int, window: tuple[int, int], updates: list[Update], old: int
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Index of the first segment in a window of columns, ``E[old:] E^T`` and counts of each segment there.
-
-    Only columns that ever change take part in the product; the others hold zeros. ``counts[:, 1]`` are increments.
-    """
-    begin, end = window
-    layout, dtype, num_steps = store.layout, store.layout.parts[part].dtype, len(store.steps)
-    inside = layout.segments_in(part, begin, end)
-    edges = np.array([*(s.offset - begin for s in inside), end - begin], np.int32)
-    counts = np.zeros((len(inside), 3, num_steps - old), np.int64)
-    state = store.read_base(part, begin, end)
-    base = state.copy()
-    touched = np.zeros(end - begin, bool)
-    columns: list[np.ndarray] = []
-    values: list[np.ndarray] = []
-    for row, update in enumerate(updates):
-        local, differences = clip_update(update, begin, end)
-        before, after = apply_update(state, local, differences)
-        touched[local] = True
-        columns.append(local)
-        values.append(to_float32(after, dtype) - to_float32(before, dtype))
-        if row >= old:
-            original = base[local]
-            positions = np.searchsorted(local, edges)
-            left_base, met_base, unit = (
-                np.diff(np.searchsorted(np.flatnonzero(mask), positions))
-                for mask in (before == original, after == original, np.abs(differences) == 1)
-            )
-            counts[:, :, row - old] = np.stack([np.diff(positions), left_base - met_base, unit], axis=1)
-    slot_of = touched.astype(np.int32)  # cast first: cumsum with another dtype is many times slower
-    np.cumsum(slot_of, out=slot_of)
-    slot_of -= 1
-    slots = [slot_of[local] for local in columns]
-    tensor_edges = [0, *(slot_of[edges[1:] - 1] + 1)]
-    pieces = [
-        (tensor, left, min(left + _PIECE, high))
-        for tensor, (low, high) in enumerate(pairwise(tensor_edges))
-        for left in range(low, high, _PIECE)
-    ]
-    bounds = np.array([left for _, left, _ in pieces] + [tensor_edges[-1]], np.int32)
-    spans = [np.searchsorted(slot, bounds) for slot in slots]
-    products = np.zeros((len(inside), num_steps - old, num_steps))
-    for number, (tensor, left, right) in enumerate(pieces):
-        dense = np.zeros((num_steps, right - left), np.float32)
-        for row_of_dense, slot, value, span in zip(dense, slots, values, spans, strict=True):
-            first, last = span[number], span[number + 1]
-            row_of_dense[slot[first:last] - left] = value[first:last]
-        products[tensor] += _product(dense, old)
-    return _index_of(layout.segments_in(part), inside[0]), products, counts
-
-
-# -- dense rows -------------------------------------------------------------------------------------------------------
-
-
-def _dense_pass(
-    store: TrajectoryStore,
-    part: int,
-    old: int,
-    budget: int,
-    result: _PartGram,
-    progress: ProgressCallback | None,
-    place: tuple[int, int],
-) -> None:
-    """Rows ``old:`` of ``M M^T``: float32 products over short stretches of columns, summed in float64."""
-    numel = store.layout.parts[part].numel
-    width = max(_PIECE, budget // (_WORKERS * 4 * (len(store.steps) + 2)) // _PIECE * _PIECE)
-    windows = list(blocks(numel, min(width, READ_WINDOW[store.layout.parts[part].encoding])))
-    with single_threaded_blas(), ThreadPoolExecutor(_WORKERS) as pool:
-        results = pool.map(lambda window: _dense_window(store, part, window, old), windows)
-        for (_, end), (first, product, counts) in zip(windows, results, strict=True):
-            result.matrices[first : first + len(product), old:] += product
-            result.counts[first : first + len(counts), :2, old:] += counts
-            if progress:
-                progress("Gram matrices", place[0] * 100 + 100 * end // numel, place[1] * 100)
-
-
-def _dense_window(store: TrajectoryStore, part: int, window: tuple[int, int], old: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Index of the first segment in a window, ``M[old:] M^T`` and counts (changed, moved) of each segment there."""
-    begin, end = window
-    layout, num_steps = store.layout, len(store.steps)
-    base = store.read_base(part, begin, end) if layout.parts[part].encoding == "exact" else np.empty(0, np.uint16)
-    deltas = np.empty((num_steps, end - begin), np.float32)
-    for row in range(num_steps):
-        deltas[row] = store.read_delta(part, row, begin, end, base)
-    inside = layout.segments_in(part, begin, end)
-    products = np.zeros((len(inside), num_steps - old, num_steps))
-    counts = np.zeros((len(inside), 2, num_steps - old), np.int64)
-    for product, count, segment in zip(products, counts, inside, strict=True):
-        low, high = segment.offset - begin, segment.offset - begin + segment.numel
-        for left in range(low, high, _PIECE):
-            piece = deltas[:, left : min(left + _PIECE, high)]
-            product += _product(piece, old)
-            for row in range(old, num_steps):
-                moved = np.count_nonzero(piece[row] != 0)
-                changed = np.count_nonzero(piece[row] != piece[row - 1]) if row else moved
-                count[:, row - old] += (changed, moved)
-    return _index_of(layout.segments_in(part), inside[0]), products, counts
-
-
-def _product(rows: np.ndarray, old: int) -> np.ndarray:
-    """``rows[old:] rows^T`` of float32 rows, in float32 unless its range is too short for the squares."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = rows[old:] @ rows.T
-        largest = np.abs(product).max()
-    if 1e-25 < largest < np.inf or not rows.any():
-        return product
-    wide = rows.astype(np.float64)
-    return wide[old:] @ wide.T
-
-
-def _index_of(segments: list[Segment], piece: Segment) -> int:
-    return next(i for i, s in enumerate(segments) if s.tensor is piece.tensor)
+        counts[:, 1, old] += known.counts[:, 1, -1]
+    counts[:, 1, old:] = counts[:, 1, old:].cumsum(axis=1)
+    return _PartGram(products.cumsum(axis=1).cumsum(axis=2), counts)
 
 
 # -- cache in the store -----------------------------------------------------------------------------------------------
@@ -323,21 +294,26 @@ def _index_of(segments: list[Segment], piece: Segment) -> int:
 
 def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
     """The cached result for a prefix of the recorded steps, or None if there is none that can be trusted."""
-    try:
-        group = zarr.open_group(store.path, path=f"gram/{part}", mode="r")
-        steps = np.asarray(group.attrs["steps"])
-        if group.attrs["format_version"] != FORMAT_VERSION or not np.array_equal(steps, store.steps[: len(steps)]):
-            return None
-        known = _PartGram(*(np.asarray(zarr.open_array(store.path, path=f"gram/{part}/{name}", mode="r")[:])
-                            for name in ("matrices", "counts")))  # fmt: skip
-    except Exception:  # absent, half-written or damaged: it is derived data and computed again
+    attributes, arrays = kept(store, f"gram/{part}", ("matrices", "counts"))
+    steps = np.asarray(attributes.get("steps", []))
+    if not len(steps) or not np.array_equal(steps, store.steps[: len(steps)]):
         return None
     shape = (len(store.layout.segments_in(part)), len(steps), len(steps))
-    if known.matrices.shape != shape or known.counts.shape != (shape[0], 3, shape[1]) or not len(steps):
+    if arrays["matrices"].shape != shape or arrays["counts"].shape != (shape[0], 3, shape[1]):
         return None  # another process is replacing it
-    if np.isnan(known.matrices).any() or (known.counts == _UNWRITTEN_COUNT).any():
-        return None
-    return known
+    return _PartGram(arrays["matrices"], arrays["counts"])
+
+
+def kept(store: TrajectoryStore, name: str, keys: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Attributes and whole arrays that ``keep`` left in group ``name``; empty if they are absent, damaged or half-written."""
+    try:
+        group = zarr.open_group(store.path, path=name, mode="r")
+        arrays = {key: np.asarray(zarr.open_array(store.path, path=f"{name}/{key}", mode="r")[:]) for key in keys}
+        attributes = dict(group.attrs)
+    except Exception:  # it is derived data and computed again
+        return {}, {}
+    unwritten = any((a == _UNWRITTEN_COUNT).any() if a.dtype == np.int64 else np.isnan(a).any() for a in arrays.values())
+    return ({}, {}) if unwritten or attributes.get("format_version") != FORMAT_VERSION else (attributes, arrays)
 
 
 _UNWRITTEN_COUNT = np.iinfo(np.int64).min
@@ -348,13 +324,16 @@ def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
 
     It has a lock of its own: what it writes is apart from the steps, so it may run while they are recorded.
     """
+    arrays = {"matrices": result.matrices, "counts": result.counts}
+    keep(store, f"gram/{part}", arrays, {"steps": store.steps.tolist()})
+
+
+def keep(store: TrajectoryStore, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if nobody else does and it can be written."""
     with contextlib.suppress(StoreError, OSError), WriterLock(f"{store.path.rstrip('/')}.gram"):
-        root = zarr.open_group(store.path, mode="r+")
-        group = root.create_group(f"gram/{part}", overwrite=True)
-        for name, values, fill in (
-            ("matrices", result.matrices, float("nan")),
-            ("counts", result.counts, _UNWRITTEN_COUNT),
-        ):
+        group = zarr.open_group(store.path, mode="r+").create_group(name, overwrite=True)
+        for key, values in arrays.items():
+            fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
             chunks, shape = (1, *values.shape[1:]), values.shape
-            create_array(group, name, shape, values.dtype, chunks, shards=shape, fill_value=fill)[:] = values
-        group.attrs.update({"steps": store.steps.tolist(), "format_version": FORMAT_VERSION})
+            create_array(group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill)[:] = values
+        group.attrs.update({**attributes, "format_version": FORMAT_VERSION})

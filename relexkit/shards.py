@@ -36,14 +36,14 @@ class ShardReader:
         assert array.shards is not None
         self._chunk, self._shard = array.chunks[-1], array.shards[-1]
 
-    def read(self, row: int | None, begin: int, end: int) -> np.ndarray:
-        """Elements ``begin:end`` of a row, of the array's dtype.
+    def read(self, row: int | None, begin: int, end: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Elements ``begin:end`` of a row, of the array's dtype, in ``out`` if that is given.
 
         Raises:
             FileNotFoundError: the shard does not exist.
             ValueError: the index or a chunk does not match its checksum, or is malformed.
         """
-        out = np.empty(end - begin, self._dtype)
+        out = np.empty(end - begin, self._dtype) if out is None else out
         for shard in range(begin // self._shard, -(-end // self._shard)):
             start = shard * self._shard
             low, high = max(begin, start), min(end, start + self._shard)

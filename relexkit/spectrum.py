@@ -141,6 +141,9 @@ class ScopeSpectrum:
         changed, moved: ``[T]``, shares of its weights that differ from the previous step, and from the base.
         unit_moves: share of all changes that are exactly one unit in the last place; NaN if unknown.
         null: the same statistics of a walk without direction with its own step sizes; None for the null itself.
+        ratio_error: estimated error of the first two ratios: rounding, or that of the randomized PCA.
+        angle_error: estimated angle in radians between the first direction and the true one: large where the first two
+            singular values are nearly equal, because there it is hardly determined. NaN if nothing moved.
     """
 
     name: str
@@ -156,6 +159,8 @@ class ScopeSpectrum:
     moved: np.ndarray
     unit_moves: float
     null: WalkNull | None = None
+    ratio_error: float = float("nan")
+    angle_error: float = float("nan")
 
     def num_directions(self, share: float) -> int | None:
         """Fewest directions that together hold ``share`` of the variance; None if nothing moved."""
@@ -229,6 +234,7 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None, 
                 moved=chosen.moved[row] / max(1, size),
                 unit_moves=float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan"),
                 null=nulls.groups[row],
+                uncertainty=float(chosen.uncertainty[row, -1]),
             )
         )
     walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
@@ -240,6 +246,7 @@ def _scope_spectrum(
     name: str, size: int, matrix: np.ndarray, steps: np.ndarray, centered: bool, *, energy_share: float = float("nan"),
     changed: np.ndarray | None = None, moved: np.ndarray | None = None, unit_moves: float = float("nan"),
     null: WalkNull | None = None,
+    uncertainty: float = 0.0,
 ) -> ScopeSpectrum:  # fmt: skip
     about = center if centered else np.asarray
     parts = decompose(about(matrix))
@@ -258,4 +265,14 @@ def _scope_spectrum(
         moved=empty if moved is None else moved,
         unit_moves=unit_moves,
         null=null,
+        ratio_error=uncertainty / parts.total if len(parts.singular_values) else float("nan"),
+        angle_error=_angle_error(parts.singular_values, uncertainty),
     )
+
+
+def _angle_error(singular_values: np.ndarray, uncertainty: float) -> float:
+    """Davis and Kahan 1970: an error of that norm turns the first eigenvector by at most this angle, in radians."""
+    if not len(singular_values):
+        return float("nan")
+    first, second = np.pad(singular_values[:2] ** 2, (0, 1))[:2]
+    return float(np.arcsin(min(1.0, uncertainty / max(first - second, 1e-300))))

@@ -51,7 +51,7 @@ _ROWS = 64  # rows that arrays are created with; doubled when they are full
 _LOG_CHUNK = 2**17  # steps that a store can hold: its small per-step arrays are one chunk, replaced as a whole
 _BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
 _ENTRY_CHUNK = 2**17
-_ROW_CHUNK = 2**17
+_ROW_CHUNK = 2**15  # a pass holds all steps of a chunk at once: 128 MiB of float32 for 1000 steps
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _DENSE_CODECS = (BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a missing chunk is always damage, never a chunk of fill values
@@ -175,33 +175,47 @@ class TrajectoryStore:
         return columns, differences
 
     def read_log(
-        self, part: int, num_rows: int, budget: int, pool: ThreadPoolExecutor
+        self, part: int, num_rows: int, budget: int, pool: ThreadPoolExecutor, span: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, int, list[Update]]]:
         """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that fit ``budget`` bytes.
 
         Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of the part. A chunk that
-        lies in several stretches is read for each of them.
+        lies in several stretches is read for each of them. ``span`` are the columns to read, as for ``read_update``; all
+        if not given.
         """
-        numel = self.layout.parts[part].numel
-        for begin, end in column_windows(self.entries(part, num_rows), numel, budget // _ENTRY_BYTES, numel):
+        first, last = span or (0, self.layout.parts[part].numel)
+        entries = self.entries(part, num_rows)[first // BLOCK : num_blocks(last)]
+        for low, high in column_windows(entries, last - first, budget // _ENTRY_BYTES, last - first):
+            begin, end = first + low, first + high
             yield begin, end, list(pool.map(lambda row, b=begin, e=end: self.read_update(part, row, b, e), range(num_rows)))
 
     def entries(self, part: int, num_rows: int) -> np.ndarray:
         """Entries of the sparse log in each block over the first ``num_rows`` steps, ``int64 [num_blocks]``."""
         return np.diff(self.indptr(part)[:num_rows].astype(np.int64), axis=1).sum(axis=0)
 
-    def read_row(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
-        """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base."""
-        name = f"deltas/{part}"
-        return self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end))
+    def row_chunk(self, part: int) -> int:
+        """Columns of a dense part that are compressed together: reading fewer decodes as many."""
+        return int(self._array(f"deltas/{part}").chunks[-1])
 
-    def read_delta(self, part: int, row: int, begin: int, end: int, base: np.ndarray) -> np.ndarray:
-        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there."""
-        values = self.read_row(part, row, begin, end)
-        if values.dtype == np.float32:
-            return values
-        dtype = self.layout.parts[part].dtype
-        return to_float32(base + values.view(base.dtype), dtype) - to_float32(base, dtype)
+    def read_row(self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None) -> np.ndarray:
+        """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base.
+
+        ``out``: an array of the row's dtype to decode into.
+        """
+        name = f"deltas/{part}"
+        return self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end, out))
+
+    def read_delta(
+        self, part: int, row: int, begin: int, end: int, base: np.ndarray, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there.
+
+        ``out``: a float32 array ``[end - begin]`` to put it into.
+        """
+        if self.layout.parts[part].encoding == "float":
+            return self.read_row(part, row, begin, end, out=out)
+        values, dtype = self.read_row(part, row, begin, end), self.layout.parts[part].dtype
+        return np.subtract(to_float32(base + values.view(base.dtype), dtype), to_float32(base, dtype), out=out)
 
     def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as for ``read_update``.
@@ -301,19 +315,23 @@ class TrajectoryStore:
             self._arrays[name] = found
         return self._arrays[name]
 
-    def _read(self, name: str, row: int | None, begin: int, end: int) -> np.ndarray:
+    def _read(self, name: str, row: int | None, begin: int, end: int, out: np.ndarray | None = None) -> np.ndarray:
         if name not in self._readers:
             self._readers[name] = shard_reader(self._array(name))
         reader = self._readers[name]
         if reader is not None:
-            return reader.read(row, begin, end)
+            return reader.read(row, begin, end, out)
         array = self._array(name)  # remote: Zarr fills in for missing chunks, so look for the shard first
         shard = array.shards[-1] if array.shards else array.chunks[-1]
         for number in range(begin // shard, -(-end // shard)):
             key = self._group.store_path / name / "c" / (f"{number}" if row is None else f"{row}/{number}")
             if not sync(key.exists()):
                 raise FileNotFoundError("a chunk is missing")
-        return np.asarray(array[begin:end] if row is None else array[row, begin:end])
+        values = np.asarray(array[begin:end] if row is None else array[row, begin:end])
+        if out is None:
+            return values
+        out[:] = values
+        return out
 
     def _read_small(self, where: str, name: str, rows: int | None) -> np.ndarray:
         def read() -> np.ndarray:

@@ -1,0 +1,132 @@
+"""Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the columns and adds the sums.
+
+Every process makes the same calls. What one of them runs into, all of them raise, and a process that dies ends the others
+with a stated error: nothing is written before all have answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+
+from relexkit.encoding import BLOCK
+from relexkit.errors import RelexkitError
+
+_T = TypeVar("_T")
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others' share of a pass; a process that dies is noticed at once."""
+
+
+class Processes:
+    """This process among ``size`` of them; ``rank`` counts from 0. On its own unless a group is open."""
+
+    rank = 0
+    size = 1
+
+    def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
+        """This process's columns of a part: a share of its blocks, with the larger shares handed on by ``turn``."""
+        num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
+        first, last = (num_blocks * i // self.size for i in (place, place + 1))
+        return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of this process alone; ends when all have done theirs, with the error of the first that failed."""
+        yield
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the processes, in every process."""
+        return values
+
+    def share(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, in every process."""
+        return make()
+
+
+ALONE = Processes()
+"""No other process."""
+
+
+class FailedTogether(RelexkitError):
+    """An error that every process raises; the first one says it."""
+
+
+class _TorchProcesses(Processes):
+    def __init__(self, rank: int, size: int, device: str):
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.size = rank, size
+        self._torch, self._dist = torch, dist
+        self._device = torch.device(device)
+        with self._alive():
+            backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo: the connection to a peer is gone, or nobody answered in time
+            raise RelexkitError(
+                f"process {self.rank} of {self.size}: another process ended or does not answer "
+                f"({str(error).splitlines()[0]}); nothing was written: look for its message and run the command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        failure: BaseException | None = None
+        try:
+            yield
+        except (RelexkitError, OSError, MemoryError) as error:
+            failure = error
+        messages: list[str | None] = [None] * self.size
+        with self._alive():
+            self._dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
+        said = next((m for m in messages if m is not None), None)
+        if said is not None:
+            raise FailedTogether(said) from failure
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        total = self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        with self._alive():
+            self._dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def share(self, make: Callable[[], _T]) -> _T:
+        found: list[Any] = [None]
+        with self.together():
+            if self.rank == 0:
+                found = [make()]
+        with self._alive():
+            self._dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group(device: str = "cpu") -> Iterator[Processes]:
+    """The processes that torchrun started, or this one alone; ``device`` is where the sums of arrays are made."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    group = _TorchProcesses(int(os.environ["RANK"]), size, device)
+    try:
+        yield group
+    finally:
+        group.close()
+
+
+def local_device(device: str) -> str:
+    """``cuda`` -> this process's own GPU when torchrun started several."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

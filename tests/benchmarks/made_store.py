@@ -1,0 +1,100 @@
+"""Trajectory stores made on the fly, without checkpoints: any number of parameters and steps, in flat memory.
+
+The deltas of a tensor are a few smooth paths along random directions, a walk and white noise, rounded to 10 mantissa bits
+(float rows); or, for the sparse log, a bfloat16 base of which a share of the weights moves by a unit at each step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from relexkit import TrajectoryStore, __version__
+from relexkit.dtypes import round_to_mantissa_bits
+from relexkit.encoding import block_checksums, content_checksum
+from relexkit.layout import build_layout
+from relexkit.store import StoreWriter, blocks, create_store
+
+_CUT = 2**18
+
+
+def make_store(
+    path: Path, num_parameters: int, num_steps: int, *, dtype: str = "float32", largest: int = 2**24, density: float = 0.005,
+    seed: int = 0,
+) -> TrajectoryStore:  # fmt: skip
+    """Write a store of tensors of at most ``largest`` elements; returns it. Memory: one part and one row of it."""
+    shutil.rmtree(path, ignore_errors=True)
+    sizes = [min(largest, num_parameters - begin) for begin in range(0, num_parameters, largest)]
+    encoding = "float" if dtype == "float32" else "sparse"
+    names = [(f"model.layers.{i}.mlp.up_proj.weight", (size,), dtype) for i, size in enumerate(sizes)]
+    layout = build_layout(names, {dtype: encoding})
+    scale = {"float32": np.uint32, "bfloat16": np.uint16}[dtype]
+
+    def base(part: int, begin: int, end: int) -> np.ndarray:
+        cuts = [_base_bits(seed, part, cut) for cut in range(begin // _CUT, -(-end // _CUT))]
+        offset = begin - begin // _CUT * _CUT
+        return np.concatenate(cuts)[offset : offset + end - begin].astype(scale)
+
+    create_store(path, layout, base, files={}, source="made up", base="made up",
+                 mantissa_bits=10 if encoding == "float" else None, version=__version__)  # fmt: skip
+    with StoreWriter(path) as writer:
+        states = {} if encoding == "float" else {p: base(p, 0, part.numel) for p, part in enumerate(layout.parts)}
+        for step in range(1, num_steps + 1):
+            writer.begin(step)
+            for part, spec in enumerate(layout.parts):
+                if encoding == "float":
+                    row = float_row(seed, part, spec.numel, step, num_steps)
+                    writer.write_row(part, row, _checksum(row))
+                else:
+                    columns, differences = _sparse_step(seed, part, spec.numel, step, density)
+                    states[part][columns] += differences.view(np.uint16)
+                    writer.write_sparse(part, columns, differences, _checksum(states[part]))
+            writer.commit()
+    return TrajectoryStore(path)
+
+
+def _checksum(values: np.ndarray) -> int:
+    return content_checksum([c for begin, end in blocks(len(values)) for c in block_checksums(values[begin:end])])
+
+
+def _base_bits(seed: int, part: int, cut: int) -> np.ndarray:
+    return np.random.default_rng([seed, part, cut, 0]).integers(0x3C00, 0x3D00, _CUT, dtype=np.uint16)
+
+
+def float_row(seed: int, part: int, numel: int, step: int, num_steps: int) -> np.ndarray:
+    """The delta of a step, float32 ``[numel]``: 5 fixed directions with smooth coefficients, and white noise."""
+    row = np.empty(numel, np.float32)
+    time = step / num_steps
+    path = (time, 0.4 * np.sin(3 * time), 0.2 * np.sin(7 * time), 0.1 * np.cos(11 * time), 0.05 * np.sin(17 * time))
+    for cut, begin in enumerate(range(0, numel, _CUT)):
+        width = min(_CUT, numel - begin)
+        fixed = _directions(seed, part, cut)
+        values = sum(np.float32(c) * v[:width] for c, v in zip(path, fixed, strict=True))
+        noise = np.random.default_rng([seed, part, cut, step]).standard_normal(width, np.float32)
+        row[begin : begin + width] = (values + np.float32(0.2) * noise) * np.float32(1e-4)
+    return round_to_mantissa_bits(row, 10)
+
+
+_CACHED: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _directions(seed: int, part: int, cut: int) -> np.ndarray:
+    key = (seed, part, cut)
+    if key not in _CACHED:
+        if len(_CACHED) > 200:  # 1 GiB; larger models draw them again at each step
+            _CACHED.clear()
+        _CACHED[key] = np.random.default_rng([seed, part, cut, 10**6]).standard_normal((5, _CUT), np.float32)
+    return _CACHED[key]
+
+
+def _sparse_step(seed: int, part: int, numel: int, step: int, density: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights that hover at a rounding boundary move most, as in real runs: every column has a rate of its own."""
+    random = np.random.default_rng([seed, part, step])
+    restless = np.random.default_rng([seed, part]).integers(0, numel, max(1, int(10 * density * numel)))
+    columns = np.unique(random.choice(restless, max(1, int(density * numel)), replace=False))
+    return columns.astype(np.int32), random.choice(np.array([-1, 1], np.int16), len(columns))
+
+
