@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relexkit.commands.observe import add_pca, observer
 from relexkit.console import console, number, percent, print_json, print_pairs, progress_bar, say, size_text
 from relexkit.errors import RelexkitError
 from relexkit.version import __version__
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 COMMAND_MODULES = {
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
+    "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),
 }
 """Commands with a module of their own: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
 
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RelexkitError, OSError) as error:
         if parsed is not None and parsed.debug:
             raise
-        print(f"relexkit: {_one_line(error)}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):
+            print(f"relexkit: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("relexkit: interrupted; run the same command again to go on", file=sys.stderr)
@@ -146,14 +149,15 @@ def _verify(parsed: argparse.Namespace) -> None:
 
 
 def _spectrum(parsed: argparse.Namespace) -> None:
-    from relexkit.gram import gram
     from relexkit.metrics import informative_steps, learning_rates
     from relexkit.spectrum import spectrum
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
-    with progress_bar() as progress:
-        matrices = gram(store, progress=progress)
+    with observer(parsed) as observed:
+        matrices = observed.gram(store, parsed.until)
+    if observed.silent:
+        return
     metrics = store.metrics()
     result = spectrum(
         matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered, momentum=parsed.momentum,
@@ -166,7 +170,22 @@ def _spectrum(parsed: argparse.Namespace) -> None:
         _print_spectrum(result, parsed.all, informative)
     if parsed.plot:
         figures = import_module("analysis.figures")
-        for path in figures.plot_spectra(matrices.until(parsed.until), parsed.plot, centered=parsed.centered):
+        for path in figures.plot_spectra(matrices, parsed.plot, centered=parsed.centered):
+            say(f"wrote {path}")
+    if parsed.csv:
+        from relexkit.variance import write_csv
+
+        write_csv(result, parsed.csv)
+        say(f"wrote {parsed.csv}")
+    if parsed.directions:
+        from relexkit.directions import write_directions
+
+        with progress_bar() as progress:
+            paths = write_directions(
+                store, matrices, parsed.directions, count=parsed.components or min(2, len(matrices.steps)), scope=parsed.scope,
+                centered=parsed.centered, progress=progress,
+            )  # fmt: skip
+        for path in paths:
             say(f"wrote {path}")
 
 
@@ -187,6 +206,8 @@ def _spectrum_document(result: Spectrum, informative: Informative | None) -> dic
             "moved": s.moved.tolist(),
             "unit_moves": s.unit_moves,
             "null": _null_document(s.null),
+            "ratio_error": s.ratio_error,
+            "angle_error": s.angle_error,
         }
         for s in result.scopes
     ]
@@ -284,6 +305,9 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
     if still:
         shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
         notes.append(f"Never moved, so there is no variance to explain: {shown}.")
+    doubtful = max((s.ratio_error for s in result.scopes if s.ratio_error == s.ratio_error), default=0.0)
+    if doubtful > 1e-5:
+        notes.append(f"Approximate (randomized PCA): the first two ratios are off by at most about {doubtful:.1g}.")
     if len(result.steps) == 1:
         notes.append("One recorded step: there is one direction by definition; record more steps to learn anything.")
     changes = [(float(s.changed.sum()) * s.num_parameters, s.unit_moves) for s in result.scopes if not math.isnan(s.unit_moves)]
@@ -329,13 +353,14 @@ def steps_text(value: float) -> str:
 
 def _backtest(parsed: argparse.Namespace) -> None:
     from relexkit.backtest import CHEAP, backtest
-    from relexkit.gram import gram
     from relexkit.metrics import learning_rates
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
-    with progress_bar() as progress:
-        matrices = gram(store, progress=progress)
+    with observer(parsed) as observed:
+        matrices = observed.gram(store, None)
+    if observed.silent:
+        return
     rates = learning_rates(store.steps, store.metrics())
     result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until, rates=rates)
     if parsed.json:
@@ -378,12 +403,15 @@ def _extrapolate(parsed: argparse.Namespace) -> None:
         rank=parsed.rank, fit=parsed.fit, degree=parsed.degree, window=parsed.window, refit_every=parsed.refit_every,
         axis=parsed.axis, anchor=parsed.anchor, alpha=parsed.alpha,
     )  # fmt: skip
-    with progress_bar() as progress:
+    store = TrajectoryStore(parsed.store)
+    with observer(parsed) as observed:
         written = extrapolate(
-            TrajectoryStore(parsed.store), parsed.to, parsed.out, until=parsed.until, method=parsed.method,
-            options=options, scope=parsed.scope, scale=parsed.scale, dtype=parsed.dtype, rounding=parsed.rounding,
-            seed=parsed.seed, progress=progress,
+            store, parsed.to, parsed.out, until=parsed.until, method=parsed.method, options=options, scope=parsed.scope,
+            scale=parsed.scale, dtype=parsed.dtype, rounding=parsed.rounding, seed=parsed.seed, progress=observed.progress,
+            **observed.arguments(store, parsed.until),
         )  # fmt: skip
+    if observed.silent:
+        return
     if parsed.json:
         print_json([{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written])
         return
@@ -460,11 +488,16 @@ def _parser() -> argparse.ArgumentParser:
                          help="of the walk to compare with: Adam's first beta (default: fitted)")  # fmt: skip
     command.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
     command.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
+    command.add_argument("--directions", type=Path, metavar="DIR",
+                         help="also write the first 2 (or --components) directions there as safetensors")  # fmt: skip
+    add_pca(command)
 
     command = add("backtest", _backtest, "how every method would have done in the run's own past, and how far to trust it")
     command.add_argument("store", metavar="RUN.zarr")
     command.add_argument("--method", nargs="+", metavar="M", help="only these (hold is always there)")
     command.add_argument("--until", type=int, nargs="+", metavar="STEP", help="prefixes to predict from (default: up to eight)")
+    add_pca(command)
 
     command = add("extrapolate", _extrapolate, "write the predicted checkpoints of future steps")
     command.add_argument("store", metavar="RUN.zarr")
@@ -487,6 +520,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output (default: as recorded)")
     _add_rounding(command)
+    add_pca(command)
 
     command = add("checkout", _checkout, "write a recorded step as a checkpoint; step 0 is the base")
     command.add_argument("store", metavar="RUN.zarr")

@@ -26,17 +26,19 @@ _SMALLEST, _LARGEST = 1e-25, 1e30  # of a product in float32 that has neither lo
 
 
 class Kernel(Protocol):
-    """Arithmetic of a pass.
+    """Arithmetic of a pass."""
 
-    Attributes:
-        shapes: of the arrays that one product makes.
-        of_updates: whether it takes the step-to-step updates of a sparse log, or the deltas as from dense rows.
-        width: columns of a product on the processor, so that a piece of rows stays in cache.
-    """
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the arrays that one product makes."""
 
-    shapes: tuple[tuple[int, ...], ...]
-    of_updates: bool
-    width: int
+    @property
+    def of_updates(self) -> bool:
+        """Whether it takes the step-to-step updates of a sparse log, or the deltas as from dense rows."""
+
+    @property
+    def width(self) -> int:
+        """Columns of a product on the processor, so that a piece of rows stays in cache."""
 
     def constants(self, segment: int) -> tuple[np.ndarray, ...]:
         """Float32 arrays that the products of a segment take."""

@@ -54,7 +54,11 @@ ALONE = Processes()
 
 
 class FailedTogether(RelexkitError):
-    """An error that every process raises; the first one says it."""
+    """An error that every process raises; only the first one has to print it."""
+
+    def __init__(self, message: str, rank: int):
+        super().__init__(message)
+        self.said_elsewhere = rank > 0
 
 
 class _TorchProcesses(Processes):
@@ -91,7 +95,7 @@ class _TorchProcesses(Processes):
             self._dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
         said = next((m for m in messages if m is not None), None)
         if said is not None:
-            raise FailedTogether(said) from failure
+            raise FailedTogether(said, self.rank) from failure
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         total = self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

@@ -10,7 +10,7 @@ Shape suffixes: N tensors or groups, T steps, D columns.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,10 @@ class Gram:
     changed: np.ndarray
     moved: np.ndarray
     unit_moves: np.ndarray
-    uncertainty: np.ndarray | None = None
+    uncertainty: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
-        if self.uncertainty is None:
+        if not self.uncertainty.size:
             object.__setattr__(self, "uncertainty", rounding_error(self.matrices))
 
     def until(self, step: int | None) -> Gram:
@@ -229,9 +229,7 @@ class _OuterProducts:
         return [rows[self.old :] @ rows.T]
 
 
-def _part_gram(
-    store: TrajectoryStore, part: int, budget: int, engine: Engine, processes: Processes, tick: Tick
-) -> _PartGram:
+def _part_gram(store: TrajectoryStore, part: int, budget: int, engine: Engine, processes: Processes, tick: Tick) -> _PartGram:
     known = processes.share(lambda: _load(store, part))
     num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
     if known is not None and old == num_steps:

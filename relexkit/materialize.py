@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.checkpoints import open_checkpoint
+from relexkit.distributed import ALONE, Processes
 from relexkit.dtypes import FLOAT_DTYPES, ROUNDINGS, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
 from relexkit.encoding import Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.extrapolators import METHODS, Options, check_request, predict_weights, step_text
-from relexkit.gram import Gram, gram
+from relexkit.gram import Gram
 from relexkit.layout import Layout, Segment
 from relexkit.linalg import single_threaded_blas
 from relexkit.metrics import learning_rates
+from relexkit.pca import pca_gram
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, WriterLock, blocks, describe_steps
 from relexkit.version import __version__
@@ -62,6 +64,10 @@ def extrapolate(
     dtype: str | None = None,
     rounding: Rounding = "stochastic",
     seed: int = 0,
+    pca: str = "exact",
+    components: int | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
@@ -74,6 +80,7 @@ def extrapolate(
         dtype: of the output; the recorded one if not given. 16-bit outputs are rounded stochastically unless
             ``rounding`` is ``nearest``: nearest rounding erases motion below half a unit in the last place.
         seed: of the stochastic rounding; the result does not depend on how the work is cut.
+        pca, components, device, processes: how the Gram matrices are found, see ``pca_gram``. The first process writes.
 
     One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices if the store has
     none yet). Memory: the budget, whatever the number of steps and parameters.
@@ -87,8 +94,14 @@ def extrapolate(
     check_request(targets, method, options, scale)
     num_used = len(used_steps(store, until))
     needs_gram = METHODS[method].needs_gram
-    observed = gram(store, memory_budget_bytes=memory_budget_bytes, progress=progress) if needs_gram else _shape_only(store)
-    observed = observed.until(until)
+    observed = _shape_only(store).until(until)
+    if needs_gram:
+        observed = pca_gram(
+            store, pca=pca, until=until, components=components, device=device, processes=processes,
+            memory_budget_bytes=memory_budget_bytes, progress=progress,
+        )  # fmt: skip
+    if processes.rank:
+        return []
     rates = learning_rates(store.steps, store.metrics())
     weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates)
     settings = {"method": method, **_used_options(method, options), "scope": scope or METHODS[method].scope, "scale": scale}
@@ -117,7 +130,7 @@ def extrapolate(
                 bits = round_bits(values, target_dtype, rounding, seed=seed, tensor=name, start=start)
                 writers.write(index, segment, bits)
 
-            _stream(store, np.stack([w for _, w, _, _ in jobs]), consume, memory_budget_bytes, progress)
+            stream_sums(store, np.stack([w for _, w, _, _ in jobs]), consume, memory_budget_bytes, progress)
             writers.write_fixed()
     return predictions
 
@@ -174,7 +187,7 @@ def apply(
             target[start : start + segment.numel].copy_(block)
 
     with torch.no_grad():
-        _stream(store, weights[None], consume, memory_budget_bytes, None)
+        stream_sums(store, weights[None], consume, memory_budget_bytes, None)
 
 
 def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
@@ -325,12 +338,13 @@ Consume = Callable[[int, Segment, np.ndarray], None]
 """Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from several threads."""
 
 
-def _stream(
-    store: TrajectoryStore, weights: np.ndarray, consume: Consume, budget: int, progress: ProgressCallback | None
-) -> None:
-    """Pass ``theta_0 + M^T a`` for every row of ``weights [P, N, T]`` to ``consume``, piece by piece.
+def stream_sums(
+    store: TrajectoryStore, weights: np.ndarray, consume: Consume, budget: int, progress: ProgressCallback | None,
+    *, onto_base: bool = True,
+) -> None:  # fmt: skip
+    """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights [P, N, T]`` to ``consume``.
 
-    Steps beyond the last one with a non-zero weight are not read.
+    It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight are not read.
     """
     layout = store.layout
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
@@ -348,7 +362,8 @@ def _stream(
             sums = _sparse_sums(layout.parts[part].dtype, begin, end, base, updates, segments, weight)
         original = to_float32(base, layout.parts[part].dtype)
         for index, values in enumerate(sums):
-            values = np.where(values == 0, original, values + original)  # a -0.0 that does not move stays one
+            if onto_base:
+                values = np.where(values == 0, original, values + original)  # a -0.0 that does not move stays one
             for segment in segments:
                 low = segment.offset - begin
                 consume(index, segment, values[low : low + segment.numel])

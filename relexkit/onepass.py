@@ -1,8 +1,8 @@
 """One pass over the deltas of a part: dense pieces of rows, in any order of work, go into a product that is summed.
 
-The product of a piece is a function of ``rows [T, n]``, float32: ``rows rows^T`` for the exact Gram matrices, ``rows (rows^T Q)``
-for the randomized ones. A dense part is read in windows of columns, all steps of a window at once: while one window is
-multiplied, the next one is decoded. From the sparse log only columns that ever change are gathered.
+The product of a piece is a function of ``rows [T, n]``, float32: ``rows rows^T`` for the exact Gram matrices,
+``rows (rows^T Q)`` for the randomized ones. A dense part is read in windows of columns, all steps of a window at once: while
+one window is multiplied, the next one is decoded. From the sparse log only columns that ever change are gathered.
 
 Shape suffixes: S segments of a part, T steps, D columns.
 """

@@ -1,6 +1,6 @@
 """Which PCA: the exact Gram matrices or randomized ones, by what each would cost on this store.
 
-Exact: ``T^2 D`` operations on what is read once. Randomized: ``4 T D l`` on what is read once or twice, which wins for long runs.
+Exact: ``T^2 D`` operations on what is read once. Randomized: ``4 T D l`` on what is read once or twice, for long runs.
 The constants are nanoseconds per element and step on one core, measured by ``tests/benchmarks/scaling.py`` on two cores of an
 AMD EPYC; only their ratios matter for the choice.
 """
@@ -16,7 +16,7 @@ from relexkit.distributed import ALONE, Processes
 from relexkit.encoding import BLOCK
 from relexkit.errors import RelexkitError
 from relexkit.gram import Gram, gram, known_steps
-from relexkit.randomized import COMPONENTS, check_components, is_kept, randomized_gram
+from relexkit.randomized import is_kept, randomized_gram, wanted_components
 from relexkit.store import ProgressCallback, TrajectoryStore
 
 PCA = ("auto", "exact", "randomized")
@@ -26,19 +26,26 @@ _READ_ENTRY = 12.0  # of an entry of the sparse log: read, replay, gather
 _MULTIPLY = 0.017  # of an element of a step with each of the T steps
 _PROJECT = 0.12  # of an element of a step, both ways, with each column of Q
 _PASSES = 1.5  # of the randomized PCA: one or two for smooth runs
+_NOTABLE = 10.0  # core-seconds; nothing is approximated to save less
 _MARGIN = 0.8  # the approximation must promise this share of the exact pass's time to be worth its error
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``method``, ``exact`` or ``randomized``, and why, in a sentence."""
+    """``method``, ``exact`` or ``randomized``, and why, in a sentence; ``notable`` if somebody should read that."""
 
     method: Literal["exact", "randomized"]
     reason: str
+    notable: bool = False
 
 
 def choose(
-    store: TrajectoryStore, *, pca: str = "auto", until: int | None = None, components: int = COMPONENTS, device: str = "cpu"
+    store: TrajectoryStore,
+    *,
+    pca: str = "auto",
+    until: int | None = None,
+    components: int | None = None,
+    device: str = "cpu",
 ) -> Choice:
     """What ``--pca`` means for a store: as asked, or for ``auto`` by the estimated time. Reads only indices.
 
@@ -48,23 +55,22 @@ def choose(
     if pca not in PCA:
         raise RelexkitError(f"--pca {pca} is unknown; choose one of {', '.join(PCA)}")
     num_rows = int(np.count_nonzero(store.steps <= until)) if until is not None else len(store.steps)
-    if num_rows:
-        check_components(components, num_rows)
+    wanted = wanted_components(components, num_rows) if num_rows else 1
     if pca == "exact":
         return Choice("exact", "exact PCA, as asked")
     if pca == "randomized":
         return Choice("randomized", "randomized PCA, as asked")
     if known_steps(store) == len(store.steps):
         return Choice("exact", "exact PCA: its Gram matrices are kept in the store")
-    if is_kept(store, until):
+    if is_kept(store, until, components):
         return Choice("randomized", "randomized PCA: its result is kept in the store")
     if device != "cpu":
         return Choice("exact", f"exact PCA: on {device} reading takes longer than the products")
-    exact, randomized = estimated_seconds(store, num_rows, components)
-    told = f"about {exact:.2g} core-seconds against {randomized:.2g} for {num_rows} steps"
-    if randomized < _MARGIN * exact:
-        return Choice("randomized", f"randomized PCA: exact takes {told}; --pca exact computes it all the same")
-    return Choice("exact", f"exact PCA: it takes {told} of randomized")
+    exact, randomized = estimated_seconds(store, num_rows, wanted)
+    told = f"about {exact:.2g} core-seconds against {randomized:.2g} of randomized for {num_rows} steps"
+    if exact > _NOTABLE and randomized < _MARGIN * exact:
+        return Choice("randomized", f"randomized PCA: exact takes {told}; --pca exact computes it all the same", notable=True)
+    return Choice("exact", f"exact PCA: it takes {told}", notable=exact > _NOTABLE)
 
 
 def estimated_seconds(store: TrajectoryStore, num_rows: int, components: int, oversampling: int = 8) -> tuple[float, float]:
@@ -91,13 +97,16 @@ def pca_gram(
     *,
     pca: str = "exact",
     until: int | None = None,
-    components: int = COMPONENTS,
+    components: int | None = None,
     device: str = "cpu",
     processes: Processes = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> Gram:
-    """Gram matrices over the steps to ``until``, exact or randomized as ``choose`` says; see ``gram`` and ``randomized_gram``."""
+    """Gram matrices over the steps to ``until``, exact or randomized as ``choose`` says.
+
+    For the arguments, memory and errors see ``gram`` and ``randomized_gram``.
+    """
     choice = processes.share(lambda: choose(store, pca=pca, until=until, components=components, device=device))
     if choice.method == "exact":
         return gram(

@@ -1,12 +1,12 @@
 """Randomized PCA: low-rank Gram matrices of long runs by block subspace iteration over the store.
 
-For ``Q [T, l]`` with orthonormal columns one pass gives ``Y = M (M^T Q) = G Q`` at ``4 T D l`` operations instead of the ``T^2 D`` of
-the exact matrix, and the exact row norms with it (Halko, Martinsson and Tropp 2011). ``Q`` starts from the leading eigenvectors
-of each tensor's Gram matrix over a sample of its columns and a few random vectors; every further pass starts from ``Y``. Of
-``G`` the pass knows
+For ``Q [T, l]`` with orthonormal columns one pass gives ``Y = M (M^T Q) = G Q`` at ``4 T D l`` operations instead of the
+``T^2 D`` of the exact matrix, and the exact row norms with it (Halko, Martinsson and Tropp 2011). ``Q`` starts from the leading
+eigenvectors of each tensor's Gram matrix over a sample of its columns and a few random vectors; every further pass starts
+from ``Y``. Of ``G`` the pass knows
 
-- its action on ``Q``: the Nystrom approximation ``Y (Q^T Y)^-1 Y^T`` has ``G Q`` exactly and leaves a remainder that is positive
-  semidefinite and vanishes on ``Q``;
+- its action on ``Q``: the Nystrom approximation ``Y (Q^T Y)^-1 Y^T`` has ``G Q`` exactly and leaves a remainder that is
+  positive semidefinite and vanishes on ``Q``;
 - the norm of every delta and the length of every step.
 
 The remainder is filled with what these allow: a walk plus independent noise, away from ``Q``, whose diagonal is the exact one.
@@ -43,8 +43,7 @@ from relexkit.linalg import single_threaded_blas
 from relexkit.onepass import Pass, Span, Tick, ticker
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
 
-COMPONENTS = 8
-"""Principal directions that are asked for if nothing else is said."""
+_COMPONENTS = 8
 
 RATIO_TOLERANCE = 1e-3
 ANGLE_TOLERANCE = 5e-3
@@ -67,7 +66,7 @@ def randomized_gram(
     store: TrajectoryStore,
     *,
     until: int | None = None,
-    components: int = COMPONENTS,
+    components: int | None = None,
     oversampling: int = 8,
     max_passes: int = 4,
     seed: int = 0,
@@ -78,11 +77,11 @@ def randomized_gram(
 ) -> Gram:
     """Approximate Gram matrices of every moving tensor over the steps to ``until``, for long runs.
 
-    One pass over the deltas if the sample's directions are good enough, else up to ``max_passes``; ``Gram.uncertainty`` says how
-    far the first two directions may be off. The result is kept in the store and used again for the same arguments.
+    One pass over the deltas if the sample's directions are good enough, else up to ``max_passes``; ``Gram.uncertainty`` says
+    how far the first two directions may be off. The result is kept in the store and used again for the same arguments.
 
     Args:
-        components: leading directions that must be good, at most the number of steps; ``oversampling`` more are carried along.
+        components: leading directions that must be good (8, or all if there are fewer); ``oversampling`` more are carried.
         seed: of the sample and of the random part of the first ``Q``.
         device, processes, memory_budget_bytes: as for ``gram``.
 
@@ -91,7 +90,7 @@ def randomized_gram(
     """
     parts = moving_parts(store)
     num_rows = _num_rows(store, until)
-    check_components(components, num_rows)
+    components = wanted_components(components, num_rows)
     engine = open_engine(device)
     settings = _Settings(components=components, oversampling=oversampling, max_passes=max_passes, seed=seed)
     tick = ticker(progress, "randomized PCA", sum(store.layout.parts[part].numel for part in parts))
@@ -105,7 +104,8 @@ def randomized_gram(
             arrays[part] = [np.stack([m for m, _ in made]), np.stack([u for _, u in made])]
     (matrices, uncertainty), counts = assemble(store, arrays, {p: images.counts for p, images in found.items()})
     sizes = np.array([t.numel for t in tensors], np.int64)
-    return Gram(steps, tuple(t.name for t in tensors), sizes, matrices, *counts, uncertainty)
+    changed, moved, unit_moves = counts
+    return Gram(steps, tuple(t.name for t in tensors), sizes, matrices, changed, moved, unit_moves, uncertainty)
 
 
 def _num_rows(store: TrajectoryStore, until: int | None) -> int:
@@ -115,22 +115,25 @@ def _num_rows(store: TrajectoryStore, until: int | None) -> int:
     return count
 
 
-def check_components(components: int, num_steps: int) -> None:
-    """Refuse a number of directions that these steps cannot have.
+def wanted_components(components: int | None, num_steps: int) -> int:
+    """The number of directions to resolve: as given, else 8 or as many as there are steps.
 
     Raises:
         RelexkitError: it is not between 1 and the number of steps.
     """
+    if components is None:
+        return min(_COMPONENTS, num_steps)
     if not 1 <= components <= num_steps:
         raise RelexkitError(
-            f"--components {components} directions of {num_steps} recorded step{'s' * (num_steps != 1)}; expected 1 to {num_steps}: "
+            f"--components {components} of {num_steps} recorded step{'s' * (num_steps != 1)}; expected 1 to {num_steps}: "
             "ask for fewer or record more steps"
         )
+    return components
 
 
 @dataclass
 class _Images:
-    """``Q`` and ``G Q``, ``[S, T, L]``; squared norms of the deltas and of the steps between them, ``norms [S, 2, T]``; counts."""
+    """``Q`` and ``G Q``, ``[S, T, L]``; squared norms of deltas and of the steps between them, ``norms [S, 2, T]``; counts."""
 
     bases: np.ndarray
     images: np.ndarray
@@ -196,7 +199,7 @@ def _part(
         return known
     num_columns = min(num_rows, settings.components + settings.oversampling)
     bases = _first_bases(store, part, num_rows, num_columns, settings.seed, budget, engine, processes)
-    images = norms = counts = np.empty(0)
+    norms, counts = np.empty((0, 0, 0)), np.empty(0, np.int64)
     for number in range(settings.max_passes):
         kernel = _Subspace(bases, norms=number == 0)
         quiet: Tick = tick if number == 0 else lambda columns: None
@@ -207,7 +210,8 @@ def _part(
             if store.layout.parts[part].encoding == "sparse":
                 counts[:, 1] = counts[:, 1].cumsum(axis=1)
         with single_threaded_blas():
-            if all(_good_enough(q, y, float(n[0].sum())) for q, y, n in zip(bases, images, norms, strict=True)):
+            traces = norms[:, 0].sum(axis=1)
+            if all(_good_enough(q, y, float(t)) for q, y, t in zip(bases, images, traces, strict=True)):
                 break
             if number + 1 < settings.max_passes:
                 bases = np.stack([_orthonormal(y) for y in images])
@@ -238,10 +242,11 @@ def _load(store: TrajectoryStore, part: int, num_rows: int, settings: _Settings)
     return _Images(**arrays) if arrays["bases"].shape == shape else None
 
 
-def is_kept(store: TrajectoryStore, until: int | None) -> bool:
-    """Whether a result for the steps to ``until``, with the default settings, is in the store."""
-    settings = _Settings(components=COMPONENTS, oversampling=8, max_passes=4, seed=0)
-    return all(_load(store, part, _num_rows(store, until), settings) is not None for part in moving_parts(store))
+def is_kept(store: TrajectoryStore, until: int | None, components: int | None = None) -> bool:
+    """Whether a result for the steps to ``until``, with default settings otherwise, is in the store."""
+    num_rows = _num_rows(store, until)
+    settings = _Settings(components=wanted_components(components, num_rows), oversampling=8, max_passes=4, seed=0)
+    return all(_load(store, part, num_rows, settings) is not None for part in moving_parts(store))
 
 
 # -- the first Q ------------------------------------------------------------------------------------------------------
@@ -296,18 +301,19 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
 # -- what a pass knows ------------------------------------------------------------------------------------------------
 
 
-def _ritz(basis: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ritz values ``[L]``, descending, and the norms ``[L]`` of their residuals ``G q - theta q``."""
+def _ritz(basis: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ritz values ``[L]``, descending, the norms ``[L]`` of their residuals ``G q - theta q``, and the vectors ``[T, L]``."""
     inner = basis.T @ image
     values, vectors = np.linalg.eigh((inner + inner.T) / 2)
     values, vectors = values[::-1], vectors[:, ::-1]
-    return values, np.linalg.norm(image @ vectors - (basis @ vectors) * values, axis=0)
+    ritz_vectors = basis @ vectors
+    return values, np.linalg.norm(image @ vectors - ritz_vectors * values, axis=0), ritz_vectors
 
 
 def _good_enough(basis: np.ndarray, image: np.ndarray, trace: float) -> bool:
     if trace == 0 or basis.shape[0] == basis.shape[1]:
         return True
-    values, residuals = _ritz(basis, image)
+    values, residuals, _ = _ritz(basis, image)
     for value, residual in zip(values[:2], residuals[:2], strict=False):
         gap = max(value - values[-1], 1e-300)  # to what lies outside Q, which the last Ritz value stands for
         if min(residual, residual**2 / gap) > RATIO_TOLERANCE * trace:
@@ -317,9 +323,7 @@ def _good_enough(basis: np.ndarray, image: np.ndarray, trace: float) -> bool:
     return residuals[0] <= ANGLE_TOLERANCE * (values[0] - values[1])
 
 
-def complete(
-    basis: np.ndarray, image: np.ndarray, norms: np.ndarray, steps: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def complete(basis: np.ndarray, image: np.ndarray, norms: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gram matrix ``[T, T]`` and uncertainty ``[T]`` from ``Q``, ``G Q`` (``[T, L]``) and squared ``norms [2, T]``.
 
     The Nystrom approximation plus a remainder with the exact diagonal; see the module's docstring.
@@ -338,8 +342,9 @@ def complete(
         return known, rounding_error(known[None])[0]
     missing_lengths = max(0.0, float((lengths - _step_squares(known)).sum()))
     rest = _remainder(basis, missing, missing_lengths, steps)
+    _, residuals, vectors = _ritz(basis, image)
     # among nearly equal eigenvalues the residual of one says little about the others, hence the factor
-    uncertainty = np.full(len(steps), 2 * _ritz(basis, image)[1][:2].max())
+    uncertainty = np.full(len(steps), 2 * residuals[:2].max() + np.linalg.norm(rest @ vectors[:, :2], axis=0).max())
     uncertainty[:-1] = np.maximum(uncertainty[:-1], missing.cumsum()[:-1])  # of a prefix nothing but its size is known
     return known + rest, uncertainty + ROUNDING_ERROR * squares.cumsum()
 

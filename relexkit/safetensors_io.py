@@ -153,9 +153,14 @@ class SafetensorsFolderWriter:
     Args:
         tensors: name -> shape and dtype, in the order of the files.
         max_shard_bytes: a file is closed before it would grow past this (one larger tensor makes a larger file).
+        stem: of the files' names.
+        metadata: further entries of the files' headers.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int = 5_000_000_000):
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int = 5_000_000_000, stem: str = "model",
+        metadata: Mapping[str, str] | None = None,
+    ):  # fmt: skip
         shards: list[dict[str, TensorInfo]] = [{}]
         filled = 0
         for name, info in tensors.items():
@@ -165,12 +170,13 @@ class SafetensorsFolderWriter:
             shards[-1][name] = info
             filled += info.num_bytes
         total = len(shards)
-        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        names = [f"{stem}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
         if total == 1:
-            names = ["model.safetensors"]
+            names = [f"{stem}.safetensors"]
         self._place: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
         self._data_start: list[int] = []
+        self._metadata = {"format": "pt", **(metadata or {})}
         self._dtypes = {name: info.dtype for name, info in tensors.items()}
         try:
             for file_name, shard in zip(names, shards, strict=True):
@@ -182,10 +188,10 @@ class SafetensorsFolderWriter:
             weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
             size = sum(info.num_bytes for info in tensors.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _create(self, path: Path, shard: Mapping[str, TensorInfo]) -> None:
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, dict] = {"__metadata__": self._metadata}
         position = 0
         for name, info in shard.items():
             end = position + info.num_bytes

@@ -437,7 +437,8 @@ class StoreWriter:
             return
         if not self._member:
             with self._writing():
-                sync((self._group.store_path / "gram").delete_dir())  # derived from steps that may soon be others
+                for derived in ("gram", "randomized"):  # from steps that may soon be others
+                    sync((self._group.store_path / derived).delete_dir())
                 log = np.full(self._array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
                 self._array("steps")[:] = log

@@ -7,7 +7,6 @@ The deltas of a tensor are a few smooth paths along random directions, a walk an
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -96,5 +95,3 @@ def _sparse_step(seed: int, part: int, numel: int, step: int, density: float) ->
     restless = np.random.default_rng([seed, part]).integers(0, numel, max(1, int(10 * density * numel)))
     columns = np.unique(random.choice(restless, max(1, int(density * numel)), replace=False))
     return columns.astype(np.int32), random.choice(np.array([-1, 1], np.int16), len(columns))
-
-

@@ -1,0 +1,32 @@
+"""``relexkit gram``: the one pass, on its own, so that every later question is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+
+from relexkit.commands.observe import add_pca, observer
+from relexkit.console import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("store", metavar="RUN.zarr")
+    parser.add_argument("--until", type=int, metavar="STEP", help="randomized: only steps up to this one")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    add_pca(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compute the Gram matrices, which keeps them in the store, and say what was done."""
+    from relexkit.store import TrajectoryStore, describe_steps
+
+    store = TrajectoryStore(arguments.store)
+    with observer(arguments) as observed:
+        found = observed.gram(store, arguments.until)
+    if observed.silent:
+        return
+    if arguments.json:
+        steps, sizes = found.steps.tolist(), int(found.num_parameters.sum())
+        print_json({"path": store.path, "steps": steps, "num_tensors": len(found.names), "num_parameters": sizes})
+    else:
+        print(f"{store.path}: Gram matrices of {len(found.names)} tensors, {describe_steps(found.steps)}")

@@ -1,0 +1,45 @@
+"""Stores of explicit deltas, without checkpoints: what the tests of the linear algebra put in is what a pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from relexkit import TrajectoryStore
+from relexkit.encoding import block_checksums, content_checksum
+from relexkit.layout import build_layout
+from relexkit.store import StoreWriter, create_store
+
+
+def store_of(
+    path: Path,
+    deltas: Mapping[str, np.ndarray],
+    steps: np.ndarray,
+    part_numel: int = 2**25,
+    shape: tuple[int, ...] | None = None,
+) -> TrajectoryStore:
+    """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a base of zeros."""
+    specs = [(name, shape or (delta.shape[1],), "float32") for name, delta in deltas.items()]
+    layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})  # type: ignore[dict-item]
+    create_store(
+        path, layout, lambda part, begin, end: np.zeros(end - begin, np.uint32), files={}, source="test", base="zeros",
+        mantissa_bits=23, version="test",
+    )  # fmt: skip
+    with StoreWriter(path) as writer:
+        for row, step in enumerate(steps):
+            writer.begin(int(step))
+            for part, spec in enumerate(layout.parts):
+                values = np.zeros(spec.numel, np.float32)
+                for segment in layout.segments_in(part):
+                    piece = deltas[segment.tensor.name][row, segment.start : segment.start + segment.numel]
+                    values[segment.offset : segment.offset + segment.numel] = piece
+                writer.write_row(part, values, content_checksum(block_checksums(values)))
+            writer.commit()
+    return TrajectoryStore(path)
+
+
+def as_stored(delta: np.ndarray) -> np.ndarray:
+    """What a store of 23 mantissa bits keeps: float32, as float64."""
+    return delta.astype(np.float32).astype(np.float64)
