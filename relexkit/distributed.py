@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,14 +23,14 @@ TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others' share of a pass; a process that dies is noticed at once."""
 
 
-class Processes:
-    """This process among ``size`` of them; ``rank`` counts from 0. On its own unless a group is open."""
+class Team:
+    """How this process, ``rank`` of ``size``, shares a pass with others. This class has no others, and loads no PyTorch."""
 
     rank = 0
     size = 1
 
     def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
-        """This process's columns of a part: a share of its blocks, with the larger shares handed on by ``turn``."""
+        """This process's columns of a part: a share of its blocks; who gets the larger shares changes with ``turn``."""
         num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
         first, last = (num_blocks * i // self.size for i in (place, place + 1))
         return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
@@ -49,7 +49,7 @@ class Processes:
         return make()
 
 
-ALONE = Processes()
+ALONE = Team()
 """No other process."""
 
 
@@ -61,17 +61,19 @@ class FailedTogether(RelexkitError):
         self.said_elsewhere = rank > 0
 
 
-class _TorchProcesses(Processes):
-    def __init__(self, rank: int, size: int, device: str):
+class _TorchTeam(Team):
+    def __init__(self, device: str):
         import torch
         import torch.distributed as dist
 
-        self.rank, self.size = rank, size
+        from relexkit.processes import Processes
+
         self._torch, self._dist = torch, dist
         self._device = torch.device(device)
         with self._alive():
-            backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        self._processes = Processes()
+        self.rank, self.size = self._processes.rank, self._processes.size
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
@@ -90,45 +92,39 @@ class _TorchProcesses(Processes):
             yield
         except (RelexkitError, OSError, MemoryError) as error:
             failure = error
-        messages: list[str | None] = [None] * self.size
         with self._alive():
-            self._dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
+            messages = self._processes.gather(None if failure is None else str(failure) or type(failure).__name__)
         said = next((m for m in messages if m is not None), None)
         if said is not None:
             raise FailedTogether(said, self.rank) from failure
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        total = self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        total = self._torch.from_numpy(np.array(values, order="C")).to(self._device)
         with self._alive():
             self._dist.all_reduce(total)
         return total.cpu().numpy()
 
     def share(self, make: Callable[[], _T]) -> _T:
-        found: list[Any] = [None]
+        found: list[_T] = []
         with self.together():
             if self.rank == 0:
-                found = [make()]
+                found.append(make())
         with self._alive():
-            self._dist.broadcast_object_list(found, src=0)
-        return found[0]
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._dist.destroy_process_group()
+            [first, *_] = self._processes.gather(found)
+        return first[0]
 
 
 @contextlib.contextmanager
-def process_group(device: str = "cpu") -> Iterator[Processes]:
+def team(device: str = "cpu") -> Iterator[Team]:
     """The processes that torchrun started, or this one alone; ``device`` is where the sums of arrays are made."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size < 2 or "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield ALONE
         return
-    group = _TorchProcesses(int(os.environ["RANK"]), size, device)
+    found = _TorchTeam(device)
     try:
-        yield group
+        yield found
     finally:
-        group.close()
+        found._dist.destroy_process_group()
 
 
 def local_device(device: str) -> str:

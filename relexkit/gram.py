@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 
 from relexkit.device import PIECE, Engine, open_engine
-from relexkit.distributed import ALONE, Processes
+from relexkit.distributed import ALONE, Team
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import scope_of
 from relexkit.onepass import Pass, Sums, Tick, ticker
@@ -115,7 +115,7 @@ def gram(
     store: TrajectoryStore,
     *,
     device: str = "cpu",
-    processes: Processes = ALONE,
+    team: Team = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> Gram:
@@ -126,7 +126,7 @@ def gram(
 
     Args:
         device: ``cpu``, or where PyTorch computes the products (``cuda``, ``cuda:N``).
-        processes: every one of them makes this call; each reads its share of the columns, all get the whole result.
+        team: every process of it makes this call; each reads its share of the columns, all get the whole result.
 
     Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the matrices themselves.
 
@@ -137,7 +137,7 @@ def gram(
     engine = open_engine(device)
     parts = moving_parts(store)
     tick = ticker(progress, "Gram matrices", sum(store.layout.parts[part].numel for part in parts))
-    results = {part: _part_gram(store, part, memory_budget_bytes, engine, processes, tick) for part in parts}
+    results = {part: _part_gram(store, part, memory_budget_bytes, engine, team, tick) for part in parts}
     check_unchanged(store)
     matrices, counts = assemble(store, {p: [r.matrices] for p, r in results.items()}, {p: r.counts for p, r in results.items()})
     sizes = np.array([t.numel for t in store.layout.moving_tensors], np.int64)
@@ -229,37 +229,37 @@ class _OuterProducts:
         return [rows[self.old :] @ rows.T]
 
 
-def _part_gram(store: TrajectoryStore, part: int, budget: int, engine: Engine, processes: Processes, tick: Tick) -> _PartGram:
-    known = processes.share(lambda: _load(store, part))
+def _part_gram(store: TrajectoryStore, part: int, budget: int, engine: Engine, team: Team, tick: Tick) -> _PartGram:
+    known = team.share(lambda: _load(store, part))
     num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
     if known is not None and old == num_steps:
         tick(store.layout.parts[part].numel)
         return known
     kernel = _OuterProducts(num_steps, old)
-    sums = run_shared(store, part, kernel, num_steps, old, budget, engine, processes, tick)
+    sums = run_shared(store, part, kernel, num_steps, old, budget, engine, team, tick)
     finish = _from_sparse if store.layout.parts[part].encoding == "sparse" else _from_dense
     result = finish(sums, known, old)
     result.matrices[:, :, old:] = result.matrices[:, old:, :].transpose(0, 2, 1)
     if known is not None:
         result.matrices[:, :old, :old] = known.matrices
         result.counts[:, :, :old] = known.counts
-    if processes.rank == 0:
+    if team.rank == 0:
         _save(store, part, result)
     return result
 
 
 def run_shared(
     store: TrajectoryStore, part: int, kernel: Any, num_rows: int, old: int, budget: int, engine: Engine,
-    processes: Processes, tick: Tick,
+    team: Team, tick: Tick,
 ) -> Sums:  # fmt: skip
     """One pass over a part, its columns divided among the processes; every process gets the sums."""
-    spans = processes.spans(store.layout.parts[part].numel, part)
+    spans = team.spans(store.layout.parts[part].numel, part)
     work = Pass(
         store=store, part=part, kernel=kernel, num_rows=num_rows, old=old, spans=spans, budget=budget, engine=engine, tick=tick
     )
-    with processes.together():
+    with team.together():
         sums = work.run()
-    return Sums([processes.sum(product) for product in sums.products], processes.sum(sums.counts))
+    return Sums([team.sum(product) for product in sums.products], team.sum(sums.counts))
 
 
 def _from_dense(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:

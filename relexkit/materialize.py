@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.checkpoints import open_checkpoint
-from relexkit.distributed import ALONE, Processes
+from relexkit.distributed import ALONE, Team
 from relexkit.dtypes import FLOAT_DTYPES, ROUNDINGS, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
 from relexkit.encoding import Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
@@ -67,7 +67,7 @@ def extrapolate(
     pca: str = "exact",
     components: int | None = None,
     device: str = "cpu",
-    processes: Processes = ALONE,
+    team: Team = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
@@ -80,7 +80,7 @@ def extrapolate(
         dtype: of the output; the recorded one if not given. 16-bit outputs are rounded stochastically unless
             ``rounding`` is ``nearest``: nearest rounding erases motion below half a unit in the last place.
         seed: of the stochastic rounding; the result does not depend on how the work is cut.
-        pca, components, device, processes: how the Gram matrices are found, see ``pca_gram``. The first process writes.
+        pca, components, device, team: how the Gram matrices are found, see ``pca_gram``. The first process writes.
 
     One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices if the store has
     none yet). Memory: the budget, whatever the number of steps and parameters.
@@ -97,10 +97,10 @@ def extrapolate(
     observed = _shape_only(store).until(until)
     if needs_gram:
         observed = pca_gram(
-            store, pca=pca, until=until, components=components, device=device, processes=processes,
+            store, pca=pca, until=until, components=components, device=device, team=team,
             memory_budget_bytes=memory_budget_bytes, progress=progress,
         )  # fmt: skip
-    if processes.rank:
+    if team.rank:
         return []
     rates = learning_rates(store.steps, store.metrics())
     weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates)

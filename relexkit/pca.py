@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.distributed import ALONE, Processes
+from relexkit.distributed import ALONE, Team
 from relexkit.encoding import BLOCK
 from relexkit.errors import RelexkitError
 from relexkit.gram import Gram, gram, known_steps
@@ -99,7 +99,7 @@ def pca_gram(
     until: int | None = None,
     components: int | None = None,
     device: str = "cpu",
-    processes: Processes = ALONE,
+    team: Team = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> Gram:
@@ -107,12 +107,10 @@ def pca_gram(
 
     For the arguments, memory and errors see ``gram`` and ``randomized_gram``.
     """
-    choice = processes.share(lambda: choose(store, pca=pca, until=until, components=components, device=device))
+    choice = team.share(lambda: choose(store, pca=pca, until=until, components=components, device=device))
     if choice.method == "exact":
-        return gram(
-            store, device=device, processes=processes, memory_budget_bytes=memory_budget_bytes, progress=progress
-        ).until(until)
+        return gram(store, device=device, team=team, memory_budget_bytes=memory_budget_bytes, progress=progress).until(until)
     return randomized_gram(
-        store, until=until, components=components, device=device, processes=processes,
+        store, until=until, components=components, device=device, team=team,
         memory_budget_bytes=memory_budget_bytes, progress=progress,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from relexkit.device import PIECE, Engine, open_engine
-from relexkit.distributed import ALONE, Processes
+from relexkit.distributed import ALONE, Team
 from relexkit.encoding import BLOCK
 from relexkit.errors import RelexkitError
 from relexkit.gram import (
@@ -71,7 +71,7 @@ def randomized_gram(
     max_passes: int = 4,
     seed: int = 0,
     device: str = "cpu",
-    processes: Processes = ALONE,
+    team: Team = ALONE,
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> Gram:
@@ -83,7 +83,7 @@ def randomized_gram(
     Args:
         components: leading directions that must be good (8, or all if there are fewer); ``oversampling`` more are carried.
         seed: of the sample and of the random part of the first ``Q``.
-        device, processes, memory_budget_bytes: as for ``gram``.
+        device, team, memory_budget_bytes: as for ``gram``.
 
     Raises:
         RelexkitError: more components than steps, or as ``gram``.
@@ -94,7 +94,7 @@ def randomized_gram(
     engine = open_engine(device)
     settings = _Settings(components=components, oversampling=oversampling, max_passes=max_passes, seed=seed)
     tick = ticker(progress, "randomized PCA", sum(store.layout.parts[part].numel for part in parts))
-    found = {p: _part(store, p, num_rows, settings, memory_budget_bytes, engine, processes, tick) for p in parts}
+    found = {p: _part(store, p, num_rows, settings, memory_budget_bytes, engine, team, tick) for p in parts}
     check_unchanged(store)
     steps, tensors = store.steps[:num_rows], store.layout.moving_tensors
     arrays: dict[int, list[np.ndarray]] = {}
@@ -190,20 +190,20 @@ class _SampleProducts:
 
 
 def _part(
-    store: TrajectoryStore, part: int, num_rows: int, settings: _Settings, budget: int, engine: Engine, processes: Processes,
+    store: TrajectoryStore, part: int, num_rows: int, settings: _Settings, budget: int, engine: Engine, team: Team,
     tick: Tick,
 ) -> _Images:  # fmt: skip
-    known = processes.share(lambda: _load(store, part, num_rows, settings))
+    known = team.share(lambda: _load(store, part, num_rows, settings))
     if known is not None:
         tick(store.layout.parts[part].numel)
         return known
     num_columns = min(num_rows, settings.components + settings.oversampling)
-    bases = _first_bases(store, part, num_rows, num_columns, settings.seed, budget, engine, processes)
+    bases = _first_bases(store, part, num_rows, num_columns, settings.seed, budget, engine, team)
     norms, counts = np.empty((0, 0, 0)), np.empty(0, np.int64)
     for number in range(settings.max_passes):
         kernel = _Subspace(bases, norms=number == 0)
         quiet: Tick = tick if number == 0 else lambda columns: None
-        sums = run_shared(store, part, kernel, num_rows, 0, budget, engine, processes, quiet)
+        sums = run_shared(store, part, kernel, num_rows, 0, budget, engine, team, quiet)
         images = sums.products[0]
         if number == 0:
             norms, counts = _norms(*sums.products[1:]), sums.counts
@@ -216,7 +216,7 @@ def _part(
             if number + 1 < settings.max_passes:
                 bases = np.stack([_orthonormal(y) for y in images])
     result = _Images(bases, images, norms, counts)
-    if processes.rank == 0:
+    if team.rank == 0:
         arrays = {"bases": bases, "images": images, "norms": norms, "counts": counts}
         keep(store, f"randomized/{part}", arrays, _key(store, num_rows, settings))
     return result
@@ -254,15 +254,15 @@ def is_kept(store: TrajectoryStore, until: int | None, components: int | None = 
 
 def _first_bases(
     store: TrajectoryStore, part: int, num_rows: int, num_columns: int, seed: int, budget: int, engine: Engine,
-    processes: Processes,
+    team: Team,
 ) -> np.ndarray:  # fmt: skip
-    spans = sample_spans(store, part, seed)[processes.rank :: processes.size]
+    spans = sample_spans(store, part, seed)[team.rank :: team.size]
     sample = Pass(
         store=store, part=part, kernel=_SampleProducts(num_rows), num_rows=num_rows, spans=spans, budget=budget, engine=engine
     )
-    with processes.together():
+    with team.together():
         products = sample.run().products
-    [matrices] = [processes.sum(product) for product in products]
+    [matrices] = [team.sum(product) for product in products]
     bases = []
     with single_threaded_blas():
         for segment, matrix in zip(store.layout.segments_in(part), matrices, strict=True):

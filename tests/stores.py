@@ -21,7 +21,7 @@ def store_of(
     shape: tuple[int, ...] | None = None,
 ) -> TrajectoryStore:
     """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a base of zeros."""
-    specs = [(name, shape or (delta.shape[1],), "float32") for name, delta in deltas.items()]
+    specs = [(name, (delta.shape[1],), "float32") for name, delta in deltas.items()]
     layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})  # type: ignore[dict-item]
     create_store(
         path, layout, lambda part, begin, end: np.zeros(end - begin, np.uint32), files={}, source="test", base="zeros",

@@ -33,7 +33,7 @@ def test_files_hold_the_right_singular_vectors(made, scope: str, centered: bool,
     assert [p.name for p in paths] == ["direction-1.safetensors", "direction-2.safetensors", "direction-3.safetensors"]
     files = [load_file(path) for path in paths]
     names = [n for n in run.weights[0] if n != HEAD]
-    assert list(files[0]) and set(files[0]) == set(names)
+    assert set(files[0]) == set(names) != set()
     for group in [[n] for n in names] if scope == "tensor" else [names]:
         deltas = np.hstack([np.stack([run.delta(s, n) for s in run.steps]) for n in group])
         about = deltas - deltas.mean(axis=0) if centered else deltas

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from runs import write_run
 from stores import store_of
 
 from relexkit import TrajectoryStore, gram, import_checkpoints
-from relexkit.distributed import ALONE, Processes, local_device
+from relexkit.distributed import ALONE, Team, local_device
 
 STEPS = np.arange(1, 13)
 
@@ -67,13 +68,13 @@ def test_shares_cover_a_part_once(numel: int, size: int) -> None:
     for turn in range(3):
         spans = []
         for rank in range(size):
-            processes = Processes()
-            processes.rank, processes.size = rank, size
-            spans += processes.spans(numel, turn)
+            team = Team()
+            team.rank, team.size = rank, size
+            spans += team.spans(numel, turn)
         covered = sorted(spans)
         assert sum(end - begin for begin, end in covered) == numel
         assert all(begin % 2**16 == 0 for begin, _ in covered)
-        assert all(a[1] == b[0] for a, b in zip(covered, covered[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(covered))
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

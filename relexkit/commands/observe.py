@@ -26,17 +26,17 @@ def add_pca(parser: argparse.ArgumentParser) -> None:
 class Observer:
     """What the options of ``add_pca`` come to, in this process among those that torchrun started."""
 
-    def __init__(self, parsed: argparse.Namespace, processes: Any, progress: Any):
+    def __init__(self, parsed: argparse.Namespace, team: Any, progress: Any):
         from relexkit.distributed import local_device
 
-        self._parsed, self.processes = parsed, processes
+        self._parsed, self.team = parsed, team
         self.device = local_device(parsed.device)
-        self.progress = None if processes.rank else progress
+        self.progress = None if team.rank else progress
 
     @property
     def silent(self) -> bool:
         """Whether another process prints the results."""
-        return self.processes.rank > 0
+        return self.team.rank > 0
 
     def choose(self, store: TrajectoryStore, until: int | None) -> Choice:
         """Which PCA; a reason worth reading goes to standard error."""
@@ -44,7 +44,7 @@ class Observer:
 
         given = self._parsed
         more = {} if given.components is None else {"components": given.components}
-        choice = self.processes.share(lambda: choose(store, pca=given.pca, until=until, device=given.device, **more))
+        choice = self.team.share(lambda: choose(store, pca=given.pca, until=until, device=given.device, **more))
         if choice.notable and not self.silent:
             say(choice.reason)
         return choice
@@ -57,14 +57,14 @@ class Observer:
 
     def arguments(self, store: TrajectoryStore, until: int | None) -> dict[str, Any]:
         """Arguments for ``pca_gram`` and the calls that pass them on."""
-        found = {"pca": self.choose(store, until).method, "device": self.device, "processes": self.processes}
+        found = {"pca": self.choose(store, until).method, "device": self.device, "team": self.team}
         return found if self._parsed.components is None else {**found, "components": self._parsed.components}
 
 
 @contextmanager
 def observer(parsed: argparse.Namespace) -> Iterator[Observer]:
     """Opens the group of processes, and a progress bar in the first of them."""
-    from relexkit.distributed import local_device, process_group
+    from relexkit.distributed import local_device, team
 
-    with process_group(local_device(parsed.device)) as processes, progress_bar() as progress:
-        yield Observer(parsed, processes, progress)
+    with team(local_device(parsed.device)) as found, progress_bar() as progress:
+        yield Observer(parsed, found, progress)
