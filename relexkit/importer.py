@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.append import WIDENED, Appender, base_reader, check_tensors, equal_tensors, read_columns
+from relexkit.append import WIDENED, Appender, base_reader, check_tensors, read_columns
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
 from relexkit.encoding import (
@@ -28,6 +28,7 @@ from relexkit.store import (
     create_store,
     describe_steps,
 )
+from relexkit.tied import RunWithHeads, heads_on_one_side, tied_tensors, with_heads
 from relexkit.version import __version__
 
 DEFAULT_MANTISSA_BITS = 10
@@ -39,11 +40,20 @@ _SAMPLE_ELEMENTS = 2**14
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import did: the open store, the steps it added, and the steps that were already there."""
+    """What an import did.
+
+    Attributes:
+        store: open for reading.
+        added, already: steps that it added, steps that were already there.
+        notes: what a person should know: the format that was taken, what else lay there, tied weights that differ.
+        left_out: checkpoints that are not whole, and why.
+    """
 
     store: TrajectoryStore
     added: list[int]
     already: list[int]
+    notes: list[str]
+    left_out: dict[str, str]
 
 
 def import_checkpoints(
@@ -54,10 +64,14 @@ def import_checkpoints(
     steps: str | None = None,
     encoding: Literal["auto", "exact", "float"] = "auto",
     mantissa_bits: int | None = None,
+    source_format: str | None = None,
+    step_map: str | None = None,
     memory_budget_bytes: int = 5 * 2**26,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
     """Import a folder of checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
+
+    Checkpoints that are not whole (a missing marker, rank or file, a truncated one) are left out and reported.
 
     Args:
         source: folder with one sub-folder for each step.
@@ -67,6 +81,9 @@ def import_checkpoints(
             and for float32 ones that hardly change, else float.
         mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative error of at most
             ``2 ** -(mantissa_bits + 1)`` of each delta.
+        source_format: ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most precise one there if not given.
+        step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``, where folders are not
+            numbered by optimizer steps; ``steps`` then means optimizer steps, and labels are kept as the metric ``label``.
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory; what does not fit is
             read again from its file.
 
@@ -79,13 +96,17 @@ def import_checkpoints(
         StoreError: ``out`` is something else, belongs to another run, is being written, or the disk is full.
     """
     _check_encoding(encoding, mantissa_bits)
-    run = open_run(Path(source))
+    run: Run = open_run(Path(source), source_format=source_format, step_map=step_map)
     wanted = select_steps(run.steps, steps)
     base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source)
     with closing(base_checkpoint):
+        with closing(run.checkpoint(wanted[0])) as first:
+            missing = heads_on_one_side(base_checkpoint, first)
+        base_checkpoint, run = with_heads(base_checkpoint, missing), RunWithHeads(run, missing)
+        notes = list(run.notes)
         created = not _is_store(out)
         if created:
-            _create(out, run, wanted, base_checkpoint, base_words, encoding, mantissa_bits, progress)
+            notes += _create(out, run, wanted, base_checkpoint, base_words, encoding, mantissa_bits, progress)
         with StoreWriter(out) as writer:
             store = writer.store
             if not created:
@@ -99,7 +120,7 @@ def import_checkpoints(
                 )
             if new:
                 _append_all(run, new, writer, base_checkpoint, memory_budget_bytes, progress)
-    return ImportResult(TrajectoryStore(out), new, [s for s in wanted if s in recorded])
+    return ImportResult(TrajectoryStore(out), new, [s for s in wanted if s in recorded], notes, run.left_out)
 
 
 def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
@@ -172,13 +193,14 @@ def _create(
     encoding: str,
     mantissa_bits: int | None,
     progress: ProgressCallback | None,
-) -> None:
+) -> list[str]:
+    """Create the store; returns what is odd about tied weights, in words."""
     with closing(run.checkpoint(steps[0])) as first:
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         check_tensors(names, base, f"step {steps[0]}", base_words, widen=True)
         files = {**base.files(), **first.files()}
         order = [(name, *names[name]) for name in first.tensors]
-    tied = _tied_tensors(order, run, steps, base)
+    tied, notes = tied_tensors(run, steps, base)
     encodings = _choose_encodings(order, run, steps, base, encoding)
     layout = build_layout(order, encodings, tied)
     bits = (mantissa_bits or DEFAULT_MANTISSA_BITS) if "float" in encodings.values() else None
@@ -186,6 +208,7 @@ def _create(
         out, layout, base_reader(base, layout),
         files=files, source=run.description, base=base_words, mantissa_bits=bits, version=__version__, progress=progress,
     )  # fmt: skip
+    return notes
 
 
 def _choose_encodings(
@@ -230,33 +253,6 @@ def _sampled_density(order: list[tuple[str, tuple[int, ...], str]], earlier: Che
         changed[dtype] = changed.get(dtype, 0) + int(np.count_nonzero(pair[0] != pair[1]))
         seen[dtype] = seen.get(dtype, 0) + count
     return {dtype: count / max(1, seen[dtype]) for dtype, count in changed.items()}
-
-
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
-_OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-
-
-def _tied_tensors(
-    order: list[tuple[str, tuple[int, ...], str]], run: Run, steps: list[int], base: Checkpoint
-) -> dict[str, str]:
-    """Output head -> input embedding, if both are present and equal bit for bit in the base and in every step."""
-    embeddings = [t for t in order if t[0].endswith(_INPUT_EMBEDDINGS)]
-    heads = [t for t in order if t[0].endswith(_OUTPUT_HEADS)]
-    tied = {}
-    for head in heads:
-        for embedding in embeddings:
-            if head[1:] != embedding[1:] or head[0] == embedding[0] or not equal_tensors(base, head[0], embedding[0]):
-                continue
-            if all(_equal_at(run, step, head[0], embedding[0]) for step in steps):
-                tied[head[0]] = embedding[0]
-    return tied
-
-
-def _equal_at(run: Run, step: int, first: str, second: str) -> bool:
-    with closing(run.checkpoint(step)) as checkpoint:
-        if checkpoint.tensors.get(first) != checkpoint.tensors.get(second) or first not in checkpoint.tensors:
-            return False  # the import itself reports it
-        return equal_tensors(checkpoint, first, second)
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_every_name_and_nesting_is_found_and_sorted_as_numbers(tmp_path: Path, n
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoint-best", "checkpoint-5-old", "my-checkpoint-5", "checkpoint--5", "step5", "checkpoint-5.tmp", "epoch_5", "runs"],
+    ["checkpoint-best", "checkpoint-5-old", "my-checkpoint-5", "checkpoint--5", "checkpoint-5.tmp", "epoch_5", "runs"],
 )
 def test_other_folders_are_no_steps(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path / name, TINY)

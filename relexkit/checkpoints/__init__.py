@@ -1,7 +1,7 @@
 """Readers of what trainers write: one module per format behind one small protocol, and detection.
 
-A *run* is a folder with one checkpoint per recorded step; a *checkpoint* is one set of weights. To add a format, write a
-module with a function ``detect(folder) -> Run | None`` and add it to ``FORMATS``.
+A *run* is a folder with one checkpoint per recorded step; a *checkpoint* is one set of weights. To add a format, add a
+line to the table in ``formats``.
 """
 
 from __future__ import annotations
@@ -44,33 +44,40 @@ class Run(Protocol):
     """A folder of checkpoints."""
 
     description: str
+    """Format and folder, as kept in a store."""
     steps: list[int]
     """Optimizer steps in ascending order, each once."""
+    notes: list[str]
+    """What a person should know: the format that was taken, what else lies there."""
+    left_out: dict[str, str]
+    """Steps that are not whole, and the reasons."""
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Open the checkpoint of one of ``steps``."""
 
 
-def open_run(source: Path) -> Run:
-    """Detect the format of a folder of checkpoints.
+def open_run(source: Path, *, source_format: str | None = None, step_map: str | None = None) -> Run:
+    """A folder of checkpoints in any format that is known; where several lie side by side, the most precise one.
+
+    Args:
+        source_format: name of the format to take (``formats.FORMATS``).
+        step_map: optimizer steps per label, or a JSON file ``{label: step}``, for folders that are not numbered by
+            optimizer steps.
+
+    Reads the headers of every checkpoint.
 
     Raises:
-        CheckpointError: no folder, no format fits, no steps, or two folders for the same step.
+        CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
-    from relexkit.checkpoints import huggingface
+    from relexkit.checkpoints.runs import FolderRun, read_step_map
 
-    formats = (huggingface.detect,)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; expected one with a sub-folder for each step")
-    for detect in formats:
-        run = detect(source)
-        if run is not None:
-            return run
-    raise CheckpointError(f"{source}: holds no steps; expected sub-folders named checkpoint-N, global_step_N, step_N or step-N")
+    return FolderRun(source, source_format, None if step_map is None else read_step_map(step_map))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a single checkpoint folder (a base model, or the input of ``relexkit round``)."""
-    from relexkit.checkpoints.huggingface import HuggingFaceCheckpoint
+def open_checkpoint(folder: Path, *, source_format: str | None = None) -> Checkpoint:
+    """Open a single checkpoint folder (a base model, or the input of ``relexkit round``), the most precise one in it."""
+    from relexkit.checkpoints.runs import best_checkpoint
 
-    return HuggingFaceCheckpoint(folder)
+    return best_checkpoint(folder, source_format)

@@ -1,8 +1,7 @@
 """Hugging Face folders: what ``save_pretrained``, Trainer and TRL write, and verl's exports.
 
-A step is a sub-folder ``checkpoint-N``, ``global_step_N``, ``step_N`` or ``step-N``; its weights lie in
-``actor/huggingface/``, ``huggingface/`` or the folder itself, as safetensors (one file or shards with an index) or as
-``pytorch_model.bin``, which is read with PyTorch's weights-only unpickler, never with code execution.
+The weights lie in ``actor/huggingface/``, ``huggingface/`` or the folder itself, as safetensors (one file or shards with
+an index) or as ``pytorch_model.bin``. A folder with a configuration only, as verl writes beside its shards, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.dtypes import FLOAT_DTYPES
+from relexkit.checkpoints.regions import PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
+from relexkit.checkpoints.torch_files import StoredTensor, TorchFile, tensors_in
 from relexkit.errors import CheckpointError
-from relexkit.safetensors_io import ITEM_BYTES, SafetensorsFile, TensorInfo
+from relexkit.safetensors_io import SafetensorsFile, TensorInfo
 
-_STEP = re.compile(r"(?:checkpoint-|global_step_?|step_|step-)(\d+)")
 _INSIDE = ("actor/huggingface", "huggingface", ".")
 
 _SAFE_INDEX, _SAFE = "model.safetensors.index.json", "model.safetensors"
@@ -31,11 +30,28 @@ _MODEL_FILES = re.compile(
 )
 
 
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Configuration and tokenizer files of a folder by name; nothing if it does not exist."""
+    if not folder.is_dir():
+        return {}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and _MODEL_FILES.fullmatch(path.name)
+    }
+
+
 class HuggingFaceCheckpoint:
     """One folder with weights. Opening reads headers only; see ``relexkit.checkpoints.Checkpoint``."""
 
     def __init__(self, folder: Path):
-        self.folder = _weights_folder(folder)
+        found = find(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder}: holds no weights; expected {_SAFE}, {_BIN} or their index there, in huggingface/ or in "
+                "actor/huggingface/"
+            )
+        self.folder = found
         self.description = f"Hugging Face folder {self.folder}"
         kind = next(name for name in _WEIGHTS if (self.folder / name).is_file())
         self._weights: SafetensorsFiles | TorchFiles
@@ -49,11 +65,7 @@ class HuggingFaceCheckpoint:
 
     def files(self) -> dict[str, bytes]:
         """Configuration, tokenizer, generation configuration and chat template."""
-        return {
-            path.name: path.read_bytes()
-            for path in sorted(self.folder.iterdir())
-            if path.is_file() and _MODEL_FILES.fullmatch(path.name)
-        }
+        return model_files(self.folder)
 
     def metrics(self) -> dict[str, float]:
         """The last entry of ``trainer_state.json`` for its own step (Trainer and TRL write one beside the weights)."""
@@ -70,50 +82,12 @@ class HuggingFaceCheckpoint:
         return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-class HuggingFaceRun:
-    """A folder of step folders; see ``relexkit.checkpoints.Run``."""
-
-    def __init__(self, source: Path, folders: dict[int, Path]):
-        self.description = f"Hugging Face folders in {source.name}"
-        self.steps = sorted(folders)
-        self._folders = folders
-
-    def checkpoint(self, step: int) -> HuggingFaceCheckpoint:
-        """Open one step.
-
-        Raises:
-            CheckpointError: the folder holds no weights, or they are damaged; the message names the step.
-        """
-        try:
-            return HuggingFaceCheckpoint(self._folders[step])
-        except CheckpointError as error:
-            raise CheckpointError(f"step {step}: {error}") from None
-
-
-def detect(source: Path) -> HuggingFaceRun | None:
-    """The run in ``source`` if it has step folders, else None."""
-    folders: dict[int, Path] = {}
-    for path in sorted(source.iterdir()):
-        match = _STEP.fullmatch(path.name)
-        if match is None or not path.is_dir():
-            continue
-        step = int(match.group(1))
-        if step in folders:
-            raise CheckpointError(
-                f"step {step} occurs twice in {source}: {folders[step].name} and {path.name}; remove or rename one"
-            )
-        folders[step] = path
-    return HuggingFaceRun(source, folders) if folders else None
-
-
-def _weights_folder(folder: Path) -> Path:
+def find(folder: Path) -> Path | None:
+    """The folder with the weights, in or below a step's folder."""
     for inside in _INSIDE:
-        candidate = folder / inside
-        if any((candidate / name).is_file() for name in _WEIGHTS):
-            return candidate
-    raise CheckpointError(
-        f"{folder}: holds no weights; expected {_SAFE}, {_BIN} or their index there, in huggingface/ or in actor/huggingface/"
-    )
+        if any((folder / inside / name).is_file() for name in _WEIGHTS):
+            return folder / inside
+    return None
 
 
 def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
@@ -169,37 +143,24 @@ class SafetensorsFiles:
             self._open.pop().close()
 
 
-class TorchFiles:
-    """The tensors of ``pytorch_model.bin`` files, memory-mapped and read by PyTorch's weights-only unpickler."""
+class TorchFiles(PiecewiseTensors):
+    """The tensors of ``pytorch_model.bin`` files."""
 
     def __init__(self, files: dict[Path, list[str] | None]):
-        import torch
-
-        names = {getattr(torch, name): name for name in ITEM_BYTES if hasattr(torch, name)}
-        self.tensors: dict[str, TensorInfo] = {}
-        self._flat: dict[str, np.ndarray] = {}
+        tensors: dict[str, PiecewiseTensor] = {}
         for path, wanted in files.items():
+            file = TorchFile(ReadOnlyFile(path))
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # the unpickler and the zip reader raise many kinds
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise CheckpointError(f"{path}: cannot be read safely ({reason}); convert it to safetensors") from None
-            if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-                raise CheckpointError(f"{path}: is not a dictionary of tensors; expected the weights of a model")
-            for name in wanted or state:
-                if name not in state:
-                    raise CheckpointError(f"{path}: tensor {name!r} is in the index but not in the file")
-                tensor = state[name].detach().contiguous()
-                if tensor.dtype not in names:
-                    raise CheckpointError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, which is not supported")
-                self.tensors[name] = TensorInfo(tuple(tensor.shape), names[tensor.dtype])
-                self._flat[name] = tensor.reshape(-1).view(torch.uint8).numpy()
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Copy raw bits out of the mapped file; see ``Checkpoint.read_into``."""
-        item = out.itemsize if self.tensors[name].dtype in FLOAT_DTYPES else 1
-        out.view(np.uint8)[:] = self._flat[name][start * item : start * item + out.nbytes]
+                state = dict(tensors_in(file.content))
+                for name in wanted or state:
+                    if name not in state:
+                        raise CheckpointError(f"tensor {name!r} is in the index but not in the file")
+                    if not isinstance(state[name], StoredTensor):
+                        raise CheckpointError(f"tensor {name!r} is one rank's shard; expected whole tensors")
+                    tensors[name] = file.whole(state[name])
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        super().__init__(tensors)
 
     def close(self) -> None:
-        """Unmap."""
-        self._flat.clear()
+        """Nothing is held open."""

@@ -1,0 +1,45 @@
+"""A checkpoint seen with other names or further metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from relexkit.checkpoints import Checkpoint
+from relexkit.safetensors_io import TensorInfo
+
+
+class CheckpointView:
+    """``checkpoint`` with further metrics, and with the tensors that ``stored`` names.
+
+    Args:
+        stored: name -> name in the checkpoint, in the order of reading; None for all as they are.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, metrics: Mapping[str, float] | None = None, stored: Mapping[str, str] | None = None
+    ):
+        self._checkpoint = checkpoint
+        self._metrics = dict(metrics or {})
+        self._stored = stored
+        self.description = checkpoint.description
+        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+        if stored is not None:
+            self.tensors = {name: checkpoint.tensors[inner] for name, inner in stored.items()}
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See ``relexkit.checkpoints.Checkpoint``."""
+        self._checkpoint.read_into(name if self._stored is None else self._stored[name], start, out)
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer files by name."""
+        return self._checkpoint.files()
+
+    def metrics(self) -> dict[str, float]:
+        """What the trainer logged, and the further metrics."""
+        return {**self._checkpoint.metrics(), **self._metrics}
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self._checkpoint.close()
