@@ -75,8 +75,12 @@ def _import(parsed: argparse.Namespace) -> None:
     with progress_bar() as progress:
         result = import_checkpoints(
             parsed.source, parsed.out, base=parsed.base, steps=parsed.steps, encoding=parsed.encoding,
-            mantissa_bits=parsed.mantissa_bits, progress=progress,
+            mantissa_bits=parsed.mantissa_bits, source_format=parsed.format, step_map=parsed.step_map, progress=progress,
         )  # fmt: skip
+    for note in result.notes:
+        say(note)
+    for what, reason in result.left_out.items():
+        say(f"{what} left out: {reason}")
     if result.already:
         say(f"{len(result.already)} steps were recorded already")
     if "config.json" not in result.store.attributes["files"]:
@@ -85,9 +89,16 @@ def _import(parsed: argparse.Namespace) -> None:
 
 
 def _info(parsed: argparse.Namespace) -> None:
-    from relexkit.store import TrajectoryStore
+    from relexkit.store import NotAStoreError, TrajectoryStore
 
-    _print_info(TrajectoryStore(parsed.store), parsed.json)
+    try:
+        store = TrajectoryStore(parsed.store)
+    except NotAStoreError:
+        if not Path(parsed.store).is_dir():
+            raise
+        import_module("relexkit.commands.info_source").print_source(Path(parsed.store), parsed.json)
+        return
+    _print_info(store, parsed.json)
 
 
 def _print_info(store: TrajectoryStore, as_json: bool) -> None:
@@ -466,6 +477,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("import", _import, "import a run's checkpoints into a trajectory store; run again to add new steps")
     command.add_argument("source", metavar="SRC", help="folder with checkpoint-N, global_step_N, step_N or step-N inside")
+    command.add_argument("--format", metavar="F", help="huggingface, verl, dcp or deepspeed (default: the most precise)")
+    command.add_argument("--step-map", metavar="MAP",
+                         help="optimizer steps per label (2, 1/4), or a JSON file {label: step}")  # fmt: skip
     command.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
     command.add_argument("--base", metavar="DIR", help="the base model (default: the run's step 0)")
     command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C")
@@ -474,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
 
     for name, run, text in (
-        ("info", _info, "say what is inside a store"),
+        ("info", _info, "say what is inside a store, or which checkpoints a folder holds"),
         ("verify", _verify, "read every chunk of a store and compare it with its checksums"),
     ):
         add(name, run, text).add_argument("store", metavar="RUN.zarr")

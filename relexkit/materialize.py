@@ -285,7 +285,7 @@ def round_checkpoint(
 
 def _weight_files(source: Path) -> list[list[str | int]]:
     """Name, size and time of every weight file below a folder: what tells a changed source from the same one."""
-    found = sorted(p for kind in ("*.safetensors", "*.bin") for p in source.rglob(kind))
+    found = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.distcp") for p in source.rglob(kind))
     return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
 

@@ -72,6 +72,8 @@ def find(folder: Path) -> Path | None:
     """The folder with ``.distcp`` files, in or below a step's folder."""
     for inside in _INSIDE:
         place = folder / inside
+        if (place / "common.pt").is_file():  # Megatron's, which looks alike
+            continue
         if (place / ".metadata").is_file() or (place.is_dir() and any(place.glob("*.distcp"))):
             return place
     return None

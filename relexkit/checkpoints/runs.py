@@ -17,6 +17,7 @@ from relexkit.errors import CheckpointError
 
 _STEP = re.compile(r"(?:checkpoint-|global_steps?_?|step_?|step-|iter_|.+-step-)(\d{1,15})(_hf)?")
 _UNFINISHED = re.compile(r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)")
+_BELOW = ("_actor", "checkpoints")  # OpenRLHF and prime-rl keep the steps one level below the run
 _PRECISIONS = ("float32", "bfloat16", "float16")
 _ENOUGH = 0.5
 """A more precise source is taken if it has at least this share of the steps that another one has."""
@@ -62,10 +63,11 @@ class FolderRun:
         if others:
             also = "; ".join(f"{s} (--format {s.format.name})" for s in others)
             self.notes.append(f"also there: {also}")
-        self.left_out |= {f"step {step}": reason for step, reason in sorted(chosen.failures.items())}
-        if others:
-            only_elsewhere = {step for s in others for step in s.places} - chosen.places.keys() - chosen.failures.keys()
-            self.left_out |= {f"step {step}": f"has no {chosen.format.title}" for step in sorted(only_elsewhere)}
+        for label in sorted(folders.keys() - chosen.places.keys()):
+            reason = f"has no {chosen.format.title}"
+            if not any(label in s.places for s in others):
+                reason = next((s.failures[label] for s in (chosen, *sources) if label in s.failures), reason)
+            self.left_out[f"step {label}"] = chosen.failures.get(label, reason)
         self._format = chosen.format
         self._mapped = label_step is not None
         self._labels = _labels_by_step(sorted(chosen.places), label_step, self.left_out)
@@ -99,7 +101,7 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
     """
     folders: dict[tuple[int, str], Path] = {}
     unfinished: dict[str, str] = {}
-    places = [source, *(p for p in (source / "_actor", source / "checkpoints") if p.is_dir())]
+    places = [source, *(p for p in (source / name for name in _BELOW) if p.is_dir())]
     for path in (path for place in places for path in sorted(place.iterdir())):
         match = _STEP.fullmatch(path.name)
         if match is None or not path.is_dir():
@@ -118,6 +120,12 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
     for (label, _), path in sorted(folders.items()):
         by_label.setdefault(label, []).append(path)
     return by_label, unfinished
+
+
+def has_steps(source: Path) -> bool:
+    """True if a folder holds folders of steps."""
+    places = [source, *(p for p in (source / name for name in _BELOW) if p.is_dir())]
+    return any(_STEP.fullmatch(path.name) and path.is_dir() for place in places for path in place.iterdir())
 
 
 def _survey(folders: dict[int, list[Path]]) -> list[Source]:
@@ -155,6 +163,8 @@ def _try(source: Source, place: Path, label: int) -> str | None:
     """Record a step that opens; otherwise the reason why it does not."""
     try:
         with closing(source.format.open(place)) as checkpoint:
+            if not checkpoint.tensors:
+                return f"{place}: holds no tensors"
             source.dtype = source.dtype or main_dtype(checkpoint)
     except CheckpointError as error:
         return str(error)

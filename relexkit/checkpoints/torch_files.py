@@ -256,7 +256,7 @@ class TorchFile:
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise CheckpointError(
-                    f"{path}: cannot be read: entry {info.filename[:80]!r} is compressed; torch.save never does"
+                    f"{path}: cannot be read: entry {info.filename[:80]!r} is compressed; torch.save never does that"
                 )
             entries[info.filename.partition("/")[2]] = (info.header_offset, info.file_size)
         return entries

@@ -74,9 +74,7 @@ def _world_size(folder: Path) -> int:
     missing = sorted(set(range(world)) - found[world])
     if missing:
         shown = ", ".join(str(rank) for rank in missing[:5]) + ", ..." * (len(missing) > 5)
-        raise CheckpointError(
-            f"{folder}: the shard{'s' * (len(missing) > 1)} of rank {shown} of {world} are missing; copy them all"
-        )
+        raise CheckpointError(f"{folder}: of {world} ranks the shards of {shown} are missing; copy them all")
     return world
 
 

@@ -1,0 +1,134 @@
+"""Sharded checkpoints for the tests, written by PyTorch itself, all ranks one after the other in one process.
+
+The process group is PyTorch's own stand-in ("fake"), in which every rank exists but nothing is sent: cutting parameters,
+describing them and saving needs no communication. The tests marked slow write the same with real processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from runs import Weights, raw_bits
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from relexkit.checkpoints import Checkpoint
+
+
+@contextlib.contextmanager
+def rank_of(rank: int, world: int) -> Iterator[None]:
+    """Be one rank of a process group that does not exist; what PyTorch remembers of the rank before is cleared."""
+    _clear_sharding_prop_cache()
+    hook = sys.excepthook
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def module_of(tensors: Weights) -> torch.nn.Module:
+    """A module with parameters (for floats) and buffers of these names."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        owner = root
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        if tensor.is_floating_point():
+            owner.register_parameter(last, torch.nn.Parameter(tensor.clone()))
+        else:
+            owner.register_buffer(last, tensor.clone())
+    return root
+
+
+def first_divisible(parts: int) -> Callable[[torch.nn.Parameter], Shard]:
+    """verl's choice under FSDP2: the first dimension that divides, else the first (``verl/utils/fsdp_utils.py``)."""
+
+    def place(parameter: torch.nn.Parameter) -> Shard:
+        return Shard(next((d for d, n in enumerate(parameter.shape) if n % parts == 0), 0))
+
+    return place
+
+
+def sharded_state(tensors: Weights, mesh_shape: Sequence[int]) -> dict[str, Any]:
+    """This rank's state dict under FSDP2; a mesh of two dimensions shards in a hybrid way."""
+    names = ("ddp", "fsdp")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
+    module = module_of(tensors)
+    return fully_shard(module, mesh=mesh, shard_placement_fn=first_divisible(mesh_shape[-1])).state_dict()
+
+
+def write_verl(folder: Path, tensors: Weights, mesh_shape: Sequence[int] = (2,)) -> None:
+    """``model_world_size_W_rank_R.pt`` of every rank, as verl's checkpoint manager saves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    world = int(torch.tensor(mesh_shape).prod())
+    for rank in range(world):
+        path = folder / f"model_world_size_{world}_rank_{rank}.pt"
+        if world == 1:
+            torch.save(tensors, path)  # what FSDP1 hands out where nothing is sharded (verl issue 903)
+            continue
+        with rank_of(rank, world):
+            torch.save(sharded_state(tensors, mesh_shape), path)
+
+
+def write_dcp(folder: Path, tensors: Weights, world: int = 1, extra: dict[str, Any] | None = None, prefix: str = "") -> None:
+    """A ``torch.distributed.checkpoint`` folder of FSDP2 shards (plain tensors for one process)."""
+    planners, writers, plans = [], [], []
+    for rank in range(world):
+        with rank_of(rank, world):
+            shards = sharded_state(tensors, (world,)) if world > 1 else tensors
+            state = {prefix + n: t for n, t in shards.items()} | (extra or {})
+            planner, writer = DefaultSavePlanner(), FileSystemWriter(folder)
+            planner.set_up_planner(state, writer.storage_meta(), rank == 0)
+            writer.set_up_storage_writer(rank == 0)
+            plans.append(writer.prepare_local_plan(planner.create_local_plan()))
+            planners.append(planner)
+            writers.append(writer)
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writers[0].prepare_global_plan(plans)
+    results = []
+    for rank in range(world):
+        with rank_of(rank, world):
+            planner = planners[rank]
+            results.append(writers[rank].write_data(planner.finish_plan(plans[rank]), planner).value())
+    writers[0].finish(metadata, results)
+
+
+def assert_reads(checkpoint: Checkpoint, tensors: Weights) -> None:
+    """Names, shapes, dtypes and every bit are as written, read whole and by ranges."""
+    assert set(checkpoint.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        info = checkpoint.tensors[name]
+        assert (info.shape, info.dtype) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        bits = raw_bits(tensor)
+        for begin, end in ((0, len(bits)), (len(bits) // 3, len(bits) // 3 * 2), (len(bits) - 1, len(bits))):
+            out = np.empty(max(0, end - max(begin, 0)), bits.dtype)
+            checkpoint.read_into(name, max(begin, 0), out)
+            np.testing.assert_array_equal(out, bits[max(begin, 0) : end], err_msg=f"{name} {begin}:{end}")
+
+
+class Malicious:
+    """Pickles as a call that makes a folder, the trace of code that ran."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
