@@ -13,26 +13,28 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from relexkit.append import Appender, base_reader, check_tensors
-from relexkit.dtypes import FLOAT_DTYPES, bits_dtype
+from relexkit.append import Appender, base_reader, check_tensors, read_columns
+from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, to_float32
 from relexkit.encoding import BLOCK, float_row
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import Encoding, Layout, build_layout
 from relexkit.processes import Processes
 from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
-from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, create_store, describe_steps
+from relexkit.sketch import Sketch
+from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, blocks, create_store, describe_steps
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
+_SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 
 
@@ -52,6 +54,8 @@ class Recorder:
         tokenizer: kept beside the configuration of a transformers model, so that written checkpoints load.
         resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
         source: where the steps come from, in words.
+        sketch: also keep a sketch of every step, and log with its metrics how much of the variance lies on the first
+            directions so far, how straight the path is, and R² of the first coefficient; see ``Sketch.live_statistics``.
 
     Raises:
         StoreError: ``path`` exists and ``resume_from`` is None, another process is writing it, or the disk is full.
@@ -69,6 +73,7 @@ class Recorder:
         tokenizer: Any = None,
         resume_from: int | None = None,
         source: str = "recorded during training",
+        sketch: bool = True,
     ):
         if every < 1:
             raise RelexkitError(f"every {every} is not a number of steps; expected 1 or more")
@@ -91,6 +96,13 @@ class Recorder:
         layout = self._writer.store.layout
         previous = sum(p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse")
         self._appender = Appender(self._writer, None, previous, owned=self._snapshot.owned)
+        self._sketch = Sketch() if sketch else None
+        if self._sketch is not None:
+            kept = self._writer.store.sketches()
+            for step, row in zip(self._writer.store.steps, () if kept is None else kept, strict=kept is not None):
+                if np.isfinite(row).all():
+                    self._sketch.add(int(step), row)
+        self._sketch_row = np.empty(0)
         self._pool = ThreadPoolExecutor(1)
 
     def _position(self, resume_from: int | None) -> _Snapshot:
@@ -173,17 +185,50 @@ class Recorder:
         return self._writer.store
 
     def _write(self, step: int) -> None:
+        self._step = step
         self._appender.write_parts(step, self._snapshot)
+        if self._sketch is not None:
+            self._sketch_row = self._sketch.row(self._deltas())
         self._appender.finish()
         if self._processes.size == 1:
+            self._keep_sketch([self._sketch_row])
             self._writer.commit(self._metrics)
+
+    def _deltas(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """The step's deltas in the owned parts, piece by piece, as a sketch takes them."""
+        store = self._writer.store
+        for part in self._snapshot.owned:
+            spec = store.layout.parts[part]
+            if spec.encoding == "fixed":
+                continue
+            for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
+                current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")
+                delta = to_float32(current, spec.dtype) - to_float32(store.read_base(part, begin, end), spec.dtype)
+                for segment in store.layout.segments_in(part, begin, end):
+                    low = segment.offset - begin
+                    yield segment.tensor.name, segment.start, delta[low : low + segment.numel]
+
+    def _keep_sketch(self, rows: list[np.ndarray]) -> None:
+        """Add the sketches of all processes, keep the sum with the step, and what it says with the metrics."""
+        if self._sketch is None:
+            return
+        row = np.sum(rows, axis=0)
+        self._writer.write_sketch(row)
+        self._sketch.add(self._step, row)
+        self._metrics |= self._sketch.live_statistics()
 
     def _commit_together(self, job: Future[None]) -> None:
         self._processes.agree(job.result)
         checksums: dict[int, int] = {}
         for written in self._processes.gather(self._writer.checksums):
             checksums |= written
-        self._processes.lead(lambda: self._writer.commit(self._metrics, checksums))
+        rows = self._processes.gather(self._sketch_row)
+
+        def commit() -> None:
+            self._keep_sketch(rows)
+            self._writer.commit(self._metrics, checksums)
+
+        self._processes.lead(commit)
         if self._processes.rank:
             self._writer.follow()
 

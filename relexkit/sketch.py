@@ -1,10 +1,10 @@
 """A streaming sketch of a run: what the Gram matrix says about it, while steps arrive, in constant memory.
 
 A count sketch with a fixed bucket map (Charikar, Chen and Farach-Colton 2002; Clarkson and Woodruff 2013): element ``j`` of a
-tensor, in its stretch ``p`` of ``width`` elements, is multiplied by a random sign and added to bucket ``(j + offset_p) mod width``.
-For the sketches ``s_i`` of deltas ``m_i``, ``s_i . s_j`` estimates ``m_i . m_j`` without bias and with a standard deviation of at most
-``sqrt(2 / width) |m_i| |m_j|``. Signs and offsets come from a counter-based generator keyed by the tensor's name, so any process,
-block size or restart makes the same sketch; it is linear, so those of several processes add.
+tensor, in its stretch ``p`` of ``width`` elements, takes a random sign and is added to bucket ``(j + offset_p) mod width``. For
+the sketches ``s_i`` of deltas ``m_i``, ``s_i . s_j`` estimates ``m_i . m_j`` without bias and with a standard deviation of at
+most ``sqrt(2 / width) |m_i| |m_j|``. Signs and offsets come from a counter-based generator keyed by the tensor's name, so any
+process, block size or restart makes the same sketch; it is linear, so those of several processes add.
 """
 
 from __future__ import annotations

@@ -239,6 +239,16 @@ class TrajectoryStore:
             return state + values.view(state.dtype)
         return round_bits(to_float32(state, dtype) + values, dtype, "nearest", tensor=self._tensor_at(part, begin))
 
+    def sketches(self) -> np.ndarray | None:
+        """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None if there are none."""
+        if "sketches" not in self._group:
+            return None
+        rows = [self._guard(f"the sketch of step {s}", partial(self._read_sketch, row)) for row, s in enumerate(self.steps)]
+        return np.stack(rows) if rows else None
+
+    def _read_sketch(self, row: int) -> np.ndarray:
+        return np.asarray(self._array("sketches")[row])
+
     def checksums(self) -> np.ndarray:
         """Content checksum of every step and part, ``uint32 [T, parts]``."""
         return self._read_small("the checksums", "checksums", len(self.steps))
@@ -463,6 +473,14 @@ class StoreWriter:
         self._checksums[part] = checksum
         self._missing.discard(part)
 
+    def write_sketch(self, row: np.ndarray) -> None:
+        """Keep the sketch of the step, ``[width]``, so that a recorder that resumes goes on with it."""
+        with self._writing():
+            if "sketches" not in self._group:
+                shape, nothing = (self._array("steps").shape[0], len(row)), float("nan")
+                create_array(self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing)
+            self._array("sketches")[self._row, :] = row
+
     def commit(self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None) -> None:
         """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
 
@@ -517,7 +535,7 @@ class StoreWriter:
                 names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
             elif spec.encoding != "fixed":
                 names.append(f"deltas/{part}")
-        return [*names, "checksums", "steps"]
+        return [*names, *(["sketches"] if "sketches" in self._group else []), "checksums", "steps"]
 
     def _reserve(self) -> None:
         """Make room for one more row; ``steps`` grows last, so its length never exceeds the others'."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from relexkit import Recorder, RelexkitError, StoreError, TrajectoryStore, checkout, gram
+from relexkit import Recorder, RelexkitError, StoreError, TrajectoryStore, checkout, gram, spectrum
 from relexkit.layout import PART_NUMEL
 from relexkit.safetensors_io import SafetensorsFile
 
@@ -242,3 +242,48 @@ def test_two_processes_write_the_store_of_one(tmp_path, monkeypatch, kind):
     assert len(one.layout.parts) > 3
     np.testing.assert_array_equal(one.checksums(), two.checksums())
     np.testing.assert_array_equal(one.metrics()["reward"], two.metrics()["reward"])
+    np.testing.assert_allclose(one.sketches(), two.sketches(), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(one.metrics()["live_r2"][-1], two.metrics()["live_r2"][-1], rtol=1e-6)
+
+
+def test_live_statistics_stand_beside_the_reward_and_go_on_after_a_restart(tmp_path):
+    model, held = small_model(), []
+    with Recorder(model, tmp_path / "whole.zarr") as recorder:
+        for step in range(1, 7):
+            move(model, step)
+            recorder.record(step, {"reward": step / 10})
+            held.append(weights(model))
+    whole = TrajectoryStore(tmp_path / "whole.zarr")
+    metrics = whole.metrics()
+    assert {"reward", "live_variance_1", "live_variance_2", "live_straightness", "live_r2"} == set(metrics)
+    matrices = gram(whole)
+    for count in (3, 6):
+        exact = spectrum(matrices.until(count), scope="global").scopes[0]
+        assert abs(metrics["live_variance_1"][count - 1] - exact.explained_variance_ratio[0]) < 0.05
+        assert abs(metrics["live_r2"][count - 1] - exact.r2[0]) < 0.05
+    model = small_model()
+    with Recorder(model, tmp_path / "cut.zarr") as recorder:
+        for step in range(1, 6):
+            move(model, step)
+            recorder.record(step)
+    model = small_model()
+    for step in (1, 2, 3):
+        move(model, step)
+    with Recorder(model, tmp_path / "cut.zarr", resume_from=3) as recorder:
+        for step in (4, 5, 6):
+            move(model, step)
+            recorder.record(step)
+    cut = TrajectoryStore(tmp_path / "cut.zarr")
+    np.testing.assert_array_equal(cut.sketches(), whole.sketches())
+    for name in ("live_variance_1", "live_straightness", "live_r2"):
+        np.testing.assert_array_equal(cut.metrics()[name], metrics[name])
+
+
+def test_a_recorder_without_a_sketch(tmp_path):
+    model = small_model()
+    with Recorder(model, tmp_path / "run.zarr", sketch=False) as recorder:
+        move(model, 1)
+        recorder.record(1, {"reward": 0.5})
+    store = TrajectoryStore(tmp_path / "run.zarr")
+    assert store.metric_names() == ["reward"]
+    assert store.sketches() is None
