@@ -75,13 +75,15 @@ def our_loss(given: dict[str, torch.Tensor], options: GRPOConfig, rows: list[int
     )  # fmt: skip
 
 
+WIDE = {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 1.5, "use_bias_correction_kl": True}
+
 COMBINATIONS = [
     {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, **clip}
     for loss_type, level, beta, clip in itertools.product(
         LOSS_TYPES,
         ("token", "sequence"),
         (0.0, 0.1),
-        ({}, {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 1.5, "use_bias_correction_kl": True}),
+        ({}, WIDE),
     )
 ]
 

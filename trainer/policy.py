@@ -81,7 +81,9 @@ def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool)
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
             use_cache=False, logits_to_keep=length + 1,
         ).logits[:, :-1]  # fmt: skip
-    logits_BTV = logits_BTV.float() / temperature
+    logits_BTV = logits_BTV.float()
+    if temperature != 1:
+        logits_BTV = logits_BTV / temperature
     selected_BT = logits_BTV.gather(-1, batch.completion_ids[..., None])[..., 0]
     normaliser_BT = torch.stack([row.logsumexp(dim=-1) for row in logits_BTV])
     with torch.no_grad():

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -94,17 +95,18 @@ def load_function(place: str) -> Callable[..., Any]:
         RelexkitError: there is no such file or function, or the file fails.
     """
     path, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"relexkit_task_{Path(path).stem}", path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise RelexkitError(f"{path}: no such Python file; expected FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
     try:
         spec.loader.exec_module(module)
-        return getattr(module, name)
-    except AttributeError:
-        raise RelexkitError(f"{path}: has no function {name!r}") from None
     except Exception as error:
         raise RelexkitError(f"{path}: fails when it is loaded ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, name, None)):
+        raise RelexkitError(f"{path}: has no function {name!r}")
+    return getattr(module, name)
 
 
 def prompt_text(problem: Problem, tokenizer: Any) -> str:

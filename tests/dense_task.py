@@ -1,0 +1,24 @@
+"""A task that even an untrained model gets some reward for: how many characters of the completion are even digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.tasks import Problem, split_problems
+
+
+@dataclass(frozen=True)
+class EvenDigits:
+    name: str
+    splits: object
+
+    def problems(self, split):
+        return self.splits.of(split)
+
+    def reward(self, problem, completion):
+        return sum(character in "02468" for character in completion) / 4
+
+
+def make(count: int = 50, digits: int = 2) -> EvenDigits:
+    problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
+    return EvenDigits("even digits", split_problems(problems, 10, 0, "even digits"))
