@@ -140,6 +140,10 @@ class Backtest:
         skill = self._scores(np.arange(len(self.names)))[2]
         return [self._horizon(name, skill[k]) for k, name in enumerate(self.methods) if name != "hold"]
 
+    def skill(self, method: str) -> np.ndarray:
+        """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is none."""
+        return self._scores(np.arange(len(self.names)))[2][self.methods.index(method)]
+
     def _scores(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Relative error, cosine and skill of a sum of tensors, each ``[K, P, T]``."""
         overlap, norm = self.overlaps[..., members].sum(axis=-1), self.norms[..., members].sum(axis=-1)

@@ -140,6 +140,7 @@ class TrajectoryFit:
         p_value: chance of at least this evidence on a drift-free walk, at most: half the tail of chi-square with two degrees
             of freedom, since the strength is at its bound and the correlation time unknown there. Simulated walks with and
             without momentum and rounding raise false alarms at most at the nominal rate.
+        gram: what it was fitted to, ``float64 [T, T]``.
     """
 
     steps: np.ndarray
@@ -153,6 +154,7 @@ class TrajectoryFit:
     effective_dimension: float
     evidence: float
     p_value: float
+    gram: np.ndarray
     _clock: _Clock
     _rows: np.ndarray
     _gram: np.ndarray
@@ -200,7 +202,22 @@ class TrajectoryFit:
 
     def predict(self, targets: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``weights`` and ``variance`` of J targets at once, ``float64 [J, T]`` and ``[J]``; hardly dearer than one."""
-        times, at = self.steps[self._rows].astype(np.float64), np.asarray(targets, np.float64)
+        weights, left, spread = self._moments(np.asarray(targets, np.float64), self._gram)
+        return weights, left + spread
+
+    def coefficients(self, targets: Sequence[float] | np.ndarray, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted coefficients along the direction ``M^T axis`` and their standard deviations, ``float64 [J]`` each.
+
+        ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter explains falls on all directions
+        alike; what the posterior leaves open about the drift lies in the observed ones.
+        """
+        along = self._gram @ axis[self._rows]
+        weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along))
+        return weights[:, self._rows] @ along, np.sqrt(left / self.effective_dimension + spread)
+
+    def _moments(self, at: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean weights ``[J, T]``, what is left unexplained ``[J]``, and the posterior's spread of weights in ``metric [T, T]``."""
+        times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
         walk, walk_ahead = seen @ ahead.T, (ahead**2).sum(axis=1)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
@@ -216,12 +233,11 @@ class TrajectoryFit:
             mean += share @ shrunk @ part.basis.T
             explained = (cross * shrunk).sum(axis=2)
             left += (part.scales * (walk_ahead[:, None] + part.strengths * drift_ahead[:, None] - explained)) @ share
-            white_gram = part.basis.T @ self._gram @ part.basis
-            square += ((shrunk @ white_gram) * shrunk).sum(axis=2) @ share
+            white_metric = part.basis.T @ metric @ part.basis
+            square += ((shrunk @ white_metric) * shrunk).sum(axis=2) @ share
         weights = np.zeros((len(at), len(self.steps)))
         weights[:, self._rows] = mean
-        spread = square - ((mean @ self._gram) * mean).sum(axis=1)
-        return weights, left + np.maximum(0.0, spread)
+        return weights, left, np.maximum(0.0, square - ((mean @ metric) * mean).sum(axis=1))
 
 
 def fit_trajectory(
@@ -249,7 +265,7 @@ def fit_trajectory(
         )
     if not np.trace(gram) > 0:
         raise ExtrapolationError("nothing moved up to here, so there is no motion to continue; use later steps")
-    rows, recorded = _thin(len(steps)), steps
+    rows, recorded, whole = _thin(len(steps)), steps, gram
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
     clocks = [_Clock(unit, history, rates) for history in (0, _HISTORY)]
@@ -278,6 +294,7 @@ def fit_trajectory(
         effective_dimension=effective,
         evidence=evidence,
         p_value=p_value,
+        gram=whole,
         _clock=clock,
         _rows=rows,
         _gram=gram,
