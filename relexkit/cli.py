@@ -21,13 +21,17 @@ from relexkit.errors import RelexkitError
 from relexkit.version import __version__
 
 if TYPE_CHECKING:
-    from relexkit.backtest import Backtest
     from relexkit.metrics import Informative
     from relexkit.null import WalkNull
     from relexkit.spectrum import ScopeSpectrum, Spectrum
     from relexkit.store import TrajectoryStore
 
 COMMAND_MODULES = {
+    "backtest": (
+        "relexkit.commands.backtest",
+        "how every method would have done in the run's own past, and how far to trust it",
+    ),
+    "advise": ("relexkit.commands.advise", "say what to do next with a run, and why"),
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
     "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),
@@ -362,49 +366,6 @@ def steps_text(value: float) -> str:
     return "the whole run and on" if math.isinf(value) else f"{value:.3g} steps"
 
 
-def _backtest(parsed: argparse.Namespace) -> None:
-    from relexkit.backtest import CHEAP, backtest
-    from relexkit.metrics import learning_rates
-    from relexkit.store import TrajectoryStore
-
-    store = TrajectoryStore(parsed.store)
-    with observer(parsed) as observed:
-        matrices = observed.gram(store, None)
-    if observed.silent:
-        return
-    rates = learning_rates(store.steps, store.metrics())
-    result = backtest(matrices, parsed.method or (*CHEAP, "model"), parsed.until, rates=rates)
-    if parsed.json:
-        grid = [asdict(row) for row in result.grid]
-        print_json({"methods": result.methods, "grid": grid, "horizon": [asdict(h) for h in result.horizon]})
-    else:
-        _print_backtest(result)
-
-
-def _print_backtest(result: Backtest) -> None:
-    """Relative error of the whole model's delta: a row for a prefix and a later step, a column for a method."""
-    from rich.table import Table
-
-    table = Table(title="Relative error of the whole model's delta", title_justify="left", title_style="bold", box=None)
-    for heading in ("from", "to", *result.methods):
-        table.add_column(heading, justify="right", no_wrap=True)
-    errors = {(row.until, row.target, row.method): row.relative_error for row in result.grid}
-    for until in sorted({key[0] for key in errors}):
-        later = sorted({key[1] for key in errors if key[0] == until})
-        # the next recorded steps at 1.25, 1.5, 2, 4 times the prefix, and the last one
-        wanted = [next((s for s in later if s >= ratio * until), later[-1]) for ratio in (1.25, 1.5, 2, 4)]
-        for target in sorted({*wanted, later[-1]}):
-            found = [errors.get((until, target, method), math.nan) for method in result.methods]
-            best = min((e for e in found if not math.isnan(e)), default=math.nan)
-            cells = [f"[bold]{number(e)}[/bold]" if e == best else number(e) for e in found]
-            table.add_row(str(until), str(target), *cells)
-    console().print(table)
-    for horizon in result.horizon:
-        print(horizon)
-    for (method, until), reason in result.failures.items():
-        print(f"{method} from step {until}: {reason}")
-
-
 def _extrapolate(parsed: argparse.Namespace) -> None:
     from relexkit.extrapolators import Options, step_text
     from relexkit.materialize import extrapolate
@@ -505,12 +466,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
     command.add_argument("--directions", type=Path, metavar="DIR",
                          help="also write the first 2 (or --components) directions there as safetensors")  # fmt: skip
-    add_pca(command)
-
-    command = add("backtest", _backtest, "how every method would have done in the run's own past, and how far to trust it")
-    command.add_argument("store", metavar="RUN.zarr")
-    command.add_argument("--method", nargs="+", metavar="M", help="only these (hold is always there)")
-    command.add_argument("--until", type=int, nargs="+", metavar="STEP", help="prefixes to predict from (default: up to eight)")
     add_pca(command)
 
     command = add("extrapolate", _extrapolate, "write the predicted checkpoints of future steps")

@@ -208,15 +208,15 @@ class TrajectoryFit:
     def coefficients(self, targets: Sequence[float] | np.ndarray, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Predicted coefficients along the direction ``M^T axis`` and their standard deviations, ``float64 [J]`` each.
 
-        ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter explains falls on all directions
-        alike; what the posterior leaves open about the drift lies in the observed ones.
+        ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter explains falls on all
+        directions alike; what the posterior leaves open about the drift lies in the observed ones.
         """
         along = self._gram @ axis[self._rows]
         weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along))
         return weights[:, self._rows] @ along, np.sqrt(left / self.effective_dimension + spread)
 
     def _moments(self, at: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean weights ``[J, T]``, what is left unexplained ``[J]``, and the posterior's spread of weights in ``metric [T, T]``."""
+        """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
         walk, walk_ahead = seen @ ahead.T, (ahead**2).sum(axis=1)

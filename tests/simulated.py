@@ -1,7 +1,7 @@
 """Simulated runs of every kind that the trajectory model, the backtest and the advice are held against.
 
-A run is drift plus white noise as gradients, an Adam-like optimizer's own recursion, a learning-rate schedule, and rounding of what
-is stored. ``D`` parameters are independent. The same seed gives the same run.
+A run is drift plus white noise as gradients, an Adam-like optimizer's own recursion, a learning-rate schedule, and rounding of
+what is stored. ``D`` parameters are independent. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from relexkit.advice import advise
+from relexkit.extrapolators import predict_weights
 from relexkit.gram import Gram
+from relexkit.metrics import learning_rates
 
 D = 600
 
@@ -68,8 +71,7 @@ def simulate(run: Run, num_steps: int, seed: int, num_parameters: int = D) -> np
             rows.append(position)
     deltas = np.array(rows) + run.rounding * rng.standard_normal((num_steps, num_parameters))
     if run.unit:
-        base = rng.uniform(-0.5, 0.5, num_parameters) * 0  # base weights are exact in the stored precision
-        deltas = np.round((base + deltas) / run.unit) * run.unit - base
+        deltas = np.round(deltas / run.unit) * run.unit  # the base is exact in the stored precision
     return deltas
 
 
@@ -115,3 +117,101 @@ COVERAGE_FAMILIES: dict[str, Run] = {
     "turning with momentum": Run(drift=0.4, lifetime=60.0, beta=0.9),
 }
 """Kinds of run on which the coverage of the coefficient intervals is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A simulated run of the labelled set: what it is, and which advice is right.
+
+    ``metrics`` by optimizer step; ``steps`` that are recorded.
+    """
+
+    run: Run
+    right: tuple[str, ...]
+    steps: np.ndarray = field(default_factory=lambda: np.arange(1, 49))
+    metrics: dict[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+
+
+_EVERY_SECOND = np.arange(2, 97, 2)
+_NOT = ("not-a-line", "keep-training")
+
+LABELLED: dict[str, Case] = {
+    # walks: nothing to extrapolate
+    "walk": Case(run=Run(), right=("not-a-line",)),
+    "walk, momentum": Case(run=Run(beta=0.9), right=("not-a-line",)),
+    "walk, momentum, warm optimizer": Case(run=Run(beta=0.9, warm=True), right=("not-a-line",)),
+    "walk, rounding": Case(run=Run(rounding=1.0), right=("not-a-line",)),
+    "walk, irregular steps": Case(run=Run(), right=("not-a-line",), steps=IRREGULAR),
+    "walk, momentum, irregular steps": Case(run=Run(beta=0.9), right=("not-a-line",), steps=IRREGULAR),
+    "walk, decaying rate": Case(
+        run=Run(rates=linear_decay(60)), right=("not-a-line",), metrics={"learning_rate": lambda s: 1 - s / 60}
+    ),
+    "walk, every second step": Case(run=Run(beta=0.9), right=("not-a-line",), steps=_EVERY_SECOND),
+    # lines that last
+    "line, strong": Case(run=Run(drift=0.5), right=("extrapolate",)),
+    "line, fair": Case(run=Run(drift=0.3), right=("extrapolate",)),
+    "line, momentum": Case(run=Run(drift=0.3, beta=0.9), right=("extrapolate",)),
+    "line, momentum, warm optimizer": Case(run=Run(drift=0.4, beta=0.9, warm=True), right=("extrapolate",)),
+    "line, rounding": Case(run=Run(drift=0.4, rounding=1.0), right=("extrapolate",)),
+    "line, irregular steps": Case(run=Run(drift=0.4), right=("extrapolate",), steps=IRREGULAR),
+    "line, decaying rate": Case(
+        run=Run(drift=0.5, rates=linear_decay(150)), right=("extrapolate",), metrics={"learning_rate": lambda s: 1 - s / 150}
+    ),
+    "line, every second step": Case(run=Run(drift=0.3, beta=0.9), right=("extrapolate",), steps=_EVERY_SECOND),
+    "line, autocorrelated noise": Case(run=Run(drift=0.5, autocorrelation=0.5), right=("extrapolate",)),
+    # the failure shapes of the replication study: gains at first, then collapse; right if the advised step still gains
+    "slow turn, momentum": Case(run=Run(drift=0.5, lifetime=60.0, beta=0.9), right=("extrapolate", "keep-training")),
+    "slow turn": Case(run=Run(drift=0.6, lifetime=60.0), right=("extrapolate", "keep-training")),
+    "slow saturation": Case(run=Run(drift=0.6, envelope=saturating(60.0)), right=("extrapolate", "keep-training")),
+    "line that breaks off soon after": Case(run=Run(drift=0.5, turn_at=80, beta=0.9), right=("extrapolate", "keep-training")),
+    "line that dies soon after": Case(
+        run=Run(drift=0.5, envelope=lambda s: float(s < 80)), right=("extrapolate", "keep-training")
+    ),
+    # a drift that is over or turns too fast
+    "fast turn": Case(run=Run(drift=0.5, lifetime=4.0), right=_NOT),
+    "fast turn, momentum": Case(run=Run(drift=0.5, lifetime=4.0, beta=0.9), right=_NOT),
+    "saturated": Case(run=Run(drift=1.0, envelope=saturating(6.0)), right=_NOT),
+    "died long ago": Case(run=Run(drift=0.8, envelope=lambda s: float(s < 12)), right=_NOT),
+    "turned just now": Case(run=Run(drift=0.5, turn_at=30), right=("extrapolate", *_NOT)),
+    # precision
+    "walk below the spacing": Case(run=Run(unit=20.0), right=("hidden-by-precision",)),
+    "line below the spacing": Case(run=Run(drift=0.2, unit=30.0), right=("hidden-by-precision",)),
+    "line, momentum, below the spacing": Case(run=Run(drift=0.2, beta=0.9, unit=30.0), right=("hidden-by-precision",)),
+    # little to learn from
+    "sparse reward": Case(
+        run=Run(beta=0.9, informative=0.05),
+        right=("keep-training", "not-a-line"),
+        metrics={"frac_reward_zero_std": lambda s: np.where(np.isin(s, (7, 30)), 0.5, 1.0)},
+    ),
+    "sparse reward, one hit": Case(
+        run=Run(beta=0.9, drift=2.0, envelope=lambda s: float(s == 5), noise=0.0),
+        right=("keep-training", "not-a-line"),
+        metrics={"reward_std": lambda s: np.where(s == 5, 0.4, 0.0)},
+    ),
+    "five steps": Case(run=Run(drift=0.5), right=("keep-training",), steps=np.arange(1, 6)),
+    "two steps": Case(run=Run(drift=0.5), right=("keep-training",), steps=np.array([1, 2])),
+}
+"""The labelled set: kinds of run with the right advice. Several seeds of each make the confusion table."""
+
+
+def observe(case: Case, seed: int, times: float = 2.1) -> tuple[Gram, dict[str, np.ndarray], np.ndarray]:
+    """What a store of the run would hold, its metrics, and the true deltas up to ``times`` its last step."""
+    deltas = simulate(case.run, int(times * case.steps[-1]), seed)
+    gram = recorded(deltas, case.steps)
+    if not case.run.unit:  # float32 weights: every weight changes, by many units
+        unknown = np.full_like(gram.unit_moves, -1)
+        gram = Gram(gram.steps, gram.names, gram.num_parameters, gram.matrices, gram.changed, gram.moved, unknown)
+    return gram, {name: curve(case.steps) for name, curve in case.metrics.items()}, deltas
+
+
+def judge(case: Case, seed: int) -> tuple[str, bool]:
+    """The verdict on a simulated run, and whether it is right: no step may be advised at which hold is better."""
+    gram, metrics, deltas = observe(case, seed)
+    advice = advise(gram, metrics)
+    if advice.verdict not in case.right or advice.target is None:
+        return advice.verdict, advice.verdict in case.right
+    assert advice.method is not None
+    rates = learning_rates(case.steps, metrics)
+    weights = predict_weights(gram, [float(advice.target)], method=advice.method, scope="global", rates=rates)[0, 0]
+    seen, truth = deltas[case.steps - 1], deltas[advice.target - 1]
+    return advice.verdict, bool(((seen.T @ weights - truth) ** 2).sum() < ((seen[-1] - truth) ** 2).sum())

@@ -20,7 +20,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("relexkit", "trainer", "analysis")
 ALLOWED = {"relexkit": set(), "trainer": {"relexkit"}, "analysis": {"relexkit"}}
 HEAVY = ("transformers", "matplotlib", "torch", "pandas", "scipy")
-COMMANDS = ("import", "info", "verify", "spectrum", "backtest", "extrapolate", "checkout", "round", "train", "demo", "gram")
+COMMANDS = (
+    "import",
+    "info",
+    "verify",
+    "spectrum",
+    "extrapolate",
+    "checkout",
+    "round",
+    "backtest",
+    "advise",
+    "train",
+    "demo",
+    "gram",
+)
 
 
 def our_files() -> list[Path]:

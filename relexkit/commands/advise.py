@@ -1,0 +1,38 @@
+"""``relexkit advise``: what to do next with a run, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+from relexkit.commands.observe import add_pca, observer
+from relexkit.console import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``relexkit advise``."""
+    parser.add_argument("store", metavar="RUN.zarr")
+    parser.add_argument("--until", type=int, metavar="STEP", help="advise as if the run had ended here")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    add_pca(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the advice."""
+    from relexkit.advice import advise
+    from relexkit.store import TrajectoryStore
+
+    store = TrajectoryStore(arguments.store)
+    with observer(arguments) as observed:
+        matrices = observed.gram(store, None).until(arguments.until)
+    if observed.silent:
+        return
+    metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
+    advice = advise(matrices, metrics)
+    if arguments.json:
+        print_json({"steps": matrices.steps.tolist(), **advice.document()})
+        return
+    print(advice.headline)
+    for heading, sentences in (("Why", advice.reasons), ("What would change this", advice.would_change)):
+        print(f"\n{heading}:")
+        for sentence in sentences:
+            print(f"  - {sentence}")

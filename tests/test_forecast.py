@@ -1,0 +1,83 @@
+"""Intervals of future coefficients: what they mean, and how often they are right on runs that nobody tuned them on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, simulate
+
+from relexkit import forecast as module
+from relexkit.errors import ExtrapolationError
+from relexkit.forecast import Forecast, forecast
+from relexkit.spectrum import decompose
+from relexkit.trajectory_model import fit_trajectory
+
+TARGETS = np.array([55, 65, 80, 100])
+
+
+def covered(run: Run, seed: int) -> np.ndarray:
+    """Whether each target's true coefficient along the first observed direction lies in the interval, ``bool [J]``."""
+    deltas = simulate(run, 100, seed)
+    steps = IRREGULAR if seed % 2 else np.arange(1, 51)
+    seen = deltas[steps - 1]
+    found = forecast(seen @ seen.T, steps, TARGETS, num_parameters=D)
+    parts = decompose(seen @ seen.T)
+    true = deltas[TARGETS - 1] @ (seen.T @ parts.left[:, 0]) / parts.singular_values[0]
+    return (found.low[:, 0] <= true) & (true <= found.high[:, 0])
+
+
+def test_a_mixture_of_one_normal_has_its_own_quantile() -> None:
+    deviations = np.array([2.0, 0.5]).reshape(1, 1, 2, 1)
+    half = module._half_widths(deviations, np.ones((1, 1, 1)), 0.9)
+    np.testing.assert_allclose(half[:, 0], norm.ppf(0.95) * np.array([2.0, 0.5]), rtol=1e-9)
+
+
+def test_a_mixture_of_two_normals_holds_its_level() -> None:
+    deviations = np.array([1.0, 4.0]).reshape(2, 1, 1, 1)
+    half = module._half_widths(deviations, np.array([0.3, 0.7]).reshape(2, 1, 1), 0.9)[0, 0]
+    inside = [2 * norm.cdf(half / s) - 1 for s in (1.0, 4.0)]
+    assert 0.3 * inside[0] + 0.7 * inside[1] == pytest.approx(0.9, abs=1e-9)
+
+
+def test_coefficients_are_those_of_the_predicted_delta() -> None:
+    seen = simulate(Run(drift=0.4, beta=0.9), 40, 0)
+    gram, steps = seen @ seen.T, np.arange(1, 41)
+    found: Forecast = forecast(gram, steps, [60, 80], num_parameters=D, num_directions=2)
+    fit, parts = fit_trajectory(gram, steps, num_parameters=D), decompose(gram)
+    directions = seen.T @ parts.left[:, :2] / parts.singular_values[:2]
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=0), 1)
+    expected = np.array([seen.T @ fit.weights(t) for t in (60.0, 80.0)]) @ directions
+    np.testing.assert_allclose(found.coefficients, expected, rtol=1e-6)
+    assert found.num_prefixes == 5
+    assert (found.factor > 0).all()
+    np.testing.assert_allclose(found.high + found.low, 2 * found.coefficients)
+    assert (np.diff(found.high - found.low, axis=0) > 0).all(), "farther is less certain"
+
+
+def test_a_higher_level_is_wider_and_few_steps_are_wider_still() -> None:
+    seen = simulate(Run(drift=0.4), 40, 1)
+    widths = {}
+    for level, count in ((0.5, 40), (0.9, 40), (0.9, 4)):
+        found = forecast(seen[:count] @ seen[:count].T, np.arange(1, count + 1), [2 * count], num_parameters=D, level=level)
+        widths[level, count] = float(found.high[0, 0] - found.low[0, 0]) / float(found.coefficients[0, 0])
+    assert widths[0.5, 40] < widths[0.9, 40] < widths[0.9, 4]
+
+
+def test_too_few_steps_say_what_to_do() -> None:
+    with pytest.raises(ExtrapolationError, match="record at least 3"):
+        forecast(np.eye(2), np.array([1, 2]), [5], num_parameters=10)
+
+
+def test_coverage_of_a_few_runs() -> None:
+    """Sixteen runs of four kinds: below 70 % has probability 0.01 at a coverage of 90 % with one check of four independent."""
+    kinds = ("walk", "line, autocorrelated noise", "slowly saturating", "turning")
+    hits = [covered(COVERAGE_FAMILIES[kind], seed) for kind in kinds for seed in range(2)]
+    assert np.mean(hits) > 0.7
+
+
+@pytest.mark.slow
+def test_coverage_on_every_family() -> None:
+    """The nominal 90 % over all ten kinds of run; docs/line.md has each kind's own, of which two fall short."""
+    hits = {kind: np.mean([covered(run, seed) for seed in range(300, 312)]) for kind, run in COVERAGE_FAMILIES.items()}
+    assert 0.85 <= np.mean(list(hits.values())) <= 0.97, hits
