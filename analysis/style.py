@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 WIDTH_INCHES = 5.5
 DOTS_PER_INCH = 200
-FORMATS = ("png", "svg")
+FORMATS = ("png", "svg", "pdf")
 
 RUN = "#0072B2"
 SECOND = "#D55E00"
@@ -28,6 +28,13 @@ NULL = "#404040"
 MUTED = "#767676"
 GRID = "#DDDDDD"
 STILL = "#E4E4E4"
+
+METHODS = {
+    "model": "#0072B2", "relex": "#D55E00", "two-point": "#009E73", "least-squares": "#CC79A7",
+    "least-squares-origin": "#56B4E9", "first-update": "#E69F00", "hold": "#404040",
+}  # fmt: skip
+"""One colour for a method in every figure."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 NULL_LABEL = "walk without direction"
 NULL_LINE: dict[str, Any] = {"color": NULL, "linestyle": (0, (4, 2)), "linewidth": 1.0}
@@ -53,6 +60,7 @@ _SETTINGS: dict[Any, Any] = {
     "legend.handlelength": 2.2,
     "lines.linewidth": 1.4,
     "lines.markersize": 3,
+    "pdf.fonttype": 42,  # text stays text
     "svg.fonttype": "none",  # text stays text: searchable, and editable in a drawing program
     "svg.hashsalt": "relexkit",  # the same data give the same file
     "text.parse_math": False,  # a tensor name may hold dollar signs
@@ -81,7 +89,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``folder/name`` in every format of ``FORMATS``; returns the paths. The files carry no date."""
     paths = [folder / f"{name}.{extension}" for extension in FORMATS]
     for path in paths:
-        metadata = {"Date": None} if path.suffix == ".svg" else None
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
         figure.savefig(path, dpi=DOTS_PER_INCH, metadata=metadata)
     return paths
 

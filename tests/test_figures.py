@@ -112,12 +112,14 @@ def assert_readable(figure):
 
 def test_all_files_are_written_and_read_back(run, tmp_path):
     paths = figures.plot_spectra(run, tmp_path / "new" / "folder")
-    assert [p.name for p in paths] == [f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")]
+    assert [p.name for p in paths] == [f"{name}.{kind}" for name in NAMES for kind in style.FORMATS]
     for path in paths:
         if path.suffix == ".png":
             pixels = matplotlib.image.imread(path)
             assert pixels.shape[1] == round(style.WIDTH_INCHES * style.DOTS_PER_INCH)
             assert pixels[..., :3].std() > 0.01
+        elif path.suffix == ".pdf":
+            assert path.read_bytes().startswith(b"%PDF")
         else:
             root = ElementTree.parse(path).getroot()
             assert "".join(root.itertext()).count("direction") > 1, "text must be text, not outlines"

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.scope != "global":
             _print_groups(result, arguments.scope)
     if arguments.plot:
-        for path in import_module("analysis.figures").plot_backtest(matrices, result, arguments.plot, rates=rates):
+        for path in import_module("analysis.backtest_figures").plot_backtest(matrices, result, arguments.plot, rates=rates):
             say(f"wrote {path}")
 
 
