@@ -90,13 +90,21 @@ def write_verl(folder: Path, tensors: Weights, mesh_shape: Sequence[int] = (2,))
 
 def write_dcp(folder: Path, tensors: Weights, world: int = 1, extra: dict[str, Any] | None = None, prefix: str = "") -> None:
     """A ``torch.distributed.checkpoint`` folder of FSDP2 shards (plain tensors for one process)."""
+
+    def state() -> dict[str, Any]:
+        shards = sharded_state(tensors, (world,)) if world > 1 else tensors
+        return {prefix + n: t for n, t in shards.items()} | (extra or {})
+
+    write_dcp_states(folder, world, state)
+
+
+def write_dcp_states(folder: Path, world: int, state_of_rank: Callable[[], dict[str, Any]]) -> None:
+    """What ``torch.distributed.checkpoint.save`` does on every rank, with the plans handed over instead of sent."""
     planners, writers, plans = [], [], []
     for rank in range(world):
         with rank_of(rank, world):
-            shards = sharded_state(tensors, (world,)) if world > 1 else tensors
-            state = {prefix + n: t for n, t in shards.items()} | (extra or {})
             planner, writer = DefaultSavePlanner(), FileSystemWriter(folder)
-            planner.set_up_planner(state, writer.storage_meta(), rank == 0)
+            planner.set_up_planner(state_of_rank(), writer.storage_meta(), rank == 0)
             writer.set_up_storage_writer(rank == 0)
             plans.append(writer.prepare_local_plan(planner.create_local_plan()))
             planners.append(planner)
@@ -132,3 +140,49 @@ class Malicious:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, (str(self.marker),)
+
+
+def write_zero(folder: Path, tensors: Weights, world: int, *, stage: int, frozen: Sequence[str] = ()) -> None:
+    """DeepSpeed ZeRO files, by a writer of our own after ``deepspeed/runtime/zero`` and ``zero_to_fp32.py``.
+
+    Floats are trained in two parameter groups; others are buffers. Where DeepSpeed itself wrote files, they are in
+    ``tests/data/zero``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = [n for n, t in tensors.items() if t.is_floating_point() and n not in frozen]
+    groups = [g for g in (trained[::2], trained[1::2]) if g]
+    flats = [_flat_partitions([tensors[n].float() for n in group], world, stage) for group in groups]
+    shapes = [{n: tensors[n].shape for n in group} for group in groups]
+    for rank in range(world):
+        partitions = [flat[rank] for flat in flats]
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        state = {"zero_stage": stage, "partition_count": world if stage == 3 else [world] * len(groups), key: partitions}
+        path = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state, "ds_version": "0.0"}, path)
+        if stage < 3 and rank:
+            continue
+        fragments = {n: tensors[n] if stage < 3 else _parts([tensors[n]], world)[rank] for n in frozen}
+        content = {
+            "module": {n: t for n, t in tensors.items() if n not in trained},
+            "buffer_names": [n for n, t in tensors.items() if not t.is_floating_point()],
+            "param_shapes": shapes,
+            "shared_params": {},
+            "frozen_param_shapes": {n: tensors[n].shape for n in frozen} or None,
+            "frozen_param_fragments": fragments or None,
+        }
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        torch.save(content, folder / name)
+
+
+def _flat_partitions(tensors: Sequence[torch.Tensor], world: int, stage: int) -> list[torch.Tensor]:
+    if stage == 3:
+        return _parts(tensors, world)
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % (2 * world)))
+    return [piece.clone() for piece in padded.chunk(world)]
+
+
+def _parts(tensors: Sequence[torch.Tensor], world: int) -> list[torch.Tensor]:
+    """Every tensor padded to a multiple of the ranks and cut into as many parts; a rank's parts one after the other."""
+    cut = [torch.nn.functional.pad(t.reshape(-1), (0, -t.numel() % world)).chunk(world) for t in tensors]
+    return [torch.cat([parts[rank] for parts in cut]) for rank in range(world)]

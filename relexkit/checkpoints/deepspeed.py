@@ -71,7 +71,7 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
         described = _model_state(models[0])
         try:
             tensors = _trained_3(groups, described) if stage == 3 else _trained_12(groups, described)
-            tensors = _buffers(models[0], described) | _frozen(models, described, stage) | tensors
+            tensors = _rest(models[0], described, stage) | _frozen(models, described, stage) | tensors
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise CheckpointError(f"{folder}: the parameters are not described as DeepSpeed does ({error})") from None
         except CheckpointError as error:
@@ -176,7 +176,8 @@ def _trained_12(groups: Sequence[Sequence[Flat]], described: dict[str, Any]) -> 
             pieces = _overlaps(partitions, begins, position, position + count)
             tensors[name] = PiecewiseTensor(TensorInfo(shape, partitions[0][1].dtype), pieces, (count,))
             position += count
-        if not 0 <= begins[-1] - position < 4 * len(groups):  # both are rounded up to a multiple of twice the ranks
+        unit = 2 * len(groups)  # the padding's unit; as in zero_to_fp32.py, both numbers are compared rounded up to it
+        if -(-position // unit) != -(-begins[-1] // unit):
             raise CheckpointError(f"its parameters take {position:,} of {begins[-1]:,} elements; expected all but the padding")
     return tensors
 
@@ -234,9 +235,10 @@ def _frozen(models: Sequence[TorchFile], described: dict[str, Any], stage: int) 
     return tensors
 
 
-def _buffers(file: TorchFile, described: dict[str, Any]) -> dict[str, PiecewiseTensor]:
-    names = described.get("buffer_names") or []
+def _rest(file: TorchFile, described: dict[str, Any], stage: int) -> dict[str, PiecewiseTensor]:
+    """Buffers; below stage 3 also everything else of the module, since stage 1 does not list frozen parameters apart."""
     module = described.get("module") or {}
+    names = list(module) if stage < 3 else described.get("buffer_names") or []
     return {name: file.whole(module[name]) for name in names if isinstance(module.get(name), StoredTensor)}
 
 
