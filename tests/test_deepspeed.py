@@ -75,6 +75,10 @@ def resave(path: Path, change: Callable[[Any], object]) -> None:
     torch.save(content, path)
 
 
+def drop_embedding(content: Any) -> None:
+    content["param_shapes"][0].pop("model.embed_tokens.weight")
+
+
 OPTIMIZER = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "mp_rank_00_model_states.pt"
 
@@ -90,7 +94,7 @@ MODEL = "mp_rank_00_model_states.pt"
         (2, lambda f: shutil.copy(f / MODEL, f / MODEL.replace("00", "01")), "is split by tensor parallelism"),
         (2, lambda f: resave(f / OPTIMIZER, lambda c: c.pop("optimizer_state_dict")), "is no ZeRO optimizer state"),
         (2, lambda f: resave(f / MODEL, lambda c: c.pop("param_shapes")), "does not list param_shapes"),
-        (2, lambda f: resave(f / MODEL, lambda c: c["param_shapes"][0].pop("model.embed_tokens.weight")), r"its parameters take [\d,]+ of [\d,]+"),
+        (2, lambda f: resave(f / MODEL, drop_embedding), r"its parameters take [\d,]+ of [\d,]+"),
         (3, lambda f: resave(f / f"zero_pp_rank_0_{MODEL}", lambda c: c["param_shapes"][0].popitem()), "elements of a rank"),
         (2, lambda f: resave(f / MODEL, lambda c: c["param_shapes"][0].update(w=torch.Size([9999]))), "its pieces hold"),
         (2, lambda f: resave(f / MODEL, lambda c: c.update(param_shapes=[3])), "has 1 groups of parameters"),
