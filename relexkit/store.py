@@ -305,8 +305,12 @@ class TrajectoryStore:
             raise StoreError(f"{self.path}: the base does not match its sha256; restore the store from a copy")
 
     def num_bytes(self) -> dict[str, int]:
-        """Bytes on disk by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...); local stores only."""
+        """Bytes by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...)."""
         sizes: dict[str, int] = {}
+        if "://" in self.path:
+            for name in self._group.keys():  # noqa: SIM118, a group is not a mapping
+                sizes[name] = sync(self._group.store.getsize_prefix((self._group.store_path / name).path))
+            return sizes
         for folder, _, names in os.walk(self.path):
             top = Path(folder).relative_to(self.path).parts[:1]
             key = top[0] if top else "."
@@ -331,7 +335,7 @@ class TrajectoryStore:
         reader = self._readers[name]
         if reader is not None:
             return reader.read(row, begin, end, out)
-        array = self._array(name)  # remote: Zarr fills in for missing chunks, so look for the shard first
+        array = self._array(name)  # other codecs: Zarr fills in for missing chunks, so look for the shard first
         shard = array.shards[-1] if array.shards else array.chunks[-1]
         for number in range(begin // shard, -(-end // shard)):
             key = self._group.store_path / name / "c" / (f"{number}" if row is None else f"{row}/{number}")
@@ -588,8 +592,6 @@ def create_store(
         StoreError: something is at ``path`` already, another process writes it, or the disk is full.
     """
     path = str(path)
-    if "://" in path:
-        raise StoreError(f"{path}: is not a local path; stores are written to local disks: copy the finished store there")
     with WriterLock(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
@@ -744,6 +746,8 @@ def _open_group(path: str) -> zarr.Group:
         raise NotAStoreError(f"{path}: no such store; expected a folder written by `relexkit import`")
     try:
         return zarr.open_group(path, mode="r")
+    except ImportError as error:
+        raise StoreError(f"{path}: cannot be opened ({error}); install the fsspec package for it, such as s3fs") from error
     except FileNotFoundError:
         raise NotAStoreError(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
     except Exception as error:
@@ -773,7 +777,10 @@ def _json_checksum(document: Any) -> int:
 
 def _clear_for_creation(path: str) -> None:
     """Remove an interrupted creation; refuse anything else that is there."""
-    if "://" in path or not os.path.lexists(path):
+    if "://" in path:
+        _clear_remote(path)
+        return
+    if not os.path.lexists(path):
         return
     folder = Path(path)
     if not folder.is_dir():
@@ -789,6 +796,25 @@ def _clear_for_creation(path: str) -> None:
             elif child.name != "zarr.json":
                 child.unlink()
         (folder / "zarr.json").unlink()
+        return
+    except NotAStoreError:
+        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+    raise StoreError(f"{path}: a store exists there; choose another -o")
+
+
+def _clear_remote(path: str) -> None:
+    """``_clear_for_creation`` of a URL. What an object store cannot do at once is done in the same order."""
+    try:
+        found = _open_group(path)
+    except NotAStoreError:
+        return
+    try:
+        _relexkit_attributes(found, path)
+    except _CreationInterrupted:
+        writable = zarr.open_group(path, mode="r+")
+        for name in list(writable.keys()):
+            sync((writable.store_path / name).delete_dir())
+        sync((writable.store_path / "zarr.json").delete())  # last: it says what this is
         return
     except NotAStoreError:
         raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
