@@ -6,13 +6,14 @@ STAMP := .venv/.installed
 # Everything that is ours and Python, also before the first commit of a file.
 SOURCES := relexkit trainer analysis tests docs
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all test-browser check bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a small model, record, analyse, extrapolate: minutes on two cores (ARGS='-o FOLDER ...')"
 	@echo "make test      the default tests (ARGS='tests/test_store.py -k crash')"
 	@echo "make test-all  every test, also the slow ones"
+	@echo "make test-browser  the report in a headless Chromium, installed by apt when missing"
 	@echo "make check     lint, format, types and the default tests: what continuous integration runs"
 	@echo "make bench     speed, memory and disk against the budgets (ARGS='--reference CLONE ...')"
 	@echo "make clean     remove the environment, caches and the demo's results"
@@ -32,6 +33,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+
+test-browser: $(STAMP)
+	command -v chromedriver >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium chromium-driver; }
+	$(BIN)/python -m pytest tests/test_report_browser.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

@@ -32,6 +32,7 @@ COMMAND_MODULES = {
         "how every method would have done in the run's own past, and how far to trust it",
     ),
     "advise": ("relexkit.commands.advise", "say what to do next with a run, and why"),
+    "report": ("analysis.report", "write one self-contained page about a run: advice, claims, figures, commands"),
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
     "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),

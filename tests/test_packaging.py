@@ -30,6 +30,7 @@ COMMANDS = (
     "round",
     "backtest",
     "advise",
+    "report",
     "train",
     "demo",
     "gram",
