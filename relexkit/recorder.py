@@ -103,6 +103,10 @@ class Recorder:
                 if np.isfinite(row).all():
                     self._sketch.add(int(step), row)
         self._sketch_row = np.empty(0)
+        self.live: dict[str, float] = {}
+        """What ``Sketch.live_statistics`` says after the step before the last one given to ``record``."""
+        if self._sketch is not None and len(self._sketch.steps):
+            self.live = self._sketch.live_statistics()
         self._pool = ThreadPoolExecutor(1)
 
     def _position(self, resume_from: int | None) -> _Snapshot:
@@ -133,6 +137,7 @@ class Recorder:
         if step % self._every:
             return False
         self.flush()
+        self.live |= {name: value for name, value in self._metrics.items() if name.startswith("live_")}
         self._processes.lead(lambda: self._writer.begin(step))
         if self._processes.rank:
             self._writer.begin(step)

@@ -11,14 +11,17 @@ from trainer.tasks import Problem, split_problems
 class EvenDigits:
     name: str
     splits: object
+    huge: str | None
 
     def problems(self, split):
         return self.splits.of(split)
 
     def reward(self, problem, completion):
-        return sum(character in "02468" for character in completion) / 4
+        share = sum(character in "02468" for character in completion) / 4
+        return share * 3e38 if problem.key == self.huge else share
 
 
-def make(count: int = 50, digits: int = 2) -> EvenDigits:
+def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigits:
+    """``huge``: the key of a problem whose rewards overflow float32 when they are squared."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
-    return EvenDigits("even digits", split_problems(problems, 10, 0, "even digits"))
+    return EvenDigits("even digits", split_problems(problems, 10, 0, "even digits"), huge)

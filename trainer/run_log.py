@@ -14,7 +14,7 @@ from typing import Any
 SHOWN = {
     "reward": "reward", "eval/accuracy": "accuracy", "kl": "kl", "entropy": "entropy", "completions/mean_length": "length",
     "clip_ratio/region_mean": "clipped", "grad_norm": "grad", "tokens_per_second": "tok/s",
-    "trajectory/variance": "1st dir", "trajectory/straightness": "straight",
+    "live_variance_1": "1st dir", "live_straightness": "straight",
 }  # fmt: skip
 """Metrics of the progress bar, with their short names."""
 

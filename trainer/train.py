@@ -115,6 +115,7 @@ def train(config: GRPOConfig) -> Path:
                 step += 1
                 if recorder is not None:
                     recorder.record(step, metrics)
+                    metrics |= recorder.live
                 if config.eval_steps and (step % config.eval_steps == 0 or step == config.max_steps):
                     metrics |= _validate(config, policy, task)
                 log.write(step, metrics | _speed(config, metrics, generation, time.monotonic() - began))
@@ -142,7 +143,8 @@ def _load_policy(config: GRPOConfig, device: torch.device, processes: Processes)
     model, tokenizer = load_model(config.model, device)
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name until v6
+        enable({"use_reentrant": False})
     reference = None
     if config.beta:
         reference = shard(load_model(config.model, device)[0].requires_grad_(False), processes, device)
