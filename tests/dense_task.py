@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.tasks import Problem, split_problems
+from trainer.tasks import Problem, split_fixed
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,4 @@ class EvenDigits:
 def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigits:
     """``huge``: the key of a problem whose rewards overflow float32 when they are squared."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
-    return EvenDigits("even digits", split_problems(problems, 10, 0, "even digits"), huge)
+    return EvenDigits("even digits", split_fixed(problems, 10, 0, "even digits"), huge)

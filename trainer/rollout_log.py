@@ -66,8 +66,14 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], *, process:
     path = folder / f"step-{step:08d}-process-{process}.parquet"
     temporary = folder / f".{path.name}.partial"
     table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=_schema())
-    parquet.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            parquet.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

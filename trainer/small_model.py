@@ -9,22 +9,12 @@ demo`` starts. Nothing of the task's validation problems is seen.
 
 from __future__ import annotations
 
-import argparse
-import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from relexkit.console import progress_bar, say
-from relexkit.store import ProgressCallback
-from trainer.policy import make_batch, token_logprobs
-from trainer.rollout import Completion
-from trainer.tasks import Problem, Task, load_task
 from trainer.tasks.arithmetic import CHARACTERS
 
 FOLDER = Path(__file__).parent / "data" / "sorting"

@@ -6,12 +6,12 @@ give ``FILE.py:FUNCTION`` as the name of the task, where the function takes the 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
-import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -82,8 +82,11 @@ def load_task(settings: str | Mapping[str, Any]) -> Task:
         known = ", ".join(inspect.signature(make).parameters)
         raise RelexkitError(f"task {name!r}: {error}; its options are {known}") from None
     task: Task = make(**options)
+    lacking = [part for part in ("name", "problems", "reward") if not hasattr(task, part)]
+    if lacking:
+        raise RelexkitError(f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a task")
     for split in ("train", "validation"):
-        if not task.problems(split):
+        if not len(task.problems(split)):
             raise RelexkitError(f"task {task.name!r}: has no {split} problems; expected at least one")
     return task
 
@@ -104,9 +107,10 @@ def load_function(place: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise RelexkitError(f"{path}: fails when it is loaded ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise RelexkitError(f"{path}: has no function {name!r}")
-    return getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RelexkitError(f"{path}: has no function {name!r}; expected one of that name")
+    return function
 
 
 def prompt_text(problem: Problem, tokenizer: Any) -> str:
@@ -156,17 +160,59 @@ class Splits:
         return self.train if split == "train" else self.validation
 
 
-def split_problems(problems: Sequence[Problem], num_validation: int, seed: int, name: str) -> Splits:
-    """Each distinct prompt once, shuffled by ``seed``; the first ``num_validation`` for validation, the rest for training.
+RESERVED = 8
+"""One in so many problems that a generator can draw is kept for validation."""
+
+
+def split_drawn(drawn: Iterable[Problem], num_train: int, num_validation: int, seed: int, name: str) -> Splits:
+    """Draw distinct problems until both splits are full; a problem's split depends on its prompt and ``seed`` alone.
+
+    So a run on few problems and an evaluation on many never share one. What is drawn beyond is left.
+
+    Raises:
+        RelexkitError: ``drawn`` ended before.
+    """
+    splits, wanted, seen = Splits([], []), {"train": num_train, "validation": num_validation}, set()
+    for problem in drawn:
+        if (mark := _mark(problem, seed)) in seen:
+            continue
+        seen.add(mark)
+        split: Split = "train" if mark % RESERVED else "validation"
+        if len(splits.of(split)) < wanted[split]:
+            splits.of(split).append(problem)
+        if len(splits.train) == num_train and len(splits.validation) == num_validation:
+            return splits
+    raise RelexkitError(
+        f"task {name!r}: found {len(splits.train)} different problems for training and {len(splits.validation)} for "
+        f"validation; expected {num_train} and {num_validation}: ask for fewer, or make the task harder"
+    )
+
+
+def split_fixed(problems: Sequence[Problem], num_validation: int, seed: int, name: str) -> Splits:
+    """Each distinct prompt once, in an order that ``seed`` gives: the first ``num_validation`` for validation, the rest to train.
 
     Raises:
         RelexkitError: nothing is left for training.
     """
-    distinct = list({str(problem.prompt): problem for problem in reversed(problems)}.values())[::-1]
-    random.Random(f"split {seed}").shuffle(distinct)
+    ordered = sorted({_mark(problem, seed): problem for problem in reversed(problems)}.items())
+    distinct = [problem for _, problem in ordered]
     if len(distinct) <= num_validation:
         raise RelexkitError(
             f"task {name!r}: has {len(distinct)} different problems, {num_validation} of them for validation; expected some "
             "for training: take fewer for validation, or more problems"
         )
     return Splits(distinct[num_validation:], distinct[:num_validation])
+
+
+def without(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
+    """The distinct problems whose prompt is none of the ``others``'."""
+    taken = {_mark(problem, 0) for problem in others}
+    distinct = {_mark(problem, 0): problem for problem in reversed(problems)}
+    return [problem for mark, problem in reversed(distinct.items()) if mark not in taken]
+
+
+def _mark(problem: Problem, seed: int) -> int:
+    """64 bits of a hash of the seed and of the prompt's words: equal for equal prompts, blanks and line ends aside."""
+    messages = [problem.prompt] if isinstance(problem.prompt, str) else [message["content"] for message in problem.prompt]
+    words = " ".join(" ".join(messages).split())
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{words}".encode(), digest_size=8).digest(), "big")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from relexkit import RelexkitError
-from trainer.tasks import Problem, Split, Splits, split_problems
+from trainer.tasks import Problem, Split, Splits, split_drawn
 
 Draw = Callable[[random.Random, int], tuple[str, str]]
 
@@ -70,13 +70,14 @@ def make(
     """
     if family not in FAMILIES:
         raise RelexkitError(f"task 'arithmetic': family {family!r} is unknown; expected {', '.join(FAMILIES)}")
-    rng = random.Random(f"{family} {digits} {seed}")
-    drawn: dict[str, str] = {}
-    for _ in range(20 * (num_train + num_validation)):
-        prompt, answer = FAMILIES[family](rng, digits)
-        drawn.setdefault(prompt, answer)
-        if len(drawn) == num_train + num_validation:
-            break
+    if digits < 1:
+        raise RelexkitError(f"task 'arithmetic': digits {digits} is too small; expected 1 or more")
     name = f"{family} of {digits} digits"
-    problems = [Problem(key=prompt, prompt=prompt, answer=answer) for prompt, answer in drawn.items()]
-    return Arithmetic(name, split_problems(problems, num_validation, seed, name))
+    rng = random.Random(f"{family} {digits} {seed}")
+
+    def draw() -> Iterator[Problem]:
+        for _ in range(100 * (num_train + num_validation)):
+            prompt, answer = FAMILIES[family](rng, digits)
+            yield Problem(key=prompt, prompt=prompt, answer=answer)
+
+    return Arithmetic(name, split_drawn(draw(), num_train, num_validation, seed, name))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from relexkit import RelexkitError
-from trainer.tasks import Problem, Split, Splits, split_problems
+from trainer.tasks import Problem, Split, Splits, split_drawn
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -27,8 +29,7 @@ class Gym:
 
     def reward(self, problem: Problem, completion: str) -> float:
         """The scorer's mark, 0 to 1, for the answer that the completion gives."""
-        entry = {"question": problem.prompt, "answer": problem.answer, "metadata": problem.metadata}
-        return float(self.dataset.score_answer(answer=extracted(completion, self.extract), entry=entry))
+        return float(self.dataset.score_answer(answer=extracted(completion, self.extract), entry=dict(problem.metadata)))
 
 
 def make(
@@ -55,19 +56,23 @@ def make(
 
     if extract not in ("whole", "tag", "number"):
         raise RelexkitError(f"task 'reasoning_gym': extract {extract!r} is unknown; expected whole, tag or number")
+    most = 20 * (num_train + num_validation)
     try:
-        size = num_train + num_validation
-        data = reasoning_gym.create_dataset(dataset, size=size, seed=seed, **(options or {}))
+        data = reasoning_gym.create_dataset(dataset, size=most, seed=seed, **(options or {}))
     except (ValueError, TypeError, AssertionError) as error:
-        raise RelexkitError(f"task 'reasoning_gym': data set {dataset!r} cannot be made ({error})") from None
-    problems = [
-        Problem(
-            key=f"{dataset}/{seed}/{index}", prompt=f"{entry['question']} {instruction}".strip(), answer=str(entry["answer"]),
-            metadata=entry["metadata"],
-        )
-        for index, entry in enumerate(data)
-    ]  # fmt: skip
-    return Gym(dataset, data, split_problems(problems, num_validation, seed, dataset), extract)
+        near = difflib.get_close_matches(dataset, reasoning_gym.factory.DATASETS, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near and dataset not in near else ""
+        raise RelexkitError(f"task 'reasoning_gym': data set {dataset!r} cannot be made ({error}){hint}") from None
+
+    def draw() -> Iterator[Problem]:
+        for index in range(most):
+            entry = data[index]
+            yield Problem(
+                key=f"{dataset}/{seed}/{index}", prompt=f"{entry['question']} {instruction}".strip(),
+                answer=str(entry["answer"]), metadata=entry,
+            )  # fmt: skip
+
+    return Gym(dataset, data, split_drawn(draw(), num_train, num_validation, seed, dataset), extract)
 
 
 def extracted(completion: str, how: str) -> str | None:
