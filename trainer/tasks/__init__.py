@@ -189,7 +189,7 @@ def split_drawn(drawn: Iterable[Problem], num_train: int, num_validation: int, s
 
 
 def split_fixed(problems: Sequence[Problem], num_validation: int, seed: int, name: str) -> Splits:
-    """Each distinct prompt once, in an order that ``seed`` gives: the first ``num_validation`` for validation, the rest to train.
+    """Each distinct prompt once, ordered by ``seed``: the first ``num_validation`` for validation, the rest for training.
 
     Raises:
         RelexkitError: nothing is left for training.
