@@ -31,10 +31,10 @@ from trainer.evaluate import evaluate
 from trainer.intervals import mean_interval
 from trainer.run_log import read_log
 from trainer.setup import load_model
+from trainer.small_model import FOLDER
 from trainer.tasks import load_task
 from trainer.train import train
 
-FOLDER = Path(__file__).resolve().parents[2] / "trainer" / "data" / "sorting"
 PRECISIONS = ("float32", "nearest", "stochastic")
 METHODS = ("relex", "model", "least-squares")
 TASK = {"name": "arithmetic", "family": "sorting"}
@@ -196,9 +196,10 @@ def tables(results: list[dict]) -> str:
                 cells.append(" / ".join(over_seeds([c[kind] for c in chosen], 2) for kind in ("greedy", "sampled")))
             lines.append(f"| {method}, {until} → {target} | {' | '.join(cells)} |")
         lines.append("")
-    half = np.diff(mean_interval(np.repeat([0.0, 1.0], PROBLEMS // 2)))[0] / 2
+    low, high = mean_interval(np.repeat([0.0, 1.0], PROBLEMS // 2))
     lines.append(
-        f"Mean (least to most) over seeds; an accuracy near one half on {PROBLEMS} problems has a 95 % interval of ± {half:.2f}."
+        f"Mean (least to most) over seeds; an accuracy near one half on {PROBLEMS} problems has a 95 % interval of "
+        f"± {(high - low) / 2:.2f}."
     )
     return "\n".join(lines) + "\n"
 
