@@ -147,7 +147,7 @@ def test_an_unknown_or_absent_format_is_refused(tmp_path: Path) -> None:
         (["mp_rank_00/model_optim_rng.pt"], r"export_ckpt('{0}', "),
         (["policy/weights/iter_0000000/common.pt", "policy/weights/iter_0000000/metadata.json"],
          "convert_megatron_to_hf.py --config {0}/config.yaml --megatron-ckpt-path {0}/policy/weights/iter_0000000"),
-        (["pytorch_model_fsdp_rank0.bin"], "LOCAL_STATE_DICT, flat pieces without names"),
+        (["pytorch_model_fsdp_rank0.bin"], "a file for each rank that does not describe the whole (LOCAL_STATE_DICT"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_reach_is_refused_with_the_command_that_converts_it(

@@ -23,6 +23,7 @@ from relexkit.safetensors_io import TensorInfo
 
 _INSIDE = (".", "trainer", "policy/weights", "policy/weights/model", "pytorch_model_fsdp_0", "weights")
 _CONFIGURATION = (".", "..", "../tokenizer", "../../tokenizer")
+_MAX_DEPTH = 16  # of dictionaries in dictionaries
 _METADATA = "torch.distributed.checkpoint.metadata."
 _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata."
 
@@ -90,7 +91,9 @@ class DcpCheckpoint(PiecewiseTensors):
         storage = _storage_by_chunk(folder, metadata.get("storage_data"))
         tensors = {}
         wanted = _model_tensors(folder, metadata.get("state_dict_metadata"))
-        for key, name in model_names(wanted).items():
+        inner = _inner_names(wanted, metadata.get("planner_data"))
+        names = model_names(inner.values())
+        for key, name in ((key, names[inner[key]]) for key in wanted):
             try:
                 tensors[name] = _assemble(folder, key, wanted[key], storage, files)
             except CheckpointError as error:
@@ -139,6 +142,21 @@ def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
     if not found:
         raise CheckpointError(f"{folder}: holds no tensors of a model; expected weights, not only an optimizer's state")
     return found
+
+
+def _inner_names(keys: Iterable[str], paths: Any) -> dict[str, str]:
+    """Key -> its name inside the dictionaries that were saved, where all lie in the same one (``{"model": {...}}``)."""
+    as_they_are = {key: key for key in keys}
+    if not isinstance(paths, dict):
+        return as_they_are
+    inner, outer = {}, set()
+    for key in as_they_are:
+        path = paths.get(key)
+        if not isinstance(path, tuple) or not 0 < len(path) < _MAX_DEPTH or not all(isinstance(p, str) for p in path):
+            return as_they_are
+        inner[key] = path[-1]
+        outer.add(path[:-1])
+    return inner if len(outer) == 1 and len(set(inner.values())) == len(inner) else as_they_are
 
 
 def _is_below(key: str, roots: Iterable[str]) -> bool:

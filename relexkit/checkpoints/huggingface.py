@@ -22,7 +22,8 @@ _INSIDE = ("actor/huggingface", "huggingface", ".")
 
 _SAFE_INDEX, _SAFE = "model.safetensors.index.json", "model.safetensors"
 _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_WEIGHTS = (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX)  # the order in which transformers looks
+_FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's FULL_STATE_DICT
+_WEIGHTS = (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX, _FSDP_BIN)  # the order in which transformers looks, then accelerate's
 
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
@@ -92,7 +93,7 @@ def find(folder: Path) -> Path | None:
 
 def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
     """Weight files with the tensors that the index takes from each (None: all)."""
-    if kind in (_SAFE, _BIN):
+    if kind in (_SAFE, _BIN, _FSDP_BIN):
         return {folder / kind: None}
     path = folder / kind
     try:

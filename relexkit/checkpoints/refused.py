@@ -46,8 +46,8 @@ def _accelerate_local(folder: Path) -> str | None:
     if not any(folder.glob("pytorch_model_fsdp*_rank*.bin")):
         return None
     return (
-        f"{folder}: is FSDP's LOCAL_STATE_DICT, flat pieces without names; only the run itself can load it: "
-        "resume and save with fsdp_state_dict_type SHARDED_STATE_DICT"
+        f"{folder}: is a file for each rank that does not describe the whole (LOCAL_STATE_DICT, or use_dcp=False); only the "
+        "run itself can load it: resume and save with fsdp_state_dict_type SHARDED_STATE_DICT"
     )
 
 
