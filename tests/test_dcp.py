@@ -60,6 +60,14 @@ def test_every_trainers_place_and_prefix(tmp_path: Path, inside: str, prefix: st
     assert_reads(open_checkpoint(tmp_path), weights())
 
 
+def test_metrics_and_configuration_of_trainer_come_from_the_folder_above(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "pytorch_model_fsdp_0", weights(), 1, prefix="model.")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3, "log_history": [{"step": 3, "reward": 0.5}]}')
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.metrics(), checkpoint.files()) == ({"reward": 0.5}, {"config.json": b"{}"})
+
+
 @pytest.mark.parametrize(
     ("keys", "names"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.huggingface import model_files
+from relexkit.checkpoints.huggingface import model_files, trainer_metrics
 from relexkit.checkpoints.key_names import model_names
 from relexkit.checkpoints.regions import Block, Chunk, PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
 from relexkit.checkpoints.safe_pickle import MAX_BYTES, Global, Record, load_data
@@ -110,8 +110,8 @@ class DcpCheckpoint(PiecewiseTensors):
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Nothing: these trainers keep metrics elsewhere."""
-        return {}
+        """What Trainer logged, if it wrote the folder; the other trainers keep metrics elsewhere."""
+        return trainer_metrics(self.folder.parent)
 
     def close(self) -> None:
         """Nothing is held open."""

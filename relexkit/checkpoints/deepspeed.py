@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from relexkit.checkpoints.huggingface import model_files
+from relexkit.checkpoints.huggingface import model_files, trainer_metrics
 from relexkit.checkpoints.key_names import model_names
 from relexkit.checkpoints.regions import Block, Chunk, PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
 from relexkit.checkpoints.safe_pickle import Record
@@ -87,8 +87,8 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
         return {**model_files(self.folder.parent), **model_files(self.folder)}
 
     def metrics(self) -> dict[str, float]:
-        """Nothing: DeepSpeed keeps none."""
-        return {}
+        """What Trainer logged, if it wrote the folder; DeepSpeed keeps none."""
+        return trainer_metrics(self.folder.parent)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -42,6 +42,21 @@ def model_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def trainer_metrics(folder: Path) -> dict[str, float]:
+    """The last entries of ``trainer_state.json`` for its own step, as Trainer and TRL write it; nothing if there is none."""
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text())
+        entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
+        merged = {key: value for entry in entries for key, value in entry.items() if key not in ("step", "epoch")}
+        numbers = {key: float(value) for key, value in merged.items() if isinstance(value, int | float)}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
 class HuggingFaceCheckpoint:
     """One folder with weights. Opening reads headers only; see ``relexkit.checkpoints.Checkpoint``."""
 
@@ -69,18 +84,8 @@ class HuggingFaceCheckpoint:
         return model_files(self.folder)
 
     def metrics(self) -> dict[str, float]:
-        """The last entry of ``trainer_state.json`` for its own step (Trainer and TRL write one beside the weights)."""
-        path = self.folder / "trainer_state.json"
-        if not path.is_file():
-            return {}
-        try:
-            state = json.loads(path.read_text())
-            entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
-            merged = {key: value for entry in entries for key, value in entry.items() if key not in ("step", "epoch")}
-            numbers = {key: float(value) for key, value in merged.items() if isinstance(value, int | float)}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            return {}
-        return {key: value for key, value in numbers.items() if math.isfinite(value)}
+        """See ``trainer_metrics``."""
+        return trainer_metrics(self.folder)
 
 
 def find(folder: Path) -> Path | None:
