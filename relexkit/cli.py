@@ -34,6 +34,7 @@ COMMAND_MODULES = {
     "advise": ("relexkit.commands.advise", "say what to do next with a run, and why"),
     "report": ("analysis.report", "write one self-contained page about a run: advice, claims, figures, commands"),
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
+    "evaluate": ("trainer.evaluate_command", "accuracy of models on a task, with intervals: folders, or steps of a store"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
     "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),
 }

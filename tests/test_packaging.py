@@ -32,6 +32,7 @@ COMMANDS = (
     "advise",
     "report",
     "train",
+    "evaluate",
     "demo",
     "gram",
 )

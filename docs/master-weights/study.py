@@ -18,7 +18,6 @@ import torch
 
 from relexkit import (
     TrajectoryStore,
-    apply,
     checkout,
     gram,
     import_checkpoints,
@@ -30,8 +29,8 @@ from trainer.config import GRPOConfig
 from trainer.evaluate import evaluate
 from trainer.intervals import mean_interval
 from trainer.run_log import read_log
-from trainer.setup import load_model
 from trainer.small_model import FOLDER
+from trainer.stored_model import StoredModel, recorded_weights
 from trainer.tasks import load_task
 from trainer.train import train
 
@@ -87,46 +86,31 @@ def cosines(folder: Path, steps: list[int]) -> dict[str, float]:
     return {str(s): float(torch.cosine_similarity(delta("float32", s), delta("bfloat16", s), dim=0)) for s in steps}
 
 
-class Judge:
-    """One loaded model into which weights are put and evaluated."""
-
-    def __init__(self, folder: Path):
-        self.model, self.tokenizer = load_model(str(folder / "base"), torch.device("cpu"))
-        self.rounded = load_model(str(folder / "base"), torch.device("cpu"))[0].bfloat16()
-        self.task = load_task(TASK)
-
-    def accuracy(self, store: TrajectoryStore, weights: np.ndarray, precision: str) -> dict:
-        """Greedy and sampled accuracy of ``theta_0 + M^T a`` in one of ``PRECISIONS``."""
-        if precision == "float32":
-            apply(store, self.model, weights)
-        else:  # computed in float32 all the same
-            apply(store, self.rounded, weights, rounding=precision, seed=1)
-            with torch.no_grad():
-                for mine, other in zip(self.model.parameters(), self.rounded.parameters(), strict=True):
-                    mine.copy_(other)
-        found = evaluate(
-            self.model, self.tokenizer, self.task, num_problems=PROBLEMS, samples=1, max_completion_length=LENGTH,
-            batch_size=256,
-        )  # fmt: skip
-        return {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
+def accuracy(models: dict[str, StoredModel], weights: np.ndarray, precision: str) -> dict:
+    """Greedy and sampled accuracy of ``theta_0 + M^T a`` in one of ``PRECISIONS``."""
+    model = models[precision]
+    model.put(weights)
+    found = evaluate(
+        model.model, model.tokenizer, load_task(TASK), num_problems=PROBLEMS, samples=1, max_completion_length=LENGTH,
+        batch_size=256,
+    )  # fmt: skip
+    return {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
 
 
-def recorded(store: TrajectoryStore, step: int) -> np.ndarray:
-    """Weights ``a`` of a recorded step, 0 for the base."""
-    weights = np.zeros((len(store.layout.moving_tensors), len(store.steps)))
-    if step:
-        weights[:, store.row_of(step)] = 1.0
-    return weights
+def loaded(store: TrajectoryStore) -> dict[str, StoredModel]:
+    """The store's model once for each of ``PRECISIONS``."""
+    rounded = {rounding: StoredModel(store, dtype="bfloat16", rounding=rounding, seed=1) for rounding in PRECISIONS[1:]}
+    return {"float32": StoredModel(store), **rounded}
 
 
 def study(folder: Path, model: Path, seed: int, rate: float, steps: int) -> dict:
     """Everything about one run."""
     make_run(folder, model, seed, rate, steps)
     stores = {"float32": TrajectoryStore(folder / "run" / "run.zarr"), "bfloat16": TrajectoryStore(folder / "bfloat16.zarr")}
-    judge = Judge(folder)
+    models = {source: loaded(store) for source, store in stores.items()}
     shown = sorted({0, *(round(steps * k / 6) for k in range(1, 7))})
-    accuracy = {
-        str(step): {p: judge.accuracy(stores["float32"], recorded(stores["float32"], step), p) for p in PRECISIONS}
+    trained = {
+        str(step): {p: accuracy(models["float32"], recorded_weights(stores["float32"], step), p) for p in PRECISIONS}
         for step in shown
     }
     predictions = []
@@ -137,13 +121,13 @@ def study(folder: Path, model: Path, seed: int, rate: float, steps: int) -> dict
                 for method in METHODS:
                     scope = "global" if method == "model" else "tensor"
                     weights = predict_weights(matrices.until(until), [target], method=method, scope=scope)[0]
-                    found = {p: judge.accuracy(store, weights, p) for p in ("float32", "stochastic")}
+                    found = {p: accuracy(models[source], weights, p) for p in ("float32", "stochastic")}
                     predictions.append({"source": source, "until": until, "target": target, "method": method, **found})
     log = read_log(folder / "run")
     return {
         "seed": seed, "learning_rate": rate, "steps": steps,
         "geometry": {source: geometry(store) for source, store in stores.items()},
-        "cosine": cosines(folder, [shown[1], shown[3], shown[-1]]), "accuracy": accuracy, "predictions": predictions,
+        "cosine": cosines(folder, [shown[1], shown[3], shown[-1]]), "accuracy": trained, "predictions": predictions,
         "reward": [entry["reward"] for entry in log],
         "informative": float(np.mean([1 - entry["frac_reward_zero_std"] for entry in log])),
     }  # fmt: skip
