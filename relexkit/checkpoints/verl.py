@@ -33,7 +33,8 @@ def _refuse_sharded_tensor(*arguments: Any) -> NoReturn:
     )
 
 
-_NAMES = {**DTENSOR_NAMES, "torch.distributed._shard.sharded_tensor.api.ShardedTensor": _refuse_sharded_tensor}
+_SHARDED_TENSOR = ("api.ShardedTensor", "shard.Shard")
+_NAMES = DTENSOR_NAMES | {f"torch.distributed._shard.sharded_tensor.{n}": _refuse_sharded_tensor for n in _SHARDED_TENSOR}
 
 
 def find(folder: Path) -> Path | None:
