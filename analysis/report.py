@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import io
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from analysis import backtest_figures, figures, run_figures, style
 from analysis.claims import Claim, measure_claims
 from analysis.page import CAPTIONS, CSS
+from analysis.sweep_figures import sweep_figure
 from relexkit.advice import Advice, advise
 from relexkit.backtest import CHEAP, backtest
 from relexkit.console import progress_bar, say
@@ -40,13 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="RUN.zarr")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
+    parser.add_argument("--sweep", type=Path, metavar="FILE.json", help="what relexkit sweep --json printed: adds its results")
     parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER.zarr", help="other runs for the comparison figure")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page and say where it is."""
     with progress_bar() as progress:
-        path = write_report(arguments.store, arguments.out, until=arguments.until, compare=arguments.compare, progress=progress)
+        path = write_report(
+            arguments.store, arguments.out, until=arguments.until, compare=arguments.compare, sweep=arguments.sweep,
+            progress=progress,
+        )  # fmt: skip
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -56,6 +62,7 @@ def write_report(
     *,
     until: int | None = None,
     compare: list[str] | None = None,
+    sweep: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write the page of a run to ``out``, replacing it; returns its path.
@@ -72,13 +79,26 @@ def write_report(
     matrices = gram(opened, progress=progress).until(until)
     metrics = {name: values[: len(matrices.steps)] for name, values in opened.metrics().items()}
     others = {Path(path).name: gram(TrajectoryStore(path), progress=progress) for path in compare or []}
-    text = build_page(Path(store).name, matrices, metrics, facts=_facts(opened, matrices, metrics), others=others)
+    facts, found = _facts(opened, matrices, metrics), _read_sweep(sweep)
+    text = build_page(Path(store).name, matrices, metrics, facts=facts, others=others, sweep=found)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def _read_sweep(path: str | Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"candidates", "baseline", "recommendation"} <= found.keys():
+        raise RelexkitError(f"{path}: is not what relexkit sweep --json prints; run the sweep with --json again")
+    return found
 
 
 def build_page(
@@ -88,6 +108,7 @@ def build_page(
     *,
     facts: list[tuple[str, str]],
     others: dict[str, Gram] | None = None,
+    sweep: dict[str, Any] | None = None,
 ) -> str:
     """The page as text, from Gram matrices and metrics alone; ``facts`` are names and values for its head."""
     rates = learning_rates(gram.steps, metrics)
@@ -97,6 +118,9 @@ def build_page(
     claims = measure_claims(gram, whole, result, advice, metrics) if result is not None else []
     with style.styled(), matplotlib.rc_context({"svg.fonttype": "path"}), single_threaded_blas():
         shown = _figures(name, gram, metrics, whole, result, rates, others or {})
+        if sweep is not None:
+            command = f"relexkit sweep {name} --task {sweep['task']} --json"
+            shown.insert(0, _Shown("sweep", "On the task", f"{sweep['recommendation']}", sweep_figure(sweep), command))
         pictures = "\n".join(_picture(figure) for figure in shown)
     sections = [
         f"<h1>{html.escape(name)}</h1>",

@@ -25,3 +25,9 @@ def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigit
     """``huge``: the key of a problem whose rewards overflow float32 when they are squared."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
     return EvenDigits("even digits", split_fixed(problems, 10, 0, "even digits"), huge)
+
+
+def make_for_sweep() -> EvenDigits:
+    """More problems for validation."""
+    problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(60)]
+    return EvenDigits("even digits", split_fixed(problems, 24, 0, "even digits"), None)

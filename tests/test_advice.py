@@ -39,7 +39,7 @@ def test_advice_brings_its_numbers_and_what_would_change_it() -> None:
     gram = recorded(simulate(Run(drift=0.5), 48, 0), np.arange(1, 49))
     advice = advise(gram)
     assert advice.verdict == "extrapolate"
-    assert advice.headline == f"Extrapolate to about step {advice.target} with --method {advice.method}."
+    assert advice.headline.startswith(f"The weights extrapolate to about step {advice.target} with --method {advice.method};")
     assert advice.target == 96, "no farther than the record reaches"
     assert "of this run's own past" in advice.reasons[0]
     assert any(r.startswith("Drift to noise") for r in advice.reasons)
