@@ -1,6 +1,6 @@
 """Make ``zero/``: checkpoints of a module of 80 parameters that DeepSpeed itself wrote, and what its own tool reads from them.
 
-    pip install deepspeed==0.19.8 && python tests/data/make_zero.py
+    pip install 'relexkit[interop]' && python tests/data/make_zero.py
 
 Two gloo processes on CPU, bfloat16 with float32 masters, two parameter groups, a tied head, frozen parameters, a buffer.
 The committed files are from DeepSpeed 0.19.8 and PyTorch 2.13.0. ``reference.safetensors`` is the answer of
