@@ -10,7 +10,7 @@ SOURCES := relexkit trainer analysis tests docs
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train a small model, record, analyse, extrapolate: minutes on two cores (ARGS='-o FOLDER ...')"
+	@echo "make demo      train a small model by GRPO, record, analyse, extrapolate, evaluate: minutes on two cores (ARGS='-o FOLDER ...')"
 	@echo "make test      the default tests (ARGS='tests/test_store.py -k crash')"
 	@echo "make test-all  every test, also the slow ones"
 	@echo "make test-browser  the report in a headless Chromium, installed by apt when missing"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import LLAMA_SHAPES, Weights
 from sharded import Malicious, assert_reads, rank_of, sharded_state, write_verl
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -117,6 +118,19 @@ def test_a_replicated_tensor_is_read_from_the_first_rank(tmp_path: Path) -> None
             state["r"] = DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()])
             torch.save(state, tmp_path / f"model_world_size_2_rank_{rank}.pt")
     assert_reads(open_checkpoint(tmp_path), {"a": torch.arange(6.0), "r": torch.ones(2, 2)})
+
+
+class OldShard:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardedTensor, ()
+
+
+def test_the_tensors_of_fsdp_1_without_a_mesh_are_refused_with_advice(tmp_path: Path) -> None:
+    torch.save({"w": OldShard()}, tmp_path / "model_world_size_1_rank_0.pt")
+    with pytest.raises(
+        CheckpointError, match=r"rank_0\.pt: holds a ShardedTensor, .* merge it with python -m verl\.model_merger"
+    ):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

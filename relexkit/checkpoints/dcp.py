@@ -8,6 +8,7 @@ a ``.distcp`` file. Both are read as data. PyTorch's own reader unpickles ``.met
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from relexkit.checkpoints.regions import Block, Chunk, PiecewiseTensor, Piecewis
 from relexkit.checkpoints.safe_pickle import MAX_BYTES, Global, Record, load_data
 from relexkit.checkpoints.torch_files import StoredTensor, TorchFile, dtype_name, empty_dictionary, shape_of
 from relexkit.errors import CheckpointError
-from relexkit.safetensors_io import TensorInfo
+from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
 
 _INSIDE = (".", "trainer", "policy/weights", "policy/weights/model", "pytorch_model_fsdp_0", "weights")
 _CONFIGURATION = (".", "..", "../tokenizer", "../../tokenizer")
@@ -212,6 +213,8 @@ def _chunk(
         raise CheckpointError(f"lies in {name!r}; expected a plain file name in the same folder")
     if name not in files:
         files[name] = ReadOnlyFile(folder / name)
+    if prod(sizes) * ITEM_BYTES.get(dtype, 1) > length:
+        raise CheckpointError(f"the chunk of shape {list(sizes)} is said to have {length} bytes; .metadata is damaged")
     if begin + length > files[name].size:
         raise CheckpointError(
             f"lies at bytes {begin} to {begin + length} of {name}, which has {files[name].size}: it is truncated; "

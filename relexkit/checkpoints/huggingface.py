@@ -25,6 +25,7 @@ _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's FULL_STATE_DICT
 _WEIGHTS = (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX, _FSDP_BIN)  # the order in which transformers looks, then accelerate's
 
+_MAX_INDEX_BYTES = 100_000_000
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
     r"|video_preprocessor_config|processor_config|tekken|chat_template)\.(json|jinja|txt|model)|merges\.txt|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
@@ -102,13 +103,15 @@ def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
         return {folder / kind: None}
     path = folder / kind
     try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {_MAX_INDEX_BYTES:,} bytes")
         weight_map = json.loads(path.read_text())["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             by_file.setdefault(str(file), []).append(str(tensor))
         if not by_file:
             raise ValueError("it names no tensor")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a valid index ({error}); write or download it again") from None
     for file in by_file:
         if Path(file).name != file:

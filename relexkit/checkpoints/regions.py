@@ -165,6 +165,8 @@ class PiecewiseTensor:
     """
 
     def __init__(self, info: TensorInfo, chunks: Sequence[Chunk], grid: tuple[int, ...] | None = None):
+        if info.dtype not in ITEM_BYTES:
+            raise CheckpointError(f"has dtype {info.dtype}, which is not supported; leave it out of the checkpoint")
         grid = info.shape if grid is None else grid
         self.info = info
         kept = [chunk for chunk in chunks if prod(chunk.block.shape)]

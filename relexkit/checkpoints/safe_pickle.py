@@ -16,7 +16,7 @@ from relexkit.errors import CheckpointError
 
 MAX_BYTES = 2**28
 """Largest pickle that is read; the description of a model takes a few hundred bytes a tensor and rank."""
-MAX_OPCODES = 2**26
+MAX_OPCODES = 2**25  # a million chunks in the description of a distributed checkpoint
 MAX_INTEGER_BYTES = 17  # of a 128-bit state of a random generator
 _MAX_ARGUMENTS = 64
 

@@ -178,6 +178,12 @@ class _Window(io.RawIOBase):
             raise OSError(22, "negative position")
         return self._at
 
+    def read(self, size: int = -1) -> bytes:
+        count = max(0, self._length - self._at) if size < 0 else size
+        if count > _MAX_DIRECTORY_BYTES:
+            raise CheckpointError(f"{self._file.path}: cannot be read: its directory is absurdly large; write or copy it again")
+        return super().read(count) or b""
+
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
         self._file.read_into(self._begin + self._at, view)
@@ -240,10 +246,8 @@ class TorchFile:
             )
         if tail[:4] != b"PK\x05\x06":
             raise CheckpointError(f"{path}: cannot be read: it is truncated ({self._length} bytes); write or copy it again")
-        if struct.unpack("<L", tail[12:16])[0] > _MAX_DIRECTORY_BYTES and tail[12:16] != b"\xff" * 4:
-            raise CheckpointError(f"{path}: cannot be read: its directory is absurdly large; write or copy it again")
         try:
-            with zipfile.ZipFile(io.BufferedReader(_Window(self._file, self._begin, self._length))) as archive:
+            with zipfile.ZipFile(_Window(self._file, self._begin, self._length)) as archive:
                 infos = archive.infolist()
         except CheckpointError:
             raise

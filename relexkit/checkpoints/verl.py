@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any, NoReturn
 
 from relexkit.checkpoints.huggingface import model_files
 from relexkit.checkpoints.regions import Chunk, PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
@@ -23,6 +24,17 @@ from relexkit.safetensors_io import TensorInfo
 _SHARD = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 _INSIDE = ("actor", ".")
 _FIRST_MESH_DIMENSIONS = 2
+
+
+def _refuse_sharded_tensor(*arguments: Any) -> NoReturn:
+    raise CheckpointError(
+        "holds a ShardedTensor, which FSDP 1 makes without a device mesh; merge it with python -m verl.model_merger merge "
+        "--backend fsdp, or load and save it with a newer version"
+    )
+
+
+_SHARDED_TENSOR = ("api.ShardedTensor", "shard.Shard")
+_NAMES = DTENSOR_NAMES | {f"torch.distributed._shard.sharded_tensor.{n}": _refuse_sharded_tensor for n in _SHARDED_TENSOR}
 
 
 def find(folder: Path) -> Path | None:
@@ -86,7 +98,7 @@ def _configured_world_size(folder: Path) -> int:
 
 
 def _read_rank(path: Path) -> tuple[TorchFile, dict[str, StoredTensor | ShardedTensor]]:
-    file = TorchFile(ReadOnlyFile(path), extra=DTENSOR_NAMES)
+    file = TorchFile(ReadOnlyFile(path), extra=_NAMES)
     try:
         return file, dict(tensors_in(file.content))
     except CheckpointError as error:
