@@ -58,6 +58,18 @@ def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_pat
     assert result.num_answers == result.full_answers == 16 * 9
 
 
+def test_rounded_weights_score_as_a_written_checkpoint(store: TrajectoryStore, tmp_path: Path) -> None:
+    task = load_task(TASK)
+    candidates = grid([8], methods=["two-point"])
+    result = sweep(
+        store, task, candidates, max_completion_length=4, num_problems=16, device="cpu", dtype="bfloat16", rounding="nearest"
+    )
+    [written] = extrapolate(store, [8.0], tmp_path, method="two-point", dtype="bfloat16", rounding="nearest")
+    model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
+    expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
+    np.testing.assert_array_equal(result.standings[0].values, expected.values())
+
+
 def test_document_and_recommendation(store: TrajectoryStore) -> None:
     candidates = grid([8], methods=["two-point", "relex"])
     result = sweep(store, load_task(TASK), candidates, max_completion_length=4, num_problems=16, device="cpu", samples=2)
@@ -85,7 +97,6 @@ def test_command_writes_only_what_wins(store: TrajectoryStore, tmp_path: Path, c
     [
         (["--task", "sums"], "task 'sums' is unknown; expected arithmetic"),
         (["--task", TASK, "--num-problems", "3"], "3 validation problems tell nothing apart; expected at least 16"),
-        (["--task", TASK, "--task-option", "digits"], "--task-option 'digits': expected KEY=VALUE"),
         (["--task", TASK, "--until", "1", "--method", "model"], "1 recorded step cannot tell a drift from a walk"),
     ],
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from relexkit import RelexkitError, TrajectoryStore, apply, checkout, gram, predict_weights
+from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.console import number, print_json, print_pairs, progress_bar
 from relexkit.metrics import learning_rates
 from relexkit.spectrum import r_squared
 from relexkit.store import ProgressCallback
 from trainer.rollout import encode_prompt, end_tokens
-from trainer.setup import load_model
+from trainer.stored_model import StoredModel, recorded_weights
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -82,16 +81,14 @@ def output_linearity(
     observed = gram(store, progress=progress).until(until)
     if len(observed.steps) < 3:
         raise RelexkitError(f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more")
-    model, tokenizer = _base_model(store, device)
+    stored = StoredModel(store, device=_device(device))
+    model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError("the probe texts hold no token to predict; expected lines of text of at least two tokens")
     rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
-    shape = (len(observed.names), len(observed.steps))
     found = []
     for done, row in enumerate(rows, 1):
-        at_step = np.zeros(shape)
-        at_step[:, row] = 1.0
-        apply(store, model, at_step)
+        stored.put(recorded_weights(store, int(observed.steps[row])))
         found.append(text_logprobs(model, tokenizer, texts))
         if progress:
             progress("probing", done, len(rows) + len(targets))
@@ -99,7 +96,7 @@ def output_linearity(
     predicted = []
     rates = learning_rates(store.steps, store.metrics())
     for weights in predict_weights(observed, list(targets), method=method, rates=rates) if len(targets) else ():
-        apply(store, model, weights)
+        stored.put(weights)
         predicted.append(text_logprobs(model, tokenizer, texts))
     r2 = r_squared(logprobs, steps)
     r2[np.ptp(logprobs, axis=0) < _MOVED] = np.nan
@@ -145,13 +142,10 @@ def logit_extrapolation(
     first, second = steps
     if not 0 <= first < second:
         raise RelexkitError(f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a later one")
-    later, tokenizer = _base_model(store, device)
-    earlier = copy.deepcopy(later)
-    for model, step in ((earlier, first), (later, second)):
-        weights = np.zeros((len(store.layout.moving_tensors), len(store.steps)))
-        if step:
-            weights[:, store.row_of(step)] = 1.0
-        apply(store, model, weights)
+    stored = StoredModel(store, device=_device(device))
+    stored.put(recorded_weights(store, first))
+    earlier, later, tokenizer = copy.deepcopy(stored.model).eval(), stored.model.eval(), stored.tokenizer
+    stored.put(recorded_weights(store, second))
     factor = (target - second) / (second - first)
     return [
         extrapolated_completion(earlier, later, tokenizer, p, factor=factor, max_completion_length=max_completion_length)
@@ -159,11 +153,8 @@ def logit_extrapolation(
     ]
 
 
-def _base_model(store: TrajectoryStore, device: str | None) -> tuple[Any, Any]:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with tempfile.TemporaryDirectory(prefix="relexkit-probe-") as folder:
-        model, tokenizer = load_model(str(checkout(store, 0, Path(folder) / "base")), where)
-    return model.eval(), tokenizer
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 # -- command ----------------------------------------------------------------------------------------------------------

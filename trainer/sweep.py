@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from relexkit import Options, RelexkitError, TrajectoryStore, apply, checkout, extrapolate, gram, predict_weights
+from relexkit import Options, RelexkitError, TrajectoryStore, extrapolate, gram, predict_weights
 from relexkit.console import console, number, print_json, progress_bar, say
 from relexkit.extrapolators import METHODS, step_text
 from relexkit.metrics import learning_rates
 from relexkit.store import ProgressCallback
 from trainer.race import BASELINE, Race, race
+
+if TYPE_CHECKING:
+    from trainer.stored_model import Dtype
 
 _FEWEST_PROBLEMS = 16
 _PLAIN = Options()
@@ -79,6 +81,8 @@ def sweep(
     seed: int = 0,
     batch_size: int = 64,
     halving: bool = True,
+    dtype: Dtype = "float32",
+    rounding: Literal["stochastic", "nearest"] = "stochastic",
     device: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Race:
@@ -89,6 +93,7 @@ def sweep(
         until: predict from the steps up to this one; the baseline is the last of them.
         num_problems: the first so many of the validation split; None for all.
         samples: 0 for greedy answers, else so many sampled ones of each problem.
+        dtype, rounding: of the weights, as a written checkpoint would have them; computed with in float32.
         device: of PyTorch; None for a GPU if there is one.
 
     Memory: the model in float32. One pass over the deltas for each candidate and rung.
@@ -99,7 +104,7 @@ def sweep(
     import torch
 
     from trainer.evaluate import evaluate
-    from trainer.setup import load_model
+    from trainer.stored_model import StoredModel, recorded_weights
 
     problems = list(task.problems("validation"))[:num_problems]
     if len(problems) < _FEWEST_PROBLEMS:
@@ -110,15 +115,14 @@ def sweep(
         raise RelexkitError("there is no candidate; give --to STEP and --method")
     observed = gram(store, progress=progress).until(until)
     weights = _weights(store, observed, candidates)
-    hold = predict_weights(observed, [float(observed.steps[-1])], method="hold")[0]
+    hold = recorded_weights(store, int(observed.steps[-1]))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with tempfile.TemporaryDirectory(prefix="relexkit-sweep-") as folder:
-        model, tokenizer = load_model(str(checkout(store, 0, Path(folder) / "base")), where)
+    stored = StoredModel(store, dtype=dtype, rounding=rounding, seed=seed, device=where)
 
     def answer(index: int, begin: int, end: int) -> np.ndarray:
-        apply(store, model, hold if index == BASELINE else weights[index], seed=seed)
+        stored.put(hold if index == BASELINE else weights[index])
         found = evaluate(
-            model, tokenizer, _Slice(task, problems[begin:end]), samples=samples, greedy=samples == 0,
+            stored.model, stored.tokenizer, _Slice(task, problems[begin:end]), samples=samples, greedy=samples == 0,
             max_completion_length=max_completion_length, seed=seed, batch_size=batch_size,
         )  # fmt: skip
         if progress:
@@ -192,8 +196,7 @@ def document(candidates: Sequence[Candidate], result: Race, *, task: str, last_s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit sweep``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--task", required=True, help="a family such as arithmetic, or FILE.py:FUNCTION")
-    parser.add_argument("--task-option", action="append", default=[], metavar="KEY=VALUE", help="an option of the task")
+    parser.add_argument("--task", required=True, help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes")
     parser.add_argument("--to", type=float, nargs="+", required=True, metavar="STEP", help="steps to predict")
     parser.add_argument("--until", type=int, metavar="STEP", help="predict from the steps up to this one")
     parser.add_argument(
@@ -206,7 +209,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-problems", type=int, metavar="N", help="validation problems (default: all)")
     parser.add_argument("--max-completion-length", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--samples", type=int, default=0, help="sampled answers of each problem (default: greedy ones)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="round weights as a written checkpoint would be (default: float32)")  # fmt: skip
+    parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples, and of stochastic rounding (default: 0)")
     parser.add_argument("--full", action="store_true", help="evaluate every candidate on every problem")
     parser.add_argument("--write", type=Path, metavar="OUT", help="write the winner to OUT/step-STEP if it beats the last step")
     parser.add_argument("--json", action="store_true", help="print one JSON document, which relexkit report --sweep reads")
@@ -214,9 +220,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Race, print, and write what was asked for."""
+    import yaml
+
     from trainer.tasks import load_task
 
-    task = load_task({"name": arguments.task, **_options(arguments.task_option)})
+    task = load_task(yaml.safe_load(arguments.task))
     store = TrajectoryStore(arguments.store)
     candidates = grid(
         arguments.to, methods=arguments.method, scales=arguments.scale, ranks=arguments.rank, fits=arguments.fit,
@@ -226,10 +234,11 @@ def run(arguments: argparse.Namespace) -> None:
         result = sweep(
             store, task, candidates, max_completion_length=arguments.max_completion_length, until=arguments.until,
             num_problems=arguments.num_problems, samples=arguments.samples, seed=arguments.seed, halving=not arguments.full,
-            progress=progress,
+            dtype=arguments.dtype, rounding=arguments.rounding, progress=progress,
         )  # fmt: skip
     last_step = int(store.steps[store.steps <= (arguments.until or store.steps[-1])][-1])
     found = document(candidates, result, task=task.name, last_step=last_step)
+    found |= {"dtype": arguments.dtype, "rounding": arguments.rounding}
     if arguments.json:
         print_json(found)
     else:
@@ -241,21 +250,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     best = candidates[result.winner]
     written = extrapolate(
-        store, [best.target], arguments.write, until=arguments.until, method=best.method, options=best.options, scale=best.scale
-    )
+        store, [best.target], arguments.write, until=arguments.until, method=best.method, options=best.options,
+        scale=best.scale, dtype=None if arguments.dtype == "float32" else arguments.dtype, rounding=arguments.rounding,
+        seed=arguments.seed,
+    )  # fmt: skip
     say(f"wrote {written[0].folder}")
-
-
-def _options(given: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    options = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise RelexkitError(f"--task-option {text!r}: expected KEY=VALUE")
-        options[key] = yaml.safe_load(value)
-    return options
 
 
 def _print(found: dict[str, Any]) -> None:
