@@ -502,7 +502,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", required=True, metavar="DIR")
 
     command = add("round", _round, "write any checkpoint in another precision, stochastically rounded")
-    command.add_argument("source", metavar="SRC", help="a Hugging Face checkpoint folder")
+    command.add_argument("source", metavar="SRC", help="a checkpoint folder in any known format")
     command.add_argument("-o", "--out", required=True, metavar="DIR")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     _add_rounding(command)
