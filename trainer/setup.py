@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,23 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """The processes that ``torchrun`` has started, joined for the time of the block; this one alone otherwise."""
+    """The processes that ``torchrun`` has started, joined for the time of the block; this one alone otherwise.
+
+    Raises:
+        RelexkitError: another process was lost while this one waited for it.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if several:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes()
+    except RuntimeError as error:
+        if not several or not re.search("gloo|nccl|connection|socket|process group", str(error), re.IGNORECASE):
+            raise
+        raise RelexkitError(
+            f"process {os.environ.get('RANK')} lost the others ({str(error).splitlines()[0]}); what was recorded stays: start "
+            "all of them again to go on from the last state"
+        ) from error
     finally:
         if several:
             dist.destroy_process_group()
