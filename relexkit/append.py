@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints.peft import AdaptedCheckpoint
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
 from relexkit.encoding import CHECKSUM_BLOCK, block_checksums, changed_columns, content_checksum, float_row
 from relexkit.errors import CheckpointError
-from relexkit.layout import Layout, Part
+from relexkit.layout import Factors, Layout, Part
 from relexkit.store import StoreWriter, blocks
 
 WIDENED = {"float32": ("bfloat16", "float16")}
@@ -53,6 +54,31 @@ def check_tensors(
             raise CheckpointError(
                 f"{where}: tensor {name!r} has dtype {dtype}; expected float32, bfloat16 or float16: convert the checkpoints"
             )
+
+
+def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str) -> None:
+    """The adapter of a step has the store's targets, ranks, scales and dtypes, and is not zero everywhere."""
+    held: Mapping[str, Factors] = getattr(found, "factors", {})
+    if held.keys() != expected.keys():
+        raise CheckpointError(
+            f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them "
+            f"{sorted(held.keys() ^ expected.keys())[0]!r}; expected one adapter throughout: import into a new store"
+        )
+    for name, spec in expected.items():
+        if held[name] != spec:
+            raise CheckpointError(
+                f"{where}: the adapter of {name!r} has {_words(held[name])}; expected {_words(spec)} as in the store: "
+                "import into a new store"
+            )
+    if isinstance(found, AdaptedCheckpoint):
+        try:
+            found.refuse_zero()
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
+
+def _words(spec: Factors) -> str:
+    return f"rank {spec.rank}, scale {spec.scale:g}, {spec.dtype}, {spec.kind}"
 
 
 def _some(names: list[str]) -> str:
@@ -133,21 +159,29 @@ class Appender:
     Args:
         base: the base checkpoint, or None to read the base from the store.
         owned: the parts that this process writes; all if not given. Of several processes that write one step, one commits.
+        still: tensors that no step of this run moves; parts of nothing else are not read.
     """
 
     def __init__(
-        self, writer: StoreWriter, base: Checkpoint | None, memory_budget_bytes: int, *, owned: Collection[int] | None = None
+        self,
+        writer: StoreWriter,
+        base: Checkpoint | None,
+        memory_budget_bytes: int,
+        *,
+        owned: Collection[int] | None = None,
+        still: Collection[str] = (),
     ):
         self._writer, self._store, self._base = writer, writer.store, base
         self._owned = range(len(self._store.layout.parts)) if owned is None else sorted(owned)
         self._layout = writer.store.layout
+        self._still: dict[int, int | None] = {part: None for part in self._owned if self._all_in(part, still)}
         self._previous: Checkpoint | None = None
         self._kept: dict[int, np.ndarray] = {}
         remaining = memory_budget_bytes
         for part in self._owned:
             spec = self._layout.parts[part]
             size = spec.numel * bits_dtype(spec.dtype).itemsize
-            if spec.encoding != "fixed" and size <= remaining:
+            if spec.encoding not in ("fixed", "factors") and part not in self._still and size <= remaining:
                 remaining -= size
                 self._kept[part] = self._initial_reference(part, 0, spec.numel)
         self._pool = ThreadPoolExecutor(_WORKERS)
@@ -202,6 +236,10 @@ class Appender:
         where = f"step {step}"
         expected = {t.name: (t.shape, t.dtype) for t in self._layout.tensors}
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
+        factors = {
+            s.tensor.name: p.factors for n, p in enumerate(self._layout.parts) if p.factors for s in self._layout.segments_in(n)
+        }
+        check_factors(factors, checkpoint, where)
         for tensor in self._layout.tensors:
             if tensor.tied_to and not equal_tensors(checkpoint, tensor.name, tensor.tied_to):
                 raise CheckpointError(
@@ -210,7 +248,11 @@ class Appender:
                 )
         for part in self._owned:
             spec = self._layout.parts[part]
-            if spec.encoding == "sparse":
+            if part in self._still:
+                self._append_still(part)
+            elif spec.encoding == "factors":
+                self._append_factors(part, checkpoint)
+            elif spec.encoding == "sparse":
                 self._append_sparse(part, checkpoint, where)
             elif spec.encoding == "fixed":
                 self._check_fixed(part, checkpoint, where)
@@ -261,6 +303,24 @@ class Appender:
         differences = np.concatenate([np.empty(0, bits), *(r[1] for r in results)])
         checksum = content_checksum([value for r in results for value in r[2]])
         self._write(self._writer.write_sparse, part, columns, differences.view(f"int{bits.itemsize * 8}"), checksum)
+
+    def _all_in(self, part: int, names: Collection[str]) -> bool:
+        inside = self._layout.segments_in(part)
+        return bool(inside) and self._layout.parts[part].encoding == "sparse" and all(s.tensor.name in names for s in inside)
+
+    def _append_still(self, part: int) -> None:
+        """An empty update; the content is that of the base, whose checksum is taken once."""
+        spec = self._layout.parts[part]
+        checksum = self._still[part]
+        if checksum is None:
+            contents = [v for begin, end in blocks(spec.numel) for v in block_checksums(self._base_columns(part, begin, end))]
+            checksum = self._still[part] = content_checksum(contents)
+        nothing = np.empty(0, f"int{bits_dtype(spec.dtype).itemsize * 8}")
+        self._write(self._writer.write_sparse, part, np.empty(0, np.int32), nothing, checksum)
+
+    def _append_factors(self, part: int, checkpoint: Any) -> None:
+        bits = checkpoint.factor_bits(self._layout.segments_in(part)[0].tensor.name)
+        self._write(self._writer.write_factors, part, bits, content_checksum(block_checksums(bits)))
 
     def _append_row(self, part: int, spec: Part, checkpoint: Checkpoint, where: str) -> None:
         bits = bits_dtype(spec.dtype)

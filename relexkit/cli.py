@@ -36,6 +36,7 @@ COMMAND_MODULES = {
     "report": ("analysis.report", "write one self-contained page about a run: advice, claims, figures, commands"),
     "probe": ("trainer.outputs", "how linear the log-probabilities of texts are; generate from extrapolated logits"),
     "sweep": ("trainer.sweep", "try predictions on a task, stop bad ones early, and recommend"),
+    "watch": ("relexkit.commands.watch", "import checkpoints as they appear, and delete them afterwards if asked to"),
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
     "evaluate": ("trainer.evaluate_command", "accuracy of models on a task, with intervals: folders, or steps of a store"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
@@ -139,15 +140,19 @@ def _print_info(store: TrajectoryStore, as_json: bool) -> None:
         print_json(document)
         return
     kept = "bit for bit" if store.exact else f"float deltas, {store.mantissa_bits} mantissa bits"
-    log = sizes.get("updates", 0) + sizes.get("deltas", 0)
+    log = sizes.get("updates", 0) + sizes.get("deltas", 0) + sizes.get("factors", 0)
     whole = checkpoint_bytes * max(1, len(store.steps))
+    merged = "merged " if store.has_factors else ""
     rows = [
         ("steps", describe_steps(store.steps)),
         ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
         ("recorded as", f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})"),
         ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
         ("on disk", f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}"),
-        ("instead of", f"{size_text(whole)} of checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)"),
+        (
+            "instead of",
+            f"{size_text(whole)} of {merged}checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)",
+        ),
     ]
     if document["tied"]:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
@@ -372,6 +377,7 @@ def steps_text(value: float) -> str:
 
 
 def _extrapolate(parsed: argparse.Namespace) -> None:
+    from relexkit.adapters import extrapolate_adapter
     from relexkit.extrapolators import Options, step_text
     from relexkit.materialize import extrapolate
     from relexkit.store import TrajectoryStore
@@ -381,6 +387,19 @@ def _extrapolate(parsed: argparse.Namespace) -> None:
         axis=parsed.axis, anchor=parsed.anchor, alpha=parsed.alpha,
     )  # fmt: skip
     store = TrajectoryStore(parsed.store)
+    if parsed.adapter is not None:
+        with progress_bar() as progress:
+            adapters = extrapolate_adapter(
+                store, parsed.to, parsed.out, rank=parsed.adapter or None, until=parsed.until,
+                method=parsed.method, options=options, scope=parsed.scope, scale=parsed.scale, progress=progress,
+            )  # fmt: skip
+        if parsed.json:
+            print_json([asdict(a) | {"folder": str(a.folder)} for a in adapters])
+            return
+        for a in adapters:
+            there = " (was there already)" if a.already else ""
+            print(f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error {a.error:.1e}{there}")
+        return
     with observer(parsed) as observed:
         written = extrapolate(
             store, parsed.to, parsed.out, until=parsed.until, method=parsed.method, options=options, scope=parsed.scope,
@@ -397,17 +416,23 @@ def _extrapolate(parsed: argparse.Namespace) -> None:
 
 
 def _checkout(parsed: argparse.Namespace) -> None:
+    from relexkit.adapters import checkout_adapter
     from relexkit.materialize import checkout
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
     with progress_bar() as progress:
-        folder = checkout(store, parsed.step, parsed.out, progress=progress)
-    exact = store.exact or parsed.step == 0
+        if parsed.adapter:
+            folder = checkout_adapter(store, parsed.step, parsed.out)
+        else:
+            folder = checkout(store, parsed.step, parsed.out, progress=progress)
+    exact = (store.exact and (parsed.adapter or not store.has_factors)) or parsed.step == 0
     if parsed.json:
         print_json({"step": parsed.step, "folder": str(folder), "exact": exact})
     else:
         kept = "bit for bit" if exact else f"to {store.mantissa_bits} mantissa bits of the delta"
+        if store.has_factors and parsed.step and not parsed.adapter:
+            kept = "merged; --adapter writes the adapter itself"
         print(f"step {parsed.step}: {folder} ({kept})")
 
 
@@ -493,6 +518,8 @@ def _parser() -> argparse.ArgumentParser:
                          help="what shares one fit (default: tensor; model: global)")  # fmt: skip
     command.add_argument("--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output (default: as recorded)")
+    command.add_argument("--adapter", type=_rank, nargs="?", const=0, metavar="RANK",
+                         help="from a store of PEFT adapters: write an adapter, of this rank or one that fits")  # fmt: skip
     _add_rounding(command)
     add_pca(command)
 
@@ -500,6 +527,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", metavar="RUN.zarr")
     command.add_argument("--step", type=int, required=True)
     command.add_argument("-o", "--out", required=True, metavar="DIR")
+    command.add_argument(
+        "--adapter", action="store_true", help="from a store of PEFT adapters: the adapter, not merged weights"
+    )
 
     command = add("round", _round, "write any checkpoint in another precision, stochastically rounded")
     command.add_argument("source", metavar="SRC", help="a checkpoint folder in any known format")
@@ -528,6 +558,12 @@ def _module_parser(name: str) -> argparse.ArgumentParser:
 def _add_rounding(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
     command.add_argument("--seed", type=int, default=0, help="of the stochastic rounding (default: 0)")
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise RelexkitError(f"--adapter {text!r} is not a rank; expected a whole number from 1 upwards, or nothing")
+    return int(text)
 
 
 def _step(text: str) -> float:

@@ -6,6 +6,8 @@ the integer difference of the bit patterns, modulo the width; exact. Columns are
 
 *Dense*: a row of float deltas against the base, rounded to a number of mantissa bits, or of integer differences of the
 bit patterns against the base, which is exact.
+
+*Factors* (low-rank adapters): the two factors of the delta, bit for bit; the delta is ``scale * left @ right``.
 """
 
 from __future__ import annotations
@@ -77,6 +79,14 @@ def float_row(base: np.ndarray, current: np.ndarray, dtype: str, mantissa_bits: 
     """Float32 delta ``[n]`` of two bit arrays, subtracted in float32 and rounded to ``mantissa_bits``."""
     delta = to_float32(current, dtype) - to_float32(base, dtype)
     return round_to_mantissa_bits(delta, mantissa_bits)
+
+
+def factor_product(left: np.ndarray, right: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Elements ``begin:end`` of the flattened float32 product ``left [rows, rank] @ right [rank, columns]``."""
+    columns = right.shape[1]
+    first, last = begin // columns, -(-end // columns)
+    product = left[first:last] @ right
+    return product.reshape(-1)[begin - first * columns : end - first * columns]
 
 
 def content_checksum(blocks: list[int]) -> int:

@@ -19,6 +19,7 @@ import zarr
 from relexkit.device import PIECE, Engine, open_engine
 from relexkit.distributed import ALONE, Team
 from relexkit.errors import RelexkitError, StoreError
+from relexkit.factors import factor_gram
 from relexkit.layout import scope_of
 from relexkit.onepass import Pass, Sums, Tick, ticker
 from relexkit.store import (
@@ -235,10 +236,14 @@ def _part_gram(store: TrajectoryStore, part: int, budget: int, engine: Engine, t
     if known is not None and old == num_steps:
         tick(store.layout.parts[part].numel)
         return known
-    kernel = _OuterProducts(num_steps, old)
-    sums = run_shared(store, part, kernel, num_steps, old, budget, engine, team, tick)
-    finish = _from_sparse if store.layout.parts[part].encoding == "sparse" else _from_dense
-    result = finish(sums, known, old)
+    encoding = store.layout.parts[part].encoding
+    if encoding == "factors":
+        result = _from_factors(store, part, old, budget, team)
+        tick(store.layout.parts[part].numel)
+    else:
+        kernel = _OuterProducts(num_steps, old)
+        sums = run_shared(store, part, kernel, num_steps, old, budget, engine, team, tick)
+        result = (_from_sparse if encoding == "sparse" else _from_dense)(sums, known, old)
     result.matrices[:, :, old:] = result.matrices[:, old:, :].transpose(0, 2, 1)
     if known is not None:
         result.matrices[:, :old, :old] = known.matrices
@@ -260,6 +265,14 @@ def run_shared(
     with team.together():
         sums = work.run()
     return Sums([team.sum(product) for product in sums.products], team.sum(sums.counts))
+
+
+def _from_factors(store: TrajectoryStore, part: int, old: int, budget: int, team: Team) -> _PartGram:
+    """In closed form, by the first process; the factors are small."""
+    matrix, counts = team.share(lambda: factor_gram(store, part, old, budget))
+    result = _PartGram(np.zeros((1, len(store.steps), len(store.steps))), np.zeros((1, 3, len(store.steps)), np.int64))
+    result.matrices[0, old:], result.counts[0, :2, old:] = matrix, counts
+    return result
 
 
 def _from_dense(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:

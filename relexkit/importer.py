@@ -12,6 +12,9 @@ import numpy as np
 
 from relexkit.append import WIDENED, Appender, base_reader, check_tensors, read_columns
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints.hub import Hub, HubRun, is_hub
+from relexkit.checkpoints.peft import AdaptedCheckpoint, named_base, over_base
+from relexkit.checkpoints.stored import StoredBase
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
 from relexkit.encoding import (
     BLOCK,
@@ -69,13 +72,13 @@ def import_checkpoints(
     memory_budget_bytes: int = 5 * 2**26,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
-    """Import a folder of checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
+    """Import checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
 
     Checkpoints that are not whole (a missing marker, rank or file, a truncated one) are left out and reported.
 
     Args:
-        source: folder with one sub-folder for each step.
-        base: folder of the base model; without it the run's step 0 is the base.
+        source: folder with one sub-folder for each step, or ``hf://OWNER/NAME``, a hub repository with branches ``step_N``.
+        base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the base. Adapters may name it.
         steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A plus a multiple of C.
         encoding: ``exact`` keeps every bit, ``float`` rounded float deltas; ``auto`` is exact for 16-bit checkpoints
             and for float32 ones that hardly change, else float.
@@ -87,6 +90,9 @@ def import_checkpoints(
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory; what does not fit is
             read again from its file.
 
+    From the hub one revision at a time is downloaded into ``OUT.download``, checked, differenced and deleted: the disk never
+    holds more than two checkpoints, and heads are not tested for being tied, which would take a second download.
+
     Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are read once more, and so
     is what does not fit the budget. Memory: the budget, a few blocks of 2**22 elements, the changes of one step, and for
     dense encodings two rows of a part.
@@ -96,31 +102,52 @@ def import_checkpoints(
         StoreError: ``out`` is something else, belongs to another run, is being written, or the disk is full.
     """
     _check_encoding(encoding, mantissa_bits)
-    run: Run = open_run(Path(source), source_format=source_format, step_map=step_map)
-    wanted = select_steps(run.steps, steps)
-    base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source)
-    with closing(base_checkpoint):
-        with closing(run.checkpoint(wanted[0])) as first:
-            missing = heads_on_one_side(base_checkpoint, first)
-        base_checkpoint, run = with_heads(base_checkpoint, missing), RunWithHeads(run, missing)
-        notes = list(run.notes)
-        created = not _is_store(out)
-        if created:
-            notes += _create(out, run, wanted, base_checkpoint, base_words, encoding, mantissa_bits, progress)
-        with StoreWriter(out) as writer:
-            store = writer.store
-            if not created:
-                _check_same_run(store, run, base_checkpoint, encoding, mantissa_bits)
-            recorded = {int(s) for s in store.steps}
-            new = [s for s in wanted if s not in recorded]
-            if new and recorded and new[0] < max(recorded):
-                raise CheckpointError(
-                    f"step {new[0]} of {source} lies before step {max(recorded)}, the last one recorded in {out}; "
-                    "steps are recorded in order: import into a new store"
-                )
-            if new:
-                _append_all(run, new, writer, base_checkpoint, memory_budget_bytes, progress)
+    with closing(Hub(Path(f"{out}.download"))) as hub:
+        run: Run
+        if is_hub(source):
+            run = HubRun(str(source), hub, step_map)
+        else:
+            run = open_run(Path(source), source_format=source_format, step_map=step_map)
+        wanted = select_steps(run.steps, steps)
+        base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source, hub)
+        with closing(base_checkpoint):
+            view, over = seen_alike(run, base_checkpoint, wanted[0])
+            notes = list(run.notes)
+            created = not _is_store(out)
+            if created:
+                sampled = wanted[:1] if is_hub(source) else wanted
+                notes += _create(out, view, sampled, over, base_words, encoding, mantissa_bits, progress)
+            with StoreWriter(out) as writer:
+                if not created:
+                    _check_same_run(writer.store, view, over, encoding, mantissa_bits)
+                    if isinstance(run, HubRun):
+                        run.check_commits(writer.store.files(), [int(s) for s in writer.store.steps])
+                if is_hub(base_words):  # the store has it by now, and the disk needs the room
+                    base_checkpoint.close()
+                    view, over = seen_alike(run, StoredBase(writer.store), wanted[0])
+                recorded = {int(s) for s in writer.store.steps}
+                new = _new_steps(wanted, recorded, source, out)
+                if new:
+                    _append_all(view, new, writer, over, memory_budget_bytes, progress)
     return ImportResult(TrajectoryStore(out), new, [s for s in wanted if s in recorded], notes, run.left_out)
+
+
+def seen_alike(run: Run, base: Checkpoint, first_step: int) -> tuple[Run, Checkpoint]:
+    """Run and base with the same tensors: adapters merged into the base, tied heads on both sides."""
+    run = over_base(run, base, first_step)
+    with closing(run.checkpoint(first_step)) as first:
+        missing = heads_on_one_side(base, first)
+    return RunWithHeads(run, missing), with_heads(base, missing)
+
+
+def _new_steps(wanted: list[int], recorded: set[int], source: str | Path, out: str | Path) -> list[int]:
+    new = [s for s in wanted if s not in recorded]
+    if new and recorded and new[0] < max(recorded):
+        raise CheckpointError(
+            f"step {new[0]} of {source} lies before step {max(recorded)}, the last one recorded in {out}; "
+            "steps are recorded in order: import into a new store"
+        )
+    return new
 
 
 def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
@@ -157,10 +184,16 @@ def _check_encoding(encoding: str, mantissa_bits: int | None) -> None:
         raise RelexkitError("--mantissa-bits has no effect with --encoding exact; leave one of them out")
 
 
-def _open_base(run: Run, base: str | Path | None, wanted: list[int], source: str | Path) -> tuple[Checkpoint, str, list[int]]:
+def _open_base(
+    run: Run, base: str | Path | None, wanted: list[int], source: str | Path, hub: Hub
+) -> tuple[Checkpoint, str, list[int]]:
     after_base = [s for s in wanted if s > 0]
     if not after_base:
         raise CheckpointError(f"{source}: holds no step after the base; expected at least one step from 1 upwards")
+    base = named_base(run, after_base[0]) if base is None else base
+    if base is not None and is_hub(base):
+        opened = hub.open(str(base))
+        return opened, opened.description, after_base
     if base is not None:
         return open_checkpoint(Path(base)), str(base), after_base
     if 0 in run.steps:
@@ -200,9 +233,14 @@ def _create(
         check_tensors(names, base, f"step {steps[0]}", base_words, widen=True)
         files = {**base.files(), **first.files()}
         order = [(name, *names[name]) for name in first.tensors]
-    tied, notes = tied_tensors(run, steps, base)
-    encodings = _choose_encodings(order, run, steps, base, encoding)
-    layout = build_layout(order, encodings, tied)
+        adapted = first if isinstance(first, AdaptedCheckpoint) else None
+        factors, still = (adapted.factors, adapted.still) if adapted else ({}, frozenset[str]())
+    tied, notes = tied_tensors(run, [] if adapted else steps, base)
+    if adapted:  # what an adapter leaves alone needs no look at the steps
+        tied = {head: embedding for head, embedding in tied.items() if {head, embedding} <= still}
+    moving = [t for t in order if t[0] not in factors and t[0] not in still]
+    encodings = _choose_encodings(moving, run, steps, base, encoding)
+    layout = build_layout(order, encodings, tied, factors=factors, still=still)
     bits = (mantissa_bits or DEFAULT_MANTISSA_BITS) if "float" in encodings.values() else None
     create_store(
         out, layout, base_reader(base, layout),
@@ -272,7 +310,7 @@ def _check_same_run(store: TrajectoryStore, run: Run, base: Checkpoint, encoding
             f"{store.path} holds deltas with {store.mantissa_bits} mantissa bits, not {mantissa_bits}; "
             "leave --mantissa-bits out, or choose another -o"
         )
-    kinds = {p.encoding for p in store.layout.parts} - {"fixed"}
+    kinds = {p.encoding for p in store.layout.parts} - {"fixed"} if not store.has_factors else set()
     if (encoding == "exact" and "float" in kinds) or (encoding == "float" and kinds - {"float"}):
         raise CheckpointError(
             f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or choose another -o"
@@ -290,6 +328,11 @@ def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None
         check_tensors(expected, checkpoint, f"the store {store.path}", f"step {last}")
         for part, spec in enumerate(store.layout.parts):
             end = min(spec.numel, BLOCK)
+            if isinstance(checkpoint, AdaptedCheckpoint) and spec.encoding == "factors":
+                bits = checkpoint.factor_bits(store.layout.segments_in(part)[0].tensor.name)
+                if not np.array_equal(bits, store.read_factor_bits(part, len(store.steps) - 1)):
+                    raise _another_run(store, last)
+                continue
             current = read_columns(checkpoint, store.layout, part, 0, end, f"step {last}")
             if spec.encoding == "float":
                 reference = read_columns(base, store.layout, part, 0, end, "the base")
@@ -298,10 +341,13 @@ def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None
             else:
                 same = np.array_equal(current, store.read_state(part, len(store.steps) - 1, 0, end))
             if not same:
-                raise CheckpointError(
-                    f"step {last} of the run differs from the one recorded in {store.path}: this is another run; "
-                    "choose another -o"
-                )
+                raise _another_run(store, last)
+
+
+def _another_run(store: TrajectoryStore, step: int) -> CheckpointError:
+    return CheckpointError(
+        f"step {step} of the run differs from the one recorded in {store.path}: this is another run; choose another -o"
+    )
 
 
 # -- appending --------------------------------------------------------------------------------------------------------
@@ -315,7 +361,9 @@ def _append_all(
     memory_budget_bytes: int,
     progress: ProgressCallback | None,
 ) -> None:
-    with closing(Appender(writer, base, memory_budget_bytes)) as appender:
+    with closing(run.checkpoint(steps[0])) as first:
+        still = first.still if isinstance(first, AdaptedCheckpoint) else ()
+    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:

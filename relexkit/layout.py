@@ -7,18 +7,20 @@ is larger than a part is cut into consecutive parts. A part is the unit of files
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from relexkit.dtypes import FLOAT_DTYPES
 from relexkit.safetensors_io import TensorInfo
 
-Encoding = Literal["sparse", "exact", "float", "fixed"]
-"""How a part is stored: sparse update log, dense integer differences, dense float deltas, or base only."""
+Encoding = Literal["sparse", "exact", "float", "factors", "fixed"]
+"""How a part is stored: sparse update log, dense integer differences, dense float deltas, factors of a low-rank delta,
+or base only."""
 
 PART_NUMEL: dict[Encoding, int] = {"sparse": 2**28, "exact": 2**25, "float": 2**25, "fixed": 2**27}
-"""Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the smaller bound."""
+"""Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the smaller bound. A tensor
+with factors is a part of its own, whatever its size."""
 
 SCOPES = ("tensor", "layer", "module", "global")
 
@@ -42,12 +44,35 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """How the delta of one tensor is kept as ``scale * left @ right``, ``left [rows, rank]`` and ``right [rank, columns]``.
+
+    The tensor is read as a matrix of ``rows x columns`` in its own order. ``dtype`` is that of the factors.
+    ``kind`` says how the adapter file holds them: ``B`` and ``A``; transposed, as ``A^T`` and ``B^T`` (``fan_in_fan_out`` and
+    embeddings); or as the kernels of two convolutions.
+    """
+
+    rows: int
+    columns: int
+    rank: int
+    scale: float
+    dtype: str
+    kind: Literal["linear", "transposed", "embedding", "convolution"] = "linear"
+
+    @property
+    def numel(self) -> int:
+        """Numbers in both factors."""
+        return self.rank * (self.rows + self.columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One flat array of ``numel`` elements of ``dtype``, stored with ``encoding``."""
+    """One flat array of ``numel`` elements of ``dtype``, stored with ``encoding``; ``factors`` with that encoding only."""
 
     numel: int
     dtype: str
     encoding: Encoding
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +139,15 @@ class Layout:
 
     def to_json(self) -> dict:
         """Plain lists and dictionaries, as kept in the attributes of a store."""
-        return {"tensors": [asdict(t) for t in self.tensors], "parts": [asdict(p) for p in self.parts]}
+        parts = [{key: value for key, value in asdict(p).items() if key != "factors" or value} for p in self.parts]
+        return {"tensors": [asdict(t) for t in self.tensors], "parts": parts}
 
     @classmethod
     def from_json(cls, document: dict) -> Layout:
         """Inverse of ``to_json``."""
         tensors = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in document["tensors"])
-        return cls(tensors, tuple(Part(**p) for p in document["parts"]))
+        parts = [{**p, "factors": Factors(**p["factors"])} if "factors" in p else p for p in document["parts"]]
+        return cls(tensors, tuple(Part(**p) for p in parts))
 
 
 def build_layout(
@@ -128,6 +155,8 @@ def build_layout(
     encodings: dict[str, Encoding],
     tied: dict[str, str] | None = None,
     part_numel: dict[Encoding, int] | None = None,
+    factors: Mapping[str, Factors] | None = None,
+    still: Collection[str] = (),
 ) -> Layout:
     """Pack ``tensors`` (name, shape, dtype; in order) into parts.
 
@@ -135,34 +164,40 @@ def build_layout(
         encodings: encoding of each float dtype that occurs; other dtypes become ``fixed`` parts.
         tied: alias name -> name of the tensor whose elements it shares.
         part_numel: largest part by encoding; ``PART_NUMEL`` if not given.
+        factors: tensors whose deltas are kept as factors.
+        still: float tensors that no step moves; they get sparse parts of their own, whose log stays empty.
     """
-    tied, limits = tied or {}, part_numel or PART_NUMEL
+    tied, limits, factors = tied or {}, part_numel or PART_NUMEL, factors or {}
     specs: list[TensorSpec] = []
-    sizes: list[list] = []  # [numel, dtype, encoding], grown in place
-    open_part: dict[str, int] = {}
+    sizes: list[list] = []  # [numel, dtype, encoding, factors], grown in place
+    open_part: dict[tuple[str, bool], int] = {}
     for name, shape, dtype in tensors:
         info = TensorInfo(shape, dtype)
         numel = info.numel if dtype in FLOAT_DTYPES else info.num_bytes
         if name in tied:
             specs.append(TensorSpec(name=name, shape=shape, dtype=dtype, part=-1, offset=-1, numel=numel, tied_to=tied[name]))
             continue
-        encoding: Encoding = encodings[dtype] if dtype in FLOAT_DTYPES else "fixed"
+        if name in factors:
+            specs.append(TensorSpec(name=name, shape=shape, dtype=dtype, part=len(sizes), offset=0, numel=numel))
+            sizes.append([numel, dtype, "factors", factors[name]])
+            continue
+        encoding: Encoding = "fixed" if dtype not in FLOAT_DTYPES else "sparse" if name in still else encodings[dtype]
         limit = limits[encoding]
-        part = open_part.get(dtype)
+        part = open_part.get((dtype, name in still))
         # a tensor that has to be cut starts a part of its own, and its pieces are the parts that follow
         if part is None or (sizes[part][0] + numel > limit and (sizes[part][0] or part != len(sizes) - 1)):
             part = len(sizes)
-            sizes.append([0, dtype, encoding])
+            sizes.append([0, dtype, encoding, None])
         specs.append(TensorSpec(name=name, shape=shape, dtype=dtype, part=part, offset=sizes[part][0], numel=numel))
         remaining = numel
         while sizes[part][0] + remaining > limit:
             remaining -= limit - sizes[part][0]
             sizes[part][0] = limit
             part = len(sizes)
-            sizes.append([0, dtype, encoding])
+            sizes.append([0, dtype, encoding, None])
         sizes[part][0] += remaining
-        open_part[dtype] = part
-    parts = tuple(Part(numel=n, dtype=d, encoding=e) for n, d, e in sizes)
+        open_part[dtype, name in still] = part
+    parts = tuple(Part(numel=n, dtype=d, encoding=e, factors=f) for n, d, e, f in sizes)
     return Layout(tuple(specs), parts)
 
 

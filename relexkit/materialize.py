@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.checkpoints import open_checkpoint
+from relexkit.checkpoints.hub import REVISIONS_FILE
+from relexkit.checkpoints.peft import CONFIG
 from relexkit.distributed import ALONE, Team
 from relexkit.dtypes import FLOAT_DTYPES, ROUNDINGS, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
 from relexkit.encoding import Update, apply_update, clip_update, content_checksum
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.extrapolators import METHODS, Options, check_request, predict_weights, step_text
+from relexkit.factors import FactorSums
 from relexkit.gram import Gram
 from relexkit.layout import Layout, Segment
 from relexkit.linalg import single_threaded_blas
@@ -89,8 +92,62 @@ def extrapolate(
         ExtrapolationError: see ``predict_weights``.
         StoreError: damaged chunk, or the disk is full; nothing half-written is left.
     """
-    options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
     check_output(dtype, rounding)
+    plans = plan(
+        store, to, until=until, method=method, options=options, scope=scope, scale=scale, pca=pca, components=components,
+        device=device, team=team, memory_budget_bytes=memory_budget_bytes, progress=progress,
+    )  # fmt: skip
+    jobs, predictions = [], []
+    for planned in plans:
+        provenance = {**planned.provenance, "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed}
+        folder = Path(out) / f"step-{step_text(planned.target)}"
+        already = is_finished(folder, provenance)
+        predictions.append(Prediction(planned.target, folder, already))
+        if not already:
+            jobs.append((folder, planned.weights, provenance, model_card(provenance, planned.variance)))
+    if jobs:
+        pending = [FolderJob(folder, provenance, card) for folder, _, provenance, card in jobs]
+        with PendingFolders(store, pending, dtype) as writers:
+
+            def consume(index: int, segment: Segment, values: np.ndarray) -> None:
+                name, start = segment.tensor.name, segment.start
+                target_dtype = dtype or segment.tensor.dtype
+                bits = round_bits(values, target_dtype, rounding, seed=seed, tensor=name, start=start)
+                writers.write(index, segment, bits)
+
+            stream_sums(store, np.stack([w for _, w, _, _ in jobs]), consume, memory_budget_bytes, progress)
+            writers.write_fixed()
+    return predictions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written for one target: ``weights [N, T]`` over the deltas, and the words that say how they came about."""
+
+    target: float
+    weights: np.ndarray
+    provenance: dict[str, Any]
+    variance: float | None
+
+
+def plan(
+    store: TrajectoryStore,
+    to: Sequence[float],
+    *,
+    until: int | None = None,
+    method: str = "relex",
+    options: Options | None = None,
+    scope: str | None = None,
+    scale: float = 1.0,
+    pca: str = "exact",
+    components: int | None = None,
+    device: str = "cpu",
+    team: Team = ALONE,
+    memory_budget_bytes: int = 2**28,
+    progress: ProgressCallback | None = None,
+) -> list[Plan]:
+    """Weights and provenance for every target, in order; nothing for all but the first process. See ``extrapolate``."""
+    options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
     check_request(targets, method, options, scale)
     num_used = len(used_steps(store, until))
     needs_gram = METHODS[method].needs_gram
@@ -108,31 +165,14 @@ def extrapolate(
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     with single_threaded_blas():
         variance = _variance(observed) if needs_gram else None
-    jobs, predictions = [], []
-    for target, weight in zip(targets, weights, strict=True):
-        provenance = {
+    return [
+        Plan(target, weight, {
             "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
             "steps": [int(s) for s in store.steps[:num_used]], "content": content, "base": store.attributes["base"],
-            "source": store.attributes["source"], "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed,
-        }  # fmt: skip
-        folder = Path(out) / f"step-{step_text(target)}"
-        already = is_finished(folder, provenance)
-        predictions.append(Prediction(target, folder, already))
-        if not already:
-            jobs.append((folder, weight, provenance, model_card(provenance, variance)))
-    if jobs:
-        pending = [FolderJob(folder, provenance, card) for folder, _, provenance, card in jobs]
-        with PendingFolders(store, pending, dtype) as writers:
-
-            def consume(index: int, segment: Segment, values: np.ndarray) -> None:
-                name, start = segment.tensor.name, segment.start
-                target_dtype = dtype or segment.tensor.dtype
-                bits = round_bits(values, target_dtype, rounding, seed=seed, tensor=name, start=start)
-                writers.write(index, segment, bits)
-
-            stream_sums(store, np.stack([w for _, w, _, _ in jobs]), consume, memory_budget_bytes, progress)
-            writers.write_fixed()
-    return predictions
+            "source": store.attributes["source"],
+        }, variance)
+        for target, weight in zip(targets, weights, strict=True)
+    ]  # fmt: skip
 
 
 def apply(
@@ -193,7 +233,8 @@ def apply(
 def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
     """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
 
-    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype.
+    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype. From a store of
+    adapters these are the merged weights, rounded stochastically (seed 0) where the base is less precise than the adapter.
 
     Raises:
         StoreError: the step is not recorded, or a chunk is damaged.
@@ -214,7 +255,10 @@ def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: Pr
             if spec.encoding == "fixed":
                 continue
             for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-                state = store.read_state(part, row, begin, end)
+                if spec.encoding == "factors" and row >= 0:
+                    state = _merged(store, part, row, begin, end)
+                else:
+                    state = store.read_state(part, row, begin, end)
                 for segment in store.layout.segments_in(part, begin, end):
                     low = segment.offset - begin
                     writers.write(0, segment, state[low : low + segment.numel])
@@ -222,6 +266,13 @@ def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: Pr
                     progress("writing", end, spec.numel)
         writers.write_fixed()
     return folder
+
+
+def _merged(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
+    """Bits of base plus delta of a part with factors; such a part is one tensor."""
+    dtype, name = store.layout.parts[part].dtype, store.layout.segments_in(part)[0].tensor.name
+    values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(part, row, begin, end)
+    return round_bits(values, dtype, "stochastic", tensor=name, start=begin)
 
 
 def round_checkpoint(
@@ -352,11 +403,13 @@ def stream_sums(
     num_rows = int(used[-1]) + 1 if len(used) else 0
     width = max(2**18, min(READ_WINDOW["float"], budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16))
 
-    def predict(part: int, begin: int, end: int, updates: list[Update] | None) -> None:
+    def predict(part: int, begin: int, end: int, updates: list[Update] | FactorSums | None) -> None:
         segments = layout.segments_in(part, begin, end)
         weight = weights[:, [row_of[s.tensor.name] for s in segments], :num_rows]
         base = store.read_base(part, begin, end)
-        if updates is None:
+        if isinstance(updates, FactorSums):
+            sums = updates.columns(begin, end)
+        elif updates is None:
             sums = _dense_sums(store, part, begin, end, base, segments, weight)
         else:
             sums = _sparse_sums(layout.parts[part].dtype, begin, end, base, updates, segments, weight)
@@ -372,9 +425,12 @@ def stream_sums(
         for part, spec in enumerate(layout.parts):
             if spec.encoding == "fixed":
                 continue
-            stretches: Iterable[tuple[int, int, list[Update] | None]] = [(0, spec.numel, None)]
+            stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [(0, spec.numel, None)]
             if spec.encoding == "sparse":
                 stretches = store.read_log(part, num_rows, budget // 2, pool)
+            elif spec.encoding == "factors":
+                weight = weights[:, row_of[layout.segments_in(part)[0].tensor.name]]
+                stretches = [(0, spec.numel, FactorSums(store, part, weight, budget // 2))]
             for begin, end, updates in stretches:
                 spans = [(part, begin + low, begin + high, updates) for low, high in blocks(end - begin, width)]
                 list(pool.map(lambda span: predict(*span), spans))
@@ -532,6 +588,8 @@ def write_files(
     them, so it is corrected.
     """
     for name, content in files.items():
+        if name in (CONFIG, REVISIONS_FILE):
+            continue  # a loader would look for an adapter beside merged weights; commits belong to the store
         if name == "config.json":
             content = _with_dtype(content, dtypes)
         (folder / name).write_bytes(content)

@@ -12,8 +12,9 @@ them) are gathered one at a time.
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, to_float32
 from relexkit.encoding import BLOCK, float_row
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.layout import Encoding, Layout, build_layout
+from relexkit.live_weights import describe_weights, frozen_names, whole_weights
 from relexkit.processes import Processes
 from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
 from relexkit.sketch import Sketch
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 _SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-
 
 class Recorder:
     """Records the weights of ``model`` into the store ``path``, at most one step in flight.
@@ -50,9 +50,12 @@ class Recorder:
     Args:
         model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names.
         every: record only the steps that are multiples of this.
+        include, exclude: regular expressions, searched for in tensor names. What matches no ``include`` (if there are any) or
+            matches an ``exclude`` keeps the base's values in every step, and so does what is not trained.
         encoding: of float32 weights: ``float`` deltas with ``mantissa_bits``, or ``exact``. 16-bit weights are always exact.
         tokenizer: kept beside the configuration of a transformers model, so that written checkpoints load.
         resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
+        compare: False if that step, though a multiple of ``every``, was not recorded.
         source: where the steps come from, in words.
         sketch: also keep a sketch of every step, and log with its metrics how much of the variance lies on the first
             directions so far, how straight the path is, and R² of the first coefficient; see ``Sketch.live_statistics``.
@@ -68,34 +71,46 @@ class Recorder:
         path: str | Path,
         *,
         every: int = 1,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         encoding: Literal["float", "exact"] = "float",
         mantissa_bits: int = 10,
         tokenizer: Any = None,
         resume_from: int | None = None,
+        compare: bool = True,
         source: str = "recorded during training",
         sketch: bool = True,
     ):
         if every < 1:
             raise RelexkitError(f"every {every} is not a number of steps; expected 1 or more")
+        if hasattr(model, "peft_config"):
+            raise RelexkitError(
+                "the model is a PEFT adapter; save every step as an adapter (they are small), and record them with "
+                "`relexkit watch` or `relexkit import`, which keep the factors"
+            )
         self._model, self._every = model, every
         self._processes = Processes()
-        self._job: Future[None] | None = None
+        self._written: Future[None] | None = None
         self._failure: BaseException | None = None
         self._metrics: dict[str, float] = {}
+        self._committed: Future[None] | None = None
+        names = [name for name, _, _ in describe_weights(model)]
+        still = _still_names(names, frozen_names(model), include, exclude)
         if resume_from is None:
             base = _Snapshot.whole(model, keep=self._processes.rank == 0)
-            self._processes.lead(lambda: _create(path, model, base, encoding, mantissa_bits, tokenizer, source))
+            new = base.layout_for(encoding, still)
+            self._processes.lead(lambda: _create(path, model, base, new, mantissa_bits, tokenizer, source))
             del base
         writer = self._processes.lead(lambda: StoreWriter(path))
         self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
         try:
-            self._snapshot = self._position(resume_from)
+            self._snapshot = self._position(resume_from, compare, still)
         except BaseException:
             self._writer.close()
             raise
         layout = self._writer.store.layout
         previous = sum(p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse")
-        self._appender = Appender(self._writer, None, previous, owned=self._snapshot.owned)
+        self._appender = Appender(self._writer, None, previous, owned=self._snapshot.owned, still=still)
         self._sketch = Sketch() if sketch else None
         if self._sketch is not None:
             kept = self._writer.store.sketches()
@@ -109,26 +124,28 @@ class Recorder:
             self.live = self._sketch.live_statistics()
         self._pool = ThreadPoolExecutor(1)
 
-    def _position(self, resume_from: int | None) -> _Snapshot:
+    def _position(self, resume_from: int | None, compare: bool, still: Collection[str]) -> _Snapshot:
         """Room for a copy of the weights, once the model is known to fit the store, which then ends with ``resume_from``."""
         store = self._writer.store
         expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
         described = _Snapshot.described(self._model)
         self._processes.agree(lambda: check_tensors(expected, described, f"the store {store.path}", "the model"))
-        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._processes.rank, self._processes.size))
+        self._processes.agree(lambda: _check_still(store, still))
+        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._processes.rank, self._processes.size), still)
         if resume_from is not None:
             snapshot.copy(self._model)
-            if resume_from % self._every == 0:
+            if compare and resume_from % self._every == 0:
                 self._processes.agree(lambda: snapshot.check_equals(store, resume_from))
             self._processes.lead(lambda: self._writer.truncate(resume_from))
             if self._processes.rank:
                 self._writer.truncate(resume_from)
         return snapshot
 
-    def record(self, step: int, metrics: Mapping[str, float] | None = None) -> bool:
+    def record(self, step: int, metrics: Mapping[str, float] | None = None, *, metrics_follow: bool = False) -> bool:
         """Record the weights as they are, as those after optimizer step ``step``; False if ``every`` leaves it out.
 
-        Waits for the step before, copies the weights and returns; the rest happens in the background.
+        Waits for the step before, copies the weights and returns; the rest happens in the background. With
+        ``metrics_follow`` the step is committed once ``describe`` has given further metrics, or at the next ``flush``.
 
         Raises:
             RelexkitError: the step before could not be recorded, or had a weight that is not finite.
@@ -143,8 +160,19 @@ class Recorder:
             self._writer.begin(step)
         self._snapshot.copy(self._model)
         self._metrics = dict(metrics or {})
-        self._job = self._pool.submit(self._write, step)
+        self._written, self._committed = self._pool.submit(self._write, step), None
+        if not metrics_follow:
+            self.describe({})
         return True
+
+    def describe(self, metrics: Mapping[str, float]) -> None:
+        """Further metrics of the step in flight, recorded with ``metrics_follow``; it may now be committed."""
+        written = self._written
+        if written is None or self._committed is not None:
+            return
+        self._metrics |= metrics
+        if self._processes.size == 1:
+            self._committed = self._pool.submit(self._commit_after, written)
 
     def flush(self) -> None:
         """Wait until all that was recorded is committed.
@@ -154,14 +182,14 @@ class Recorder:
         """
         if self._failure is not None:
             raise self._failure
-        job, self._job = self._job, None
-        if job is None:
-            return
+        self.describe({})
+        written, committed = self._written, self._committed
+        self._written = self._committed = None
         try:
-            if self._processes.size == 1:
-                job.result()
-            else:
-                self._commit_together(job)
+            if committed is not None:
+                committed.result()
+            elif written is not None:
+                self._commit_together(written)
         except BaseException as failure:
             self._failure = failure
             raise
@@ -195,16 +223,18 @@ class Recorder:
         if self._sketch is not None:
             self._sketch_row = self._sketch.row(self._deltas())
         self._appender.finish()
-        if self._processes.size == 1:
-            self._keep_sketch([self._sketch_row])
-            self._writer.commit(self._metrics)
+
+    def _commit_after(self, written: Future[None]) -> None:
+        written.result()
+        self._keep_sketch([self._sketch_row])
+        self._writer.commit(self._metrics)
 
     def _deltas(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """The step's deltas in the owned parts, piece by piece, as a sketch takes them."""
         store = self._writer.store
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
-            if spec.encoding == "fixed":
+            if spec.encoding == "fixed" or not self._snapshot.holds(part, store.layout):
                 continue
             for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
                 current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")
@@ -238,25 +268,11 @@ class Recorder:
             self._writer.follow()
 
 
-def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by their ``state_dict`` names, without the prefixes of wrappers; shared ones once."""
-    weights: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        weights[name] = tensor
-    return weights
-
-
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def _create(
-    path: str | Path, model: Any, base: _Snapshot, encoding: Encoding, mantissa_bits: int, tokenizer: Any, source: str
+    path: str | Path, model: Any, base: _Snapshot, layout: Layout, mantissa_bits: int, tokenizer: Any, source: str
 ) -> None:
     with contextlib.suppress(StoreError):  # none there, or one whose creation was interrupted
         there = TrajectoryStore(path)
@@ -264,9 +280,9 @@ def _create(
             f"{path}: a store with {describe_steps(there.steps)} exists there; resume from one of them or choose another path"
         )
     create_store(
-        path, base.layout_for(encoding), base_reader(base, base.layout_for(encoding)),
+        path, layout, base_reader(base, layout),
         files=_model_files(model, tokenizer), source=source, base="the weights at the start of training",
-        mantissa_bits=mantissa_bits if encoding == "float" and base.has_float32 else None, version=__version__,
+        mantissa_bits=mantissa_bits if any(p.encoding == "float" for p in layout.parts) else None, version=__version__,
     )  # fmt: skip
 
 
@@ -279,6 +295,40 @@ def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
                 owner.save_pretrained(folder)
         found = sorted(path for path in Path(folder).iterdir() if path.is_file() and SAFE_FILE_NAME.fullmatch(path.name))
         return {path.name: path.read_bytes() for path in found}
+
+
+def _still_names(names: list[str], frozen: set[str], include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+    """The tensors that keep the base's values in the store."""
+    try:
+        wanted = [n for n in names if not include or any(re.search(pattern, n) for pattern in include)]
+        wanted = [n for n in wanted if not any(re.search(pattern, n) for pattern in exclude)]
+    except re.error as error:
+        raise RelexkitError(
+            f"{error.pattern!r} is not a regular expression ({error}); expected one to search in names"
+        ) from None
+    moving = frozenset(wanted) - frozen
+    if not moving:
+        raise RelexkitError(
+            f"include {list(include)} and exclude {list(exclude)} leave no trained tensor; the model has "
+            f"{', '.join(names[:3])}, ..."
+        )
+    return frozenset(names) - moving
+
+
+def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
+    """The parts of a continued store hold either tensors that move or tensors that do not."""
+    for part, spec in enumerate(store.layout.parts):
+        kinds = (
+            {segment.tensor.name in still for segment in store.layout.segments_in(part)} if spec.encoding != "fixed" else set()
+        )
+        dense_and_still = kinds == {True} and spec.encoding != "sparse"
+        moved = kinds == {True} and spec.encoding == "sparse" and store.entries(part, len(store.steps)).any()
+        if len(kinds) == 2 or dense_and_still or moved:
+            name = store.layout.segments_in(part)[0].tensor.name
+            raise RelexkitError(
+                f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same include, exclude and frozen "
+                "parameters as when it was made"
+            )
 
 
 def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
@@ -300,7 +350,7 @@ class _Snapshot:
 
     description = "the model"
 
-    def __init__(self, layout: Layout, owned: list[int]):
+    def __init__(self, layout: Layout, owned: list[int], still: Collection[str] = ()):
         import torch
 
         self.owned = owned
@@ -308,6 +358,8 @@ class _Snapshot:
         self._pieces: dict[str, list[tuple[int, torch.Tensor]]] = {t.name: [] for t in layout.tensors}
         for part in owned:
             spec = layout.parts[part]
+            if spec.encoding != "fixed" and all(s.tensor.name in still for s in layout.segments_in(part)):
+                continue
             dtype = getattr(torch, spec.dtype) if spec.encoding != "fixed" else torch.uint8
             buffer = torch.empty(spec.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
             for segment in layout.segments_in(part):
@@ -317,7 +369,7 @@ class _Snapshot:
     @classmethod
     def described(cls, model: torch.nn.Module) -> _Snapshot:
         """Names, shapes and dtypes of a model's weights, without values."""
-        weights = [(name, tuple(t.shape), _dtype_name(t)) for name, t in named_weights(model).items()]
+        weights = [(name, shape, _dtype_name(dtype)) for name, shape, dtype in describe_weights(model)]
         return cls(build_layout(weights, _encodings("exact")), [])
 
     @classmethod
@@ -329,22 +381,17 @@ class _Snapshot:
         snapshot.copy(model)
         return snapshot
 
-    @property
-    def has_float32(self) -> bool:
-        return any(info.dtype == "float32" for info in self.tensors.values())
-
-    def layout_for(self, encoding: Encoding) -> Layout:
+    def layout_for(self, encoding: Encoding, still: Collection[str] = ()) -> Layout:
         """The layout of a store for these tensors."""
         weights = [(name, info.shape, info.dtype) for name, info in self.tensors.items()]
-        return build_layout(weights, _encodings(encoding))
+        return build_layout(weights, _encodings(encoding), still=still)
 
     def copy(self, model: torch.nn.Module) -> None:
         """Take over the model's weights, one tensor at a time. A collective call if they are sharded."""
         import torch
 
         with torch.no_grad():
-            for name, weight in named_weights(model).items():
-                whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            for name, whole in whole_weights(model):
                 pieces = self._pieces[name]
                 if pieces:
                     flat = whole.detach().contiguous().view(-1)
@@ -364,6 +411,10 @@ class _Snapshot:
                 bits = torch.int32 if out.dtype.itemsize == 4 else torch.int16 if out.dtype.itemsize == 2 else torch.uint8
                 out[low - start : high - start] = piece[low - first : high - first].view(bits).numpy().view(out.dtype)
 
+    def holds(self, part: int, layout: Layout) -> bool:
+        """False for a part whose tensors are not recorded."""
+        return all(self._pieces[segment.tensor.name] for segment in layout.segments_in(part))
+
     def check_equals(self, store: TrajectoryStore, step: int) -> None:
         """The first block of every owned part holds what the store holds at ``step``, to its precision.
 
@@ -374,6 +425,8 @@ class _Snapshot:
         read = base_reader(self, store.layout)
         for part in self.owned:
             spec = store.layout.parts[part]
+            if not self.holds(part, store.layout):
+                continue
             end = min(spec.numel, BLOCK)
             current = read(part, 0, end)
             if row >= 0 and spec.encoding == "float":
@@ -399,8 +452,8 @@ class _Snapshot:
         """Nothing to release."""
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
         raise RelexkitError(f"the model has a tensor of dtype {name}; expected one of {', '.join(ITEM_BYTES)}")
     return name

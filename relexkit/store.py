@@ -36,15 +36,18 @@ from relexkit.encoding import (
     content_checksum,
     decode_columns,
     encode_columns,
+    factor_product,
     num_blocks,
 )
 from relexkit.errors import StoreError
-from relexkit.layout import Layout
+from relexkit.layout import Factors, Layout
 from relexkit.shards import ShardReader, shard_reader
 
 FORMAT_VERSION = 1
+FACTORS_FORMAT_VERSION = 2
+"""Of stores that keep factors, which readers of version 1 do not know."""
 
-READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "fixed": 2**22}
+READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "factors": 2**22, "fixed": 2**22}
 """Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
 
 _ROWS = 64  # rows that arrays are created with; doubled when they are full
@@ -111,8 +114,13 @@ class TrajectoryStore:
 
     @property
     def exact(self) -> bool:
-        """True if every recorded step can be rebuilt bit for bit."""
+        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own tensors)."""
         return all(part.encoding != "float" for part in self.layout.parts)
+
+    @property
+    def has_factors(self) -> bool:
+        """True if the steps are low-rank adapters, kept as factors."""
+        return any(part.encoding == "factors" for part in self.layout.parts)
 
     def row_of(self, step: int) -> int:
         """Row of a recorded step.
@@ -195,13 +203,19 @@ class TrajectoryStore:
 
     def row_chunk(self, part: int) -> int:
         """Columns of a dense part that are compressed together: reading fewer decodes as many."""
+        if self.layout.parts[part].encoding == "factors":
+            return READ_WINDOW["factors"]
         return int(self._array(f"deltas/{part}").chunks[-1])
 
     def read_row(self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base.
 
-        ``out``: an array of the row's dtype to decode into.
+        From factors the float32 delta is computed. ``out``: an array of the row's dtype to decode into.
         """
+        if self.layout.parts[part].encoding == "factors":
+            left, right = self.read_factors(part, row)
+            scale = np.float32(self._factors_of(part).scale)
+            return np.multiply(factor_product(left, right, begin, end), scale, out=out)
         name = f"deltas/{part}"
         return self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end, out))
 
@@ -212,10 +226,28 @@ class TrajectoryStore:
 
         ``out``: a float32 array ``[end - begin]`` to put it into.
         """
-        if self.layout.parts[part].encoding == "float":
+        if self.layout.parts[part].encoding in ("float", "factors"):
             return self.read_row(part, row, begin, end, out=out)
         values, dtype = self.read_row(part, row, begin, end), self.layout.parts[part].dtype
         return np.subtract(to_float32(base + values.view(base.dtype), dtype), to_float32(base, dtype), out=out)
+
+    def read_factors(self, part: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """One step's factors as float32: ``left [rows, rank]`` and ``right [rank, columns]``, without the scale."""
+        spec = self._factors_of(part)
+        values = to_float32(self.read_factor_bits(part, row), spec.dtype)
+        cut = spec.rows * spec.rank
+        return values[:cut].reshape(spec.rows, spec.rank), values[cut:].reshape(spec.rank, spec.columns)
+
+    def read_factor_bits(self, part: int, row: int) -> np.ndarray:
+        """Raw bits of one step's factors, ``left`` before ``right``, flat."""
+        numel = self._factors_of(part).numel
+        return self._guard(self._where(row, part, 0), lambda: self._read(f"factors/{part}", row, 0, numel))
+
+    def _factors_of(self, part: int) -> Factors:
+        spec = self.layout.parts[part].factors
+        if spec is None:
+            raise StoreError(f"{self.path}: part {part} has factors without a description; restore the store from a copy")
+        return spec
 
     def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as for ``read_update``.
@@ -289,13 +321,15 @@ class TrajectoryStore:
             for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
                 state = self.read_base(part, begin, end)
                 digest.update(state.data.cast("B"))
-                for row in range(len(self.steps) if spec.encoding != "fixed" else 0):
+                for row in range(len(self.steps) if spec.encoding not in ("fixed", "factors") else 0):
                     if spec.encoding == "sparse":
                         columns, differences = self.read_update(part, row, begin, end)
                         apply_update(state, columns - begin, differences)
                     else:
                         state = self.read_row(part, row, begin, end)
                     contents[row] += block_checksums(state)
+            if spec.encoding == "factors":
+                contents = [block_checksums(self.read_factor_bits(part, row)) for row in range(len(self.steps))]
             for row, content in enumerate(contents):
                 if content and content_checksum(content) != checksums[row, part]:
                     self._damaged(row, part, 0, "its content does not match its checksum")
@@ -381,9 +415,9 @@ class TrajectoryStore:
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse`` or ``write_row`` for every moving part, then ``commit``. Several processes may
-    write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last, with the others'
-    ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
+    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``.
+    Several processes may write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last,
+    with the others' ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
 
     Args:
         member: another process holds the lock and commits.
@@ -485,6 +519,13 @@ class StoreWriter:
                 create_array(self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing)
             self._array("sketches")[self._row, :] = row
 
+    def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
+        """Record a part with factors: the raw bits of ``left`` and ``right``, flat, and their checksum."""
+        with self._writing():
+            self._array(f"factors/{part}")[self._row, :] = bits
+        self._checksums[part] = checksum
+        self._missing.discard(part)
+
     def commit(self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None) -> None:
         """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
 
@@ -537,6 +578,8 @@ class StoreWriter:
         for part, spec in enumerate(self.store.layout.parts):
             if spec.encoding == "sparse":
                 names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
+            elif spec.encoding == "factors":
+                names.append(f"factors/{part}")
             elif spec.encoding != "fixed":
                 names.append(f"deltas/{part}")
         return [*names, *(["sketches"] if "sketches" in self._group else []), "checksums", "steps"]
@@ -556,7 +599,7 @@ class StoreWriter:
         """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite never merges with it."""
         with self._writing():
             for name in self._per_step_arrays():
-                if name.startswith(("updates/", "deltas/")):
+                if name.startswith(("updates/", "deltas/", "factors/")):
                     sync((self._group.store_path / name / "c" / str(self._row)).delete_dir())
 
     @contextlib.contextmanager
@@ -595,7 +638,7 @@ def create_store(
     with WriterLock(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _format_version(layout),
             "state": "creating",
             "relexkit_version": version,
             "source": source,
@@ -616,6 +659,10 @@ def create_store(
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror or error}); free space and run the command again"
             ) from error
+
+
+def _format_version(layout: Layout) -> int:
+    return FACTORS_FORMAT_VERSION if any(part.encoding == "factors" for part in layout.parts) else FORMAT_VERSION
 
 
 def _write_base(
@@ -665,6 +712,13 @@ def _create_empty_arrays(group: zarr.Group, layout: Layout) -> None:
                 create_array(group, name, shape, dtype, (1, entries), shards=shards, codecs=_SPARSE_CODECS, fill_value=fill)
             shape = (_ROWS, num_blocks(spec.numel) + 1)
             create_array(group, f"updates/{part}/indptr", shape, "uint32", (1, shape[1]), fill_value=_UNWRITTEN_INDPTR)
+        elif spec.factors is not None:
+            numel, bits = spec.factors.numel, bits_dtype(spec.factors.dtype)
+            chunk = min(_ROW_CHUNK, max(1, numel))
+            create_array(
+                group, f"factors/{part}", (_ROWS, numel), bits, (1, chunk), shards=(1, -(-max(1, numel) // chunk) * chunk),
+                codecs=_DENSE_CODECS, fill_value=int(np.iinfo(bits).max),
+            )  # fmt: skip
         elif spec.encoding != "fixed":
             chunk = min(_ROW_CHUNK, max(1, spec.numel))
             is_float = spec.encoding == "float"
@@ -758,10 +812,10 @@ def _relexkit_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
     attributes = dict(group.attrs).get("relexkit")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
         raise NotAStoreError(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
-    if attributes["format_version"] != FORMAT_VERSION:
+    if attributes["format_version"] not in (FORMAT_VERSION, FACTORS_FORMAT_VERSION):
         raise StoreError(
-            f"{path}: has format version {attributes['format_version']!r}; this relexkit reads version {FORMAT_VERSION}: "
-            "install the release that wrote it"
+            f"{path}: has format version {attributes['format_version']!r}; this relexkit reads versions {FORMAT_VERSION} "
+            f"and {FACTORS_FORMAT_VERSION}: install the release that wrote it"
         )
     if attributes.get("state") != "ready":
         raise _CreationInterrupted(f"{path}: its creation was interrupted; run the same `relexkit import` again")

@@ -581,7 +581,7 @@ def test_what_is_no_store_is_neither_overwritten_nor_deleted(tmp_path: Path) -> 
     assert dict(zarr.open_group(str(tmp_path / "group.zarr"), mode="r").attrs) == {"mine": 1}
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_store_of_another_format_version_is_refused_and_kept(tmp_path: Path, version: Any) -> None:
     run = write_run(tmp_path)
     out = tmp_path / "s.zarr"
@@ -589,7 +589,7 @@ def test_a_store_of_another_format_version_is_refused_and_kept(tmp_path: Path, v
     document = json.loads((out / "zarr.json").read_text())
     document["attributes"]["relexkit"]["format_version"] = version
     (out / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(StoreError, match=r"has format version .*; this relexkit reads version 1: install the release"):
+    with pytest.raises(StoreError, match=r"has format version .*; this relexkit reads versions 1 and 2: install the release"):
         TrajectoryStore(out)
     before = sorted(p for p in out.rglob("*"))
     with pytest.raises(StoreError):

@@ -34,6 +34,7 @@ COMMANDS = (
     "report",
     "probe",
     "sweep",
+    "watch",
     "train",
     "evaluate",
     "demo",

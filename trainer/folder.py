@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from relexkit import RelexkitError
+from relexkit.live_weights import named_weights
 from relexkit.processes import Processes
-from relexkit.recorder import named_weights
 from trainer.setup import quiet
 
 CONFIG = "config.yaml"

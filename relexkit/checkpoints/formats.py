@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from relexkit.checkpoints import Checkpoint, dcp, deepspeed, huggingface, refused, verl
+from relexkit.checkpoints import Checkpoint, dcp, deepspeed, huggingface, peft, refused, verl
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ def _refuse(folder: Path) -> NoReturn:
 
 
 FORMATS = (
+    Format("peft", "PEFT adapters", peft.find, peft.AdapterCheckpoint),
     Format("huggingface", "Hugging Face folders", huggingface.find, huggingface.HuggingFaceCheckpoint),
     Format("verl", "verl FSDP shards", verl.find, verl.VerlCheckpoint),
     Format("dcp", "torch.distributed.checkpoint folders", dcp.find, dcp.DcpCheckpoint),

@@ -70,11 +70,16 @@ class FolderRun:
             self.left_out[f"step {label}"] = chosen.failures.get(label, reason)
         self._format = chosen.format
         self._mapped = label_step is not None
-        self._labels = _labels_by_step(sorted(chosen.places), label_step, self.left_out)
+        self._labels = labels_by_step(sorted(chosen.places), label_step, self.left_out)
         self._places = chosen.places
         self.steps = sorted(self._labels)
         if not self.steps:
             raise CheckpointError(f"{source}: the step map leaves no step; expected the labels {sorted(chosen.places)[:5]}")
+
+    def folder(self, step: int) -> Path:
+        """The folder that a trainer made for one step, with all that it saved there."""
+        place = self._places[self._labels[step]]
+        return next(path for path in (place, *place.parents) if _STEP.fullmatch(path.name))
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Open one step.
@@ -281,9 +286,10 @@ def _step_map_file(path: Path) -> Callable[[int], int | None]:
     return table.get
 
 
-def _labels_by_step(
+def labels_by_step(
     labels: list[int], label_step: Callable[[int], int | None] | None, left_out: dict[str, str]
 ) -> dict[int, int]:
+    """Optimizer step -> label; labels that the map does not name are added to ``left_out``."""
     if label_step is None:
         return {label: label for label in labels}
     found: dict[int, int] = {}

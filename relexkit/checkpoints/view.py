@@ -20,8 +20,8 @@ class CheckpointView:
     def __init__(
         self, checkpoint: Checkpoint, *, metrics: Mapping[str, float] | None = None, stored: Mapping[str, str] | None = None
     ):
-        self._checkpoint = checkpoint
-        self._metrics = dict(metrics or {})
+        self.inner = checkpoint
+        self.further = dict(metrics or {})
         self._stored = stored
         self.description = checkpoint.description
         self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
@@ -30,16 +30,16 @@ class CheckpointView:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See ``relexkit.checkpoints.Checkpoint``."""
-        self._checkpoint.read_into(name if self._stored is None else self._stored[name], start, out)
+        self.inner.read_into(name if self._stored is None else self._stored[name], start, out)
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
-        return self._checkpoint.files()
+        return self.inner.files()
 
     def metrics(self) -> dict[str, float]:
         """What the trainer logged, and the further metrics."""
-        return {**self._checkpoint.metrics(), **self._metrics}
+        return {**self.inner.metrics(), **self.further}
 
     def close(self) -> None:
         """Close the checkpoint."""
-        self._checkpoint.close()
+        self.inner.close()
