@@ -82,6 +82,9 @@ def _one_line(error: Exception) -> str:
 def _import(parsed: argparse.Namespace) -> None:
     from relexkit.importer import import_checkpoints
 
+    if parsed.dry_run:
+        import_module("relexkit.commands.dry_run").print_estimate(parsed)
+        return
     with progress_bar() as progress:
         result = import_checkpoints(
             parsed.source, parsed.out, base=parsed.base, steps=parsed.steps, encoding=parsed.encoding,
@@ -477,6 +480,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
                          help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip
     command.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
+    command.add_argument(
+        "--dry-run", action="store_true", help="write nothing; say what would be written, and how long it takes"
+    )
 
     for name, run, text in (
         ("info", _info, "say what is inside a store, or which checkpoints a folder holds"),

@@ -116,7 +116,7 @@ def import_checkpoints(
             created = not _is_store(out)
             if created:
                 sampled = wanted[:1] if is_hub(source) else wanted
-                notes += _create(out, view, sampled, over, base_words, encoding, mantissa_bits, progress)
+                notes += create_for(out, view, sampled, over, base_words, encoding, mantissa_bits, progress)
             with StoreWriter(out) as writer:
                 if not created:
                     _check_same_run(writer.store, view, over, encoding, mantissa_bits)
@@ -128,7 +128,7 @@ def import_checkpoints(
                 recorded = {int(s) for s in writer.store.steps}
                 new = _new_steps(wanted, recorded, source, out)
                 if new:
-                    _append_all(view, new, writer, over, memory_budget_bytes, progress)
+                    append_all(view, new, writer, over, memory_budget_bytes, progress)
     return ImportResult(TrajectoryStore(out), new, [s for s in wanted if s in recorded], notes, run.left_out)
 
 
@@ -217,7 +217,7 @@ def _is_store(path: str | Path) -> bool:
 # -- creating ---------------------------------------------------------------------------------------------------------
 
 
-def _create(
+def create_for(
     out: str | Path,
     run: Run,
     steps: list[int],
@@ -353,7 +353,7 @@ def _another_run(store: TrajectoryStore, step: int) -> CheckpointError:
 # -- appending --------------------------------------------------------------------------------------------------------
 
 
-def _append_all(
+def append_all(
     run: Run,
     steps: list[int],
     writer: StoreWriter,
@@ -361,6 +361,7 @@ def _append_all(
     memory_budget_bytes: int,
     progress: ProgressCallback | None,
 ) -> None:
+    """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
         still = first.still if isinstance(first, AdaptedCheckpoint) else ()
     with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:

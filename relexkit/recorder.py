@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
 
+
 class Recorder:
     """Records the weights of ``model`` into the store ``path``, at most one step in flight.
 
