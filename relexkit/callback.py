@@ -34,7 +34,7 @@ class RecorderCallback(TrainerCallback):
     checkpoint are removed.
 
     Args:
-        every, include, exclude, encoding, mantissa_bits: see ``Recorder``.
+        every, include, exclude, encoding, mantissa_bits, sketch: see ``Recorder``.
     """
 
     def __init__(
@@ -46,10 +46,12 @@ class RecorderCallback(TrainerCallback):
         exclude: Sequence[str] = (),
         encoding: Literal["float", "exact"] = "float",
         mantissa_bits: int = 10,
+        sketch: bool = True,
     ):
         self._path = path
         self._options: dict[str, Any] = {
-            "every": every, "include": include, "exclude": exclude, "encoding": encoding, "mantissa_bits": mantissa_bits,
+            "every": every, "include": include, "exclude": exclude, "encoding": encoding,
+            "mantissa_bits": mantissa_bits, "sketch": sketch,
         }  # fmt: skip
         self._recorder: Recorder | None = None
         self._logged: dict[str, float] = {}

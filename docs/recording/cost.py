@@ -1,0 +1,95 @@
+"""What the callback costs a TRL step on SmolLM2-135M-Instruct: see README.md beside this file.
+
+The recorder alone on the model, moved a little between steps: seconds that the trainer waits, seconds until the step is
+committed, processor seconds, and memory. Then a few GRPO steps without a recorder: wall and processor seconds of each. On a
+machine whose processor also trains, the processor seconds of both compete, so their ratio bounds the slowdown there.
+
+    python docs/recording/cost.py OUT        # OUT/base from three_ways.py, or it is written
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from relexkit import Recorder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2-run"))
+from make_run import additions, last_number_is_right, write_base
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds of every step."""
+
+    def __init__(self):
+        self.wall, self.processor = [], []
+
+    def on_step_begin(self, *_, **__):
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *_, **__):
+        self.wall.append(time.perf_counter() - self.began[0])
+        self.processor.append(time.process_time() - self.began[1])
+
+
+def train(out: Path, steps: int, rollouts: int) -> Clock:
+    clock = Clock()
+    config = GRPOConfig(
+        output_dir=str(out / "cost"), max_steps=steps, per_device_train_batch_size=rollouts, num_generations=8,
+        max_completion_length=12, learning_rate=3e-6, beta=0.0, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(out / "base"),
+        reward_funcs=last_number_is_right, args=config, train_dataset=additions(1, rollouts // 8 * steps), callbacks=[clock],
+    ).train()  # fmt: skip
+    return clock
+
+
+def record(out: Path, sketch: bool, steps: int) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    found = {"waits": [], "until committed": [], "processor": []}
+    before = peak_bytes()
+    with Recorder(model, out / f"cost-{'sketch' if sketch else 'plain'}.zarr", sketch=sketch) as recorder:
+        for step in range(1, steps + 1):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 3e-6 * torch.randn_like(parameter)
+            wall, processor = time.perf_counter(), time.process_time()
+            recorder.record(step)
+            found["waits"].append(time.perf_counter() - wall)
+            recorder.flush()
+            found["until committed"].append(time.perf_counter() - wall)
+            found["processor"].append(time.process_time() - processor)
+    found["peak bytes above the model"] = peak_bytes() - before
+    found["weights"] = sum(p.numel() * 4 for p in model.parameters())
+    return found
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rollouts", type=int, default=16)
+    options = parser.parse_args()
+    if not (options.out / "base").exists():
+        write_base(options.out / "base")
+    result = {name: record(options.out, sketch, 4) for name, sketch in (("recorder", False), ("recorder with sketch", True))}
+    clock = train(options.out, options.steps, options.rollouts)
+    result["TRL step"] = {"wall": clock.wall, "processor": clock.processor, "rollouts": options.rollouts}
+    (options.out / "cost.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
