@@ -84,7 +84,8 @@ def import_checkpoints(
             and for float32 ones that hardly change, else float.
         mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative error of at most
             ``2 ** -(mantissa_bits + 1)`` of each delta.
-        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most precise one there if not given.
+        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most precise one there if not
+            given.
         step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``, where folders are not
             numbered by optimizer steps; ``steps`` then means optimizer steps, and labels are kept as the metric ``label``.
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory; what does not fit is

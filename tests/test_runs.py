@@ -133,7 +133,9 @@ def test_a_precise_source_that_lacks_most_steps_is_not_taken(tmp_path: Path) -> 
 
 def test_an_unknown_or_absent_format_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step_1", weights())
-    with pytest.raises(CheckpointError, match="--format gguf is unknown; choose one of peft, huggingface, verl, dcp, deepspeed"):
+    with pytest.raises(
+        CheckpointError, match="--format gguf is unknown; choose one of peft, huggingface, verl, dcp, deepspeed"
+    ):
         open_run(tmp_path, source_format="gguf")
     with pytest.raises(CheckpointError, match="holds no dcp checkpoints; leave --format out to see what is there"):
         open_run(tmp_path, source_format="dcp")
