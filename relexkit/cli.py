@@ -470,12 +470,16 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("import", _import, "import a run's checkpoints into a trajectory store; run again to add new steps")
-    command.add_argument("source", metavar="SRC", help="folder with checkpoint-N, global_step_N, step_N or step-N inside")
-    command.add_argument("--format", metavar="F", help="huggingface, verl, dcp or deepspeed (default: the most precise)")
+    command.add_argument(
+        "source", metavar="SRC", help="folder with checkpoint-N, global_step_N or step_N inside, or hf://OWNER/NAME"
+    )
+    command.add_argument("--format", metavar="F", help="peft, huggingface, verl, dcp or deepspeed (default: the most precise)")
     command.add_argument("--step-map", metavar="MAP",
                          help="optimizer steps per label (2, 1/4), or a JSON file {label: step}")  # fmt: skip
     command.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
-    command.add_argument("--base", metavar="DIR", help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)")
+    command.add_argument(
+        "--base", metavar="DIR", help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)"
+    )
     command.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C")
     command.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
                          help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip

@@ -19,6 +19,7 @@ def test_prefixes_of_wrappers_are_left_out() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch.jit
 def test_a_compiled_model_and_its_plain_one_have_the_same_names() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     assert list(named_weights(torch.compile(model))) == list(named_weights(model)) == list(model.state_dict())
