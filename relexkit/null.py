@@ -111,20 +111,21 @@ def _walk_nulls(
     matrices: np.ndarray, steps: np.ndarray, factor: np.ndarray, centered: bool, rng: np.random.Generator, flip: bool
 ) -> list[WalkNull]:
     inverse = np.linalg.inv(factor)
-    innovations = inverse @ matrices @ inverse.T
-    sizes = np.maximum(np.diagonal(innovations, axis1=1, axis2=2), 0.0)
+    half = inverse @ matrices
+    sizes = np.maximum((half * inverse).sum(axis=2), 0.0)  # the diagonal of the innovations' Gram matrices
     expected = (factor * sizes[:, None]) @ factor.T
     observed_NK, expected_NK = (statistics(m, steps, centered=centered) for m in (matrices, expected))
     num_flips = int(min(_MOST_FLIPS, _FLIP_WORK // (len(matrices) * len(steps) ** 2)))
     num_flips = num_flips if num_flips >= _FEWEST_FLIPS and flip else 0
     nulls = []
-    for row, innovation in enumerate(innovations):
-        flipped_FK = np.full((1, len(STATISTICS)), np.nan)
+    for row in range(len(matrices)):
+        low, high, reached = np.full((3, len(STATISTICS)), np.nan)
         if num_flips and sizes[row].any():
-            flipped_FK = statistics(_flips(innovation, factor, num_flips, rng), steps, centered=centered)
-        low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
-        reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
-        reached[np.isnan(observed_NK[row]) | np.isnan(flipped_FK).any(axis=0)] = np.nan
+            flipped = _flips(half[row] @ inverse.T, factor, num_flips, rng)
+            flipped_FK = statistics(flipped, steps, centered=centered)
+            low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
+            reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
+            reached[np.isnan(observed_NK[row]) | np.isnan(flipped_FK).any(axis=0)] = np.nan
         seen, walk, least, most, p_value = (
             dict(zip(STATISTICS, v.tolist(), strict=True)) for v in (observed_NK[row], expected_NK[row], low, high, reached)
         )

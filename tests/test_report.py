@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from runs import write_run
 from simulated import Run, recorded, simulate
+from test_figures import assert_readable
 
+from analysis import style
 from analysis.claims import measure_claims
 from analysis.report import build_page, write_report
+from analysis.sweep_figures import sweep_figure
 from relexkit.advice import advise
 from relexkit.backtest import CHEAP, backtest
 from relexkit.cli import main
@@ -124,3 +127,37 @@ def test_a_missing_store_is_a_stated_error(tmp_path: Path) -> None:
     with pytest.raises(RelexkitError, match="no such store"):
         write_report(tmp_path / "absent.zarr", tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+SWEEP = {
+    "task": "sorting", "last_step": 20, "num_problems": 64, "recommendation": "Keep step 20: nothing beats it.",
+    "baseline": {"accuracy": 0.7, "interval": [0.58, 0.8]},
+    "candidates": [
+        {"name": f"{method} at {target}", "method": method, "num_problems": n, "accuracy": a, "interval": [a - 0.1, a + 0.1]}
+        for method, target, n, a in (("model", 30, 64, 0.66), ("relex", 30, 8, 0.5), ("two-point", 40, 16, 0.6))
+    ],
+}  # fmt: skip
+
+
+def test_results_of_a_sweep_come_first(gram: Gram) -> None:
+    page = build_page("run", gram, {}, facts=[], sweep=SWEEP)
+    assert Outline(page).ids[0] == "sweep"
+    assert "Keep step 20: nothing beats it." in page
+
+
+def test_sweep_figure_is_readable() -> None:
+    with style.styled():
+        figure = sweep_figure(SWEEP)
+    assert_readable(figure)
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "model at 30  (64)"
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"candidates": []}'])
+def test_what_is_no_sweep_says_what_to_do(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path, density=1.0, shapes={"w": (40, 8)}, steps=(1, 2), extras=False)
+    store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(RelexkitError, match="is not what relexkit sweep --json prints; run the sweep with --json again"):
+        write_report(store, tmp_path / "report.html", sweep=tmp_path / "sweep.json")
+    assert not (tmp_path / "report.html").exists()
