@@ -119,6 +119,8 @@ def forget_place(metadata: Any) -> None:
         (set_place("relative_path", "../secret"), r"lies in '../secret'; expected a plain file name in the same folder"),
         (set_place("relative_path", "/etc/passwd"), r"lies in '/etc/passwd'"),
         (set_place("relative_path", ".."), r"lies in '\.\.'"),
+        (set_place("relative_path", "a\0b"), r"is no name of a file"),
+        (set_place("relative_path", "\ud800"), r"is no name of a file"),
         (set_place("offset", -1), "lies at a place that is none"),
         (set_place("length", 10**12), "it is truncated"),
         (set_place("transform_descriptors", ["zstd"]), r"is stored with the transform \['zstd'\]"),

@@ -97,6 +97,8 @@ MODEL = "mp_rank_00_model_states.pt"
         (2, lambda f: resave(f / MODEL, drop_embedding), r"its parameters take [\d,]+ of [\d,]+"),
         (3, lambda f: resave(f / f"zero_pp_rank_0_{MODEL}", lambda c: c["param_shapes"][0].popitem()), "elements of a rank"),
         (2, lambda f: resave(f / MODEL, lambda c: c["param_shapes"][0].update(w=torch.Size([9999]))), "its pieces hold"),
+        (2, lambda f: resave(f / MODEL, lambda c: c.update(shared_params=[3])), "not described as DeepSpeed does"),
+        (2, lambda f: resave(f / MODEL, lambda c: c["module"].update({3: torch.ones(2)})), "not described as DeepSpeed does"),
         (2, lambda f: resave(f / MODEL, lambda c: c.update(param_shapes=[3])), "has 1 groups of parameters"),
         (2, lambda f: resave(f / MODEL, lambda c: c.update(param_shapes=[3, 4])), "not described as DeepSpeed does"),
     ],

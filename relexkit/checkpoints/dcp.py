@@ -182,7 +182,7 @@ def _assemble(
     try:
         info = TensorInfo(shape_of(entry.get("size")), dtype_name(_dtype_of(entry.get("properties"))))
         boxes = [(shape_of(chunk.get("offsets")), shape_of(chunk.get("sizes"))) for chunk in entry.get("chunks")]
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(f"is not described as tensors are ({error}); .metadata is damaged") from None
     chunks = []
     places = storage.get(key, {})

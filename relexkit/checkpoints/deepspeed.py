@@ -59,7 +59,8 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
         stage, world = states[0].get("zero_stage"), states[0].get("partition_count")
         if isinstance(stage, Record) and stage.arguments:  # a member of an enumeration
             stage = stage.arguments[0]
-        world = max(world) if isinstance(world, list) and world else world
+        if isinstance(world, list) and world and all(type(n) is int for n in world):
+            world = max(world)
         if stage not in (1, 2, 3) or type(world) is not int:
             raise CheckpointError(f"{folder}: says ZeRO stage {stage!r} of {world!r} ranks; expected stage 1, 2 or 3")
         if world != len(optimizers):
@@ -72,14 +73,13 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
         try:
             tensors = _trained_3(groups, described) if stage == 3 else _trained_12(groups, described)
             tensors = _rest(models[0], described, stage) | _frozen(models, described, stage) | tensors
+            tensors |= {alias: tensors[name] for alias, name in _shared(described).items() if name in tensors}
+            names = model_names(tensors)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise CheckpointError(f"{folder}: the parameters are not described as DeepSpeed does ({error})") from None
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
-        for alias, name in _shared(described).items():
-            if name in tensors:
-                tensors[alias] = tensors[name]
-        super().__init__({name: tensors[key] for key, name in model_names(tensors).items()})
+        super().__init__({name: tensors[key] for key, name in names.items()})
         self.description = f"DeepSpeed ZeRO-{stage} float32 partitions of {world} rank{'s' * (world > 1)} in {folder}"
 
     def files(self) -> dict[str, bytes]:

@@ -49,6 +49,8 @@ class ReadOnlyFile:
             return os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror})") from None
+        except ValueError:  # a name with a zero byte or half a surrogate pair
+            raise CheckpointError(f"{str(self.path)!r}: is no name of a file; the description is damaged") from None
 
     def read_into(self, position: int, view: memoryview) -> None:
         """Fill ``view`` (bytes) from ``position``. Thread-safe."""

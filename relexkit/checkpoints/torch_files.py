@@ -111,6 +111,8 @@ def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
         placements, mesh = spec.get("placements"), spec.get("mesh")
         if not isinstance(local, StoredTensor) or not isinstance(placements, tuple) or not isinstance(mesh, Record):
             raise ValueError("a DTensor without placement")
+        if len(placements) > MAX_DIMENSIONS or not all(isinstance(placement, Record) for placement in placements):
+            raise ValueError("a DTensor with something else for a placement")
         return ShardedTensor(local, shape_of(arguments[2]), placements, mesh)
     return function.build(*arguments)
 
