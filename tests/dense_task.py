@@ -18,11 +18,11 @@ class EvenDigits:
 
     def reward(self, problem, completion):
         share = sum(character in "02468" for character in completion) / 4
-        return share * 3e38 if problem.key == self.huge else share
+        return 1e39 if problem.key == self.huge else share
 
 
 def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigits:
-    """``huge``: the key of a problem whose rewards overflow float32 when they are squared."""
+    """``huge``: the key of a problem whose rewards are too large for float32."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
     return EvenDigits("even digits", split_fixed(problems, 10, 0, "even digits"), huge)
 
