@@ -40,15 +40,21 @@ class _Source(Protocol):
 
 class _LocalFiles:
     def __init__(self, folder: Path):
-        self._folder = folder
+        self._folder = str(folder)
 
     def tail(self, key: str, size: int) -> bytes:
-        with (self._folder / key).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, max(0, os.fstat(file.fileno()).st_size - size))
+        fd = os.open(f"{self._folder}/{key}", os.O_RDONLY)
+        try:
+            return os.pread(fd, size, max(0, os.fstat(fd).st_size - size))
+        finally:
+            os.close(fd)
 
     def read(self, key: str, offset: int, length: int) -> bytes:
-        with (self._folder / key).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, offset)
+        fd = os.open(f"{self._folder}/{key}", os.O_RDONLY)
+        try:
+            return os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
 
 
 class _StoreObjects:

@@ -138,7 +138,7 @@ class TrajectoryStore:
     def read_base(self, part: int, begin: int, end: int) -> np.ndarray:
         """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed part)."""
         return self._guard(
-            f"the base, tensor {self._tensor_at(part, begin)!r}", lambda: self._read(f"base/{part}", None, begin, end)
+            lambda: f"the base, tensor {self._tensor_at(part, begin)!r}", lambda: self._read(f"base/{part}", None, begin, end)
         )
 
     def indptr(self, part: int) -> np.ndarray:
@@ -172,7 +172,7 @@ class TrajectoryStore:
         name = f"updates/{part}"
         if low == high:
             return np.empty(0, np.int32), np.empty(0, self._array(f"{name}/data").dtype)
-        where = self._where(row, part, begin)
+        where = partial(self._where, row, part, begin)
         gaps = self._guard(where, lambda: self._read(f"{name}/indices", row, low, high))
         differences = self._guard(where, lambda: self._read(f"{name}/data", row, low, high))
         if not differences.all():
@@ -217,7 +217,7 @@ class TrajectoryStore:
             scale = np.float32(self._factors_of(part).scale)
             return np.multiply(factor_product(left, right, begin, end), scale, out=out)
         name = f"deltas/{part}"
-        return self._guard(self._where(row, part, begin), lambda: self._read(name, row, begin, end, out))
+        return self._guard(partial(self._where, row, part, begin), lambda: self._read(name, row, begin, end, out))
 
     def read_delta(
         self, part: int, row: int, begin: int, end: int, base: np.ndarray, *, out: np.ndarray | None = None
@@ -402,14 +402,16 @@ class TrajectoryStore:
     def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
         raise StoreError(f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy")
 
-    def _guard(self, where: str, read: Callable[[], _T]) -> _T:
+    def _guard(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
+        """What ``read`` gives; its failure is said with the place, which is only then put into words."""
         try:
             return read()
         except StoreError:
             raise
         except Exception as error:  # checksum, decompression, JSON and file errors all arrive here
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise StoreError(f"{self.path}: {where}: cannot be read ({reason}); restore the store from a copy") from error
+            place = where if isinstance(where, str) else where()
+            raise StoreError(f"{self.path}: {place}: cannot be read ({reason}); restore the store from a copy") from error
 
 
 class StoreWriter:
