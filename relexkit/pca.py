@@ -1,8 +1,8 @@
 """Which PCA: the exact Gram matrices or randomized ones, by what each would cost on this store.
 
 Exact: ``T^2 D`` operations on what is read once. Randomized: ``4 T D l`` on what is read once or twice, for long runs.
-The constants are nanoseconds per element and step on one core, measured by ``tests/benchmarks/scaling.py`` on two cores of an
-AMD EPYC; only their ratios matter for the choice.
+The constants are nanoseconds per element and step on one core, from short loops on a busy machine with two AMD EPYC cores;
+the crossover that they imply was not measured on whole passes. Only their ratios matter for the choice.
 """
 
 from __future__ import annotations
