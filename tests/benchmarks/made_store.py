@@ -66,15 +66,17 @@ def _base_bits(seed: int, part: int, cut: int) -> np.ndarray:
 def float_row(seed: int, part: int, numel: int, step: int, num_steps: int) -> np.ndarray:
     """The delta of a step, float32 ``[numel]``: two fixed directions with smooth coefficients, and noise of the step's own.
 
-    Normal numbers come from one table read at places that depend on seed, part, stretch and step: drawing them afresh would take
-    longer than everything that is measured.
+    Normal numbers come from one table read at places that depend on seed, part, stretch and step: drawing them afresh would
+    take longer than everything that is measured.
     """
     row = np.empty(numel, np.float32)
     time = np.float32(step / num_steps)
     for cut, begin in enumerate(range(0, numel, _CUT)):
         width = min(_CUT, numel - begin)
         line, bend, noise = (_normal(seed, part, cut, kind, width) for kind in (0, 1, 2 + step))
-        row[begin : begin + width] = (time * line + np.float32(0.4) * np.sin(3 * time) * bend + np.float32(0.2) * noise) * _SCALE
+        row[begin : begin + width] = (
+            time * line + np.float32(0.4) * np.sin(3 * time) * bend + np.float32(0.2) * noise
+        ) * _SCALE
     return round_to_mantissa_bits(row, 10)
 
 
