@@ -20,6 +20,7 @@ from relexkit.device import PIECE, Engine, open_engine
 from relexkit.distributed import ALONE, Team
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.factors import factor_gram
+from relexkit.jumps import last_trained
 from relexkit.layout import scope_of
 from relexkit.onepass import Pass, Sums, Tick, ticker
 from relexkit.store import (
@@ -122,6 +123,8 @@ def gram(
 ) -> Gram:
     """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
 
+    Of a run with jumps (``relexkit.jumps``) the steps before the first one.
+
     The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
     own rows. Where it cannot be kept (a read-only place, another process keeping one) it is used all the same.
 
@@ -142,7 +145,8 @@ def gram(
     check_unchanged(store)
     matrices, counts = assemble(store, {p: [r.matrices] for p, r in results.items()}, {p: r.counts for p, r in results.items()})
     sizes = np.array([t.numel for t in store.layout.moving_tensors], np.int64)
-    return Gram(store.steps, tuple(t.name for t in store.layout.moving_tensors), sizes, matrices[0], *counts)
+    names = tuple(t.name for t in store.layout.moving_tensors)
+    return Gram(store.steps, names, sizes, matrices[0], *counts).until(last_trained(store, None))
 
 
 def moving_parts(store: TrajectoryStore) -> list[int]:

@@ -39,6 +39,7 @@ from relexkit.gram import (
     rounding_error,
     run_shared,
 )
+from relexkit.jumps import last_trained
 from relexkit.linalg import single_threaded_blas
 from relexkit.onepass import Pass, Span, Tick, ticker
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
@@ -109,6 +110,7 @@ def randomized_gram(
 
 
 def _num_rows(store: TrajectoryStore, until: int | None) -> int:
+    until = last_trained(store, until)
     count = len(store.steps) if until is None else int(np.searchsorted(store.steps, until, side="right"))
     if count == 0:
         raise RelexkitError(f"--until {until} keeps no step; the store holds {describe_steps(store.steps)}")

@@ -18,9 +18,12 @@ def store_of(
     deltas: Mapping[str, np.ndarray],
     steps: np.ndarray,
     part_numel: int = 2**25,
-    shape: tuple[int, ...] | None = None,
+    metrics: Mapping[str, np.ndarray] | None = None,
 ) -> TrajectoryStore:
-    """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a base of zeros."""
+    """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a base of zeros.
+
+    ``metrics``: name -> ``[T]``, NaN where nothing is logged.
+    """
     specs = [(name, (delta.shape[1],), "float32") for name, delta in deltas.items()]
     layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})  # type: ignore[dict-item]
     create_store(
@@ -36,7 +39,8 @@ def store_of(
                     piece = deltas[segment.tensor.name][row, segment.start : segment.start + segment.numel]
                     values[segment.offset : segment.offset + segment.numel] = piece
                 writer.write_row(part, values, content_checksum(block_checksums(values)))
-            writer.commit()
+            logged = {name: float(values[row]) for name, values in (metrics or {}).items()}
+            writer.commit({name: value for name, value in logged.items() if np.isfinite(value)})
     return TrajectoryStore(path)
 
 

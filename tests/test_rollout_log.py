@@ -16,9 +16,11 @@ from trainer.rollout_log import Rollout, read_rollouts, truncate_after, write_st
 
 ONE = Rollout(
     step=1, problem="a", prompt="2+2=", text="4", prompt_ids=[4, 12, 4, 14], completion_ids=[6, 1], logprobs=[-0.25, -0.5],
-    truncated=False, reward=1.0, advantage=0.75,
+    truncated=False, reward=1.0, right=True, advantage=0.75,
 )  # fmt: skip
-EMPTY = replace(ONE, problem="b", text="", completion_ids=[], logprobs=[], truncated=True, reward=0.0, advantage=-0.75)
+EMPTY = replace(
+    ONE, problem="b", text="", completion_ids=[], logprobs=[], truncated=True, reward=0.0, right=True, advantage=-0.75
+)
 
 
 def write_steps(folder, steps, processes=1):

@@ -13,8 +13,18 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
+from relexkit.extrapolators import Options, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regrounding:
+    """After ``train_steps`` steps of training, jump to what ``method`` predicts for ``jump_steps`` later (arXiv 2601.04537)."""
+
+    train_steps: int
+    jump_steps: int
+    method: str = "relex"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -41,6 +51,15 @@ class GRPOConfig:
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the ``batch``, or not (``none``).
         importance_sampling_level: ratio of each ``token``, or of the whole ``sequence`` (GSPO).
         mask_truncated_completions: completions without an end do not count.
+        advantage: ``group``, or ``lampo``, pairwise (docs/credit.md); ``scale_rewards`` belongs to the former.
+        lampo_temperature, lampo_length_normalized: how sharply, and by which log-probabilities, LamPO weights pairs.
+        rouge_weight: add so many times ROUGE-L against the task's reference solution to the reward.
+        token_weighting: ``delta`` multiplies the surrogate of each token by a coefficient of DelTA; ``none``.
+        delta_iterations, delta_min, delta_max: refinements of DelTA's centroids, and the range of its coefficients.
+        token_shares: log which classes of tokens carry the update, and keep the numbers with the rollouts.
+        gradient_noise_parts: log the noise and the signal of the gradient from so many parts of each step; 0 does not.
+        regrounding: ``{train_steps: m, jump_steps: n, method: relex}``: after ``m`` steps of training jump to the weights that
+            are predicted for ``n`` steps later, and again; None never.
         learning_rate, lr_scheduler_type, warmup_steps: names of the schedules are those of transformers.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm: AdamW and clipping.
         micro_batch_tokens: most tokens (padding included) in one forward and backward pass; gradients accumulate, exactly.
@@ -76,6 +95,17 @@ class GRPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     mask_truncated_completions: bool = False
+    advantage: Literal["group", "lampo"] = "group"
+    lampo_temperature: float = 1.0
+    lampo_length_normalized: bool = True
+    rouge_weight: float = 0.0
+    token_weighting: Literal["none", "delta"] = "none"
+    delta_iterations: int = 1
+    delta_min: float = 0.8
+    delta_max: float = 1.2
+    token_shares: bool = False
+    gradient_noise_parts: int = 0
+    regrounding: dict[str, Any] | None = None
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
@@ -100,9 +130,10 @@ class GRPOConfig:
         positive = (
             "max_steps", "generation_batch_size", "num_generations", "steps_per_generation", "num_iterations",
             "max_completion_length", "micro_batch_tokens", "generation_rows", "learning_rate", "temperature", "max_grad_norm",
-            "eval_num_problems",
+            "eval_num_problems", "lampo_temperature", "delta_max",
         )  # fmt: skip
-        not_negative = ("beta", "epsilon", "warmup_steps", "record_every", "eval_steps", "save_steps", "weight_decay")
+        not_negative = ("beta", "epsilon", "warmup_steps", "record_every", "eval_steps", "save_steps", "weight_decay",
+                        "rouge_weight", "delta_iterations", "delta_min", "gradient_noise_parts")  # fmt: skip
         for name in (*positive, *not_negative):
             value = getattr(self, name)
             if value < 0 or (value == 0 and name in positive):
@@ -119,6 +150,15 @@ class GRPOConfig:
             )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise RelexkitError(f"delta: {self.delta} would cap below the clip range; expected more than 1 + epsilon_high")
+        if self.delta_min > self.delta_max:
+            raise RelexkitError(f"delta_min: {self.delta_min} is more than delta_max, {self.delta_max}; expected at most that")
+        groups = self.generation_batch_size // unit
+        if self.gradient_noise_parts == 1 or self.gradient_noise_parts > groups:
+            raise RelexkitError(
+                f"gradient_noise_parts: {self.gradient_noise_parts} parts cannot be compared; expected 2 to {groups}, the "
+                "groups of a step, or 0"
+            )
+        self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
         if not 1 <= self.mantissa_bits <= 23:
             raise RelexkitError(f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23")
         schedules = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -129,6 +169,37 @@ class GRPOConfig:
     def upper_epsilon(self) -> float:
         """Upper clip range."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def regrounding_rule(self) -> Regrounding | None:
+        """``regrounding``, checked.
+
+        Raises:
+            RelexkitError: an unknown key or method, a number that is too small, or nothing is recorded to predict from.
+        """
+        if self.regrounding is None:
+            return None
+        known = [field.name for field in dataclasses.fields(Regrounding)]
+        for name in self.regrounding:
+            if name not in known:
+                raise RelexkitError(f"regrounding: key {name!r} is unknown; expected {', '.join(known)}")
+        if not {"train_steps", "jump_steps"} <= self.regrounding.keys():
+            raise RelexkitError(
+                "regrounding: lacks train_steps or jump_steps; expected both, as {train_steps: 20, jump_steps: 20}"
+            )
+        rule = Regrounding(**self.regrounding)
+        if not (isinstance(rule.train_steps, int) and rule.train_steps >= 3):
+            raise RelexkitError(f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or more")
+        if not (isinstance(rule.jump_steps, int) and rule.jump_steps >= 1):
+            raise RelexkitError(f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more")
+        check_request([1.0], rule.method, Options(), 1.0)
+        unit = self.steps_of_generation
+        if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
+            raise RelexkitError(
+                "regrounding: predicts from recorded steps, between generations; expected record_every 1, and train_steps and "
+                f"jump_steps that are multiples of {unit}, the steps of a generation"
+            )
+        return rule
 
     @property
     def num_prompts(self) -> int:

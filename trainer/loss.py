@@ -57,6 +57,7 @@ def policy_loss(
     *,
     old_logp_BT: torch.Tensor | None = None,
     ref_logp_BT: torch.Tensor | None = None,
+    weight_BT: torch.Tensor | None = None,
 ) -> LossOutputs:
     """The loss of a micro-batch of ``B`` completions of at most ``T`` tokens.
 
@@ -65,6 +66,7 @@ def policy_loss(
         mask_BT: 1 where a token counts.
         old_logp_BT: those under the policy that sampled them; ``logp_BT`` itself, detached, if the batch is on-policy.
         ref_logp_BT: those under the reference; needed if ``config.beta`` is not 0.
+        weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1 if None.
     """
     old = logp_BT.detach() if old_logp_BT is None else old_logp_BT
     difference_BT = logp_BT - old
@@ -75,7 +77,7 @@ def policy_loss(
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
     capped_BT = ratio_BT if config.delta is None else ratio_BT.clamp(max=config.delta)
     gain_BT = torch.minimum(capped_BT * advantage_B[:, None], ratio_BT.clamp(low, high) * advantage_B[:, None])
-    token_loss_BT = -gain_BT
+    token_loss_BT = -gain_BT if weight_BT is None else -gain_BT * weight_BT
     zero = torch.zeros((), device=logp_BT.device)
     sums = {"kl": zero}
     if config.beta:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -51,6 +51,19 @@ class Completion:
     truncated: bool
 
 
+class Watcher(Protocol):
+    """Sees what the model computes while it generates; ``trainer.token_states`` has one."""
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Around the generation of one batch."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores ``[B, V]`` of the next token, which are returned as they are."""
+
+    def finish(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> None:
+        """The tokens that were drawn, and how many of each row belong to its completion."""
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -59,12 +72,14 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int,
+    watcher: Watcher | None = None,
 ) -> list[Completion]:
     """One completion for every prompt, in order; left-padded batches of ``batch_size`` rows with a key-value cache.
 
     Args:
         model: a transformers model for causal language modelling; its mode and generation settings are left as they were.
         keys: names of the rows' random streams: anything whose ``repr`` is stable. Equal keys draw equal noise.
+        watcher: told what the model computes on the way.
 
     Raises:
         RelexkitError: a prompt is empty, or does not fit the model's context together with its completion.
@@ -75,7 +90,7 @@ def generate(
     with _inference(model, tokenizer, sampling) as config:
         for begin in range(0, len(prompts), batch_size):
             rows = slice(begin, begin + batch_size)
-            completions += _generate_batch(model, tokenizer, prompt_ids[rows], keys[rows], sampling, config)
+            completions += _generate_batch(model, tokenizer, prompt_ids[rows], keys[rows], sampling, config, watcher)
     return completions
 
 
@@ -129,10 +144,16 @@ class _GumbelNoise:
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], keys: Sequence[Any], sampling: Sampling, config: GenerationConfig
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    keys: Sequence[Any],
+    sampling: Sampling,
+    config: GenerationConfig,
+    watcher: Watcher | None,
 ) -> list[Completion]:
     tokens, mask = left_padded(prompts, pad_token(tokenizer), model.device)
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([] if watcher is None else [watcher])
     if sampling.temperature > 0:
         if sampling.temperature != 1:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
@@ -141,7 +162,8 @@ def _generate_batch(
         if sampling.top_p is not None and sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelNoise(sampling.seed, keys, tokens.device))
-    output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors)
+    with nullcontext() if watcher is None else watcher.batch():
+        output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors)
     ends = set(config.eos_token_id)
     completions = []
     for prompt, row in zip(prompts, output[:, tokens.shape[1] :].tolist(), strict=True):
@@ -149,6 +171,8 @@ def _generate_batch(
         completion = row[: sampling.max_completion_length if stop is None else stop + 1]
         text = tokenizer.decode(completion, skip_special_tokens=True)
         completions.append(Completion(prompt, completion, text, stop is None))
+    if watcher is not None:
+        watcher.finish(output[:, tokens.shape[1] :], [len(c.completion_ids) for c in completions])
     return completions
 
 

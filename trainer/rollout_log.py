@@ -31,6 +31,8 @@ class Rollout:
         prompt_ids, completion_ids: token numbers, the end-of-sequence token included.
         logprobs: of the completion tokens under the policy that sampled them, at its temperature.
         truncated: the length ran out before an end.
+        right: the task's own reward is 1 or more.
+        token_norms, token_weights: by token, where they were computed: ``|v|`` (``trainer.token_states``) and coefficients.
     """
 
     step: int
@@ -42,7 +44,10 @@ class Rollout:
     logprobs: list[float]
     truncated: bool
     reward: float
+    right: bool
     advantage: float
+    token_norms: list[float] | None = None
+    token_weights: list[float] | None = None
 
 
 def _schema() -> pyarrow.Schema:
@@ -52,7 +57,8 @@ def _schema() -> pyarrow.Schema:
         {
             "step": pa.int64(), "problem": pa.string(), "prompt": pa.string(), "text": pa.string(),
             "prompt_ids": pa.list_(pa.int32()), "completion_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()),
-            "truncated": pa.bool_(), "reward": pa.float32(), "advantage": pa.float32(),
+            "truncated": pa.bool_(), "reward": pa.float32(), "right": pa.bool_(), "advantage": pa.float32(),
+            "token_norms": pa.list_(pa.float32()), "token_weights": pa.list_(pa.float32()),
         }
     )  # fmt: skip
 

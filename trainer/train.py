@@ -26,18 +26,30 @@ import torch
 from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.processes import Processes
 from relexkit.store import NotAStoreError
-from trainer.advantage import group_advantages
 from trainer.config import GRPOConfig, dump_config
+from trainer.credit import (
+    advantages,
+    informativeness,
+    is_right,
+    open_watcher,
+    rouge_l,
+    token_share_metrics,
+    token_weights,
+)
 from trainer.evaluate import evaluate
 from trainer.folder import claim_folder, save_model
+from trainer.gradient_noise import GradientParts
 from trainer.loss import Denominators, policy_loss
 from trainer.policy import make_batch, micro_batches, padded, sampled_logprobs, token_logprobs
+from trainer.regrounding import is_due, jump, last_jump
 from trainer.rollout import Completion, Sampling, generate, pad_token, stream_seed
 from trainer.rollout_log import Rollout, truncate_after, write_step
 from trainer.run_log import RunLog
 from trainer.setup import build_optimizer, choose_device, learning_rate, load_model, process_group, shard
 from trainer.state import last_state, load_state, save_state
 from trainer.tasks import Problem, Task, load_task, prompt_text, score
+
+_WARN_STEPS = 10  # without any difference between the rewards of a group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +76,8 @@ class Policy:
 class Generation:
     """Rollouts of this process for ``P`` prompts, ``G`` of each, row ``p * G + g``.
 
+    ``right`` says of each row whether the task calls it right. ``token_weights`` are the coefficients of its tokens, None where
+    all are 1, and ``token_norms`` their ``|v|`` where measured (``trainer.token_states``); ``shares`` are metrics of these.
     ``old_logp`` and ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling policy and
     under the reference; None where they are not needed. ``counts`` is 0 for a completion that is masked out. ``seconds`` is
     how long sampling and scoring took.
@@ -75,6 +89,10 @@ class Generation:
     reward_PG: torch.Tensor
     advantage_PG: torch.Tensor
     counts: list[int]
+    right: list[bool]
+    token_weights: list[torch.Tensor] | None
+    token_norms: list[torch.Tensor] | None
+    shares: dict[str, float]
     seconds: float
     old_logp: list[torch.Tensor] | None
     ref_logp: list[torch.Tensor] | None
@@ -93,7 +111,7 @@ def train(config: GRPOConfig) -> Path:
     device = choose_device(config)
     with process_group(device) as processes, ExitStack() as stack:
         folder = Path(config.output)
-        _check_processes(config, processes)
+        check_processes(config, processes)
         processes.lead(lambda: claim_folder(folder, dump_config(config)))
         task = load_task(config.task)
         problems = list(task.problems("train"))
@@ -106,7 +124,15 @@ def train(config: GRPOConfig) -> Path:
         log = stack.enter_context(RunLog(folder, step, config.max_steps, active=processes.rank == 0))
         if step:
             log.say(f"going on after step {step}")
+        rule, without_signal = config.regrounding_rule, 0
+        start = 0 if rule is None or recorder is None else last_jump(recorder)
         while step < config.max_steps:
+            if rule is not None and recorder is not None and is_due(rule, step, start, config.max_steps):
+                log.say(f"step {step}: jumps to what {rule.method} predicts for step {step + rule.jump_steps}")
+                step, metrics = jump(rule, recorder, policy.model, step, start)
+                start = step
+                log.write(step, metrics)
+                continue
             generation = roll_out(config, policy, task, problems, step // config.steps_of_generation)
             first = step + 1
             for index in range(min(config.steps_of_generation, config.max_steps - step)):
@@ -120,6 +146,7 @@ def train(config: GRPOConfig) -> Path:
                     metrics |= _validate(config, policy, task)
                 log.write(step, metrics | _speed(config, metrics, generation, time.monotonic() - began))
             _log_rollouts(folder / "rollouts", first, generation, processes)
+            without_signal = _warn_without_signal(log, metrics, step, first, without_signal)
             if config.save_steps and step // config.save_steps > (first - 1) // config.save_steps and step < config.max_steps:
                 _keep(config, folder, policy, recorder, step)
         _keep(config, folder, policy, recorder, step)
@@ -130,12 +157,21 @@ def train(config: GRPOConfig) -> Path:
 # -- preparing --------------------------------------------------------------------------------------------------------
 
 
-def _check_processes(config: GRPOConfig, processes: Processes) -> None:
+def check_processes(config: GRPOConfig, processes: Processes) -> None:
+    """Refuse what cannot be done by so many processes."""
+    if config.regrounding is not None and processes.size > 1:
+        raise RelexkitError("regrounding: writes predictions into a model that is whole; expected one process")
     unit = processes.size * config.num_generations * config.steps_per_generation
     if config.generation_batch_size % unit:
         raise RelexkitError(
             f"generation_batch_size: {config.generation_batch_size} does not split over {processes.size} processes; expected a "
             f"multiple of {unit}"
+        )
+    groups = config.generation_batch_size // unit
+    if config.gradient_noise_parts > groups:
+        raise RelexkitError(
+            f"gradient_noise_parts: {config.gradient_noise_parts} parts of {groups} groups in each of {processes.size} "
+            "processes leave some empty; expected at most as many"
         )
 
 
@@ -163,6 +199,7 @@ def _open_recorder(config: GRPOConfig, folder: Path, policy: Policy, step: int, 
     recorder = Recorder(
         policy.model, store, every=config.record_every, mantissa_bits=config.mantissa_bits, tokenizer=policy.tokenizer,
         resume_from=step if begun else None, source=f"GRPO of {config.model}",
+        sketch=config.regrounding is None,  # jumps are no part of a trajectory
     )  # fmt: skip
     return stack.enter_context(recorder)
 
@@ -205,19 +242,23 @@ def roll_out(config: GRPOConfig, policy: Policy, task: Task, problems: Sequence[
         max_completion_length=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, seed=config.seed,
     )  # fmt: skip
-    completions = generate(policy.model, policy.tokenizer, prompts, keys, sampling, batch_size=config.generation_rows)
-    rewards = policy.processes.agree(
-        lambda: [score(task, problem, c.text) for problem, c in zip(rows, completions, strict=True)]
-    )  # fmt: skip
-    reward_PG = torch.tensor(rewards, dtype=torch.float32).view(share, config.num_generations)
-    advantage_PG = group_advantages(
-        reward_PG, config.scale_rewards, gather=lambda own: torch.tensor(policy.processes.gather(own.tolist())).view(-1)
+    states = open_watcher(config, policy.model)
+    completions = generate(
+        policy.model, policy.tokenizer, prompts, keys, sampling, batch_size=config.generation_rows, watcher=states
     )
-    masked = config.mask_truncated_completions
+    right, rewards = policy.processes.agree(lambda: _scores(config, task, rows, completions))
+    reward_PG = torch.tensor(rewards, dtype=torch.float32).view(share, config.num_generations)
+    advantage_PG = advantages(config, reward_PG, states, policy.processes)
+    counts = [0 if config.mask_truncated_completions and c.truncated else 1 for c in completions]
+    weights = token_weights(config, policy, states, completions, advantage_PG, counts)
+    measured = states if config.token_shares else None
     result = Generation(
         problems=rows, prompts=prompts, completions=completions, reward_PG=reward_PG, advantage_PG=advantage_PG,
-        counts=[0 if masked and c.truncated else 1 for c in completions], seconds=time.monotonic() - began,
-        old_logp=None, ref_logp=None,
+        counts=counts, right=right, token_weights=weights, token_norms=None if measured is None else measured.norms,
+        shares={} if measured is None else token_share_metrics(
+            measured, completions, advantage_PG, weights, policy.tokenizer, policy.processes
+        ),
+        seconds=time.monotonic() - began, old_logp=None, ref_logp=None,
     )  # fmt: skip
     shared = (completions, config.temperature, config.micro_batch_tokens, pad_token(policy.tokenizer), policy.autocast)
     if config.steps_of_generation > 1:
@@ -227,17 +268,32 @@ def roll_out(config: GRPOConfig, policy: Policy, task: Task, problems: Sequence[
     return result
 
 
+def _scores(
+    config: GRPOConfig, task: Task, rows: Sequence[Problem], completions: Sequence[Completion]
+) -> tuple[list[bool], list[float]]:
+    """Which rollouts are right, and their rewards."""
+    rewards = [score(task, problem, c.text) for problem, c in zip(rows, completions, strict=True)]
+    right = is_right(rewards)
+    if config.rouge_weight:
+        shared = [rouge_l(problem, c.text) for problem, c in zip(rows, completions, strict=True)]
+        rewards = [reward + config.rouge_weight * overlap for reward, overlap in zip(rewards, shared, strict=True)]
+    return right, rewards
+
+
 def _log_rollouts(folder: Path, step: int, generation: Generation, processes: Processes) -> None:
     assert generation.old_logp is not None, "the first step on a generation fills in its log-probabilities"
+    nothing = [None] * len(generation.problems)
     rows = [
         Rollout(
             step=step, problem=problem.key, prompt=prompt, text=c.text, prompt_ids=c.prompt_ids,
             completion_ids=c.completion_ids, logprobs=logp.tolist(), truncated=c.truncated, reward=float(reward),
-            advantage=float(advantage),
+            right=right, advantage=float(advantage), token_norms=None if norms is None else norms.tolist(),
+            token_weights=None if weights is None else weights.tolist(),
         )
-        for problem, prompt, c, logp, reward, advantage in zip(
+        for problem, prompt, c, logp, reward, right, advantage, norms, weights in zip(
             generation.problems, generation.prompts, generation.completions, generation.old_logp,
-            generation.reward_PG.view(-1), generation.advantage_PG.view(-1), strict=True,
+            generation.reward_PG.view(-1), generation.right, generation.advantage_PG.view(-1),
+            generation.token_norms or nothing, generation.token_weights or nothing, strict=True,
         )
     ]  # fmt: skip
     processes.agree(lambda: write_step(folder, step, rows, process=processes.rank))
@@ -263,7 +319,7 @@ def optimizer_step(config: GRPOConfig, policy: Policy, generation: Generation, p
         group["lr"] = rate
     torch.manual_seed(stream_seed(config.seed, ("dropout", step, policy.processes.rank)))
     policy.optimizer.zero_grad(set_to_none=True)
-    sums, fresh = _accumulate(config, policy, generation, rows, denominators)
+    sums, fresh, noise = _accumulate(config, policy, generation, rows, denominators)
     names = sorted(sums)
     total = dict(zip(names, policy.sum(*(sums[name] for name in names)), strict=True))
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -280,6 +336,8 @@ def optimizer_step(config: GRPOConfig, policy: Policy, generation: Generation, p
     return _step_metrics(config, policy, generation, rows, total, denominators) | {
         "grad_norm": grad_norm,
         "learning_rate": rate,
+        **noise,
+        **generation.shares,
     }
 
 
@@ -291,27 +349,31 @@ def _rows_of_part(config: GRPOConfig, generation: Generation, part: int) -> list
 
 def _accumulate(
     config: GRPOConfig, policy: Policy, generation: Generation, rows: list[int], denominators: Denominators
-) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Gradients of the step's loss, micro-batch by micro-batch; sums over its tokens, and every row's log-probabilities."""
+) -> tuple[dict[str, float], list[torch.Tensor], dict[str, float]]:
+    """Gradients of the step's loss, micro-batch by micro-batch.
+
+    Returns sums over its tokens, every row's log-probabilities, and what is logged of the gradient's noise.
+    """
     device = policy.model.device
     completions = [generation.completions[row] for row in rows]
     advantage_B = generation.advantage_PG.view(-1)[rows].to(device)
     counts_B = torch.tensor([generation.counts[row] for row in rows], dtype=torch.float32, device=device)
-    groups = micro_batches(completions, config.micro_batch_tokens)
+    groups, lasts = _grouped(config, completions)
+    parts = GradientParts(policy.model) if config.gradient_noise_parts else None
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high"), 0.0)
     fresh: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for number, group in enumerate(groups):
         batch = make_batch([completions[index] for index in group], pad_token(policy.tokenizer), device)
         if policy.processes.size > 1:  # gradients are exchanged once, with the last micro-batch
-            policy.model.set_requires_gradient_sync(number == len(groups) - 1)
+            policy.model.set_requires_gradient_sync(number in lasts)
         logp_BT, entropy_BT = token_logprobs(policy.model, batch, config.temperature, policy.autocast)
         mask_BT = batch.mask * counts_B[group, None]
-        old, ref = (
+        old, ref, weight = (
             None if values is None else padded([values[rows[index]] for index in group], logp_BT)
-            for values in (generation.old_logp, generation.ref_logp)
+            for values in (generation.old_logp, generation.ref_logp, generation.token_weights)
         )
         outputs = policy_loss(
-            logp_BT, advantage_B[group], mask_BT, denominators, config, old_logp_BT=old, ref_logp_BT=ref
+            logp_BT, advantage_B[group], mask_BT, denominators, config, old_logp_BT=old, ref_logp_BT=ref, weight_BT=weight
         )  # fmt: skip
         (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
         sums["loss"] += float(outputs.loss.detach())
@@ -320,7 +382,25 @@ def _accumulate(
             sums[name] += float(value)
         for index, logp_T in zip(group, logp_BT.detach(), strict=True):
             fresh[index] = logp_T[: len(completions[index].completion_ids)]
-    return sums, fresh
+        if parts is not None and number in lasts:
+            parts.end_part()
+    prompts = denominators.sequences / config.num_generations
+    return sums, fresh, {} if parts is None else parts.end_step(prompts, policy.sum)
+
+
+def _grouped(config: GRPOConfig, completions: Sequence[Completion]) -> tuple[list[list[int]], set[int]]:
+    """Micro-batches, and the numbers of those with which a part of the step ends, whose gradient is measured apart.
+
+    Gradients are exchanged between processes where a part ends, so every process must have as many parts.
+    """
+    count = max(1, config.gradient_noise_parts)
+    groups: list[list[int]] = []
+    lasts = set()
+    for part in range(count):
+        own = [row for row in range(len(completions)) if row // config.num_generations % count == part]
+        groups += [[own[i] for i in group] for group in micro_batches([completions[r] for r in own], config.micro_batch_tokens)]
+        lasts.add(len(groups) - 1)
+    return groups, lasts
 
 
 def _step_metrics(
@@ -347,8 +427,41 @@ def _step_metrics(
         "completions/mean_length": length / counted.sequences,
         "completions/max_length": float(max(policy.processes.gather(max(lengths)))),
         "completions/clipped_ratio": cut / counted.sequences,
+        **_informativeness(policy, generation, rows, reward_PG.shape, groups),
     }
     return metrics | ({"kl": total["kl"] / tokens} if config.beta else {})
+
+
+def _informativeness(
+    policy: Policy, generation: Generation, rows: list[int], shape: torch.Size, groups: float
+) -> dict[str, float]:
+    """Share of prompts with right and wrong rollouts, by how much the policy prefers the right ones, spread of the accuracy."""
+    assert generation.old_logp is not None
+    right_PG = torch.tensor([generation.right[row] for row in rows]).view(shape)
+    sums = informativeness(right_PG, [generation.old_logp[row] for row in rows])
+    total = dict(zip(sums, policy.sum(*sums.values()), strict=True))
+    mean = total["rate"] / groups
+    return {
+        "accuracy": mean,
+        "accuracy_spread": max(0.0, total["square"] / groups - mean**2) ** 0.5,
+        "frac_groups_mixed": total["mixed"] / groups,
+        "logp_margin": total["margin"] / total["mixed"] if total["mixed"] else float("nan"),
+    }
+
+
+def _warn_without_signal(log: RunLog, metrics: dict[str, float], step: int, first: int, before: int) -> int:
+    """Steps in a row in which no group had a difference to learn from, up to this one; warns about every tenth."""
+    if metrics["frac_reward_zero_std"] < 1:
+        return 0
+    count = before + step + 1 - first
+    if count // _WARN_STEPS > before // _WARN_STEPS:
+        advice = "all were right: take harder problems" if metrics["accuracy"] == 1 else (
+            "none was right: take easier problems or a better start, raise num_generations or temperature, or give credit for "
+            "partial answers" if metrics["accuracy"] == 0
+            else "every prompt is either always or never solved: take problems in between, or raise num_generations"
+        )  # fmt: skip
+        log.say(f"step {step}: nothing to learn from for {count} steps, the rewards of every group agree ({advice})")
+    return count
 
 
 def _speed(config: GRPOConfig, metrics: dict[str, float], generation: Generation, seconds: float) -> dict[str, float]:
