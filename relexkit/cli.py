@@ -38,6 +38,8 @@ COMMAND_MODULES = {
     "sweep": ("trainer.sweep", "try predictions on a task, stop bad ones early, and recommend"),
     "watch": ("relexkit.commands.watch", "import checkpoints as they appear, and delete them afterwards if asked to"),
     "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
+    "g2d": ("trainer.g2d", "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation"),
+    "tokens": ("trainer.tokens_command", "which tokens carry the update, from a log of rollouts"),
     "evaluate": ("trainer.evaluate_command", "accuracy of models on a task, with intervals: folders, or steps of a store"),
     "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
     "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),

@@ -31,3 +31,15 @@ def make_for_sweep() -> EvenDigits:
     """More problems for validation."""
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(60)]
     return EvenDigits("even digits", split_fixed(problems, 24, 0, "even digits"), None)
+
+
+@dataclass(frozen=True)
+class AnyEvenDigit(EvenDigits):
+    def reward(self, problem, completion):
+        return float(any(character in "02468" for character in completion))
+
+
+def make_easy() -> AnyEvenDigit:
+    """Right and wrong answers to nearly every problem: a completion is right with an even digit in it."""
+    problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
+    return AnyEvenDigit("any even digit", split_fixed(problems, 10, 0, "any even digit"), None)

@@ -36,6 +36,8 @@ COMMANDS = (
     "sweep",
     "watch",
     "train",
+    "g2d",
+    "tokens",
     "evaluate",
     "demo",
     "gram",

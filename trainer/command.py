@@ -14,21 +14,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``relexkit train``: a file, then options by the names of ``trainer.config.GRPOConfig``."""
     from trainer.config import GRPOConfig
 
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev = False
-    parser.epilog = "what the options mean:" + (GRPOConfig.__doc__ or "").partition("Attributes:")[2].rstrip()
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="options by name; those given here win")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    for field in dataclasses.fields(GRPOConfig):
+    add_options(parser, GRPOConfig)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """An option for every field of a configuration, as YAML text, and what they mean below the help."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
+    parser.epilog = "what the options mean:" + (kind.__doc__ or "").partition("Attributes:")[2].rstrip()
+    for field in dataclasses.fields(kind):
         default = "required" if field.default is dataclasses.MISSING else field.default
         parser.add_argument(f"--{field.name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"({default})")
+
+
+def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, str]:
+    """Those of ``add_options`` that were given."""
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind) if field.name in arguments}
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, or go on with a training that was interrupted."""
     from trainer.config import GRPOConfig, load_config
 
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(GRPOConfig) if field.name in arguments}
+    given = given_options(arguments, GRPOConfig)
     if arguments.config is None and not given:
         raise RelexkitError("no configuration was given; expected a YAML file, or --model, --task and --output at least")
     config = load_config(arguments.config, given)

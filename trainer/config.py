@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, ValidationError
@@ -161,9 +161,7 @@ class GRPOConfig:
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
         if not 1 <= self.mantissa_bits <= 23:
             raise RelexkitError(f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23")
-        schedules = ("constant", "constant_with_warmup", "linear", "cosine")
-        if self.lr_scheduler_type not in schedules:
-            raise RelexkitError(f"lr_scheduler_type: {self.lr_scheduler_type!r} is unknown; expected {', '.join(schedules)}")
+        _check_schedule(self.lr_scheduler_type)
 
     @property
     def upper_epsilon(self) -> float:
@@ -212,7 +210,76 @@ class GRPOConfig:
         return self.steps_per_generation * self.num_iterations
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> GRPOConfig:
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class G2DConfig:
+    """How preference pairs are made of rollouts, and how DPO trains on them.
+
+    Attributes:
+        pairs: from the rollouts of the ``training`` up to step K, or from ``fresh`` ones of the policy of step K to their
+        prompts. start, reference: the policy that DPO begins with, and the one that it is held to: of step K (``warm``), or
+        the ``base``. max_pairs_per_prompt, max_length: most pairs of a prompt, and most tokens of a completion in them; None
+        for any. min_difficulty, max_difficulty: only prompts whose share of right rollouts lies between these. beta,
+        label_smoothing, average_log_prob: of the loss, see ``trainer.dpo``. learning_rate, lr_scheduler_type, weight_decay,
+        max_grad_norm, num_train_epochs: AdamW, its schedule, passes over pairs. train_batch_size: pairs of an optimizer step.
+        micro_batch_tokens: most tokens (padding included) in one forward and backward pass. seed: of the choice of pairs,
+        their order, fresh rollouts, and dropout. eval_num_problems: validation problems, answered greedily. generation_rows:
+        rows of one batch of a generation. bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. device: ``auto``,
+        ``cpu`` or ``cuda``.
+    """
+
+    pairs: Literal["training", "fresh"] = "training"
+    start: Literal["warm", "base"] = "warm"
+    reference: Literal["warm", "base"] = "warm"
+    max_pairs_per_prompt: int = 4
+    max_length: int | None = None
+    min_difficulty: float = 0.0
+    max_difficulty: float = 1.0
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    average_log_prob: bool = False
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: int = 1
+    train_batch_size: int = 32
+    micro_batch_tokens: int = 8192
+    seed: int = 0
+    eval_num_problems: int = 200
+    generation_rows: int = 64
+    bf16: bool | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, by name."""
+        for name in ("max_pairs_per_prompt", "beta", "learning_rate", "max_grad_norm", "num_train_epochs", "train_batch_size",
+                     "micro_batch_tokens", "eval_num_problems", "generation_rows"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise RelexkitError(f"{name}: {getattr(self, name)} is too small; expected more than 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise RelexkitError(f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less than 0.5")
+        if not 0 <= self.min_difficulty <= self.max_difficulty <= 1:
+            raise RelexkitError(
+                f"min_difficulty {self.min_difficulty}, max_difficulty {self.max_difficulty}: expected shares between 0 and 1, "
+                "the smaller first"
+            )
+        _check_schedule(self.lr_scheduler_type)
+
+
+_Config = TypeVar("_Config", GRPOConfig, G2DConfig)
+
+
+def _check_schedule(name: str) -> None:
+    schedules = ("constant", "constant_with_warmup", "linear", "cosine")
+    if name not in schedules:
+        raise RelexkitError(f"lr_scheduler_type: {name!r} is unknown; expected {', '.join(schedules)}")
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: Mapping[str, str] | None = None,
+    kind: type[_Config] = GRPOConfig,  # type: ignore[assignment]
+) -> _Config:
     """A configuration from a YAML file, and options given as YAML text, which win.
 
     Raises:
@@ -230,20 +297,23 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
         if not isinstance(loaded, dict):
             raise RelexkitError(f"{path}: holds no options; expected lines such as `learning_rate: 1.0e-6`")
         values = loaded
-    return build_config(values | {name: yaml.safe_load(text) for name, text in (overrides or {}).items()})
+    return build_config(values | {name: yaml.safe_load(text) for name, text in (overrides or {}).items()}, kind)
 
 
-def build_config(values: Mapping[str, Any]) -> GRPOConfig:
+def build_config(
+    values: Mapping[str, Any],
+    kind: type[_Config] = GRPOConfig,  # type: ignore[assignment]
+) -> _Config:
     """A configuration from a mapping; raises as ``load_config`` does."""
-    names = [field.name for field in dataclasses.fields(GRPOConfig)]
+    names = [field.name for field in dataclasses.fields(kind)]
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `relexkit train --help`"
+            hint = f"did you mean {near[0]!r}?" if near else f"see `relexkit {'train' if kind is GRPOConfig else 'g2d'} --help`"
             raise RelexkitError(f"option {name!r} is unknown; {hint}")
-    converted = {name: _as_number(name, value) for name, value in values.items()}
+    converted = {name: _as_number(kind, name, value) for name, value in values.items()}
     try:
-        return GRPOConfig(**converted)
+        return kind(**converted)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(piece) for piece in first["loc"][:1])
@@ -252,14 +322,14 @@ def build_config(values: Mapping[str, Any]) -> GRPOConfig:
         raise RelexkitError(f"{place}: {values.get(place)!r} does not fit ({first['msg'].lower()})") from None
 
 
-def dump_config(config: GRPOConfig) -> str:
+def dump_config(config: GRPOConfig | G2DConfig) -> str:
     """The resolved configuration as YAML; ``load_config`` of it gives the same run."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _as_number(name: str, value: Any) -> Any:
+def _as_number(kind: type, name: str, value: Any) -> Any:
     """YAML 1.1 reads ``1e-6`` as text, and whole numbers are good where a float is asked for."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(GRPOConfig)}
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     if "float" in kinds[name] and (isinstance(value, str) or type(value) is int):
         try:
             return float(value)

@@ -63,15 +63,21 @@ def _schema() -> pyarrow.Schema:
     )  # fmt: skip
 
 
+def as_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
+    """Rollouts as a table, a column for each field."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=_schema())
+
+
 def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], *, process: int = 0) -> Path:
     """Add the rollouts of the generation that ``step`` begins; replaces those of a former try."""
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}-process-{process}.parquet"
     temporary = folder / f".{path.name}.partial"
-    table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=_schema())
+    table = as_table(rollouts)
     try:
         with open(temporary, "wb") as file:
             parquet.write_table(table, file, compression="zstd")

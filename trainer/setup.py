@@ -17,7 +17,7 @@ from relexkit import RelexkitError
 from relexkit.processes import Processes
 
 if TYPE_CHECKING:
-    from trainer.config import GRPOConfig
+    from trainer.config import G2DConfig, GRPOConfig
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def choose_device(config: GRPOConfig) -> torch.device:
+def choose_device(config: GRPOConfig | G2DConfig) -> torch.device:
     """``config.device``; each process takes the GPU of its local rank.
 
     Raises:
@@ -79,17 +79,30 @@ def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
     Raises:
         RelexkitError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if not Path(folder).is_dir():
         raise RelexkitError(f"{folder}: no such folder; expected a Hugging Face model: config.json, weights and tokenizer")
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise RelexkitError(f"{folder}: cannot be loaded as a model with tokenizer ({error})") from error
-    return model.to(device), tokenizer
+        raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
+    return model.to(device), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Tokenizer of a Hugging Face folder.
+
+    Raises:
+        RelexkitError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise RelexkitError(f"{folder}: has no tokenizer that can be loaded ({error})") from error
 
 
 def shard(model: Any, processes: Processes, device: torch.device) -> Any:
@@ -121,9 +134,13 @@ def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
 
 def learning_rate(config: GRPOConfig, step: int) -> float:
     """Learning rate of optimizer step ``step``, from 1, by transformers' definitions: the first step counts as 0."""
-    done = step - 1
-    if config.lr_scheduler_type != "constant" and done < config.warmup_steps:
-        return config.learning_rate * done / config.warmup_steps
-    progress = (done - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}.get(config.lr_scheduler_type, 1.0)
-    return config.learning_rate * max(0.0, factor)
+    return config.learning_rate * schedule_factor(config.lr_scheduler_type, step - 1, config.warmup_steps, config.max_steps)
+
+
+def schedule_factor(schedule: str, done: int, warmup: int, total: int) -> float:
+    """Share of the learning rate of the step after ``done`` of ``total`` steps."""
+    if schedule != "constant" and done < warmup:
+        return done / warmup
+    progress = (done - warmup) / max(1, total - warmup)
+    factor = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}.get(schedule, 1.0)
+    return max(0.0, factor)
