@@ -28,6 +28,24 @@ def test_a_completion_does_not_depend_on_its_batch(batch_size):
     assert sample(batch_size=batch_size) == sample(batch_size=8)
 
 
+def test_prompts_that_repeat_are_read_once_and_complete_as_if_they_had_not():
+    prompts = [prompt for prompt in (*PROMPTS, PROMPTS[1]) for _ in range(3)]
+    alone = sample(prompts=prompts, batch_size=1)
+    assert len({tuple(c.completion_ids) for c in alone}) > len(PROMPTS)
+    model, shapes = tiny_model(), []
+    model.register_forward_pre_hook(lambda *call: shapes.append(tuple(call[-1]["input_ids"].shape)), with_kwargs=True)
+    assert sample(prompts=prompts, model=model, batch_size=len(prompts)) == alone
+    longest = max(len(c.prompt_ids) for c in alone)
+    assert shapes[:2] == [(len(PROMPTS), longest - 1), (len(prompts), 1)]
+
+
+def test_a_longer_completion_begins_like_a_shorter_one(monkeypatch):
+    monkeypatch.setattr("trainer.rollout._NOISE_BLOCK", 2 * len(VOCABULARY))  # the noise of two tokens at a time
+    short, long = sample(max_completion_length=3), sample(max_completion_length=25)
+    assert [c.completion_ids for c in short] == [c.completion_ids[:3] for c in long]
+    assert max(len(c.completion_ids) for c in long) > 4
+
+
 def test_streams_belong_to_keys_and_seeds():
     again = sample(prompts=PROMPTS[:1] * 3, keys=["a", "b", "a"])
     assert again[0] == again[2] != again[1]

@@ -14,6 +14,8 @@ import torch
 
 from trainer.rollout import Completion
 
+_LOGITS_BLOCK = 2**22  # logits whose exponentials are held at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -73,7 +75,7 @@ def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool)
     """Log-probability, with gradient, and entropy, without, of every completion token: ``float32 [B, T]`` each.
 
     Both of the distribution at ``temperature``. Where the mask is 0 the values mean nothing. Memory: the logits
-    ``[B, T + 1, V]`` and, in float32, one copy of those of a row.
+    ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row.
     """
     length = batch.completion_ids.shape[1]
     with autocast_for(batch.input_ids.device, autocast):
@@ -85,10 +87,13 @@ def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool)
     if temperature != 1:
         logits_BTV = logits_BTV / temperature
     selected_BT = logits_BTV.gather(-1, batch.completion_ids[..., None])[..., 0]
-    normaliser_BT = torch.stack([row.logsumexp(dim=-1) for row in logits_BTV])
+    rows = max(1, _LOGITS_BLOCK // logits_BTV[0].numel())
+    blocks = logits_BTV.split(rows)
+    normaliser_BT = torch.cat([block.logsumexp(dim=-1) for block in blocks])
     with torch.no_grad():
-        expected_BT = torch.stack(
-            [((row - norm[:, None]).exp() * row).sum(dim=-1) for row, norm in zip(logits_BTV, normaliser_BT, strict=True)]
+        norms = normaliser_BT.split(rows)
+        expected_BT = torch.cat(
+            [((block - norm[..., None]).exp_() * block).sum(dim=-1) for block, norm in zip(blocks, norms, strict=True)]
         )
     return selected_BT - normaliser_BT, normaliser_BT.detach() - expected_BT
 

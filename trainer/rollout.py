@@ -15,9 +15,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
 
 from relexkit import RelexkitError
+
+_NOISE_BLOCK = 1024  # numbers that a row's stream gives at a time: part of what the stream is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +94,9 @@ def generate(
     Raises:
         RelexkitError: a prompt is empty, or does not fit the model's context together with its completion.
     """
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    _check_lengths(model, prompts, prompt_ids, sampling)
+    encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
+    _check_lengths(model, encoded, sampling)
+    prompt_ids = [encoded[prompt] for prompt in prompts]
     completions: list[Completion] = []
     with _inference(model, tokenizer, sampling) as config:
         for begin in range(0, len(prompts), batch_size):
@@ -131,16 +142,29 @@ def stream_seed(seed: int, key: Any) -> int:
 
 
 class _GumbelNoise:
-    """Adds each row's noise to its scores, so that the arg-max of the sum is a draw from their softmax."""
+    """Adds each row's noise to its scores, so that the arg-max of the sum is a draw from their softmax.
+
+    Of a small vocabulary the noise of several tokens is drawn at once: how many depends on nothing but its size.
+    """
 
     def __init__(self, seed: int, keys: Sequence[Any], device: torch.device):
         self._generators = [torch.Generator(device).manual_seed(stream_seed(seed, key)) for key in keys]
+        self._noise_KBV = torch.empty(0)
+        self._used = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        exponential = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(exponential, self._generators, strict=True):
+        if self._used == len(self._noise_KBV):
+            self._draw(scores)
+        self._used += 1
+        return scores.float() + self._noise_KBV[self._used - 1]
+
+    def _draw(self, scores: torch.Tensor) -> None:
+        rows, vocabulary = scores.shape
+        shape = rows, max(1, _NOISE_BLOCK // vocabulary), vocabulary
+        exponential = torch.empty(shape, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(exponential.unbind(), self._generators, strict=True):
             row.exponential_(generator=generator)
-        return scores.float() - exponential.log()
+        self._noise_KBV, self._used = exponential.log_().neg_().transpose(0, 1), 0
 
 
 def _generate_batch(
@@ -162,8 +186,11 @@ def _generate_batch(
         if sampling.top_p is not None and sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelNoise(sampling.seed, keys, tokens.device))
+    shared = _shared_prefix(model, prompts, tokens, mask)
     with nullcontext() if watcher is None else watcher.batch():
-        output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors)
+        output = model.generate(
+            input_ids=tokens, attention_mask=mask, generation_config=config, logits_processor=processors, past_key_values=shared
+        )  # fmt: skip
     ends = set(config.eos_token_id)
     completions = []
     for prompt, row in zip(prompts, output[:, tokens.shape[1] :].tolist(), strict=True):
@@ -174,6 +201,30 @@ def _generate_batch(
     if watcher is not None:
         watcher.finish(output[:, tokens.shape[1] :], [len(c.completion_ids) for c in completions])
     return completions
+
+
+def _shared_prefix(model: Any, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+    """Keys and values of all prompt tokens but the last, computed once for equal prompts; None where that does not apply.
+
+    It applies if prompts repeat (the rollouts of a group do) and if the model keeps plain keys and values, nothing else.
+    """
+    first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
+    if 2 * len(first) > len(prompts) or tokens.shape[1] == 1:
+        return None
+    rows = sorted(first.values())
+    place = {row: index for index, row in enumerate(rows)}
+    shown = mask[rows, :-1]
+    cache = getattr(
+        model(
+            input_ids=tokens[rows, :-1], attention_mask=shown, position_ids=(shown.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True, logits_to_keep=1,
+        ),
+        "past_key_values", None,
+    )  # fmt: skip
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.batch_select_indices(torch.tensor([place[first[tuple(prompt)]] for prompt in prompts], device=tokens.device))
+    return cache
 
 
 @contextmanager
@@ -197,9 +248,9 @@ def _inference(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[Gener
         model.train(training)
 
 
-def _check_lengths(model: Any, prompts: Sequence[str], prompt_ids: list[list[int]], sampling: Sampling) -> None:
+def _check_lengths(model: Any, encoded: dict[str, list[int]], sampling: Sampling) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+    for prompt, ids in encoded.items():
         shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         if not ids:
             raise RelexkitError(f"prompt {shown!r} has no tokens; expected at least one: leave empty prompts out of the task")

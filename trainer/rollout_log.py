@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,8 @@ def as_table(rollouts: Sequence[Rollout]) -> pyarrow.Table:
     """Rollouts as a table, a column for each field."""
     import pyarrow as pa
 
-    return pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=_schema())
+    schema = _schema()
+    return pa.table({name: [getattr(rollout, name) for rollout in rollouts] for name in schema.names}, schema=schema)
 
 
 def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], *, process: int = 0) -> Path:

@@ -128,7 +128,7 @@ def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
     """AdamW over all parameters; ``learning_rate`` is set before each step."""
     return torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
 
 

@@ -92,9 +92,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _restored(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """An optimizer's value as it was: of the parameter's kind and device, or a count, which stays on the CPU."""
+    """An optimizer's value as it was: of the parameter's kind and device, or a count on that device."""
     if value.ndim == 0:
-        return value
+        return value.to(parameter.device)
     restored = torch.zeros_like(parameter, requires_grad=False)
     _local(restored).copy_(value)
     return restored
