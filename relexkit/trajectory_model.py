@@ -44,9 +44,10 @@ _NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
 _RATIOS = np.exp(np.linspace(np.log(1e-3), np.log(1e4), 60))  # drift-to-noise ratios averaged over, [C]
 _LIFETIMES = np.r_[2.0 ** np.arange(-5, 4), np.inf]  # correlation times averaged over, in units of the last step, [L]
 _LIFETIME_PRIOR = np.r_[_LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2])]
-# logit of momentum, log rounding, log drift-to-noise ratio, log correlation time over the last step
-_START = (2.2, -8.0, 0.0, -0.7)
-_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (-10.0, 10.0), (-5.0, 4.0)]
+# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
+_START = (2.2, -8.0, 0.0, 0.0, -0.7)
+_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
+_WALK = 3  # of these describe the walk
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,25 @@ class _Clock:
         response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
         return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
 
-    def drift(self, response: np.ndarray, lifetime: float, other: np.ndarray | None = None) -> np.ndarray:
-        """``H R_ell H^T`` (or ``H R_ell other^T``) by two recursions, so that no matrix over optimizer steps is formed."""
-        other = response if other is None else other
-        if np.isinf(lifetime):
-            return np.outer(response.sum(axis=1), other.sum(axis=1))
-        return self._smooth(response, lifetime) @ other.T
+    def covariance(self, response: np.ndarray, correlation: float, other: np.ndarray | None = None) -> np.ndarray:
+        """``H R H^T`` (or ``H R other^T``) of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
 
-    def drift_variance(self, response: np.ndarray, lifetime: float) -> np.ndarray:
-        """The diagonal of ``drift``, ``[len(response)]``."""
-        if np.isinf(lifetime):
-            return response.sum(axis=1) ** 2
-        return (self._smooth(response, lifetime) * response).sum(axis=1)
+        By two recursions, so that no matrix over optimizer steps is formed.
+        """
+        return self._smooth(response, correlation) @ (response if other is None else other).T
 
-    def _smooth(self, response: np.ndarray, lifetime: float) -> np.ndarray:
+    def variance(self, response: np.ndarray, correlation: float) -> np.ndarray:
+        """The diagonal of ``covariance``, ``[len(response)]``."""
+        return (self._smooth(response, correlation) * response).sum(axis=1)
+
+    def _smooth(self, response: np.ndarray, correlation: float) -> np.ndarray:
         from scipy.signal import lfilter
 
-        decay = np.exp(-self.unit / lifetime)
+        decay = correlation**self.unit
+        if decay == 0.0:
+            return response
+        if decay == 1.0:
+            return np.broadcast_to(response.sum(axis=1, keepdims=True), response.shape)
         forward = lfilter([1.0], [1.0, -decay], response)
         backward = lfilter([1.0], [1.0, -decay], response[:, ::-1])[:, ::-1]
         return forward + backward - response
@@ -146,6 +149,7 @@ class TrajectoryFit:
     steps: np.ndarray
     momentum: float
     warm: bool
+    memory: float
     rounding: float
     drift_to_noise: float
     drift_to_noise_interval: tuple[float, float]
@@ -173,7 +177,7 @@ class TrajectoryFit:
 
     def summary(self) -> dict[str, Any]:
         """What was fitted, as plain numbers under the names of the attributes."""
-        names = ("momentum", "warm", "rounding", "drift_to_noise", "drift_to_noise_interval", "correlation_time",
+        names = ("momentum", "warm", "memory", "rounding", "drift_to_noise", "drift_to_noise_interval", "correlation_time",
                  "correlation_time_interval", "effective_dimension", "evidence", "p_value")  # fmt: skip
         found = {name: getattr(self, name) for name in names}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -185,7 +189,7 @@ class TrajectoryFit:
         """
         beta = self.momentum if momentum is None else momentum
         response = self._clock.response(self.steps.astype(np.float64), beta)
-        walk = response @ response.T
+        walk = self._clock.covariance(response, self.memory)
         return walk + (self.rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
@@ -219,14 +223,16 @@ class TrajectoryFit:
         """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
-        walk, walk_ahead = seen @ ahead.T, (ahead**2).sum(axis=1)
+        walk = self._clock.covariance(seen, self.memory, ahead)
+        walk_ahead = self._clock.variance(ahead, self.memory)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
         fading = ahead * (times[-1] / np.maximum(middles, times[-1]))
         mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
         for part, share in self._parts:
-            drift = self._clock.drift(seen, part.lifetime, fading if np.isfinite(part.lifetime) else ahead)  # [T, J]
-            drift_ahead = self._clock.drift_variance(ahead, part.lifetime)
+            lasting = fading if np.isfinite(part.lifetime) else ahead
+            drift = self._clock.covariance(seen, np.exp(-1 / part.lifetime), lasting)  # [T, J]
+            drift_ahead = self._clock.variance(ahead, np.exp(-1 / part.lifetime))
             strengths = part.strengths[:, None]
             cross = (walk + strengths[..., None] * drift).transpose(2, 0, 1) @ part.basis  # [J, C, T]
             shrunk = cross / (1 + strengths * part.spread)
@@ -269,8 +275,8 @@ def fit_trajectory(
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
     clocks = [_Clock(unit, history, rates) for history in (0, _HISTORY)]
-    walks = [_search(gram, steps, clock, _START[:2]) for clock in clocks]
-    drifts = [_search(gram, steps, c, (*walk[1], *_START[2:])) for c, walk in zip(clocks, walks, strict=True)]
+    walks = [_search(gram, steps, clock, _START[:_WALK]) for clock in clocks]
+    drifts = [_search(gram, steps, c, (*walk[1], *_START[_WALK:])) for c, walk in zip(clocks, walks, strict=True)]
     null, walk_only, walk_clock = min(((*walk, c) for walk, c in zip(walks, clocks, strict=True)), key=itemgetter(0))
     loss, parameters, clock = min(((*drift, c) for drift, c in zip(drifts, clocks, strict=True)), key=itemgetter(0))
     parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
@@ -286,6 +292,7 @@ def fit_trajectory(
         steps=recorded,
         momentum=_expit(parameters[0]),
         warm=clock.history > 0,
+        memory=float(parameters[2]),
         rounding=float(np.exp(parameters[1])),
         drift_to_noise=strong[1],
         drift_to_noise_interval=(strong[0], strong[2]),
@@ -317,19 +324,19 @@ def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[flo
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
 
-    def shapes(momentum: float, lifetime: float) -> tuple[np.ndarray, np.ndarray]:
+    def shapes(momentum: float, memory: float, lifetime: float) -> tuple[np.ndarray, np.ndarray]:
         """Covariance of walk and drift; the drift's in units of the walk's variance at the last step."""
         response = clock.response(times, _expit(momentum))
-        walk = response @ response.T
-        if len(origin) == 2:
+        walk = clock.covariance(response, memory)
+        if len(origin) == _WALK:
             return walk, np.zeros_like(walk)
-        drift = clock.drift(response, times[-1] * np.exp(lifetime))
+        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]))
         return walk, walk[-1, -1] / drift[-1, -1] * drift
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        full = np.r_[x, 0.0, 0.0][:4]
-        walk, drift = shapes(full[0], full[3])
-        rounding, strength = np.exp(full[1]) * walk[-1, -1] * eye, np.exp(full[2]) * drift
+        momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
+        walk, drift = shapes(momentum, memory, lifetime)
+        rounding, strength = np.exp(noise) * walk[-1, -1] * eye, np.exp(ratio) * drift
         covariance = walk + rounding + strength
         covariance += _JITTER * covariance[-1, -1] * eye
         left, failed = dpotrf(covariance, lower=1)
@@ -339,16 +346,17 @@ def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[flo
         explained = inverse @ gram
         energy = np.trace(explained)
         value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
-        # d value = tr(pull dK); the filters behind momentum and correlation time are differenced, the rest is exact
+        # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is exact
         pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
-        turned = [shapes(full[0] + _NUDGE, full[3])]
-        slopes = [turned[0][0] - walk + np.exp(full[2]) * (turned[0][1] - drift)]
-        slopes[0] = slopes[0] / _NUDGE + np.exp(full[1]) * (turned[0][0][-1, -1] - walk[-1, -1]) / _NUDGE * eye
-        slopes.append(rounding)
-        if len(x) > 2:
-            slopes.append(strength)
-            slopes.append(np.exp(full[2]) * (shapes(full[0], full[3] + _NUDGE)[1] - drift) / _NUDGE)
-        gradient = np.array([(pull * slope).sum() for slope in slopes])
+
+        def slope(turned: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+            moved = turned[0] - walk + np.exp(ratio) * (turned[1] - drift)
+            return (moved + np.exp(noise) * (turned[0][-1, -1] - walk[-1, -1]) * eye) / _NUDGE
+
+        slopes = [slope(shapes(momentum + _NUDGE, memory, lifetime)), rounding, slope(shapes(momentum, memory + _NUDGE, lifetime))]
+        if len(x) > _WALK:
+            slopes += [strength, slope(shapes(momentum, memory, lifetime + _NUDGE))]
+        gradient = np.array([(pull * direction).sum() for direction in slopes])
         # the last term holds what the steps do not determine near the start
         return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
 
@@ -363,10 +371,10 @@ def _integrate(
 ) -> tuple[list[_Lifetime], np.ndarray, float]:
     """Correlation times, posterior over them and drift strengths ``[L, C]``, effective dimension; momentum, rounding fixed."""
     response = clock.response(steps.astype(np.float64), _expit(parameters[0]))
-    walk = response @ response.T
+    walk = clock.covariance(response, float(parameters[2]))
     lifetimes = _LIFETIMES * float(steps[-1])
     rounding = float(np.exp(parameters[1]))
-    parts = [_lifetime(gram, walk, rounding, clock.drift(response, lifetime), lifetime) for lifetime in lifetimes]
+    parts = [_lifetime(gram, walk, rounding, clock.covariance(response, np.exp(-1 / lifetime)), lifetime) for lifetime in lifetimes]
     losses = np.array([part.losses for part in parts])
     effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
     posterior = _LIFETIME_PRIOR[:, None] * np.exp(-effective * (losses - losses.min()))
