@@ -40,9 +40,11 @@ _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noi
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 _PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
+_DECAY_PRIOR = 0.3
 _NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
 _RATIOS = np.exp(np.linspace(np.log(1e-3), np.log(1e4), 60))  # drift-to-noise ratios averaged over, [C]
 _LIFETIMES = np.r_[2.0 ** np.arange(-5, 4), np.inf]  # correlation times averaged over, in units of the last step, [L]
+_DECAYS = 2.0 ** np.arange(-2, 3.5, 0.5)  # time scales of lines that die out exponentially, likewise
 _LIFETIME_PRIOR = np.r_[_LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2])]
 # logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
 _START = (2.2, -8.0, 0.0, 0.0, -0.7)
@@ -91,6 +93,13 @@ class _Clock:
         """The diagonal of ``covariance``, ``[len(response)]``."""
         return (self._smooth(response, correlation) * response).sum(axis=1)
 
+    def decayed(self, response: np.ndarray, scale: float) -> np.ndarray:
+        """``H`` for gradients that die out as ``exp(-step / scale)``."""
+        if np.isinf(scale):
+            return response
+        at = np.maximum(0.0, self.unit * (np.arange(response.shape[1]) - self.history + 0.5))
+        return response * np.exp(-at / scale)
+
     def _smooth(self, response: np.ndarray, correlation: float) -> np.ndarray:
         from scipy.signal import lfilter
 
@@ -118,6 +127,7 @@ class _Lifetime:
     """
 
     lifetime: float
+    decay: float
     basis: np.ndarray
     spread: np.ndarray
     strengths: np.ndarray
@@ -230,9 +240,10 @@ class TrajectoryFit:
         fading = ahead * (times[-1] / np.maximum(middles, times[-1]))
         mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
         for part, share in self._parts:
-            lasting = fading if np.isfinite(part.lifetime) else ahead
-            drift = self._clock.covariance(seen, np.exp(-1 / part.lifetime), lasting)  # [T, J]
-            drift_ahead = self._clock.variance(ahead, np.exp(-1 / part.lifetime))
+            lasting = fading if np.isfinite(part.lifetime) else self._clock.decayed(ahead, part.decay)
+            past = self._clock.decayed(seen, part.decay)
+            drift = self._clock.covariance(past, np.exp(-1 / part.lifetime), lasting)  # [T, J]
+            drift_ahead = self._clock.variance(self._clock.decayed(ahead, part.decay), np.exp(-1 / part.lifetime))
             strengths = part.strengths[:, None]
             cross = (walk + strengths[..., None] * drift).transpose(2, 0, 1) @ part.basis  # [J, C, T]
             shrunk = cross / (1 + strengths * part.spread)
@@ -286,7 +297,9 @@ def fit_trajectory(
         # A slow walk and a drift that turns quickly look alike: without evidence the walk's momentum explains the motion.
         parameters, clock = walk_only, walk_clock
         parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
-    lasting = _quantiles(_LIFETIMES * float(steps[-1]), posterior.sum(axis=1))
+    times = np.array([min(part.lifetime, part.decay) for part in parts])
+    order = np.argsort(times)
+    lasting = _quantiles(times[order], posterior.sum(axis=1)[order])
     strong = _quantiles(_RATIOS, posterior.sum(axis=0))
     return TrajectoryFit(
         steps=recorded,
@@ -372,16 +385,19 @@ def _integrate(
     """Correlation times, posterior over them and drift strengths ``[L, C]``, effective dimension; momentum, rounding fixed."""
     response = clock.response(steps.astype(np.float64), _expit(parameters[0]))
     walk = clock.covariance(response, float(parameters[2]))
-    lifetimes = _LIFETIMES * float(steps[-1])
     rounding = float(np.exp(parameters[1]))
-    parts = [_lifetime(gram, walk, rounding, clock.covariance(response, np.exp(-1 / lifetime)), lifetime) for lifetime in lifetimes]
+    shapes = [(lifetime, np.inf) for lifetime in _LIFETIMES] + [(np.inf, decay) for decay in _DECAYS]
+    parts = []
+    for lifetime, decay in steps[-1] * np.array(shapes):
+        drift = clock.covariance(clock.decayed(response, decay), np.exp(-1 / lifetime))
+        parts.append(_lifetime(gram, walk, rounding, drift, lifetime, decay))
     losses = np.array([part.losses for part in parts])
     effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
-    posterior = _LIFETIME_PRIOR[:, None] * np.exp(-effective * (losses - losses.min()))
+    posterior = np.r_[_LIFETIME_PRIOR, np.full(len(_DECAYS), _DECAY_PRIOR / len(_DECAYS))][:, None] * np.exp(-effective * (losses - losses.min()))
     return parts, posterior / posterior.sum(), effective
 
 
-def _lifetime(gram: np.ndarray, walk: np.ndarray, rounding: float, drift: np.ndarray, lifetime: float) -> _Lifetime:
+def _lifetime(gram: np.ndarray, walk: np.ndarray, rounding: float, drift: np.ndarray, lifetime: float, decay: float) -> _Lifetime:
     from scipy.linalg import eigh
 
     noise = walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
@@ -392,7 +408,7 @@ def _lifetime(gram: np.ndarray, walk: np.ndarray, rounding: float, drift: np.nda
     scales = (((gram @ basis) * basis).sum(axis=0) / inflated).mean(axis=1)
     log_determinant = np.log(inflated).sum(axis=1) + np.linalg.slogdet(noise)[1]
     losses = len(walk) / 2 * np.log(scales) + log_determinant / 2
-    return _Lifetime(lifetime, basis, spread, strengths, scales, losses)
+    return _Lifetime(lifetime, decay, basis, spread, strengths, scales, losses)
 
 
 def _effective_dimension(gram: np.ndarray, part: _Lifetime, num_parameters: float) -> float:
