@@ -1,22 +1,23 @@
 """A run as a Gaussian process, fitted to its Gram matrix: how much of it is drift, how long the drift lasts, where it goes.
 
-Every parameter's gradient is taken to be ``d + e``: a drift ``d`` that keeps its direction for a correlation time ``ell``
-(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line) and white noise ``e``. The optimizer turns gradients
-into updates by its momentum with Adam's bias correction and the learning rate, which is a known linear map ``H`` from
+Every parameter's gradient is taken to be ``d + e``. The drift ``d`` either keeps its direction for a correlation time ``ell``
+(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line), or is a line that dies out (``tau^2 exp(-(i + j) / kappa)``,
+a run that saturates). The noise ``e`` has a short memory ``phi`` (covariance ``phi^|i - j|``; 0 is white). The optimizer turns
+gradients into updates by its momentum with Adam's bias correction and the learning rate, which is a known linear map ``H`` from
 gradients to recorded deltas, and storage adds rounding. So the deltas of one parameter have the covariance
 
-    K = sigma^2 (H H^T + tau^2 H R_ell H^T + nu^2 I),        log p = -D/2 log|K| - 1/2 tr(K^-1 G).
+    K = sigma^2 (H R_phi H^T + tau^2 H R_d H^T + nu^2 I),        log p = -D/2 log|K| - 1/2 tr(K^-1 G).
 
 The best linear predictor under the model is a vector of weights over the observed deltas, ``a(t) = K^-1 k(t)``, with
 variance ``k(t, t) - k(t)^T K^-1 k(t)`` per parameter.
 
 The bias correction matters: without it, a fresh optimizer's first updates, which are several times larger than the later
 ones, look like a drift that dies out. Parameters are not independent, so the likelihood counts ``effective_dimension`` of
-them, measured from the scatter of the whitened Gram matrix about the identity; drift strength and correlation time are
-then averaged over their posterior rather than maximised, with a prior by which a drift that has lasted ``s`` steps lasts
-about as many again. One fit serves every tensor of a scope, up to a scale that does not affect the weights.
+them, measured from the scatter of the whitened Gram matrix about the identity; strength and kind of the drift are then averaged
+over their posterior rather than maximised, with a prior by which a drift that has lasted ``s`` steps lasts about as many
+again. One fit serves every tensor of a scope, up to a scale that does not affect the weights.
 
-Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps, L correlation times, C drift strengths.
+Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps, L kinds of drift, C drift strengths.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
+from relexkit.response import Clock
 
 if TYPE_CHECKING:
     from relexkit.extrapolators import Options  # whose table of methods lists this one
@@ -40,12 +42,15 @@ _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noi
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 _PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
-_DECAY_PRIOR = 0.3
+_FAR_BEHIND = 3.0  # times the drift's gain: a state of the optimizer whose walk is worse by more is not tried with a drift
 _NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
 _RATIOS = np.exp(np.linspace(np.log(1e-3), np.log(1e4), 60))  # drift-to-noise ratios averaged over, [C]
-_LIFETIMES = np.r_[2.0 ** np.arange(-5, 4), np.inf]  # correlation times averaged over, in units of the last step, [L]
-_DECAYS = 2.0 ** np.arange(-2, 3.5, 0.5)  # time scales of lines that die out exponentially, likewise
-_LIFETIME_PRIOR = np.r_[_LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2])]
+# Kinds of drift averaged over [L], in units of the last step; on coarser grids the intervals of forecasts are too narrow
+_LIFETIMES = np.r_[2.0 ** np.arange(-5, 3.25, 0.5), np.inf]
+_DECAYS = 2.0 ** np.arange(-2, 3.25, 0.25)
+_PRIOR = np.r_[
+    0.5 * _LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2]), np.full(len(_DECAYS), 0.3 / len(_DECAYS))
+]
 # logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
 _START = (2.2, -8.0, 0.0, 0.0, -0.7)
 _BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
@@ -53,73 +58,27 @@ _WALK = 3  # of these describe the walk
 
 
 @dataclass(frozen=True)
-class _Clock:
-    """How optimizer steps lead to recorded deltas: the known part of the model.
+class _Noise:
+    """Walk and rounding together: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant, the walk's last variance."""
 
-    Attributes:
-        unit: optimizer steps per grid point; 1 unless the run is longer than the grid.
-        history: gradients before the base that the optimizer remembers; 0 for an optimizer that starts with the run.
-        rates: learning rate by optimizer step (any unit), ``[S]``, or None for a constant one.
-    """
+    whitener: np.ndarray
+    log_determinant: float
+    walk: float
 
-    unit: float
-    history: int
-    rates: np.ndarray | None
-
-    def response(self, steps: np.ndarray, momentum: float) -> np.ndarray:
-        """``H``: what a unit gradient at every grid point adds to the delta of every step, ``[len(steps), S]``."""
-        from scipy.signal import lfilter  # half a second of imports that only this method needs
-
-        count = int(np.ceil(steps.max() / self.unit))
-        padded = np.zeros((len(steps), self.history + count))
-        response = padded[:, self.history :]
-        np.clip(steps[:, None] / self.unit - np.arange(count), 0.0, 1.0, out=response)
-        if self.rates is not None:
-            # beyond its end a schedule keeps its last rate
-            at = np.minimum((np.arange(count) + 0.5) * self.unit, len(self.rates)).astype(np.int64)
-            response *= self.rates[np.minimum(at, len(self.rates) - 1)]
-        beta = momentum**self.unit
-        response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
-        return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
-
-    def covariance(self, response: np.ndarray, correlation: float, other: np.ndarray | None = None) -> np.ndarray:
-        """``H R H^T`` (or ``H R other^T``) of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
-
-        By two recursions, so that no matrix over optimizer steps is formed.
-        """
-        return self._smooth(response, correlation) @ (response if other is None else other).T
-
-    def variance(self, response: np.ndarray, correlation: float) -> np.ndarray:
-        """The diagonal of ``covariance``, ``[len(response)]``."""
-        return (self._smooth(response, correlation) * response).sum(axis=1)
-
-    def decayed(self, response: np.ndarray, scale: float) -> np.ndarray:
-        """``H`` for gradients that die out as ``exp(-step / scale)``."""
-        if np.isinf(scale):
-            return response
-        at = np.maximum(0.0, self.unit * (np.arange(response.shape[1]) - self.history + 0.5))
-        return response * np.exp(-at / scale)
-
-    def _smooth(self, response: np.ndarray, correlation: float) -> np.ndarray:
-        from scipy.signal import lfilter
-
-        decay = correlation**self.unit
-        if decay == 0.0:
-            return response
-        if decay == 1.0:
-            return np.broadcast_to(response.sum(axis=1, keepdims=True), response.shape)
-        forward = lfilter([1.0], [1.0, -decay], response)
-        backward = lfilter([1.0], [1.0, -decay], response[:, ::-1])[:, ::-1]
-        return forward + backward - response
+    @classmethod
+    def of(cls, walk: np.ndarray, rounding: float) -> _Noise:
+        """From the walk's covariance ``[T, T]`` and the rounding as a share of its last variance."""
+        left = np.linalg.cholesky(_with_rounding(walk, rounding))
+        return cls(np.linalg.inv(left), 2 * float(np.log(np.diag(left)).sum()), float(walk[-1, -1]))
 
 
 @dataclass(frozen=True)
-class _Lifetime:
-    """Every drift strength of one correlation time, in the basis where walk and rounding together are the identity.
+class _Drift:
+    """One kind of drift with every strength, in the basis where walk and rounding together are the identity.
 
     Attributes:
-        lifetime: the correlation time.
-        basis: ``V [T, T]`` with ``V^T (H H^T + nu^2 I) V = I`` and ``V^T H R H^T V = diag(spread)``.
+        lifetime, decay: its correlation time ``ell``, and the time ``kappa`` in which it dies out; at least one is infinite.
+        basis: ``V [T, T]`` with ``V^T (H R_phi H^T + nu^2 I) V = I`` and ``V^T H R_d H^T V = diag(spread)``.
         spread: ``[T]``.
         strengths: ``tau^2 [C]``.
         scales: ``sigma^2`` summed over parameters, ``[C]``.
@@ -142,11 +101,13 @@ class TrajectoryFit:
     Attributes:
         steps: the recorded steps that it was fitted to, ``int64 [T]``.
         momentum: fitted ``beta`` of the optimizer.
+        memory: fitted correlation ``phi`` of the noise of neighbouring steps, 0 to 0.9, beyond the optimizer's.
         warm: whether the optimizer had a history before the base (a resumed run, or no bias correction).
         rounding: ``nu^2`` as a share of the walk's variance at the last step.
         drift_to_noise: variance of the drift over that of the walk at the last step (``rho_T``); posterior median.
         drift_to_noise_interval: central 90 % of the posterior.
-        correlation_time: ``ell`` in optimizer steps, posterior median; infinite for a line.
+        correlation_time: in optimizer steps, ``ell`` or, of a line that dies out, ``kappa``; posterior median, infinite for a
+            line that goes on.
         correlation_time_interval: central 90 % of the posterior.
         effective_dimension: independent parameters that the scatter of the data amounts to.
         evidence: twice the log likelihood ratio of drift against none, in effective parameters.
@@ -169,10 +130,10 @@ class TrajectoryFit:
     evidence: float
     p_value: float
     gram: np.ndarray
-    _clock: _Clock
+    _clock: Clock
     _rows: np.ndarray
     _gram: np.ndarray
-    _parts: tuple[tuple[_Lifetime, np.ndarray], ...]
+    _parts: tuple[tuple[_Drift, np.ndarray], ...]
 
     def weights(self, target: float) -> np.ndarray:
         """Weights over the observed deltas that predict the delta at ``target`` (a positive step), ``float64 [T]``."""
@@ -200,7 +161,7 @@ class TrajectoryFit:
         beta = self.momentum if momentum is None else momentum
         response = self._clock.response(self.steps.astype(np.float64), beta)
         walk = self._clock.covariance(response, self.memory)
-        return walk + (self.rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
+        return _with_rounding(walk, self.rounding)
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
         """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by likelihood, ``[N]``.
@@ -219,17 +180,22 @@ class TrajectoryFit:
         weights, left, spread = self._moments(np.asarray(targets, np.float64), self._gram)
         return weights, left + spread
 
-    def coefficients(self, targets: Sequence[float] | np.ndarray, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def coefficients(
+        self, targets: Sequence[float] | np.ndarray, axis: np.ndarray, *, fading: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Predicted coefficients along the direction ``M^T axis`` and their standard deviations, ``float64 [J]`` each.
 
         ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter explains falls on all
-        directions alike; what the posterior leaves open about the drift lies in the observed ones.
+        directions alike; what the posterior leaves open about the drift lies in the observed ones. Without ``fading`` a
+        turning drift only turns: it does not also die with the chance that one of its age does.
         """
         along = self._gram @ axis[self._rows]
-        weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along))
+        weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along), fading)
         return weights[:, self._rows] @ along, np.sqrt(left / self.effective_dimension + spread)
 
-    def _moments(self, at: np.ndarray, metric: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _moments(
+        self, at: np.ndarray, metric: np.ndarray, fading: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
@@ -237,10 +203,10 @@ class TrajectoryFit:
         walk_ahead = self._clock.variance(ahead, self.memory)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
-        fading = ahead * (times[-1] / np.maximum(middles, times[-1]))
+        survivors = ahead * (times[-1] / np.maximum(middles, times[-1])) if fading else ahead
         mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
         for part, share in self._parts:
-            lasting = fading if np.isfinite(part.lifetime) else self._clock.decayed(ahead, part.decay)
+            lasting = survivors if np.isfinite(part.lifetime) else self._clock.decayed(ahead, part.decay)
             past = self._clock.decayed(seen, part.decay)
             drift = self._clock.covariance(past, np.exp(-1 / part.lifetime), lasting)  # [T, J]
             drift_ahead = self._clock.variance(self._clock.decayed(ahead, part.decay), np.exp(-1 / part.lifetime))
@@ -285,11 +251,13 @@ def fit_trajectory(
     rows, recorded, whole = _thin(len(steps)), steps, gram
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
-    clocks = [_Clock(unit, history, rates) for history in (0, _HISTORY)]
-    walks = [_search(gram, steps, clock, _START[:_WALK]) for clock in clocks]
-    drifts = [_search(gram, steps, c, (*walk[1], *_START[_WALK:])) for c, walk in zip(clocks, walks, strict=True)]
-    null, walk_only, walk_clock = min(((*walk, c) for walk, c in zip(walks, clocks, strict=True)), key=itemgetter(0))
-    loss, parameters, clock = min(((*drift, c) for drift, c in zip(drifts, clocks, strict=True)), key=itemgetter(0))
+    clocks = [Clock(unit, history, rates) for history in (0, _HISTORY)]
+    walks = [(*_search(gram, steps, clock, _START[:_WALK]), clock) for clock in clocks]
+    (null, walk_only, walk_clock), (second, start, other) = sorted(walks, key=itemgetter(0))
+    drifts = [(*_search(gram, steps, walk_clock, (*walk_only, *_START[_WALK:])), walk_clock)]
+    if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
+        drifts.append((*_search(gram, steps, other, (*start, *_START[_WALK:])), other))
+    loss, parameters, clock = min(drifts, key=itemgetter(0))
     parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
     evidence = max(0.0, 2 * effective * (null - loss))
     p_value = 0.5 * float(np.exp(-evidence / 2)) if evidence else 1.0
@@ -318,7 +286,7 @@ def fit_trajectory(
         _clock=clock,
         _rows=rows,
         _gram=gram,
-        _parts=tuple(_kept(part, p) for part, p in zip(parts, posterior, strict=True) if p.max() > _NEGLIGIBLE),
+        _parts=_kept(parts, posterior),
     )
 
 
@@ -330,27 +298,27 @@ def _thin(num_steps: int) -> np.ndarray:
     return np.r_[earlier, np.arange(num_steps - _RECENT, num_steps)]
 
 
-def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[float, ...]) -> tuple[float, np.ndarray]:
+def _search(gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float, ...]) -> tuple[float, np.ndarray]:
     """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength and life of a drift."""
     from scipy.linalg.lapack import dpotrf, dpotri  # half the time of a fit is the overhead of calls
     from scipy.optimize import minimize
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
 
-    def shapes(momentum: float, memory: float, lifetime: float) -> tuple[np.ndarray, np.ndarray]:
-        """Covariance of walk and drift; the drift's in units of the walk's variance at the last step."""
-        response = clock.response(times, _expit(momentum))
-        walk = clock.covariance(response, memory)
+    def drift_of(response: np.ndarray, lifetime: float, unit: float) -> np.ndarray:
+        """Covariance of the drift, which has variance ``unit`` at the last step."""
         if len(origin) == _WALK:
-            return walk, np.zeros_like(walk)
+            return np.zeros((len(times), len(times)))
         drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]))
-        return walk, walk[-1, -1] / drift[-1, -1] * drift
+        return unit / drift[-1, -1] * drift
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
-        walk, drift = shapes(momentum, memory, lifetime)
-        rounding, strength = np.exp(noise) * walk[-1, -1] * eye, np.exp(ratio) * drift
-        covariance = walk + rounding + strength
+        response, turned = (clock.response(times, _expit(m)) for m in (momentum, momentum + _NUDGE))
+        walk = clock.covariance(response, memory)
+        unit = walk[-1, -1]
+        drift = drift_of(response, lifetime, unit)
+        covariance = walk + np.exp(noise) * unit * eye + np.exp(ratio) * drift
         covariance += _JITTER * covariance[-1, -1] * eye
         left, failed = dpotrf(covariance, lower=1)
         assert not failed, "jitter keeps every covariance within the bounds positive definite"
@@ -362,13 +330,18 @@ def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[flo
         # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is exact
         pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
 
-        def slope(turned: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-            moved = turned[0] - walk + np.exp(ratio) * (turned[1] - drift)
-            return (moved + np.exp(noise) * (turned[0][-1, -1] - walk[-1, -1]) * eye) / _NUDGE
+        def slope(walk_there: np.ndarray, drift_there: np.ndarray) -> np.ndarray:
+            moved = walk_there - walk + np.exp(ratio) * (drift_there - drift)
+            return (moved + np.exp(noise) * (walk_there[-1, -1] - unit) * eye) / _NUDGE
 
-        slopes = [slope(shapes(momentum + _NUDGE, memory, lifetime)), rounding, slope(shapes(momentum, memory + _NUDGE, lifetime))]
+        faster, longer = clock.covariance(turned, memory), clock.covariance(response, memory + _NUDGE)
+        slopes = [
+            slope(faster, drift_of(turned, lifetime, faster[-1, -1])),
+            np.exp(noise) * unit * eye,
+            slope(longer, longer[-1, -1] / unit * drift),
+        ]
         if len(x) > _WALK:
-            slopes += [strength, slope(shapes(momentum, memory, lifetime + _NUDGE))]
+            slopes += [np.exp(ratio) * drift, slope(walk, drift_of(response, lifetime + _NUDGE, unit))]
         gradient = np.array([(pull * direction).sum() for direction in slopes])
         # the last term holds what the steps do not determine near the start
         return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
@@ -380,38 +353,35 @@ def _search(gram: np.ndarray, steps: np.ndarray, clock: _Clock, start: tuple[flo
 
 
 def _integrate(
-    gram: np.ndarray, steps: np.ndarray, clock: _Clock, parameters: np.ndarray, num_parameters: float
-) -> tuple[list[_Lifetime], np.ndarray, float]:
-    """Correlation times, posterior over them and drift strengths ``[L, C]``, effective dimension; momentum, rounding fixed."""
+    gram: np.ndarray, steps: np.ndarray, clock: Clock, parameters: np.ndarray, num_parameters: float
+) -> tuple[list[_Drift], np.ndarray, float]:
+    """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what the walk is stays fixed."""
     response = clock.response(steps.astype(np.float64), _expit(parameters[0]))
-    walk = clock.covariance(response, float(parameters[2]))
-    rounding = float(np.exp(parameters[1]))
-    shapes = [(lifetime, np.inf) for lifetime in _LIFETIMES] + [(np.inf, decay) for decay in _DECAYS]
+    noise = _Noise.of(clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1])))
     parts = []
-    for lifetime, decay in steps[-1] * np.array(shapes):
-        drift = clock.covariance(clock.decayed(response, decay), np.exp(-1 / lifetime))
-        parts.append(_lifetime(gram, walk, rounding, drift, lifetime, decay))
+    for lifetime in _LIFETIMES * steps[-1]:
+        drift = clock.covariance(response, np.exp(-1 / lifetime))
+        parts.append(_drift(gram, noise, drift, lifetime, np.inf))
+    for decay in _DECAYS * steps[-1]:
+        drift = clock.covariance(clock.decayed(response, decay), 1.0)
+        parts.append(_drift(gram, noise, drift, np.inf, decay))
     losses = np.array([part.losses for part in parts])
     effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
-    posterior = np.r_[_LIFETIME_PRIOR, np.full(len(_DECAYS), _DECAY_PRIOR / len(_DECAYS))][:, None] * np.exp(-effective * (losses - losses.min()))
+    posterior = _PRIOR[:, None] * np.exp(-effective * (losses - losses.min()))
     return parts, posterior / posterior.sum(), effective
 
 
-def _lifetime(gram: np.ndarray, walk: np.ndarray, rounding: float, drift: np.ndarray, lifetime: float, decay: float) -> _Lifetime:
-    from scipy.linalg import eigh
-
-    noise = walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
-    spread, basis = eigh(drift, noise)
-    spread = np.maximum(spread, 0.0)
-    strengths = _RATIOS * walk[-1, -1] / drift[-1, -1]
+def _drift(gram: np.ndarray, noise: _Noise, drift: np.ndarray, lifetime: float, decay: float) -> _Drift:
+    spread, turned = np.linalg.eigh(noise.whitener @ drift @ noise.whitener.T)
+    spread, basis = np.maximum(spread, 0.0), noise.whitener.T @ turned
+    strengths = _RATIOS * noise.walk / drift[-1, -1]
     inflated = 1 + strengths[:, None] * spread
     scales = (((gram @ basis) * basis).sum(axis=0) / inflated).mean(axis=1)
-    log_determinant = np.log(inflated).sum(axis=1) + np.linalg.slogdet(noise)[1]
-    losses = len(walk) / 2 * np.log(scales) + log_determinant / 2
-    return _Lifetime(lifetime, decay, basis, spread, strengths, scales, losses)
+    losses = len(gram) / 2 * np.log(scales) + (np.log(inflated).sum(axis=1) + noise.log_determinant) / 2
+    return _Drift(lifetime, decay, basis, spread, strengths, scales, losses)
 
 
-def _effective_dimension(gram: np.ndarray, part: _Lifetime, num_parameters: float) -> float:
+def _effective_dimension(gram: np.ndarray, part: _Drift, num_parameters: float) -> float:
     """Whitened deltas of different steps have products that scatter about zero with variance 1 / dimension."""
     best = int(part.losses.argmin())
     white = part.basis / np.sqrt((1 + part.strengths[best] * part.spread) * part.scales[best])
@@ -419,15 +389,24 @@ def _effective_dimension(gram: np.ndarray, part: _Lifetime, num_parameters: floa
     return min(num_parameters, (len(products) + _PRIOR_PAIRS) / ((products**2).sum() + _PRIOR_PAIRS / _PRIOR_DIMENSION))
 
 
-def _kept(part: _Lifetime, share: np.ndarray) -> tuple[_Lifetime, np.ndarray]:
-    keep = share > _NEGLIGIBLE
-    short = replace(part, strengths=part.strengths[keep], scales=part.scales[keep], losses=part.losses[keep])
-    return short, share[keep]
+def _kept(parts: list[_Drift], posterior: np.ndarray) -> tuple[tuple[_Drift, np.ndarray], ...]:
+    """What predictions average over: the kinds and strengths that are not negligible, and their shares."""
+    keeps = posterior > _NEGLIGIBLE
+    whole = posterior[keeps].sum()
+    return tuple(
+        (replace(p, strengths=p.strengths[k], scales=p.scales[k], losses=p.losses[k]), share[k] / whole)
+        for p, share, k in zip(parts, posterior, keeps, strict=True)
+        if k.any()
+    )
 
 
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
     """5, 50 and 95 % of a distribution over ascending values."""
     return [float(values[i]) for i in np.searchsorted(np.cumsum(weights), (0.05, 0.5, 0.95)).clip(max=len(values) - 1)]
+
+
+def _with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
+    return walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
 
 
 def _expit(value: float) -> float:

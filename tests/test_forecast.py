@@ -28,16 +28,17 @@ def covered(run: Run, seed: int) -> np.ndarray:
 
 
 def test_a_mixture_of_one_normal_has_its_own_quantile() -> None:
-    deviations = np.array([2.0, 0.5]).reshape(1, 1, 2, 1)
-    half = module._half_widths(deviations, np.ones((1, 1, 1)), 0.9)
-    np.testing.assert_allclose(half[:, 0], norm.ppf(0.95) * np.array([2.0, 0.5]), rtol=1e-9)
+    centres, deviations = np.array([1.0, -3.0]).reshape(1, 2, 1), np.array([2.0, 0.5]).reshape(1, 1, 1, 2, 1)
+    found = module._quantile(centres, deviations, np.ones((1, 1, 1, 1)), 0.95)
+    np.testing.assert_allclose(found[:, 0], norm.ppf(0.95, [1.0, -3.0], [2.0, 0.5]), rtol=1e-9)
 
 
 def test_a_mixture_of_two_normals_holds_its_level() -> None:
-    deviations = np.array([1.0, 4.0]).reshape(2, 1, 1, 1)
-    half = module._half_widths(deviations, np.array([0.3, 0.7]).reshape(2, 1, 1), 0.9)[0, 0]
-    inside = [2 * norm.cdf(half / s) - 1 for s in (1.0, 4.0)]
-    assert 0.3 * inside[0] + 0.7 * inside[1] == pytest.approx(0.9, abs=1e-9)
+    centres, deviations = np.array([0.0, 5.0]).reshape(2, 1, 1), np.array([1.0, 4.0]).reshape(1, 2, 1, 1, 1)
+    shares = np.array([[0.1, 0.2], [0.3, 0.4]]).reshape(2, 2, 1, 1)
+    found = module._quantile(centres, np.repeat(deviations, 2, axis=0), shares, 0.05).item()
+    below = norm.cdf(found, np.array([[0.0], [5.0]]), np.array([1.0, 4.0]))
+    assert (shares[:, :, 0, 0] * below).sum() == pytest.approx(0.05, abs=1e-9)
 
 
 def test_coefficients_are_those_of_the_predicted_delta() -> None:
@@ -52,7 +53,7 @@ def test_coefficients_are_those_of_the_predicted_delta() -> None:
     np.testing.assert_allclose(found.coefficients, expected, rtol=1e-3)
     assert found.num_prefixes == 5
     assert (found.factor > 0).all()
-    np.testing.assert_allclose(found.high + found.low, 2 * found.coefficients)
+    assert ((found.low < found.coefficients) & (found.coefficients < found.high)).all()
     assert (np.diff(found.high - found.low, axis=0) > 0).all(), "farther is less certain"
 
 
@@ -79,6 +80,7 @@ def test_coverage_of_a_few_runs() -> None:
 
 @pytest.mark.slow
 def test_coverage_on_every_family() -> None:
-    """The nominal 90 % over all ten kinds of run; docs/line.md has each kind's own, of which two fall short."""
+    """The nominal 90 % over all ten kinds of run, and none far below; docs/line.md has 60 runs of each."""
     hits = {kind: np.mean([covered(run, seed) for seed in range(300, 312)]) for kind, run in COVERAGE_FAMILIES.items()}
-    assert 0.85 <= np.mean(list(hits.values())) <= 0.97, hits
+    assert 0.87 <= np.mean(list(hits.values())) <= 0.96, hits
+    assert min(hits.values()) > 0.7, hits  # 12 runs with hardly more than one independent target each

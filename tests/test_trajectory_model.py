@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 from relexkit import trajectory_model as module
 from relexkit.errors import ExtrapolationError
 from relexkit.extrapolators import METHODS, Options
+from relexkit.response import Clock
 from relexkit.trajectory_model import TrajectoryFit, fit_trajectory, trajectory_model
 
 D = 2000
@@ -62,26 +63,26 @@ def fitted(deltas: np.ndarray, steps: np.ndarray, **options: np.ndarray) -> Traj
 def test_response_is_what_the_optimizer_does_to_a_gradient(beta: float) -> None:
     rates = np.random.default_rng(0).uniform(0.5, 2.0, 80)
     explicit = (momentum(np.eye(80), beta) * rates[:, None]).cumsum(axis=0)[IRREGULAR - 1]
-    response = module._Clock(1.0, 0, rates).response(IRREGULAR.astype(float), beta)
+    response = Clock(1.0, 0, rates).response(IRREGULAR.astype(float), beta)
     np.testing.assert_allclose(response, explicit, atol=1e-12)
 
 
 @pytest.mark.parametrize("lifetime", [0.7, 12.0, 500.0, np.inf])
 def test_drift_covariance_is_the_double_sum_over_gradients(lifetime: float) -> None:
-    clock = module._Clock(1.0, 64, None)
+    clock = Clock(1.0, 64, None)
     response = clock.response(IRREGULAR.astype(float), 0.9)
     place = np.arange(response.shape[1])
     dense = response @ np.exp(-np.abs(place[:, None] - place) / lifetime) @ response.T
-    np.testing.assert_allclose(clock.drift(response, lifetime), dense, rtol=1e-9)
+    np.testing.assert_allclose(clock.covariance(response, np.exp(-1 / lifetime)), dense, rtol=1e-9)
 
 
 def test_loss_is_the_gaussian_likelihood() -> None:
     """Up to a constant, and with the scale at its best: ``-log p / D`` of explicit draws."""
     deltas = trajectory(0, 80, drift=0.3, lifetime=20, beta=0.8)[IRREGULAR - 1]
-    clock = module._Clock(1.0, 0, None)
+    clock = Clock(1.0, 0, None)
     response = clock.response(IRREGULAR.astype(float), 0.8)
-    walk, drift = response @ response.T, clock.drift(response, 25.0)
-    part = module._lifetime(deltas @ deltas.T, walk, 1e-3, drift, 25.0)
+    walk, drift = response @ response.T, clock.covariance(response, np.exp(-1 / 25.0))
+    part = module._drift(deltas @ deltas.T, module._Noise.of(walk, 1e-3), drift, 25.0, np.inf)
     found = []
     for index in (5, 30, 50):
         covariance = walk + 1e-3 * walk[-1, -1] * np.eye(25) + part.strengths[index] * drift
@@ -101,11 +102,12 @@ def test_weights_are_the_posterior_mean_of_conditional_means(target: float) -> N
     response = covered @ updates
     survival = np.minimum(1.0, 80 / (np.arange(count) + 0.5))
     lag = np.abs(np.arange(count)[:, None] - np.arange(count))
-    walk = response @ response.T
+    walk = response @ fit.memory**lag @ response.T
     expected = np.zeros(25)
     for part, share in fit._parts:
         correlation = np.exp(-lag / part.lifetime)
-        drift = response @ correlation @ response.T
+        dying = response * np.exp(-(np.arange(count) + 0.5) / part.decay)
+        drift = dying @ correlation @ dying.T
         cross = drift[:-1, -1]
         if np.isfinite(part.lifetime) and target > 80:
             cross = response[:-1] @ correlation @ (response[-1] * survival)
@@ -113,7 +115,8 @@ def test_weights_are_the_posterior_mean_of_conditional_means(target: float) -> N
             covariance = (walk + strength * drift)[:-1, :-1] + fit.rounding * walk[-2, -2] * np.eye(25)
             expected += weight * np.linalg.solve(covariance, walk[:-1, -1] + strength * cross)
     assert not fit.warm
-    np.testing.assert_allclose(fit.weights(target), expected, atol=2e-4)  # shares below 1e-5 are left out of the fit
+    assert sum(share.sum() for _, share in fit._parts) == pytest.approx(1)
+    np.testing.assert_allclose(fit.weights(target), expected, atol=1e-5 * np.abs(expected).max())  # jitter
 
 
 def test_a_grid_of_several_optimizer_steps_gives_nearly_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,16 +190,38 @@ def test_drift_is_found_when_it_outweighs_the_noise_twofold(beta: float) -> None
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_hyperparameters_of_a_turning_drift_are_recovered(lifetime: float, beta: float) -> None:
     fit = fitted(trajectory(3, 80, drift=0.6, lifetime=lifetime, beta=beta)[IRREGULAR - 1], IRREGULAR)
-    assert abs(fit.momentum - beta) < 0.06
+    assert abs(fit.momentum - beta) < (0.06 if beta else 0.12)  # without momentum a memory of the noise is much the same
     low, high = fit.correlation_time_interval
     assert low <= lifetime * 1.5  # correlation times are averaged over a grid with a spacing of two
     assert high >= lifetime / 1.5
     assert lifetime / 2 <= fit.correlation_time <= 2 * lifetime
-    response = module._Clock(1.0, 0, None).response(np.array([80.0]), beta)
+    response = Clock(1.0, 0, None).response(np.array([80.0]), beta)
     lag = np.abs(np.arange(80)[:, None] - np.arange(80))
     true = 0.36 * (response @ np.exp(-lag / lifetime) @ response.T).item() / (response @ response.T).item()
     assert true / 1.6 < fit.drift_to_noise < 1.6 * true
     assert fit.effective_dimension == pytest.approx(D, rel=0.5)  # pulled towards 100 by a prior worth six pairs of steps
+
+
+@pytest.mark.parametrize("memory", [0.3, 0.6])
+def test_a_memory_of_the_noise_is_told_from_momentum_and_drift(memory: float) -> None:
+    """Gradients with a drift, and noise of which neighbours correlate; without the memory the drift seemed to die at once."""
+    rng = np.random.default_rng(13)
+    noise = rng.standard_normal((80, D))
+    for index in range(1, 80):
+        noise[index] = memory * noise[index - 1] + np.sqrt(1 - memory**2) * noise[index]
+    deltas = momentum(noise + 0.3 * rng.standard_normal(D), 0.9).cumsum(axis=0)
+    fit = fitted(deltas[IRREGULAR - 1], IRREGULAR)
+    assert abs(fit.momentum - 0.9) < 0.02
+    assert abs(fit.memory - memory) < 0.1
+    assert fit.p_value < 1e-6
+    assert fit.correlation_time_interval[1] == np.inf
+
+
+@pytest.mark.parametrize("scale", [30, 60])
+def test_a_line_that_dies_out_is_told_from_one_that_turns(scale: float) -> None:
+    fit = fitted(trajectory(14, 80, drift=0.8, saturating=scale, beta=0.9), np.arange(1, 81))
+    assert all(np.isfinite(part.decay) for part, share in fit._parts if share.sum() > 0.1)
+    assert scale / 1.4 < fit.correlation_time < 1.4 * scale
 
 
 def test_rounding_is_recovered() -> None:
@@ -283,7 +308,7 @@ def error_of(gram: np.ndarray, weights: np.ndarray, target: int) -> float:
 def test_real_run_on_which_relex_collapses() -> None:
     """Errors of the whole model's delta; hold has 0.48, 0.45, 0.75, 0.39, 0.55 and 0.353, RELEX 0.50 to 2.7."""
     gram, steps, size = real("float32")
-    expected = {(10, 20): 0.26, (20, 40): 0.285, (20, 160): 0.67, (50, 100): 0.36, (50, 160): 0.53, (100, 160): 0.353}
+    expected = {(10, 20): 0.26, (20, 40): 0.285, (20, 160): 0.68, (50, 100): 0.36, (50, 160): 0.53, (100, 160): 0.353}
     fits = {n: fit_trajectory(gram[:n, :n], steps[:n], num_parameters=size) for n in (10, 20, 50, 100)}
     for (until, target), bound in expected.items():
         assert error_of(gram, fits[until].weights(float(target)), target) < bound
