@@ -123,6 +123,8 @@ class Recorder:
         """What ``Sketch.live_statistics`` says after the step before the last one given to ``record``."""
         if self._sketch is not None and len(self._sketch.steps):
             self.live = self._sketch.live_statistics()
+        self.live_sketch: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.empty((0, 0), np.float32))
+        """Steps ``[K]`` and sketches ``[K, width]`` up to the step before the last one given to ``record``; never changed."""
         self._pool = ThreadPoolExecutor(1)
 
     def _position(self, resume_from: int | None, compare: bool, still: Collection[str]) -> _Snapshot:
@@ -156,6 +158,8 @@ class Recorder:
             return False
         self.flush()
         self.live |= {name: value for name, value in self._metrics.items() if name.startswith("live_")}
+        if self._sketch is not None:
+            self.live_sketch = (self._sketch.steps, self._sketch.rows)
         self._processes.lead(lambda: self._writer.begin(step))
         if self._processes.rank:
             self._writer.begin(step)

@@ -28,7 +28,7 @@ from trainer.tasks import load_task
 from trainer.train import prompt_numbers, train
 
 TASK = {"name": f"{Path(__file__).parent / 'dense_task.py'}:make"}
-TIMES = ("step_seconds", "tokens_per_second")
+TIMES = ("step_seconds", "tokens_per_second", "advice")  # advice comes when it is there
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,15 @@ class RunLog(AbstractContextManager):
         self._task = self._bar.add_task("", total=total, completed=step)
         self._bar.start()
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log one step."""
+    def write(self, step: int, metrics: Mapping[str, float], advice: str | None = None) -> None:
+        """Log one step; ``advice`` is a sentence that is also said above the bar."""
         if not self._active:
             return
         line = {"step": step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        if advice is not None:
+            line["advice"] = advice
+            self._events.add_text("advice", advice, step)
+            self.say(advice)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():

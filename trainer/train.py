@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
+from relexkit.live_advice import LiveAdvice
 from relexkit.processes import Processes
 from relexkit.store import NotAStoreError
 from trainer.config import GRPOConfig, dump_config
@@ -121,6 +122,7 @@ def train(config: GRPOConfig) -> Path:
             load_state(folder / "state", step, policy.model, policy.optimizer, processes)
         processes.lead(lambda: truncate_after(folder / "rollouts", step))
         recorder = _open_recorder(config, folder, policy, step, stack)
+        advice = None if recorder is None else stack.enter_context(closing(LiveAdvice(recorder)))
         log = stack.enter_context(RunLog(folder, step, config.max_steps, active=processes.rank == 0))
         if step:
             log.say(f"going on after step {step}")
@@ -144,7 +146,8 @@ def train(config: GRPOConfig) -> Path:
                     metrics |= recorder.live
                 if config.eval_steps and (step % config.eval_steps == 0 or step == config.max_steps):
                     metrics |= _validate(config, policy, task)
-                log.write(step, metrics | _speed(config, metrics, generation, time.monotonic() - began))
+                speed = _speed(config, metrics, generation, time.monotonic() - began)
+                log.write(step, metrics | speed, None if advice is None else advice.update())
             _log_rollouts(folder / "rollouts", first, generation, processes)
             without_signal = _warn_without_signal(log, metrics, step, first, without_signal)
             if config.save_steps and step // config.save_steps > (first - 1) // config.save_steps and step < config.max_steps:
