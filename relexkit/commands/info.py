@@ -1,0 +1,84 @@
+"""``relexkit info``: what is inside a store, or which checkpoints a folder holds."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relexkit.console import print_json, print_pairs, size_text
+
+if TYPE_CHECKING:
+    from relexkit.store import TrajectoryStore
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``relexkit info``."""
+    parser.add_argument("store", metavar="RUN.zarr")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print what is there."""
+    from relexkit.store import NotAStoreError, TrajectoryStore
+
+    try:
+        store = TrajectoryStore(parsed.store)
+    except NotAStoreError:
+        if not Path(parsed.store).is_dir():
+            raise
+        import_module("relexkit.commands.info_source").print_source(Path(parsed.store), parsed.json)
+        return
+    print_info(store, parsed.json)
+
+
+def print_info(store: TrajectoryStore, as_json: bool) -> None:
+    """What a store holds."""
+    from relexkit.store import describe_steps
+
+    sizes = store.num_bytes()
+    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    bits = {"float32": 4}
+    checkpoint_bytes = sum(part.numel * bits.get(part.dtype, 2) for part in moving)
+    document: dict[str, Any] = {
+        "path": store.path,
+        "format_version": store.attributes["format_version"],
+        "steps": [int(s) for s in store.steps],
+        "num_parameters": store.layout.num_parameters,
+        "num_tensors": len(store.layout.tensors),
+        "tied": {t.name: t.tied_to for t in store.layout.tensors if t.tied_to},
+        "dtypes": sorted({part.dtype for part in moving}),
+        "encodings": sorted({part.encoding for part in moving}),
+        "mantissa_bits": store.mantissa_bits,
+        "exact": store.exact,
+        "source": store.attributes["source"],
+        "base": store.attributes["base"],
+        "metrics": sorted(store.metric_names()),
+        "bytes": sizes,
+        "checkpoint_bytes": checkpoint_bytes,
+        "relexkit_version": store.attributes["relexkit_version"],
+    }
+    if as_json:
+        print_json(document)
+        return
+    kept = "bit for bit" if store.exact else f"float deltas, {store.mantissa_bits} mantissa bits"
+    log = sizes.get("updates", 0) + sizes.get("deltas", 0) + sizes.get("factors", 0)
+    whole = checkpoint_bytes * max(1, len(store.steps))
+    merged = "merged " if store.has_factors else ""
+    rows = [
+        ("steps", describe_steps(store.steps)),
+        ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
+        ("recorded as", f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})"),
+        ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
+        ("on disk", f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}"),
+        (
+            "instead of",
+            f"{size_text(whole)} of {merged}checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)",
+        ),
+    ]
+    if document["tied"]:
+        rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
+    if document["metrics"]:
+        rows.append(("metrics", ", ".join(document["metrics"])))
+    print_pairs(store.path, rows)

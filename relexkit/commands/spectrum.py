@@ -1,0 +1,241 @@
+"""``relexkit spectrum``: principal directions of the updates, beside those of a walk without direction."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relexkit.commands.observe import add_pca, observer
+from relexkit.console import console, number, percent, print_json, progress_bar, say
+
+if TYPE_CHECKING:
+    from relexkit.metrics import Informative
+    from relexkit.null import WalkNull
+    from relexkit.spectrum import ScopeSpectrum, Spectrum
+
+_SHOWN_ROWS = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``relexkit spectrum``."""
+    parser.add_argument("store", metavar="RUN.zarr")
+    parser.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor")
+    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
+    parser.add_argument("--centered", action="store_true", help="PCA about the mean checkpoint instead of the base")
+    parser.add_argument("--momentum", type=float, metavar="BETA",
+                        help="of the walk to compare with: Adam's first beta (default: fitted)")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
+    parser.add_argument("--directions", type=Path, metavar="DIR",
+                        help="also write the first 2 (or --components) directions there as safetensors")  # fmt: skip
+    add_pca(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print the table, and write what was asked for."""
+    from relexkit.metrics import informative_steps, learning_rates
+    from relexkit.spectrum import spectrum
+    from relexkit.store import TrajectoryStore
+
+    store = TrajectoryStore(parsed.store)
+    with observer(parsed) as observed:
+        matrices = observed.gram(store, parsed.until)
+    if observed.silent:
+        return
+    metrics = store.metrics()
+    result = spectrum(
+        matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered, momentum=parsed.momentum,
+        rates=learning_rates(store.steps, metrics),
+    )  # fmt: skip
+    informative = informative_steps({name: values[: len(result.steps)] for name, values in metrics.items()})
+    if parsed.json:
+        print_json(_spectrum_document(result, informative))
+    else:
+        _print_spectrum(result, parsed.all, informative)
+    if parsed.plot:
+        figures = import_module("analysis.figures")
+        for path in figures.plot_spectra(matrices, parsed.plot, centered=parsed.centered):
+            say(f"wrote {path}")
+    if parsed.csv:
+        from relexkit.variance import write_csv
+
+        write_csv(result, parsed.csv)
+        say(f"wrote {parsed.csv}")
+    if parsed.directions:
+        from relexkit.directions import write_directions
+
+        with progress_bar() as progress:
+            paths = write_directions(
+                store, matrices, parsed.directions, count=parsed.components or min(2, len(matrices.steps)), scope=parsed.scope,
+                centered=parsed.centered, progress=progress,
+            )  # fmt: skip
+        for path in paths:
+            say(f"wrote {path}")
+
+
+def _spectrum_document(result: Spectrum, informative: Informative | None) -> dict[str, Any]:
+    scopes = [
+        {
+            "name": s.name,
+            "num_parameters": s.num_parameters,
+            "energy_share": s.energy_share,
+            "singular_values": s.singular_values.tolist(),
+            "explained_variance_ratio": s.explained_variance_ratio.tolist(),
+            "n_components": {str(p): s.num_directions(p / 100) for p in (90, 95, 99)},
+            "coefficients": s.coefficients.tolist(),
+            "r2": s.r2.tolist(),
+            "drift": s.drift.tolist(),
+            "update_cosines": s.update_cosines.tolist(),
+            "changed": s.changed.tolist(),
+            "moved": s.moved.tolist(),
+            "unit_moves": s.unit_moves,
+            "null": _null_document(s.null),
+            "ratio_error": s.ratio_error,
+            "angle_error": s.angle_error,
+        }
+        for s in result.scopes
+    ]
+    null = {"explained_variance_ratio": result.null.explained_variance_ratio.tolist(), "r2": result.null.r2.tolist()}
+    return {
+        "steps": result.steps.tolist(),
+        "centered": result.centered,
+        "scope": result.scope,
+        "scopes": scopes,
+        "null": null,
+        "whole": _null_document(result.whole),
+        "model": result.fit.summary() if result.fit else None,
+        "informative_steps": asdict(informative) if informative else None,
+    }
+
+
+def _null_document(null: WalkNull | None) -> dict[str, Any] | None:
+    if null is None:
+        return None
+    return {
+        name: {
+            "observed": null.observed[name],
+            "walk": null.expected[name],
+            "walk_interval": [null.low[name], null.high[name]],
+            "p_value": null.p_value[name],
+        }
+        for name in null.observed
+    }
+
+
+def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    about = "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
+    title = f"Spectrum of {len(result.steps)} steps, {result.steps[0]} to {result.steps[-1]} ({about})"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
+    table.add_column(result.scope, overflow="fold")
+    for heading in ("parameters", "energy", "1st % (walk)", "1st-2nd % (walk)", "90/95/99 %", "R² (walk)", "cos (walk)",
+                    "straight (walk)", "drift (walk)", "changed/step", "ever"):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def cells(s: ScopeSpectrum) -> list[str]:
+        null = s.null
+        assert null is not None
+        shown = [_with_null(null, name) for name in ("first", "first_two", "r2", "cosine", "straightness", "drift")]
+        return [
+            escape(s.name),
+            f"{s.num_parameters:,}",
+            percent(s.energy_share),
+            *shown[:2],
+            "/".join(str(s.num_directions(p) or "-") for p in (0.9, 0.95, 0.99)),
+            *shown[2:],
+            percent(float(s.changed.mean())),
+            percent(float(s.moved[-1])),
+        ]
+
+    ordered = result.scopes if result.scope in ("global", "layer") else sorted(
+        result.scopes, key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0
+    )  # fmt: skip
+    shown = ordered if show_all else ordered[:_SHOWN_ROWS]
+    for s in shown:
+        table.add_row(*cells(s))
+    console().print(table)
+    if len(shown) < len(ordered):
+        print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
+    for line in spectrum_notes(result, informative):
+        print(line)
+
+
+def _with_null(null: WalkNull, name: str) -> str:
+    """A statistic and, in parentheses, what its walk gives."""
+    value, walk = null.observed[name], null.expected[name]
+    if math.isnan(value):
+        return "-"
+    text, beside = (f"{100 * v:.1f}" if name.startswith("first") else number(v) for v in (value, walk))
+    return f"{text} [dim]({beside})[/dim]"
+
+
+def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> list[str]:
+    """What a reader of the table must know, in sentences."""
+    notes = [
+        "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²: first coefficient on the step. "
+        "cos: mean cosine of neighbouring updates. straight: distance from the base over the length of the path. "
+        "drift: first direction of half the steps against all, |cos|.",
+        "In parentheses: a walk without direction, of the run's own step sizes and momentum; only what exceeds it is evidence.",
+        *_headline(result),
+    ]
+    if informative and informative.count < informative.known:
+        notes.append(
+            f"{informative.count} of {informative.known} steps were informative ({informative.metric}); between them the "
+            "optimizer coasts on its momentum, which looks like a line and is none."
+        )
+    still = [s.name for s in result.scopes if not len(s.singular_values)]
+    if still:
+        shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+        notes.append(f"Never moved, so there is no variance to explain: {shown}.")
+    doubtful = max((s.ratio_error for s in result.scopes if s.ratio_error == s.ratio_error), default=0.0)
+    if doubtful > 1e-5:
+        notes.append(f"Approximate (randomized PCA): the first two ratios are off by at most about {doubtful:.1g}.")
+    if len(result.steps) == 1:
+        notes.append("One recorded step: there is one direction by definition; record more steps to learn anything.")
+    changes = [(float(s.changed.sum()) * s.num_parameters, s.unit_moves) for s in result.scopes if not math.isnan(s.unit_moves)]
+    total = sum(count for count, _ in changes)
+    if total and total < 0.5 * sum(s.num_parameters for s in result.scopes) * len(result.steps):
+        share = sum(count * unit for count, unit in changes) / total
+        notes.append(
+            f"Resolution: few weights change at a step, {100 * share:.0f} % of the changes by exactly one unit in the last "
+            "place: the stored precision hides most of the motion. Record float32 weights where possible."
+        )
+    return notes
+
+
+def _headline(result: Spectrum) -> list[str]:
+    """The run as a whole against its walk, and what the trajectory model says about a drift."""
+    fit, whole = result.fit, result.whole
+    if fit is None:
+        return []
+    lines = []
+    if whole.num_flips:
+        first = f"{percent(whole.observed['first'])} against {percent(whole.expected['first'])} "
+        first += f"({percent(whole.low['first'])} to {percent(whole.high['first'])}, p = {whole.p_value['first']:.2g})"
+        line = f"R² {number(whole.observed['r2'])} against {number(whole.expected['r2'])} "
+        line += f"({number(whole.low['r2'])} to {number(whole.high['r2'])}, p = {whole.p_value['r2']:.2g})"
+        lines.append(
+            f"Whole run against {whole.num_flips} walks with momentum {fit.momentum:.2f} and its own updates, signs flipped: "
+            f"first direction {first}; {line}."
+        )
+    low, high = fit.drift_to_noise_interval
+    short, long = fit.correlation_time_interval
+    lines.append(
+        f"Drift to noise {fit.drift_to_noise:.2g} ({low:.2g} to {high:.2g}; above 1 a line beats standing still), lasting "
+        f"{steps_text(fit.correlation_time)} ({steps_text(short)} to {steps_text(long)}); chance of this evidence on a walk: "
+        f"{fit.p_value:.2g}."
+    )
+    return lines
+
+
+def steps_text(value: float) -> str:
+    """A number of steps, or that it has no end."""
+    return "the whole run and on" if math.isinf(value) else f"{value:.3g} steps"
