@@ -15,7 +15,10 @@ from relexkit.errors import RelexkitError
 from relexkit.version import __version__
 
 COMMAND_MODULES = {
-    "import": ("relexkit.commands.import_run", "import a run's checkpoints into a trajectory store; run again to add new steps"),
+    "import": (
+        "relexkit.commands.import_run",
+        "import a run's checkpoints into a trajectory store; run again to add new steps",
+    ),
     "info": ("relexkit.commands.info", "say what is inside a store, or which checkpoints a folder holds"),
     "verify": ("relexkit.commands.verify", "read every chunk of a store and compare it with its checksums"),
     "spectrum": (

@@ -69,7 +69,7 @@ def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:
             wide = rows[kept].astype(np.float64)
             found = advise(_whole(steps[kept], wide @ wide.T, store.layout.num_parameters), metrics)
         return f"Up to step {steps[-1]}: {found.headline}"
-    except Exception as error:  # noqa: BLE001 (a remark beside a training must not end it)
+    except Exception as error:
         return f"Up to step {steps[-1]}: no advice: {' '.join(str(error).split())}"
 
 

@@ -1,8 +1,8 @@
 """A run as a Gaussian process, fitted to its Gram matrix: how much of it is drift, how long the drift lasts, where it goes.
 
 Every parameter's gradient is taken to be ``d + e``. The drift ``d`` either keeps its direction for a correlation time ``ell``
-(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line), or is a line that dies out (``tau^2 exp(-(i + j) / kappa)``,
-a run that saturates). The noise ``e`` has a short memory ``phi`` (covariance ``phi^|i - j|``; 0 is white). The optimizer turns
+(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line), or dies out (``tau^2 exp(-(i + j) / kappa)``, a line of a
+run that saturates). The noise ``e`` has a short memory ``phi`` (covariance ``phi^|i - j|``; 0 is white). The optimizer turns
 gradients into updates by its momentum with Adam's bias correction and the learning rate, which is a known linear map ``H`` from
 gradients to recorded deltas, and storage adds rounding. So the deltas of one parameter have the covariance
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
+from relexkit.hyperparameters import START, WALK, expit, search, with_rounding
 from relexkit.response import Clock
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 _GRID = 4096  # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
-_NUDGE = 1e-5  # of the search's coordinates, for slopes
-_JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 _PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
@@ -51,15 +50,11 @@ _DECAYS = 2.0 ** np.arange(-2, 3.25, 0.25)
 _PRIOR = np.r_[
     0.5 * _LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2]), np.full(len(_DECAYS), 0.3 / len(_DECAYS))
 ]
-# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
-_START = (2.2, -8.0, 0.0, 0.0, -0.7)
-_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
-_WALK = 3  # of these describe the walk
 
 
 @dataclass(frozen=True)
 class _Noise:
-    """Walk and rounding together: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant, the walk's last variance."""
+    """Walk and rounding: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant; the walk's last variance."""
 
     whitener: np.ndarray
     log_determinant: float
@@ -68,7 +63,7 @@ class _Noise:
     @classmethod
     def of(cls, walk: np.ndarray, rounding: float) -> _Noise:
         """From the walk's covariance ``[T, T]`` and the rounding as a share of its last variance."""
-        left = np.linalg.cholesky(_with_rounding(walk, rounding))
+        left = np.linalg.cholesky(with_rounding(walk, rounding))
         return cls(np.linalg.inv(left), 2 * float(np.log(np.diag(left)).sum()), float(walk[-1, -1]))
 
 
@@ -156,12 +151,12 @@ class TrajectoryFit:
     def walk_covariance(self, momentum: float | None = None) -> np.ndarray:
         """Covariance of walk and rounding alone at the recorded steps, up to a factor, ``[T, T]``: the run without drift.
 
-        ``momentum`` replaces the fitted one. Positive definite.
+        ``momentum`` replaces what was fitted, then of noise without a memory. Positive definite.
         """
-        beta = self.momentum if momentum is None else momentum
+        beta, memory = (self.momentum, self.memory) if momentum is None else (momentum, 0.0)
         response = self._clock.response(self.steps.astype(np.float64), beta)
-        walk = self._clock.covariance(response, self.memory)
-        return _with_rounding(walk, self.rounding)
+        walk = self._clock.covariance(response, memory)
+        return with_rounding(walk, self.rounding)
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
         """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by likelihood, ``[N]``.
@@ -193,9 +188,7 @@ class TrajectoryFit:
         weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along), fading)
         return weights[:, self._rows] @ along, np.sqrt(left / self.effective_dimension + spread)
 
-    def _moments(
-        self, at: np.ndarray, metric: np.ndarray, fading: bool = True
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _moments(self, at: np.ndarray, metric: np.ndarray, fading: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
@@ -252,11 +245,11 @@ def fit_trajectory(
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
     clocks = [Clock(unit, history, rates) for history in (0, _HISTORY)]
-    walks = [(*_search(gram, steps, clock, _START[:_WALK]), clock) for clock in clocks]
+    walks = [(*search(gram, steps, clock, START[:WALK]), clock) for clock in clocks]
     (null, walk_only, walk_clock), (second, start, other) = sorted(walks, key=itemgetter(0))
-    drifts = [(*_search(gram, steps, walk_clock, (*walk_only, *_START[_WALK:])), walk_clock)]
+    drifts = [(*search(gram, steps, walk_clock, (*walk_only, *START[WALK:])), walk_clock)]
     if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
-        drifts.append((*_search(gram, steps, other, (*start, *_START[_WALK:])), other))
+        drifts.append((*search(gram, steps, other, (*start, *START[WALK:])), other))
     loss, parameters, clock = min(drifts, key=itemgetter(0))
     parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
     evidence = max(0.0, 2 * effective * (null - loss))
@@ -271,7 +264,7 @@ def fit_trajectory(
     strong = _quantiles(_RATIOS, posterior.sum(axis=0))
     return TrajectoryFit(
         steps=recorded,
-        momentum=_expit(parameters[0]),
+        momentum=expit(parameters[0]),
         warm=clock.history > 0,
         memory=float(parameters[2]),
         rounding=float(np.exp(parameters[1])),
@@ -298,65 +291,11 @@ def _thin(num_steps: int) -> np.ndarray:
     return np.r_[earlier, np.arange(num_steps - _RECENT, num_steps)]
 
 
-def _search(gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float, ...]) -> tuple[float, np.ndarray]:
-    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength and life of a drift."""
-    from scipy.linalg.lapack import dpotrf, dpotri  # half the time of a fit is the overhead of calls
-    from scipy.optimize import minimize
-
-    times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
-
-    def drift_of(response: np.ndarray, lifetime: float, unit: float) -> np.ndarray:
-        """Covariance of the drift, which has variance ``unit`` at the last step."""
-        if len(origin) == _WALK:
-            return np.zeros((len(times), len(times)))
-        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]))
-        return unit / drift[-1, -1] * drift
-
-    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
-        response, turned = (clock.response(times, _expit(m)) for m in (momentum, momentum + _NUDGE))
-        walk = clock.covariance(response, memory)
-        unit = walk[-1, -1]
-        drift = drift_of(response, lifetime, unit)
-        covariance = walk + np.exp(noise) * unit * eye + np.exp(ratio) * drift
-        covariance += _JITTER * covariance[-1, -1] * eye
-        left, failed = dpotrf(covariance, lower=1)
-        assert not failed, "jitter keeps every covariance within the bounds positive definite"
-        lower, _ = dpotri(left, lower=1)
-        inverse = np.tril(lower) + np.tril(lower, -1).T
-        explained = inverse @ gram
-        energy = np.trace(explained)
-        value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
-        # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is exact
-        pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
-
-        def slope(walk_there: np.ndarray, drift_there: np.ndarray) -> np.ndarray:
-            moved = walk_there - walk + np.exp(ratio) * (drift_there - drift)
-            return (moved + np.exp(noise) * (walk_there[-1, -1] - unit) * eye) / _NUDGE
-
-        faster, longer = clock.covariance(turned, memory), clock.covariance(response, memory + _NUDGE)
-        slopes = [
-            slope(faster, drift_of(turned, lifetime, faster[-1, -1])),
-            np.exp(noise) * unit * eye,
-            slope(longer, longer[-1, -1] / unit * drift),
-        ]
-        if len(x) > _WALK:
-            slopes += [np.exp(ratio) * drift, slope(walk, drift_of(response, lifetime + _NUDGE, unit))]
-        gradient = np.array([(pull * direction).sum() for direction in slopes])
-        # the last term holds what the steps do not determine near the start
-        return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
-
-    best = minimize(
-        loss, origin, jac=True, method="L-BFGS-B", bounds=_BOUNDS[: len(origin)], options={"ftol": 3e-8, "maxiter": 50}
-    )
-    return float(best.fun), best.x
-
-
 def _integrate(
     gram: np.ndarray, steps: np.ndarray, clock: Clock, parameters: np.ndarray, num_parameters: float
 ) -> tuple[list[_Drift], np.ndarray, float]:
     """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what the walk is stays fixed."""
-    response = clock.response(steps.astype(np.float64), _expit(parameters[0]))
+    response = clock.response(steps.astype(np.float64), expit(parameters[0]))
     noise = _Noise.of(clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1])))
     parts = []
     for lifetime in _LIFETIMES * steps[-1]:
@@ -403,14 +342,6 @@ def _kept(parts: list[_Drift], posterior: np.ndarray) -> tuple[tuple[_Drift, np.
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
     """5, 50 and 95 % of a distribution over ascending values."""
     return [float(values[i]) for i in np.searchsorted(np.cumsum(weights), (0.05, 0.5, 0.95)).clip(max=len(values) - 1)]
-
-
-def _with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
-    return walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
-
-
-def _expit(value: float) -> float:
-    return float(1 / (1 + np.exp(-value)))
 
 
 def trajectory_model(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:

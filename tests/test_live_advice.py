@@ -16,7 +16,6 @@ from relexkit.advice import advise
 from relexkit.live_advice import LiveAdvice, headline
 from relexkit.sketch import Sketch
 
-
 D = 4000
 
 
@@ -81,7 +80,12 @@ def test_what_goes_wrong_is_said_in_one_line(tmp_path) -> None:
 
 def test_of_a_long_run_forty_steps_are_used(tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("relexkit.live_advice.advise", lambda found, metrics: seen.append((found, metrics)) or SimpleNamespace(headline="."))
+
+    def advise(found, metrics):
+        seen.append((found, metrics))
+        return SimpleNamespace(headline=".")
+
+    monkeypatch.setattr("relexkit.live_advice.advise", advise)
     deltas = simulate(COVERAGE_FAMILIES["walk"], 60, 0, 50)
     recorded(tmp_path / "run.zarr", deltas, rates=lambda step: 1 / step)
     found, metrics = seen[-1]

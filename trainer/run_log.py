@@ -50,7 +50,10 @@ class RunLog(AbstractContextManager):
         """Log one step; ``advice`` is a sentence that is also said above the bar."""
         if not self._active:
             return
-        line = {"step": step, **{key: value if math.isfinite(value) else None for key, value in metrics.items()}}
+        line: dict[str, Any] = {
+            "step": step,
+            **{key: value if math.isfinite(value) else None for key, value in metrics.items()},
+        }
         if advice is not None:
             line["advice"] = advice
             self._events.add_text("advice", advice, step)

@@ -12,9 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="RUN.zarr")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("-o", "--out", required=True, metavar="DIR")
-    parser.add_argument(
-        "--adapter", action="store_true", help="from a store of PEFT adapters: the adapter, not merged weights"
-    )
+    parser.add_argument("--adapter", action="store_true", help="from a store of PEFT adapters: the adapter, not merged weights")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
 
 

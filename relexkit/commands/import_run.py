@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-map", metavar="MAP",
                         help="optimizer steps per label (2, 1/4), or a JSON file {label: step}")  # fmt: skip
     parser.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
-    parser.add_argument(
-        "--base", metavar="DIR", help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)"
-    )
+    parser.add_argument("--base", metavar="DIR", help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)")
     parser.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C")
     parser.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
                         help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip
