@@ -50,8 +50,9 @@ def make_run(folder: Path, arm: str, seed: int, steps: int) -> None:
     options = MEASURED | ARMS[arm]
     train(
         GRPOConfig(
-            model=str(FOLDER), task=TASK, output=str(folder), seed=seed, learning_rate=1e-4, generation_batch_size=128,
-            max_steps=steps, num_generations=8, max_completion_length=LENGTH, generation_rows=128, micro_batch_tokens=4096, device="cpu", save_steps=25, **options,
+            model=str(FOLDER), task=TASK, output=str(folder), seed=seed, learning_rate=1e-4, max_steps=steps,
+            generation_batch_size=128, num_generations=8, max_completion_length=LENGTH, generation_rows=128,
+            micro_batch_tokens=4096, device="cpu", save_steps=25, **options,
         )
     )  # fmt: skip
 
