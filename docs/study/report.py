@@ -142,7 +142,8 @@ def claims_table(results: list[Seed]) -> str:
         ["the first two hold 96 %", geometry("first_two")],
         ["the trajectory is a line, all else is noise",
          f"drift to noise certainly above 1 in {lows} of {len(results)} runs"],
-        ["a line reaches far at equal quality", f"RELEX from {steps // 2} to {steps}: {reached} greedy against the trained step"],
+        ["a line reaches far at equal quality",
+         f"RELEX from {steps // 2} to {steps}: {reached} greedy against the trained step"],
         ["more directions or curves do not help",
          "relative error of the weights: " + "; ".join(f"{name} {value}" for name, value in errors.items())],
         ["shared tokens carry over 80 % of the update", f"{shared} is on token ids of both sides"],
@@ -223,10 +224,10 @@ def write_report(results: list[Seed], folder: Path) -> None:
     """Put tables into docs/study.md and figures beside ``folder``'s scripts."""
     curves(results, folder)
     by_k(results, folder)
+    steps = results[0]["steps"]
     seeds = ", ".join(str(seed["seed"]) for seed in results)
     pieces = [
-        f"Seeds {seeds}; {results[0]['steps']} steps of 128 rollouts; 512 held-out problems. Means over seeds, with 95 % intervals "
-        "(Student's t).",
+        f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over seeds, with 95 % intervals (Student's t).",
         "![Accuracy of every arm](study/curves.png)",
         arms_table(results),
         "### G2D",
