@@ -20,12 +20,13 @@ from tiny_models import save_tiny_model
 from relexkit import RelexkitError, TrajectoryStore, checkout
 from relexkit.cli import main
 from trainer.config import GRPOConfig, dump_config
+from trainer.generation import prompt_numbers
 from trainer.rollout_log import read_rollouts
 from trainer.run_log import read_log
 from trainer.setup import learning_rate
 from trainer.state import last_state
 from trainer.tasks import load_task
-from trainer.train import prompt_numbers, train
+from trainer.train import train
 
 TASK = {"name": f"{Path(__file__).parent / 'dense_task.py'}:make"}
 TIMES = ("step_seconds", "tokens_per_second", "advice")  # advice comes when it is there

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,26 @@ from relexkit.processes import Processes
 
 if TYPE_CHECKING:
     from trainer.config import G2DConfig, GRPOConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What takes part in every step: the model that learns, the frozen one it is held to (or None), and how both compute."""
+
+    model: Any
+    reference: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    autocast: bool
+    processes: Processes
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        if self.processes.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(self.processes.gather(total.tolist()), dtype=torch.float64).sum(dim=0)
+        return total.tolist()
 
 
 @contextmanager
@@ -122,6 +143,27 @@ def shard(model: Any, processes: Processes, device: torch.device) -> Any:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
+
+
+def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) -> Policy:
+    """Everything that takes part in the steps of a run, ready for the first.
+
+    Raises:
+        RelexkitError: the model cannot be loaded.
+    """
+    model, tokenizer = load_model(config.model, device)
+    model.train()
+    if config.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name until v6
+        enable({"use_reentrant": False})
+    reference = None
+    if config.beta:
+        reference = shard(load_model(config.model, device)[0].requires_grad_(False), processes, device)
+    shard(model, processes, device)
+    return Policy(
+        model=model, reference=reference, tokenizer=tokenizer, optimizer=build_optimizer(model, config),
+        autocast=config.bf16 if config.bf16 is not None else device.type == "cuda", processes=processes,
+    )  # fmt: skip
 
 
 def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:

@@ -35,10 +35,11 @@ def open_run(options: argparse.Namespace, rollouts: int) -> Any:
 
     from relexkit.processes import Processes
     from trainer.config import GRPOConfig
-    from trainer.setup import build_optimizer, load_model
+    from trainer.generation import roll_out
+    from trainer.setup import Policy, build_optimizer, load_model
     from trainer.small_model import FOLDER
+    from trainer.step import optimizer_step
     from trainer.tasks import load_task
-    from trainer.train import Policy, optimizer_step, roll_out
 
     torch.set_num_threads(1)
     place = options.model or str(FOLDER)
