@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train import settings
 from tiny_models import save_tiny_model
 
-from relexkit import RelexkitError, checkout
+from relexkit import RelexkitError, checkout, extrapolate
 from relexkit.cli import main
 from relexkit.store import TrajectoryStore
 from trainer.config import G2DConfig
@@ -64,6 +64,17 @@ def test_one_run_gives_every_k(run, tmp_path):
         found[0]["before"]["greedy"]["accuracy"]
         == g2d(run, [1, 3], tmp_path / "out", OPTIONS)[0]["before"]["greedy"]["accuracy"]
     )
+
+
+def test_the_recorded_run_is_extrapolated_like_any_other(run, tmp_path):
+    """LamPO with DelTA, recorded, extrapolated: the prediction loads, and RELEX of the last steps goes on from them."""
+    (prediction,) = extrapolate(TrajectoryStore(run / "run.zarr"), [5], tmp_path / "out", rounding="nearest")
+    last = load_file(checkout(TrajectoryStore(run / "run.zarr"), 3, tmp_path / "last") / "model.safetensors")
+    started = load_file(checkout(TrajectoryStore(run / "run.zarr"), 0, tmp_path / "base") / "model.safetensors")
+    predicted = load_file(prediction.folder / "model.safetensors")
+    moved, further = (torch.cat([(w[n] - started[n]).flatten() for n in sorted(w)]) for w in (last, predicted))
+    assert torch.cosine_similarity(moved, further, dim=0) > 0.8
+    assert further.norm() > moved.norm()
 
 
 def test_finished_steps_are_kept_and_other_settings_refused(run, tmp_path):

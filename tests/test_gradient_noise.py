@@ -13,9 +13,10 @@ def test_estimates_are_unbiased():
     generator = np.random.default_rng(0)
     truth, spread, prompts, width, parts = 0.3, 1.0, 8, 50, 4
     model = torch.nn.Linear(width, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters())
     found = []
     for _ in range(600):
-        recorded = GradientParts(model)
+        recorded = GradientParts(optimizer)
         per_prompt = generator.normal(truth, spread, (prompts, width)).astype(np.float32)
         for part in range(parts):
             model.weight.grad = torch.from_numpy(per_prompt[part::parts].sum(axis=0)[None] / prompts)

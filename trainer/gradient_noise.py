@@ -16,10 +16,14 @@ import torch
 
 
 class GradientParts:
-    """Keeps apart the gradients that the parts of a step leave in a model. Memory: a second copy of the gradients."""
+    """Keeps apart the gradients that the parts of a step leave in an optimizer's parameters.
 
-    def __init__(self, model: Any):
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    Memory: a second copy of the gradients. (A sharded model's own parameters may be the gathered ones for the moment, which
+    never get a gradient.)
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._squares: list[float] = []
 
@@ -36,7 +40,7 @@ class GradientParts:
         self._squares.append(square)
 
     def end_step(self, prompts: float, total: Callable[..., list[float]]) -> dict[str, float]:
-        """Give the whole gradient back to the model; what is logged of it. ``total`` sums numbers over processes."""
+        """Give the whole gradient back to the parameters; what is logged of it. ``total`` sums numbers over processes."""
         for parameter, gradient in zip(self._parameters, self._sums, strict=True):
             parameter.grad = gradient
         whole = sum(float(_local(g).double().square().sum()) for g in self._sums if g is not None)

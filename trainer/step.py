@@ -74,7 +74,7 @@ def _accumulate(
     advantage_B = generation.advantage_PG.view(-1)[rows].to(device)
     counts_B = torch.tensor([generation.counts[row] for row in rows], dtype=torch.float32, device=device)
     groups, lasts = _grouped(config, completions)
-    parts = GradientParts(policy.model) if config.gradient_noise_parts else None
+    parts = GradientParts(policy.optimizer) if config.gradient_noise_parts else None
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high"), 0.0)
     fresh: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for number, group in enumerate(groups):

@@ -227,7 +227,7 @@ def write_report(results: list[Seed], folder: Path) -> None:
     steps = results[0]["steps"]
     seeds = ", ".join(str(seed["seed"]) for seed in results)
     pieces = [
-        f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over seeds, with 95 % intervals (Student's t).",
+        f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over seeds, 95 % intervals (Student's t).",
         "![Accuracy of every arm](study/curves.png)",
         arms_table(results),
         "### G2D",
