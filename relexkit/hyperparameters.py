@@ -25,19 +25,20 @@ def search(gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
 
-    def drift_of(response: np.ndarray, lifetime: float, unit: float) -> np.ndarray:
+    def drift_of(response: np.ndarray, white: np.ndarray, lifetime: float, unit: float) -> np.ndarray:
         """Covariance of the drift, which has variance ``unit`` at the last step."""
         if len(origin) == WALK:
             return np.zeros((len(times), len(times)))
-        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]))
+        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]), white)
         return unit / drift[-1, -1] * drift
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
         response, turned = (clock.response(times, expit(m)) for m in (momentum, momentum + _NUDGE))
-        walk = clock.covariance(response, memory)
+        white, turned_white = response @ response.T, turned @ turned.T
+        walk = clock.covariance(response, memory, white)
         unit = walk[-1, -1]
-        drift = drift_of(response, lifetime, unit)
+        drift = drift_of(response, white, lifetime, unit)
         covariance = walk + np.exp(noise) * unit * eye + np.exp(ratio) * drift
         covariance += _JITTER * covariance[-1, -1] * eye
         left, failed = dpotrf(covariance, lower=1)
@@ -54,14 +55,15 @@ def search(gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float
             moved = walk_there - walk + np.exp(ratio) * (drift_there - drift)
             return (moved + np.exp(noise) * (walk_there[-1, -1] - unit) * eye) / _NUDGE
 
-        faster, longer = clock.covariance(turned, memory), clock.covariance(response, memory + _NUDGE)
+        faster = clock.covariance(turned, memory, turned_white)
+        longer = clock.covariance(response, memory + _NUDGE, white)
         slopes = [
-            slope(faster, drift_of(turned, lifetime, faster[-1, -1])),
+            slope(faster, drift_of(turned, turned_white, lifetime, faster[-1, -1])),
             np.exp(noise) * unit * eye,
             slope(longer, longer[-1, -1] / unit * drift),
         ]
         if len(x) > WALK:
-            slopes += [np.exp(ratio) * drift, slope(walk, drift_of(response, lifetime + _NUDGE, unit))]
+            slopes += [np.exp(ratio) * drift, slope(walk, drift_of(response, white, lifetime + _NUDGE, unit))]
         gradient = np.array([(pull * direction).sum() for direction in slopes])
         # the last term holds what the steps do not determine near the start
         return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)

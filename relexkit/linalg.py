@@ -21,6 +21,18 @@ def single_threaded_blas() -> AbstractContextManager:
     return threadpool_limits(limits=1, user_api="blas")
 
 
+def update_products(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared norms ``[..., T]`` of the updates from step to step, and products of neighbouring ones ``[..., T - 1]``.
+
+    Two diagonals of ``E G E^T`` with ``E`` the differencing matrix, for Gram matrices ``G [..., T, T]``.
+    """
+    diagonal, beside = (np.diagonal(matrices, offset, axis1=-2, axis2=-1) for offset in (0, 1))
+    squares, products = diagonal.copy(), beside - diagonal[..., :-1]
+    squares[..., 1:] += diagonal[..., :-1] - 2 * beside
+    products[..., 1:] += beside[..., :-1] - np.diagonal(matrices, 2, axis1=-2, axis2=-1)
+    return np.maximum(squares, 0.0), products
+
+
 def leading_eigenpairs(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest ``rank`` eigenvalues ``[N, R]`` and vectors ``[N, n, R]`` of symmetric matrices; zero where numerically zero.
 

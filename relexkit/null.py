@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.linalg import leading_eigenpairs
+from relexkit.linalg import leading_eigenpairs, update_products
 from relexkit.trajectory_model import TrajectoryFit, fit_trajectory
 
 STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")
@@ -148,12 +148,12 @@ def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = Fals
     half = max(1, len(steps) // 2)
     prefix = _center(matrices[:, :half, :half]) if centered else matrices[:, :half, :half]
     half_values, half_vectors = leading_eigenpairs(prefix, 1)
-    updates = np.diff(np.diff(np.pad(matrices, ((0, 0), (1, 0), (1, 0))), axis=1), axis=2)
-    norms = np.sqrt(np.maximum(np.diagonal(updates, axis1=1, axis2=2), 0.0))
+    squares, products = update_products(matrices)
+    norms = np.sqrt(squares)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.where(np.isnan(total[:, None]), np.nan, values)
         ratios = values / total[:, None]
-        cosines = np.diagonal(updates, 1, axis1=1, axis2=2) / (norms[:, 1:] * norms[:, :-1])
+        cosines = products / (norms[:, 1:] * norms[:, :-1])
         defined = np.isfinite(cosines)
         cosine = np.where(defined, cosines, 0.0).sum(axis=1) / defined.sum(axis=1)
         straightness = np.sqrt(np.maximum(matrices[:, -1, -1], 0.0)) / norms.sum(axis=1)

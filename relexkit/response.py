@@ -40,14 +40,16 @@ class Clock:
         response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
         return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
 
-    def covariance(self, response: np.ndarray, correlation: float, other: np.ndarray | None = None) -> np.ndarray:
-        """``H R H^T`` (or ``H R other^T``) of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
+    def covariance(self, response: np.ndarray, correlation: float, white: np.ndarray | None = None) -> np.ndarray:
+        """``H R H^T`` of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
 
-        By a recursion each way, so that no matrix over optimizer steps is formed.
+        By a recursion, so that no matrix over optimizer steps is formed. ``white`` is ``H H^T`` where it is known.
         """
-        if other is None:
-            forward = self._smooth(response, correlation) @ response.T
-            return forward + forward.T - response @ response.T
+        forward = self._smooth(response, correlation) @ response.T
+        return forward + forward.T - (response @ response.T if white is None else white)
+
+    def cross_covariance(self, response: np.ndarray, correlation: float, other: np.ndarray) -> np.ndarray:
+        """``H R other^T`` of such gradients, by a recursion each way."""
         ways = (self._smooth(response, correlation) - response) @ other.T
         return ways + response @ self._smooth(other, correlation).T
 

@@ -7,13 +7,13 @@ model, as RELEX (arXiv 2605.21468) computes it; *centered* is the PCA of ``J G J
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from relexkit.gram import Gram
-from relexkit.linalg import RANK_TOLERANCE, single_threaded_blas
+from relexkit.linalg import RANK_TOLERANCE, leading_eigenpairs, single_threaded_blas, update_products
 from relexkit.null import WalkNull, calibrate
 from relexkit.trajectory_model import TrajectoryFit
 
@@ -56,12 +56,14 @@ def decompose(matrix: np.ndarray) -> Decomposition:
 
 
 def center(matrix: np.ndarray) -> np.ndarray:
-    """``J G J`` with ``J = I - 11^T / T``: the Gram matrix about the mean checkpoint instead of the base.
+    """``J G J`` with ``J = I - 11^T / T``: Gram matrices ``[..., T, T]`` about the mean checkpoint instead of the base.
 
     Zero where what is left is rounding noise: checkpoints that differ from the base but not from each other.
     """
-    about = matrix - matrix.mean(axis=0) - matrix.mean(axis=1)[:, None] + matrix.mean()
-    return about if np.trace(about) > 1e-12 * np.trace(matrix) else np.zeros_like(about)
+    rows, columns = matrix.mean(axis=-2, keepdims=True), matrix.mean(axis=-1, keepdims=True)
+    about = matrix - rows - columns + rows.mean(axis=-1, keepdims=True)
+    moved, whole = np.trace(about, axis1=-2, axis2=-1), np.trace(matrix, axis1=-2, axis2=-1)
+    return np.where((moved > 1e-12 * whole)[..., None, None], about, 0.0)
 
 
 def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -85,22 +87,24 @@ def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -
     ``u_1(n)^T G[:n, :] u_1(T) / (sigma_1(n) sigma_1(T))``; centered, with each prefix about its own mean, the same with
     ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
     """
-    about = center if centered else np.asarray
-    return _drift(matrix, prefixes, about, decompose(about(matrix)))
+    final = decompose(center(matrix) if centered else matrix)
+    return _drifts(matrix[None], prefixes, centered, [final])[0]
 
 
-def _drift(
-    matrix: np.ndarray, prefixes: np.ndarray, about: Callable[[np.ndarray], np.ndarray], final: Decomposition
-) -> np.ndarray:
-    cosines = np.full(len(prefixes), np.nan)
-    if not len(final.singular_values):
-        return cosines
+def _drifts(matrices: np.ndarray, prefixes: np.ndarray, centered: bool, final: Sequence[Decomposition]) -> np.ndarray:
+    """``drift`` of N matrices whose decompositions are ``final``, ``[N, P]``."""
+    firsts = np.full(matrices.shape[:2], np.nan)
+    for row, parts in enumerate(final):
+        if len(parts.singular_values):
+            firsts[row] = parts.left[:, 0] / parts.singular_values[0]
     # the eigenvectors of a centered matrix sum to zero, so they need no centering themselves
-    projected = matrix @ final.left[:, 0] / final.singular_values[0]
+    projected = (matrices @ firsts[..., None])[..., 0]
+    cosines = np.empty((len(matrices), len(prefixes)))
     for index, count in enumerate(prefixes):
-        prefix = decompose(about(matrix[:count, :count]))
-        if len(prefix.singular_values):
-            cosines[index] = abs(prefix.left[:, 0] @ projected[:count]) / prefix.singular_values[0]
+        block = matrices[:, :count, :count]
+        values, vectors = leading_eigenpairs(center(block) if centered else block, 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosines[:, index] = np.abs((vectors[..., 0] * projected[:, :count]).sum(axis=1)) / np.sqrt(values[:, 0])
     return np.minimum(cosines, 1.0)
 
 
@@ -112,12 +116,12 @@ def quarters(num_steps: int) -> np.ndarray:
 def update_cosines(matrix: np.ndarray) -> np.ndarray:
     """Cosines between neighbouring step-to-step updates, ``[T - 1]``: near 1 on a line, near 0 on a walk without direction.
 
-    The Gram matrix of updates is ``E G E^T`` with ``E`` the differencing matrix; NaN where an update is zero.
+    NaN where an update is zero.
     """
-    updates = np.diff(np.diff(np.pad(matrix, ((1, 0), (1, 0))), axis=0), axis=1)
-    norms = np.sqrt(np.maximum(np.diag(updates), 0.0))
+    squares, products = update_products(matrix)
+    norms = np.sqrt(squares)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.diag(updates, 1) / (norms[1:] * norms[:-1])
+        return products / (norms[1:] * norms[:-1])
 
 
 def walk_gram(steps: np.ndarray) -> np.ndarray:
@@ -218,6 +222,9 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None, 
     nulls = calibrate(chosen.matrices, chosen.steps, num_parameters=size, centered=centered, momentum=momentum, rates=rates)
     energy = np.trace(chosen.matrices, axis1=1, axis2=2)
     total = energy.sum()
+    about = center(chosen.matrices) if centered else chosen.matrices
+    parts = [decompose(matrix) for matrix in about]
+    drifts = _drifts(chosen.matrices, quarters(len(chosen.steps)), centered, parts)
     scopes = []
     for row, name in enumerate(chosen.names):
         size = int(chosen.num_parameters[row])
@@ -228,7 +235,8 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None, 
                 size,
                 chosen.matrices[row],
                 chosen.steps,
-                centered,
+                parts[row],
+                drifts[row],
                 energy_share=float(energy[row] / total) if total else float("nan"),
                 changed=chosen.changed[row] / max(1, size),
                 moved=chosen.moved[row] / max(1, size),
@@ -238,18 +246,19 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None, 
             )
         )
     walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
-    null = _scope_spectrum("walk without direction", 0, walk, chosen.steps, centered)
+    walk_parts = decompose(center(walk) if centered else walk)
+    walk_drift = _drifts(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
+    null = _scope_spectrum("walk without direction", 0, walk, chosen.steps, walk_parts, walk_drift)
     return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.fitted)
 
 
 def _scope_spectrum(
-    name: str, size: int, matrix: np.ndarray, steps: np.ndarray, centered: bool, *, energy_share: float = float("nan"),
+    name: str, size: int, matrix: np.ndarray, steps: np.ndarray, parts: Decomposition, drift: np.ndarray, *,
+    energy_share: float = float("nan"),
     changed: np.ndarray | None = None, moved: np.ndarray | None = None, unit_moves: float = float("nan"),
     null: WalkNull | None = None,
     uncertainty: float = 0.0,
 ) -> ScopeSpectrum:  # fmt: skip
-    about = center if centered else np.asarray
-    parts = decompose(about(matrix))
     empty = np.full(len(steps), np.nan)
     return ScopeSpectrum(
         name=name,
@@ -259,7 +268,7 @@ def _scope_spectrum(
         explained_variance_ratio=parts.explained_variance_ratio,
         coefficients=parts.coefficients,
         r2=r_squared(parts.coefficients, steps),
-        drift=_drift(matrix, quarters(len(steps)), about, parts),
+        drift=drift,
         update_cosines=update_cosines(matrix),
         changed=empty if changed is None else changed,
         moved=empty if moved is None else moved,

@@ -192,7 +192,7 @@ class TrajectoryFit:
         """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
-        walk = self._clock.covariance(seen, self.memory, ahead)
+        walk = self._clock.cross_covariance(seen, self.memory, ahead)
         walk_ahead = self._clock.variance(ahead, self.memory)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
@@ -201,7 +201,7 @@ class TrajectoryFit:
         for part, share in self._parts:
             lasting = survivors if np.isfinite(part.lifetime) else self._clock.decayed(ahead, part.decay)
             past = self._clock.decayed(seen, part.decay)
-            drift = self._clock.covariance(past, np.exp(-1 / part.lifetime), lasting)  # [T, J]
+            drift = self._clock.cross_covariance(past, np.exp(-1 / part.lifetime), lasting)  # [T, J]
             drift_ahead = self._clock.variance(self._clock.decayed(ahead, part.decay), np.exp(-1 / part.lifetime))
             strengths = part.strengths[:, None]
             cross = (walk + strengths[..., None] * drift).transpose(2, 0, 1) @ part.basis  # [J, C, T]
@@ -298,11 +298,13 @@ def _integrate(
     response = clock.response(steps.astype(np.float64), expit(parameters[0]))
     noise = _Noise.of(clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1])))
     parts = []
+    white = response @ response.T
     for lifetime in _LIFETIMES * steps[-1]:
-        drift = clock.covariance(response, np.exp(-1 / lifetime))
+        drift = clock.covariance(response, np.exp(-1 / lifetime), white)
         parts.append(_drift(gram, noise, drift, lifetime, np.inf))
     for decay in _DECAYS * steps[-1]:
-        drift = clock.covariance(clock.decayed(response, decay), 1.0)
+        reached = clock.decayed(response, decay).sum(axis=1)
+        drift = np.outer(reached, reached)
         parts.append(_drift(gram, noise, drift, np.inf, decay))
     losses = np.array([part.losses for part in parts])
     effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
