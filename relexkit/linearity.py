@@ -15,6 +15,7 @@ import numpy as np
 from relexkit.dtypes import to_float32
 from relexkit.encoding import Update, apply_update, clip_update
 from relexkit.errors import ExtrapolationError
+from relexkit.jumps import last_trained
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 
 NUM_BINS = 100
@@ -72,7 +73,7 @@ def weight_linearity(
     """R^2 of every weight's line on the step.
 
     Args:
-        until: use only steps up to this one.
+        until: use only steps up to this one; of a run with jumps (``relexkit.jumps``) those before the first one are used.
         covariance: of the walk to compare with, ``[T, T]``, such as ``TrajectoryFit.walk_covariance()``; None for independent
             updates.
 
@@ -81,10 +82,12 @@ def weight_linearity(
     Raises:
         ExtrapolationError: fewer than three steps, where every line fits.
     """
+    until = last_trained(store, until)
     num_steps = len(store.steps) if until is None else int(np.searchsorted(store.steps, until, side="right"))
     steps = store.steps[:num_steps]
     if num_steps < _FEWEST_STEPS:
-        raise ExtrapolationError(f"{num_steps} recorded steps fit every line; expected at least {_FEWEST_STEPS}: record more")
+        fit = "step fits" if num_steps == 1 else "steps fit"
+        raise ExtrapolationError(f"{num_steps} recorded {fit} every line; expected at least {_FEWEST_STEPS}: record more")
     tensors = store.layout.moving_tensors
     row_of = {t.name: row for row, t in enumerate(tensors)}
     counts, still = np.zeros((len(tensors), NUM_BINS), np.int64), np.zeros(len(tensors), np.int64)

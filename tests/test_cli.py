@@ -145,7 +145,7 @@ def test_spectrum_json_equals_the_python_call(
 
 def test_spectrum_table(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = ok(capsys, "spectrum", store, "--scope", "global")
-    assert "Spectrum of 5 steps, 2 to 20 (uncentered: about the base)" in out
+    assert "Spectrum of 5 steps from 2 to 20 (uncentered: about the base)" in out
     [row] = [line for line in out.splitlines() if line.split()[:1] == ["global"] and "parameters" not in line]
     [found] = spectrum(gram(TrajectoryStore(store)), scope="global").scopes
     assert f"{100 * found.explained_variance_ratio[0]:.1f} ({100 * found.null.expected['first']:.1f})" in row

@@ -50,9 +50,13 @@ class Observer:
         return choice
 
     def gram(self, store: TrajectoryStore, until: int | None) -> Gram:
-        """The Gram matrices over the steps to ``until``."""
+        """The Gram matrices over the steps to ``until``; that a jump ends them goes to standard error."""
+        from relexkit.jumps import jumps
         from relexkit.pca import pca_gram
 
+        found = jumps(store)
+        if len(found) and found[0] > store.steps[0] and (until is None or until >= found[0]) and not self.silent:
+            say(f"step {found[0]} is a jump: only the steps of training before it are looked at")
         return pca_gram(store, until=until, **self.arguments(store, until), progress=self.progress)
 
     def arguments(self, store: TrajectoryStore, until: int | None) -> dict[str, Any]:

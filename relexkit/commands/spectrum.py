@@ -132,8 +132,10 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
     from rich.markup import escape
     from rich.table import Table
 
+    from relexkit.store import describe_steps
+
     about = "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
-    title = f"Spectrum of {len(result.steps)} steps, {result.steps[0]} to {result.steps[-1]} ({about})"
+    title = f"Spectrum of {describe_steps(result.steps)} ({about})"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
     table.add_column(result.scope, overflow="fold")
     for heading in ("parameters", "energy", "1st % (walk)", "1st-2nd % (walk)", "90/95/99 %", "R² (walk)", "cos (walk)",
