@@ -1,4 +1,4 @@
-"""Questions about runs that have hardly begun, are still being recorded, or jumped: answers, or one line that says what to do."""
+"""Questions about runs that have hardly begun, are still recorded, or jumped: answers, or one line that says what to do."""
 
 from __future__ import annotations
 

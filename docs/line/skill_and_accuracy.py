@@ -1,100 +1,176 @@
-"""Does weight-space skill foretell the task? Predictions of a small real run, their skill and their measured accuracy.
+"""Does weight-space skill foretell the task? Predictions of recorded runs, their skill and their measured accuracy.
 
-    python docs/line/skill_and_accuracy.py RUN_FOLDER OUT_FOLDER
+    python docs/line/skill_and_accuracy.py OUT.json RUN.zarr... --task TASK --until 15 33 --ratio 1.25 2
+    python docs/line/skill_and_accuracy.py OUT.json --draw FIGURE_FOLDER
 
-RUN_FOLDER is what ``trainer.small_run.make_run`` writes. Every prediction is evaluated on the same problems in float32, rounded
-to bfloat16 to nearest, and rounded stochastically; the skill is that of the float32 prediction against the float32 run.
+Every prediction is evaluated greedily on the same held-out problems in float32, rounded to bfloat16 to nearest, and rounded
+stochastically; the skill is that of the float32 prediction against the run's own later step. What is in OUT.json is not done
+again, so the command goes on where it was stopped; with ``--minutes`` it stops itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from analysis import style
-from relexkit import apply, gram, import_checkpoints, predict_weights
+from relexkit import TrajectoryStore, gram, predict_weights
+from relexkit.dtypes import round_bits, to_float32
+from relexkit.gram import Gram
+from relexkit.metrics import learning_rates
 from trainer.evaluate import evaluate
-from trainer.setup import load_model
+from trainer.stored_model import StoredModel, recorded_weights
 from trainer.tasks import load_task
 
-PREFIXES, RATIOS, METHODS = (15, 30), (1.25, 1.5, 2.0), ("hold", "model", "two-point", "relex", "least-squares")
+METHODS = ("model", "two-point", "relex", "least-squares")
 PRECISIONS = ("float32", "nearest", "stochastic")
-NUM_PROBLEMS = 256
+KEY = ("run", "until", "target", "method")
 
 
 def main() -> None:
-    source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    store = import_checkpoints(str(source / "float32"), str(out / "float32.zarr"), base=str(source / "base")).store
-    model, tokenizer = load_model(str(source / "base"), torch.device("cpu"))
-    narrow = load_model(str(source / "base"), torch.device("cpu"))[0].bfloat16()
-    task = load_task({"name": "arithmetic", "family": "sorting", "digits": 8})
-    whole = gram(store)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--task")
+    parser.add_argument("--until", type=int, nargs="+")
+    parser.add_argument("--ratio", type=float, nargs="+", help="targets, as multiples of each --until, that were recorded")
+    parser.add_argument("--num-problems", type=int, default=256)
+    parser.add_argument("--max-completion-length", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=np.inf)
+    parser.add_argument("--draw", type=Path)
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text()) if options.out.exists() else []
+    deadline = time.monotonic() + 60 * options.minutes
+    for run in options.runs:
+        for row in study(run, options, {tuple(r[k] for k in KEY) for r in rows}):
+            rows.append(row)
+            options.out.write_text(json.dumps(rows, indent=0) + "\n")
+            print({k: row[k] for k in (*KEY, "skill")}, row["accuracy"], flush=True)
+            if time.monotonic() > deadline:
+                return
+    if options.draw:
+        draw(rows, options.draw)
+    table(rows)
 
-    def accuracy(weights: np.ndarray, precision: str) -> np.ndarray:
-        if precision == "float32":
-            apply(store, model, weights)
-        else:
-            apply(store, narrow, weights, rounding=precision)
-            model.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
-        return evaluate(model, tokenizer, task, num_problems=NUM_PROBLEMS, max_completion_length=9).values()
 
-    rows = []
-    for until in PREFIXES:
+def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
+    """Rows of one run that are not done: the held step, the trained target, and every prediction of it."""
+    store, task = TrajectoryStore(run), load_task(yaml.safe_load(options.task))
+    whole, rates = gram(store), learning_rates(store.steps, store.metrics())
+    stored, known = StoredModel(store), {}  # what standing still and a trained step get does not depend on the other step
+    for until in options.until:
         seen = whole.until(until)
-        held = predict_weights(seen, [float(until)], method="hold")[0]
-        base = {p: accuracy(held, p) for p in PRECISIONS}
-        for target in (round(r * until) for r in RATIOS):
-            row = int(np.flatnonzero(whole.steps == target)[0])
-            trained = np.zeros((len(whole.names), len(whole.steps)))
-            trained[:, row] = 1
-            rows.append(entry(until, target, "trained", 1.0, {p: accuracy(trained, p) for p in PRECISIONS}, base))
-            for method in METHODS:
-                weights = predict_weights(seen, [float(target)], method=method)[0]
-                if method == "hold":
-                    rows.append(entry(until, target, method, 0.0, base, base))
+        for target in (round(ratio * until) for ratio in options.ratio):
+            if target not in whole.steps:
+                continue
+            for method in ("hold", "trained", *METHODS):
+                name = "/".join(Path(run).parts[-3:-1])
+                if (name, until, target, method) in done:
                     continue
-                found = {p: accuracy(weights, p) for p in PRECISIONS}
-                rows.append(entry(until, target, method, skill(whole.matrices, weights, held, row), found, base))
-            print(rows[-5:], flush=True)
-    (out / "skill_and_accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(rows, out)
+                if method == "trained":
+                    weights = recorded_weights(store, target)
+                else:
+                    weights = predict_weights(seen, [float(target)], method=method, rates=rates)[0]
+                same = {"hold": until, "trained": -target}.get(method)
+                if same is None or same not in known:
+                    stored.put(weights)
+                    known[same] = {p: answers(stored, task, p, options) for p in PRECISIONS}
+                right = known[same]
+                yield {
+                    "run": name, "until": until, "target": target, "method": method,
+                    "skill": skill(whole, weights, until, target),
+                    "accuracy": {p: float(np.mean(v)) for p, v in right.items()},
+                    "right": {p: "".join("01"[int(x)] for x in v) for p, v in right.items()},
+                }  # fmt: skip
 
 
-def skill(matrices: np.ndarray, weights: np.ndarray, held: np.ndarray, row: int) -> float:
-    def error(a: np.ndarray) -> float:
-        n = a.shape[1]
-        return float(sum(w @ g[:n, :n] @ w - 2 * w @ g[:n, row] + g[row, row] for w, g in zip(a, matrices, strict=True)))
+def answers(stored: StoredModel, task: Any, precision: str, options: argparse.Namespace) -> np.ndarray:
+    """Which problems the model that ``stored`` holds gets right in this precision; the float32 weights are put back."""
+    kept = {name: value.detach().clone() for name, value in stored.model.named_parameters()}
+    if precision != "float32":
+        with torch.no_grad():
+            for name, value in stored.model.named_parameters():
+                bits = round_bits(kept[name].view(-1).numpy(), "bfloat16", precision, tensor=name)
+                value.copy_(torch.from_numpy(to_float32(bits, "bfloat16")).view(value.shape))
+    limits = {"num_problems": options.num_problems, "max_completion_length": options.max_completion_length}
+    found = evaluate(stored.model, stored.tokenizer, task, batch_size=options.num_problems, **limits).values()
+    with torch.no_grad():
+        for name, value in stored.model.named_parameters():
+            value.copy_(kept[name])
+    return found
 
-    return 1 - error(weights) / error(held)
+
+def skill(whole: Gram, weights: np.ndarray, until: int, target: int) -> float:
+    """One less squared error over that of standing still, of the whole model."""
+    row = int(np.flatnonzero(whole.steps == target)[0])
+    held = np.zeros(int(np.flatnonzero(whole.steps == until)[0]) + 1)
+    held[-1] = 1.0
+
+    def error(of: np.ndarray) -> float:
+        n = of.shape[1]
+        return float(sum(w @ g[:n, :n] @ w - 2 * w @ g[:n, row] + g[row, row] for w, g in zip(of, whole.matrices, strict=True)))
+
+    return 1 - error(weights) / error(np.tile(held, (len(weights), 1)))
 
 
-def entry(until: int, target: int, method: str, gain: float, found: dict, base: dict) -> dict:
-    return {"until": until, "target": target, "method": method, "skill": gain,
-            "accuracy": {p: float(v.mean()) for p, v in found.items()},
-            "difference": {p: float((v - base[p]).mean()) for p, v in found.items()}}  # fmt: skip
+def gains(rows: list[dict]) -> list[dict]:
+    """Every prediction with its gain over standing still, in pairs, and that of the trained step, by precision."""
+    found = {tuple(row[k] for k in KEY): row for row in rows}
+
+    def difference(row: dict, precision: str) -> float:
+        held = found[row["run"], row["until"], row["target"], "hold"]
+        return row["accuracy"][precision] - held["accuracy"][precision]
+
+    return [row | {"gain": {p: difference(row, p) for p in PRECISIONS}} for row in rows if row["method"] != "hold"]
 
 
-def draw(rows: list[dict], out: Path) -> None:
+def table(rows: list[dict]) -> None:
+    """Means over runs, and how often the sign of the skill is that of the gain."""
+    compared = gains(rows)
+    for until, target in sorted({(r["until"], r["target"]) for r in compared}):
+        cells = []
+        for method in ("trained", *METHODS):
+            own = [r for r in compared if (r["until"], r["target"], r["method"]) == (until, target, method)]
+            if own:
+                gain = ", ".join(f"{np.mean([r['gain'][p] for r in own]):+.3f}" for p in PRECISIONS)
+                cells.append(f"{method} {np.mean([r['skill'] for r in own]):+.2f} ({gain})")
+        print(f"| {until} → {target} | {' | '.join(cells)} |")
+    predicted = [r for r in compared if r["method"] in METHODS]
+    for precision in PRECISIONS:
+        skills, found = (np.array([r[k] if k == "skill" else r[k][precision] for r in predicted]) for k in ("skill", "gain"))
+        better = found[skills > 0]
+        ranks = [np.argsort(np.argsort(v)) for v in (skills, found)]
+        print(
+            f"{precision}: {len(skills)} predictions, rank correlation of skill and gain {np.corrcoef(*ranks)[0, 1]:.2f}; of "
+            f"{len(better)} with positive skill {(better > 0).sum()} gain, {(better < 0).sum()} lose, mean {better.mean():+.3f}"
+        )
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """Gain on the task against skill of the weights, by method, a panel for each precision."""
+    compared = gains(rows)
     with style.styled():
         figure = style.new_figure(2.6)
         panels = figure.subplots(1, 3, sharey=True)
         for axes, precision in zip(panels, PRECISIONS, strict=True):
             axes.axhline(0, **style.NULL_LINE)
             axes.axvline(0, **style.NULL_LINE)
-            for index, method in enumerate(("trained", *METHODS[1:])):
-                own = [r for r in rows if r["method"] == method]
-                axes.plot([max(-2.0, r["skill"]) for r in own], [r["difference"][precision] for r in own], linestyle="",
+            for index, method in enumerate(("trained", *METHODS)):
+                own = [r for r in compared if r["method"] == method]
+                axes.plot([max(-2.0, r["skill"]) for r in own], [r["gain"][precision] for r in own], linestyle="",
                           marker=style.MARKERS[index], color=style.METHODS.get(method, "black"), label=method)  # fmt: skip
             axes.set_title(precision if precision == "float32" else f"bfloat16, {precision}")
-        figure.supxlabel("skill of the weights against hold (from \N{MINUS SIGN}2)", fontsize=8)
+        panels[1].set_xlabel("skill of the weights against hold (from \N{MINUS SIGN}2)")
         panels[0].set_ylabel("accuracy less that of hold")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
-        style.save(figure, out, "skill_and_accuracy")
+        style.save(figure, folder, "skill_and_accuracy")
 
 
 if __name__ == "__main__":
