@@ -22,6 +22,8 @@ PIECE = 2**13
 WORKERS = min(4, os.cpu_count() or 1)
 """Threads of a pass."""
 
+_APART = 16  # elements between rows of a buffer
+
 _SMALLEST, _LARGEST = 1e-25, 1e30  # of a product in float32 that has neither lost digits nor come near the range's end
 
 
@@ -89,8 +91,8 @@ class CpuEngine:
     width = PIECE
 
     def buffer(self, shape: tuple[int, int]) -> np.ndarray:
-        """Ordinary memory."""
-        return np.empty(shape, np.float32)
+        """Ordinary memory; rows are apart by no power of two, whose elements would fall into the same lines of the cache."""
+        return np.empty((shape[0], shape[1] + _APART), np.float32)[:, : shape[1]]
 
     def load(self, rows: np.ndarray) -> np.ndarray:
         """Nothing to bring anywhere."""

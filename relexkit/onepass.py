@@ -10,25 +10,23 @@ Shape suffixes: S segments of a part, T steps, D columns.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from relexkit.device import PIECE, WORKERS, CpuEngine, Engine, Kernel, Pending
 from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
-from relexkit.layout import Segment
 from relexkit.linalg import single_threaded_blas
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, column_windows
 
 Span = tuple[int, int]
 """Columns ``begin:end`` of a part."""
 
-_WORK_BYTES = 24  # of an entry in a window of the log: column, slot, value, and temporaries
+_WORK_BYTES = 32  # of an entry in a window of the log: column and place as indices, value, and temporaries
 _WINDOW_BYTES = 2**25  # of decoded rows: enough work to share out, little enough to stay near the cache
 
 
@@ -85,10 +83,6 @@ class Pass:
                 (self._sparse if sparse else self._dense)(span, sums, pool)
         return sums
 
-    def _add(self, sums: Sums, segment: int, products: Iterable[np.ndarray]) -> None:
-        for total, product in zip(sums.products, products, strict=True):
-            total[segment] += product
-
     # -- dense rows ---------------------------------------------------------------------------------------------------
 
     def _dense(self, span: Span, sums: Sums, pool: ThreadPoolExecutor) -> None:
@@ -122,19 +116,21 @@ class Pass:
 
     def _multiply(self, window: Span, rows: np.ndarray, sums: Sums, pool: ThreadPoolExecutor) -> None:
         loaded = self.engine.load(rows)
-        jobs: deque[tuple[int, Pending, Future]] = deque()
+        kernel = _Counting(self.kernel, self.num_rows, self.old)
+        jobs: deque[tuple[int, Pending]] = deque()
 
         def finish() -> None:
-            index, product, counts = jobs.popleft()
-            self._add(sums, index, product.result())
-            sums.counts[index, :2] += counts.result()
+            index, job = jobs.popleft()
+            *products, counts = job.result()
+            for total, product in zip(sums.products, products, strict=True):
+                total[index] += product
+            sums.counts[index, :2] += counts.astype(np.int64)
 
         for segment in self.store.layout.segments_in(self.part, *window):
             first, last = segment.offset - window[0], segment.offset - window[0] + segment.numel
             for low in range(first, last, 8 * PIECE):
                 high, index = min(low + 8 * PIECE, last), self._index[id(segment.tensor)]
-                product = self.engine.submit(self.kernel, index, rows, loaded, (low, high), pool)
-                jobs.append((index, product, pool.submit(_row_counts, rows[:, low:high], self.old)))
+                jobs.append((index, self.engine.submit(kernel, index, rows, loaded, (low, high), pool)))
                 if len(jobs) > 2 * WORKERS:
                     finish()
         while jobs:
@@ -167,18 +163,19 @@ class Pass:
         Only columns that ever change take part in the product; the others hold zeros. ``counts[:, 1]`` are increments.
         """
         begin, end = window
-        dtype, num_rows = self.store.layout.parts[self.part].dtype, self.num_rows
         inside = self.store.layout.segments_in(self.part, begin, end)
         first = self._index[id(inside[0].tensor)]
         edges = np.array([*(s.offset - begin for s in inside), end - begin], np.int32)
-        columns, values, counts, slot_of = self._replay(window, updates, edges, dtype)
-        slots = [slot_of[local] for local in columns]
-        pieces = _pieces(inside, edges, slot_of, self.engine.width)
-        bounds = np.array([left for _, left, _ in pieces] + [pieces[-1][2] if pieces else 0], np.int32)
-        cuts = [np.searchsorted(slot, bounds) for slot in slots]
+        entries = [clip_update(update, begin, end) for update in updates]
+        moving, slots = _slots([columns for columns, _ in entries], end - begin)
+        base = self.store.read_base(self.part, begin, end)[moving]
+        values, counts = self._replay(base, slots, [d for _, d in entries], np.searchsorted(moving, edges))
+        pieces = _pieces(np.searchsorted(moving, edges), self.engine.width)
+        bounds = np.array([left for _, left, _ in pieces] + [pieces[-1][2] if pieces else 0])
+        cuts = [np.searchsorted(slot, bounds).tolist() for slot in slots]
         products = [np.zeros((len(inside), *shape)) for shape in self.kernel.shapes]
         for number, (tensor, left, right) in enumerate(pieces):
-            dense = np.zeros((num_rows, right - left), np.float32)
+            dense = np.zeros((self.num_rows, right - left), np.float32)
             for row_of_dense, slot, value, cut in zip(dense, slots, values, cuts, strict=True):
                 low, high = cut[number], cut[number + 1]
                 row_of_dense[slot[low:high] - left] = value[low:high]
@@ -189,42 +186,47 @@ class Pass:
         return first, products, counts
 
     def _replay(
-        self, window: Span, updates: list[Update], edges: np.ndarray, dtype: str
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-        """Columns and float values of every update in a window, counts, and the slot of each column that ever changes."""
-        begin, end = window
+        self, base: np.ndarray, slots: list[np.ndarray], differences: list[np.ndarray], edges: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Float values of every update, and counts ``[segments, 3, T - old]``; ``edges`` of the segments in slots."""
+        dtype = self.store.layout.parts[self.part].dtype
         counts = np.zeros((len(edges) - 1, 3, self.num_rows - self.old), np.int64)
-        state = self.store.read_base(self.part, begin, end)
-        base = state.copy()
-        touched = np.zeros(end - begin, bool)
-        columns: list[np.ndarray] = []
-        values: list[np.ndarray] = []
-        for row, update in enumerate(updates):
-            local, differences = clip_update(update, begin, end)
-            before, after = apply_update(state, local, differences)
-            touched[local] = True
-            columns.append(local)
+        state, values = base.copy(), []
+        for row, (slot, difference) in enumerate(zip(slots, differences, strict=True)):
+            before, after = apply_update(state, slot, difference)
             values.append(to_float32(after, dtype) - to_float32(before, dtype))
             if row >= self.old:
-                original = base[local]
-                positions = np.searchsorted(local, edges)
+                original = base[slot]
+                positions = np.searchsorted(slot, edges)
                 left_base, met_base, unit = (
                     np.diff(np.searchsorted(np.flatnonzero(mask), positions))
-                    for mask in (before == original, after == original, np.abs(differences) == 1)
+                    for mask in (before == original, after == original, np.abs(difference) == 1)
                 )
                 counts[:, :, row - self.old] = np.stack([np.diff(positions), left_base - met_base, unit], axis=1)
-        slot_of = touched.astype(np.int32)  # cast first: cumsum with another dtype is many times slower
-        np.cumsum(slot_of, out=slot_of)
-        slot_of -= 1
-        return columns, values, counts, slot_of
+        return values, counts
 
 
-def _pieces(inside: list[Segment], edges: np.ndarray, slot_of: np.ndarray, width: int) -> list[tuple[int, int, int]]:
-    """``(segment, left, right)`` in slots: the columns that ever change, cut at segments and at ``width``."""
-    tensor_edges = [0, *(slot_of[edges[1:] - 1] + 1)]
+def _slots(columns: list[np.ndarray], width: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Ascending columns of a window of ``width`` that ever change, and for every update the places of its columns there.
+
+    All that follows happens in these places: few, so that they stay in cache. Indices are ``intp``, which NumPy takes
+    as they are; it gathers by any other integers at half the speed.
+    """
+    touched = np.zeros(width, bool)
+    wide = [c.astype(np.intp) for c in columns]
+    for c in wide:
+        touched[c] = True
+    moving = np.flatnonzero(touched)
+    slot_of = np.empty(width, np.int32)  # only where a column moves
+    slot_of[moving] = np.arange(len(moving), dtype=np.int32)
+    return moving, [slot_of[c].astype(np.intp) for c in wide]
+
+
+def _pieces(edges: np.ndarray, width: int) -> list[tuple[int, int, int]]:
+    """``(segment, left, right)`` in slots, cut at the ``edges`` of segments and at ``width``."""
     return [
         (tensor, left, min(left + width, high))
-        for tensor, (low, high) in enumerate(pairwise(tensor_edges))
+        for tensor, (low, high) in enumerate(pairwise(edges.tolist()))
         for left in range(low, high, width)
     ]
 
@@ -238,18 +240,41 @@ def dense_width(num_rows: int, chunk: int, budget: int) -> int:
     return max(chunk, min(most, _WINDOW_BYTES // column_bytes) // chunk * chunk)
 
 
-def _row_counts(rows: np.ndarray, old: int) -> np.ndarray:
-    """Changed since the previous row (the first: since the base) and non-zero, ``int64 [2, T - old]``, of ``rows [T, n]``."""
-    counts = np.zeros((2, len(rows) - old), np.int64)
-    for left in range(0, rows.shape[1], PIECE):
-        piece = rows[:, left : left + PIECE]
-        moved = true_per_row(piece[old:] != 0)
-        if old:
-            changed = true_per_row(piece[old:] != piece[old - 1 : -1])
-        else:
-            changed = np.concatenate([moved[:1], true_per_row(piece[1:] != piece[:-1])])
-        counts += np.stack([changed, moved])
-    return counts
+@dataclass(frozen=True)
+class _Counting:
+    """A kernel for dense rows that also counts, while a piece of rows is in cache: one more array ``[2, T - old]``.
+
+    Weights that changed since the previous row (in the first row: since the base), and those that are not zero.
+    """
+
+    kernel: Kernel
+    num_rows: int
+    old: int
+    of_updates: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.kernel.width
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (*self.kernel.shapes, (2, self.num_rows - self.old))
+
+    def constants(self, segment: int) -> tuple[np.ndarray, ...]:
+        return self.kernel.constants(segment)
+
+    def product(self, rows: Any, *constants: Any) -> list[Any]:
+        old = self.old
+        moved, before = _true(rows[old:] != 0), max(1, old)
+        changed = _true(rows[before:] != rows[before - 1 : -1])
+        counts = np.empty if isinstance(rows, np.ndarray) else rows.new_empty
+        found = counts((2, self.num_rows - old))
+        found[0, before - old :], found[0, : before - old], found[1] = changed, moved[: before - old], moved
+        return [*self.kernel.product(rows, *constants), found]
+
+
+def _true(mask: Any) -> Any:
+    return true_per_row(mask) if isinstance(mask, np.ndarray) else mask.sum(1)
 
 
 def true_per_row(mask: np.ndarray) -> np.ndarray:
