@@ -103,8 +103,8 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     """Advice from the Gram matrices of a run so far, N tensors or a single group, and its metrics by recorded step.
 
     Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros say nothing. Metrics that
-    are used if present: a learning-rate schedule, and whether steps were informative. Reads no weights; about a second for
-    400 tensors and 75 steps, tenths for one matrix.
+    are used if present: a learning-rate schedule, and whether steps were informative. Reads no weights; two
+    seconds or so for 400 tensors and 75 steps, one for a single matrix.
     """
     metrics = metrics or {}
     steps, whole = gram.steps, gram.matrices.sum(axis=0)
