@@ -5,24 +5,31 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.peft import AdaptedCheckpoint
-from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
-from relexkit.encoding import CHECKSUM_BLOCK, block_checksums, changed_columns, content_checksum, float_row
+from relexkit.chunk_files import Encoded
+from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, round_to_mantissa_bits, to_float32, widen_bits
+from relexkit.encoding import CHECKSUM_BLOCK, block_checksums, changed_columns, content_checksum, extend_checksum
 from relexkit.errors import CheckpointError
 from relexkit.layout import Factors, Layout, Part
-from relexkit.store import StoreWriter, blocks
+from relexkit.sketch import Sketch
+from relexkit.store import StoreWriter, blocks, stretches
+
+_S = TypeVar("_S")
+_T = TypeVar("_T")
 
 WIDENED = {"float32": ("bfloat16", "float16")}
 """Dtypes that may stand for a dtype in the base."""
 
 _WORKERS = min(4, os.cpu_count() or 1)
+_STRETCH = 2**20  # elements of a dense part that are read and differenced at a time: a chunk of the base
+_LARGE = np.float32(2.0**127)  # rounding takes no smaller number beyond the largest
 _QUEUE_BYTES = 2**26  # encoded but not yet written; a larger array waits until the queue is empty
 
 
@@ -160,6 +167,7 @@ class Appender:
         base: the base checkpoint, or None to read the base from the store.
         owned: the parts that this process writes; all if not given. Of several processes that write one step, one commits.
         still: tensors that no step of this run moves; parts of nothing else are not read.
+        sketch: also sketch the deltas of parts with float deltas, into ``sketch_row``.
     """
 
     def __init__(
@@ -170,7 +178,10 @@ class Appender:
         *,
         owned: Collection[int] | None = None,
         still: Collection[str] = (),
+        sketch: Sketch | None = None,
     ):
+        self._sketch = sketch
+        self.sketch_row = np.empty(0)
         self._writer, self._store, self._base = writer, writer.store, base
         self._owned = range(len(self._store.layout.parts)) if owned is None else sorted(owned)
         self._layout = writer.store.layout
@@ -218,7 +229,9 @@ class Appender:
 
     def _write(self, write: Callable[..., None], *arguments: Any) -> None:
         """Let the background thread write, once there is room in its queue."""
-        size = sum(a.nbytes for a in arguments if isinstance(a, np.ndarray))
+        size = sum(
+            a.nbytes if isinstance(a, np.ndarray) else sum(map(len, a)) for a in arguments if isinstance(a, (np.ndarray, list))
+        )
         self._finish(max(0, _QUEUE_BYTES - size))
         self._pending.append((self._background.submit(write, *arguments), size))
 
@@ -236,6 +249,8 @@ class Appender:
         where = f"step {step}"
         expected = {t.name: (t.shape, t.dtype) for t in self._layout.tensors}
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
+        if self._sketch is not None:
+            self.sketch_row = np.zeros(self._sketch.width)
         factors = {
             s.tensor.name: p.factors for n, p in enumerate(self._layout.parts) if p.factors for s in self._layout.segments_in(n)
         }
@@ -323,26 +338,71 @@ class Appender:
         self._write(self._writer.write_factors, part, bits, content_checksum(block_checksums(bits)))
 
     def _append_row(self, part: int, spec: Part, checkpoint: Checkpoint, where: str) -> None:
-        bits = bits_dtype(spec.dtype)
+        """A dense part, in stretches that are read, differenced, checked and encoded by the workers and written in order."""
         is_float = spec.encoding == "float"
-        row = np.empty(spec.numel, np.float32 if is_float else f"int{bits.itemsize * 8}")
 
-        def encode(span: tuple[int, int]) -> list[int]:
-            begin, end = span
-            current = self._read(checkpoint, part, begin, end, where)
-            self._refuse_nonfinite(part, current, range(begin, end), where, spec.dtype)
-            reference = self._reference(part, begin, end)
-            if is_float:
-                with np.errstate(over="ignore"):
-                    row[begin:end] = float_row(reference, current, spec.dtype, self._store.mantissa_bits or 23)
-                self._refuse_nonfinite(part, row[begin:end].view(np.uint32), range(begin, end), where, "float32")
-            else:
-                row[begin:end] = (current - reference).view(row.dtype)
-            return block_checksums(row[begin:end])
+        def encode(span: tuple[int, int]) -> tuple[Encoded, int, np.ndarray | None]:
+            chunks: Encoded = []
+            checksum, sketch = 0, None
+            for begin, end in stretches(span, _STRETCH):
+                current = self._read(checkpoint, part, begin, end, where)
+                reference = self._reference(part, begin, end)
+                if is_float:
+                    row = self._float_delta(part, current, reference, begin, where)
+                    if self._sketch is not None:
+                        found = self._sketch.row(self._segments(part, begin, row))
+                        sketch = found if sketch is None else sketch + found
+                else:
+                    self._refuse_nonfinite(part, current, range(begin, end), where, spec.dtype)
+                    row = (current - reference).view(f"int{current.itemsize * 8}")
+                for low, high in stretches((0, end - begin), self._store.row_chunk(part)):
+                    piece = row[low:high]
+                    if is_float:
+                        self._round(part, piece, begin + low, where)
+                    checksum = extend_checksum(checksum, piece)
+                    chunks += self._writer.encode_row(part, piece)
+            return chunks, checksum, sketch
 
-        checksums = self._pool.map(encode, blocks(spec.numel))
-        checksum = content_checksum([value for block in checksums for value in block])
-        self._write(self._writer.write_row, part, row, checksum)
+        checksums = []
+        for chunks, checksum, sketch in self._in_order(encode, blocks(spec.numel)):
+            self._write(self._writer.append_row, part, chunks)
+            checksums.append(checksum)
+            if sketch is not None:
+                self.sketch_row += sketch
+        self._write(self._writer.finish_row, part, content_checksum(checksums))
+
+    def _in_order(self, encode: Callable[[_S], _T], spans: Iterable[_S]) -> Iterator[_T]:
+        """Results of the workers, who are never ahead by more than one piece of work each."""
+        ahead: deque[Future[_T]] = deque()
+        for span in spans:
+            ahead.append(self._pool.submit(encode, span))
+            if len(ahead) > _WORKERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _float_delta(self, part: int, current: np.ndarray, reference: np.ndarray, begin: int, where: str) -> np.ndarray:
+        """Float32 delta of two arrays of bits, in place of ``current`` if that has room, checked to be finite."""
+        dtype = self._layout.parts[part].dtype
+        room = current.view(np.float32) if dtype == "float32" else None
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = np.subtract(to_float32(current, dtype), to_float32(reference, dtype), out=room)
+        if not (delta.min() > -_LARGE and delta.max() < _LARGE):  # also if one is NaN
+            self._refuse_nonfinite(part, delta.view(np.uint32), range(begin, begin + len(delta)), where, "float32")
+        return delta
+
+    def _round(self, part: int, piece: np.ndarray, begin: int, where: str) -> None:
+        """Round finite deltas in place to the store's mantissa bits."""
+        large = not (piece.min() > -_LARGE and piece.max() < _LARGE)
+        round_to_mantissa_bits(piece, self._store.mantissa_bits or 23)
+        if large:
+            self._refuse_nonfinite(part, piece.view(np.uint32), range(begin, begin + len(piece)), where, "float32")
+
+    def _segments(self, part: int, begin: int, row: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Pieces of tensors in ``row``, the columns from ``begin`` on, as a sketch takes them."""
+        for segment in self._layout.segments_in(part, begin, begin + len(row)):
+            low = segment.offset - begin
+            yield segment.tensor.name, segment.start, row[low : low + segment.numel]
 
     def _check_fixed(self, part: int, checkpoint: Checkpoint, where: str) -> None:
         for begin, end in blocks(self._layout.parts[part].numel):

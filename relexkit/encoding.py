@@ -94,6 +94,13 @@ def content_checksum(blocks: list[int]) -> int:
     return google_crc32c.value(np.asarray(blocks, "<u4").tobytes())
 
 
+def extend_checksum(checksum: int, bits: np.ndarray) -> int:
+    """The CRC-32C ``checksum`` of what comes before, continued over ``bits``; 0 to begin with."""
+    frozen = bits.view()
+    frozen.flags.writeable = False
+    return google_crc32c.extend(checksum, frozen)
+
+
 def block_checksums(bits: np.ndarray) -> list[int]:
     """CRC-32C of each consecutive block of ``CHECKSUM_BLOCK`` elements of ``bits`` ``[n]``."""
     frozen = bits.view()

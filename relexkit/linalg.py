@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 RANK_TOLERANCE = 1e-7
 """Directions with a singular value at most this fraction of the first are numerically zero and dropped."""
@@ -18,7 +19,13 @@ def single_threaded_blas() -> AbstractContextManager:
     over windows and tensors instead. With BLAS threads on top, waiting at their barriers took up to 80 times the work
     itself on a busy machine.
     """
-    return threadpool_limits(limits=1, user_api="blas")
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The libraries that are loaded, NumPy's among them: finding them takes longer than most products."""
+    return ThreadpoolController()
 
 
 def update_products(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

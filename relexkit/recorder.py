@@ -111,8 +111,10 @@ class Recorder:
             raise
         layout = self._writer.store.layout
         previous = sum(p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse")
-        self._appender = Appender(self._writer, None, previous, owned=self._snapshot.owned, still=still)
         self._sketch = Sketch() if sketch else None
+        self._appender = Appender(
+            self._writer, None, previous, owned=self._snapshot.owned, still=still, sketch=self._sketch
+        )  # fmt: skip
         if self._sketch is not None:
             kept = self._writer.store.sketches()
             for step, row in zip(self._writer.store.steps, () if kept is None else kept, strict=kept is not None):
@@ -226,7 +228,7 @@ class Recorder:
         self._step = step
         self._appender.write_parts(step, self._snapshot)
         if self._sketch is not None:
-            self._sketch_row = self._sketch.row(self._deltas())
+            self._sketch_row = self._appender.sketch_row + self._sketch.row(self._deltas())
         self._appender.finish()
 
     def _commit_after(self, written: Future[None]) -> None:
@@ -235,11 +237,11 @@ class Recorder:
         self._writer.commit(self._metrics)
 
     def _deltas(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """The step's deltas in the owned parts, piece by piece, as a sketch takes them."""
+        """The step's deltas in the owned parts that are not encoded as such, piece by piece, as a sketch takes them."""
         store = self._writer.store
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
-            if spec.encoding == "fixed" or not self._snapshot.holds(part, store.layout):
+            if spec.encoding in ("fixed", "float") or not self._snapshot.holds(part, store.layout):
                 continue
             for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
                 current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")

@@ -153,8 +153,8 @@ def _checked(raw: bytes | memoryview) -> np.ndarray:
     return content
 
 
-def shard_reader(array: zarr.Array) -> ShardReader | None:
-    """A direct reader for ``array``, or None if it is not sharded and encoded as relexkit writes it."""
+def sharding_of(array: zarr.Array) -> ShardingCodec | None:
+    """How ``array`` is sharded, or None if it is not sharded and encoded as relexkit writes it."""
     if array.shards is None or array.dtype.byteorder == ">":
         return None
     codecs: list[Any] = list(getattr(array.metadata, "codecs", ()))
@@ -165,6 +165,13 @@ def shard_reader(array: zarr.Array) -> ShardReader | None:
     if kinds != [BytesCodec, BloscCodec, Crc32cCodec] or index_kinds != [BytesCodec, Crc32cCodec]:
         return None
     if codec.index_location.value != "end" or any(size != 1 for size in array.shards[:-1]):
+        return None
+    return codec
+
+
+def shard_reader(array: zarr.Array) -> ShardReader | None:
+    """A direct reader for ``array``, or None if it is not sharded and encoded as relexkit writes it."""
+    if sharding_of(array) is None:
         return None
     store = array.store_path.store
     if isinstance(store, LocalStore):

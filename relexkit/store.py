@@ -26,6 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
 
+from relexkit.chunk_files import ChunkFiles, Encoded, RowWriter, ZarrRow, chunk_files
 from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.encoding import (
     BLOCK,
@@ -51,7 +52,8 @@ READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "factors": 2**22
 """Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
 
 _ROWS = 64  # rows that arrays are created with; doubled when they are full
-_LOG_CHUNK = 2**17  # steps that a store can hold: its small per-step arrays are one chunk, replaced as a whole
+_LOG_CHUNK = 2**17  # steps that a store can hold: the commit log is one chunk, replaced as a whole
+_METRIC_CHUNK = 2**10  # steps of a chunk of a metric, which every step replaces
 _BASE_CHUNK, _BASE_SHARD = 2**20, 2**24
 _ENTRY_CHUNK = 2**17
 _ROW_CHUNK = 2**15  # a pass holds all steps of a chunk at once: 128 MiB of float32 for 1000 steps
@@ -385,7 +387,7 @@ class TrajectoryStore:
         def read() -> np.ndarray:
             array = self._array(name)
             if array.ndim == 1:  # rows of the others are known to be missing by their content
-                for chunk in range(-(-array.shape[0] // array.chunks[0])):
+                for chunk in range(-(-(array.shape[0] if rows is None else rows) // array.chunks[0])):
                     if not sync((self._group.store_path / name / "c" / str(chunk)).exists()):
                         raise ValueError("a chunk is missing")
             return np.asarray(array[:rows])
@@ -417,7 +419,8 @@ class TrajectoryStore:
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``.
+    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``. A large row
+    may come in pieces: ``encode_row`` and ``append_row`` for each, then ``finish_row``.
     Several processes may write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last,
     with the others' ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
 
@@ -434,6 +437,9 @@ class StoreWriter:
         try:
             self.store = TrajectoryStore(path)
             self._arrays: dict[str, zarr.Array] = {}
+            self._chunk_files: dict[str, ChunkFiles | None] = {}
+            self._columns: dict[str, np.ndarray] = {}
+            self._rows: dict[int, RowWriter] = {}
             self._group = zarr.open_group(str(path), mode="r+")
             self._row = len(self.store.steps)
         except BaseException:
@@ -448,6 +454,8 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock. A step that was begun and not committed does not exist."""
+        for row in getattr(self, "_rows", {}).values():
+            row.discard()
         if self._lock is not None:
             self._lock.close()
 
@@ -459,8 +467,11 @@ class StoreWriter:
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
         self._missing = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
+        for row in self._rows.values():
+            row.discard()
+        self._rows.clear()
         if self._member:
-            self._arrays.clear()  # the leader may have made room for more rows
+            self._forget_arrays()  # the leader may have made room for more rows
         else:
             self._discard_unfinished()
             self._reserve()
@@ -492,6 +503,7 @@ class StoreWriter:
                 log = np.full(self._array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
                 self._array("steps")[:] = log
+            self._forget_arrays()
         self.store.refresh()
         self._row = keep
 
@@ -508,8 +520,26 @@ class StoreWriter:
 
     def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
         """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum of their bits."""
+        self.append_row(part, self.encode_row(part, values))
+        self.finish_row(part, checksum)
+
+    def encode_row(self, part: int, values: np.ndarray) -> Encoded:
+        """Encode the next values of a dense part, a multiple of ``store.row_chunk(part)`` or the last ones; on any thread."""
+        found = self._direct(f"deltas/{part}")
+        return [values.copy()] if found is None else found.encode(values)
+
+    def append_row(self, part: int, chunks: Encoded) -> None:
+        """Write values that ``encode_row`` has encoded, in order."""
+        if part not in self._rows:
+            found = self._direct(f"deltas/{part}")
+            self._rows[part] = ZarrRow(self._array(f"deltas/{part}"), self._row) if found is None else found.open_row(self._row)
         with self._writing():
-            self._array(f"deltas/{part}")[self._row, :] = values
+            self._rows[part].append(chunks)
+
+    def finish_row(self, part: int, checksum: int) -> None:
+        """Complete a dense part, whose bits have this checksum."""
+        with self._writing():
+            self._rows.pop(part).close()
         self._checksums[part] = checksum
         self._missing.discard(part)
 
@@ -519,7 +549,7 @@ class StoreWriter:
             if "sketches" not in self._group:
                 shape, nothing = (self._array("steps").shape[0], len(row)), float("nan")
                 create_array(self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing)
-            self._array("sketches")[self._row, :] = row
+            self._set_row("sketches", row.astype(np.float32))
 
     def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
         """Record a part with factors: the raw bits of ``left`` and ``right``, flat, and their checksum."""
@@ -545,9 +575,9 @@ class StoreWriter:
                 f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write every part first"
             )
         with self._writing():
-            self._array("checksums")[self._row, :] = self._checksums
+            self._set_row("checksums", self._checksums)
             self._write_metrics(metrics or {})
-            self._array("steps")[self._row] = self._step
+            self._set_entry("steps", self._step)
         self.store.add_step(self._step)
         self._row += 1
 
@@ -562,18 +592,51 @@ class StoreWriter:
             if name not in names:
                 rows = self._array("steps").shape[0]
                 nothing = float("nan")
-                create_array(self._group, f"metrics/{name}", (rows,), "float64", (_LOG_CHUNK,), fill_value=nothing)[:] = nothing
+                create_array(self._group, f"metrics/{name}", (rows,), "float64", (_METRIC_CHUNK,), fill_value=nothing)[:] = (
+                    nothing
+                )
                 names.append(name)
                 group.attrs.update({"names": names, "checksum": _json_checksum(names)})
         for name in names:
-            self._array(f"metrics/{name}")[self._row] = given.get(name, float("nan"))
+            self._set_entry(f"metrics/{name}", given.get(name, float("nan")))
+
+    def _set_row(self, name: str, values: np.ndarray) -> None:
+        """The step's row of an array ``[T, n]`` whose rows are one chunk each."""
+        found = self._direct(name)
+        if found is None or found.chunk != len(values):
+            self._array(name)[self._row, :] = values
+        else:
+            found.write((self._row, 0), values)
+
+    def _set_entry(self, name: str, value: float) -> None:
+        """The step's entry of an array ``[T]``."""
+        found = self._direct(name)
+        if found is None:
+            self._array(name)[self._row] = value
+            return
+        if name not in self._columns:
+            self._columns[name] = np.asarray(self._array(name)[:])
+        column, number = self._columns[name], self._row // found.chunk
+        column[self._row] = value
+        found.write((number,), column[number * found.chunk : (number + 1) * found.chunk])
+
+    def _direct(self, name: str) -> ChunkFiles | None:
+        files = self._chunk_files
+        if name not in files:  # workers come here while another thread may begin a step and forget
+            files = self._chunk_files | {name: chunk_files(self._array(name))}
+            self._chunk_files = files
+        return files[name]
+
+    def _forget_arrays(self) -> None:
+        self._arrays, self._columns, self._chunk_files = {}, {}, {}
 
     def _array(self, name: str) -> zarr.Array:
-        if name not in self._arrays:
+        arrays = self._arrays
+        if name not in arrays:
             array = self._group[name]
             assert isinstance(array, zarr.Array)
-            self._arrays[name] = array.with_config(_WRITE_ALL)
-        return self._arrays[name]
+            arrays[name] = array.with_config(_WRITE_ALL)
+        return arrays[name]
 
     def _per_step_arrays(self) -> list[str]:
         names = [f"metrics/{name}" for name in self.store.metric_names()]
@@ -596,6 +659,7 @@ class StoreWriter:
             for name in self._per_step_arrays():
                 array = self._array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
+        self._forget_arrays()
 
     def _discard_unfinished(self) -> None:
         """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite never merges with it."""
@@ -761,8 +825,13 @@ def create_array(
 
 def blocks(numel: int, size: int = CHECKSUM_BLOCK) -> Iterator[tuple[int, int]]:
     """Consecutive ``(begin, end)`` that cover ``numel`` columns in pieces of ``size`` (a multiple of ``BLOCK``)."""
-    for begin in range(0, numel, size):
-        yield begin, min(begin + size, numel)
+    return stretches((0, numel), size)
+
+
+def stretches(span: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ``(begin, end)`` that cover ``span`` in pieces of ``size``."""
+    for begin in range(*span, size):
+        yield begin, min(begin + size, span[1])
 
 
 def column_windows(entries: np.ndarray, numel: int, most_entries: int, most_columns: int) -> Iterator[tuple[int, int]]:

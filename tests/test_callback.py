@@ -194,14 +194,14 @@ def test_a_store_that_cannot_be_written_stops_the_training(tmp_path: Path, monke
     from relexkit.callback import RecorderCallback
     from relexkit.store import StoreWriter
 
-    write = StoreWriter.write_row
+    write = StoreWriter.append_row
 
-    def full(self: StoreWriter, part: int, values: np.ndarray, checksum: int) -> None:
+    def full(self: StoreWriter, part: int, chunks: list[bytes]) -> None:
         if self._step == 3:
             raise StoreError("the disk is full")
-        write(self, part, values, checksum)
+        write(self, part, chunks)
 
-    monkeypatch.setattr(StoreWriter, "write_row", full)
+    monkeypatch.setattr(StoreWriter, "append_row", full)
     with pytest.raises(StoreError, match="the disk is full"):
         small_trainer(tmp_path / "run", RecorderCallback(tmp_path / "s.zarr")).train()
     assert TrajectoryStore(tmp_path / "s.zarr").steps.tolist() == [1, 2]

@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -640,6 +640,9 @@ def test_a_full_disk_at_any_write_leaves_whole_steps(tmp_path: Path, monkeypatch
     """The k-th write of the store and all after it fail with ENOSPC, for growing k until an import gets through."""
     import zarr.storage._local as local
 
+    from relexkit import chunk_files
+
+    replace = chunk_files._replacing
     run = write_run(tmp_path, shapes={"w": (40,), "v": (9,)}, steps=(1, 4), metrics=True, density=0.1)
     import_checkpoints(run.source, tmp_path / "whole.zarr", base=run.base)
     real, calls = local._put, 0
@@ -649,9 +652,16 @@ def test_a_full_disk_at_any_write_leaves_whole_steps(tmp_path: Path, monkeypatch
         calls += 1
         if calls >= fail_from:
             raise OSError(28, "No space left on device", str(path))
-        return real(path, value, exclusive)
+        return 0 if value is None else real(path, value, exclusive)
+
+    @contextlib.contextmanager
+    def replacing(path: Path) -> Iterator[Any]:
+        put(path, None)
+        with replace(path) as file:
+            yield file
 
     monkeypatch.setattr(local, "_put", put)
+    monkeypatch.setattr(chunk_files, "_replacing", replacing)
     for fail_from in range(1, 400, every):
         calls, out = 0, tmp_path / f"{fail_from}.zarr"
         message = None
