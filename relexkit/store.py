@@ -419,8 +419,8 @@ class TrajectoryStore:
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``. A large row
-    may come in pieces: ``encode_row`` and ``append_row`` for each, then ``finish_row``.
+    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``. A
+    large row may come in pieces: ``encode_row`` and ``append_row`` for each, then ``finish_row``.
     Several processes may write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last,
     with the others' ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
 
