@@ -83,39 +83,46 @@ class ChunkFiles:
 
 
 class _ShardRow:
-    """A shard that grows in a temporary file; its index comes last, then it takes its name."""
+    """A shard that grows in a temporary file; its index comes last, then it takes its name. What failed once stays failed."""
 
     def __init__(self, path: Path, count: int):
         self._path, self._count = path, count
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
         self._lengths: list[int] = []
+        self._failure: OSError | None = None
 
     def append(self, chunks: Encoded) -> None:
-        if self._file is None:
-            self._file = self._stack.enter_context(_replacing(self._path))
-        self._lengths += map(len, chunks)
-        self._file.write(b"".join(chunks))
+        with self._giving_up():
+            if self._file is None:
+                self._file = self._stack.enter_context(_replacing(self._path))
+            self._lengths += map(len, chunks)
+            self._file.write(b"".join(chunks))
 
     def close(self) -> None:
-        assert self._file is not None
-        assert len(self._lengths) == self._count
         lengths = np.array(self._lengths, "<u8")
         index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
-        try:
+        with self._giving_up():
+            assert self._file is not None
+            assert len(self._lengths) == self._count
             self._file.write(index + google_crc32c.value(index).to_bytes(4, "little"))
-        except BaseException as error:
-            self._give_up(error)
-            raise
-        self._stack.close()
+            self._stack.close()
 
     def discard(self) -> None:
-        if self._file is not None:
-            self._give_up(RuntimeError("given up"))
+        failure = OSError("the row was given up")
+        with contextlib.suppress(OSError):
+            self._stack.__exit__(OSError, failure, None)
 
-    def _give_up(self, error: BaseException) -> None:
-        with contextlib.suppress(BaseException):
-            self._stack.__exit__(type(error), error, error.__traceback__)
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as failure:
+            self._failure = failure
+            self.discard()
+            raise
 
 
 class ZarrRow:

@@ -539,7 +539,8 @@ class StoreWriter:
     def finish_row(self, part: int, checksum: int) -> None:
         """Complete a dense part, whose bits have this checksum."""
         with self._writing():
-            self._rows.pop(part).close()
+            self._rows[part].close()
+        del self._rows[part]
         self._checksums[part] = checksum
         self._missing.discard(part)
 

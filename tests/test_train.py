@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from relexkit import RelexkitError, TrajectoryStore, checkout
+from relexkit import RelexkitError, TrajectoryStore, checkout, chunk_files
 from relexkit.cli import main
 from trainer.config import GRPOConfig, dump_config
 from trainer.generation import prompt_numbers
@@ -307,6 +311,53 @@ def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(base, tmp_path):
         store.verify()
         assert store.steps.tolist() == [1, 2]
         assert last_state(tmp_path / "run" / "state") == 2
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """No file grows beyond this, as on a disk that is full (EFBIG in place of ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_room_for_a_step() -> Iterator[None]:
+    """The disk is full when the fourth step is written."""
+    replacing = chunk_files._replacing
+
+    def full(path: Path) -> Any:
+        if path.match("deltas/*/c/3/0"):
+            raise OSError(28, "No space left on device", str(path))
+        return replacing(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_files, "_replacing", full)
+        yield
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_to_the_same_bits(base, tmp_path, capsys):
+    options = {"max_steps": 5, "save_steps": 2}
+    whole = train(settings(base, tmp_path / "whole", **options))
+    state = next((whole / "state").rglob("process-0.pt")).stat().st_size
+    config = settings(base, tmp_path / "run", **options)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    for full, reason, kept in (
+        (largest_file(2_000), "File too large", None),  # the base of the store
+        (largest_file(state - 1), r"File too large|write|state", None),
+        (no_room_for_a_step(), "the 3 recorded steps are intact: free space and run the command again", 2),
+    ):
+        capsys.readouterr()
+        with full:
+            assert main(["train", str(tmp_path / "config.yaml")]) == 1
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("relexkit: ")]
+        assert len(said) == 1
+        assert re.search(reason, said[0])
+        assert last_state(tmp_path / "run" / "state") == kept
+    assert_same_run(whole, train(config))
 
 
 def test_a_folder_of_another_run_is_refused(base, tmp_path):
