@@ -28,7 +28,7 @@ from relexkit.encoding import Update, apply_update, clip_update, content_checksu
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.extrapolators import METHODS, Options, check_request, predict_weights, step_text
 from relexkit.factors import FactorSums
-from relexkit.gram import Gram
+from relexkit.gram import Gram, check_unchanged
 from relexkit.layout import Layout, Segment
 from relexkit.linalg import single_threaded_blas
 from relexkit.metrics import learning_rates
@@ -396,6 +396,9 @@ def stream_sums(
     """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights [P, N, T]`` to ``consume``.
 
     It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight are not read.
+
+    Raises:
+        StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received is of no use.
     """
     layout = store.layout
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
@@ -436,6 +439,7 @@ def stream_sums(
                 list(pool.map(lambda span: predict(*span), spans))
                 if progress:
                     progress("predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100)
+    check_unchanged(store)
 
 
 def _sparse_sums(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from runs import HEAD, Run, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from relexkit import RelexkitError, TrajectoryStore, gram, import_checkpoints
+from relexkit import RelexkitError, StoreError, TrajectoryStore, extrapolate, gram, import_checkpoints
 from relexkit.directions import write_directions
 
 
@@ -75,3 +77,22 @@ def test_a_rerun_keeps_them_and_something_else_is_refused(made, tmp_path: Path) 
     with pytest.raises(RelexkitError, match="--components 6 of 5 recorded steps; expected 1 to 5"):
         write_directions(store, gram(store), tmp_path / "other", count=6)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("write", [lambda s, out: write_directions(s, gram(s), out), lambda s, out: extrapolate(s, [12], out)])
+def test_a_store_that_is_replaced_meanwhile_leaves_nothing(
+    made, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, out = TrajectoryStore(shutil.copytree(made[1].path, tmp_path / "run.zarr")), tmp_path / "out"
+    gram(store)
+    real = TrajectoryStore.read_base
+
+    def replaced(self: TrajectoryStore, *place: int) -> np.ndarray:
+        group = zarr.open_group(store.path, mode="r+")
+        group.attrs["relexkit"] = {**group.attrs["relexkit"], "source": "another run"}  # type: ignore[dict-item]
+        return real(self, *place)
+
+    monkeypatch.setattr(TrajectoryStore, "read_base", replaced)
+    with pytest.raises(StoreError, match=r"run\.zarr: was replaced while it was read; run the command again"):
+        write(store, out)
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and str(store.path) not in str(p) and p.suffix != ".lock"] == []

@@ -10,6 +10,7 @@ from stores import store_of
 
 from relexkit import StoreError, TrajectoryStore, gram
 from relexkit.onepass import Pass, dense_width, true_per_row
+from relexkit.randomized import randomized_gram
 from relexkit.shards import ShardReader
 
 
@@ -41,7 +42,8 @@ def test_every_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(decoded) == 5 * -(-numel // store.row_chunk(0))
 
 
-def test_a_store_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compute", [gram, randomized_gram])
+def test_a_store_that_is_replaced_while_it_is_read(compute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     deltas = {"w": np.ones((2, 100))}
@@ -57,7 +59,7 @@ def test_a_store_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Pass, "run", replaced)
     with pytest.raises(StoreError, match=r"run\.zarr: was replaced while it was read; run the command again"):
-        gram(store)
+        compute(store)
 
 
 def test_steps_added_while_it_is_read_do_not_disturb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
