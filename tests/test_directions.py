@@ -89,7 +89,7 @@ def test_a_store_that_is_replaced_meanwhile_leaves_nothing(
 
     def replaced(self: TrajectoryStore, *place: int) -> np.ndarray:
         group = zarr.open_group(store.path, mode="r+")
-        group.attrs["relexkit"] = {**group.attrs["relexkit"], "source": "another run"}  # type: ignore[dict-item]
+        group.attrs["relexkit"] = {**store.attributes, "source": "another run"}
         return real(self, *place)
 
     monkeypatch.setattr(TrajectoryStore, "read_base", replaced)
