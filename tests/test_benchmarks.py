@@ -56,3 +56,18 @@ def test_every_part_runs_on_a_tiny_synthetic_run(tmp_path: Path) -> None:
     assert numbers["questions"]["inside"]["weights_read"] is False
     assert [row["source"] for row in numbers["memory"]] == ["bfloat16", "float32"]
     assert "Several targets in one command" in printed
+
+
+@pytest.mark.slow
+def test_scaling_and_peers_of_pca_run_on_tiny_stores(tmp_path: Path) -> None:
+    program, out, figure = PROGRAM.with_name("pca_scaling.py"), tmp_path / "numbers.json", tmp_path / "figure.png"
+    words = ["--only", "size", "peers", "--sizes", "3e4", "6e4", "--peer-size", "3e4", "--repeats", "1", "--json"]
+    command = [sys.executable, str(program), str(tmp_path / "work"), *words, str(out), "--plot", str(figure)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [case] = json.loads(out.read_text())["peers"]
+    for name, rows in case["jobs"].items():
+        truth = case["truth"]["centered" if rows[0].get("centered") else "uncentered"]
+        assert rows[0]["ratios"] == pytest.approx(truth, abs=2e-2), name
+    assert figure.stat().st_size > 0
+    assert "| svd_compressed |" in done.stdout

