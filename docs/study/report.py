@@ -62,9 +62,8 @@ def arms_table(results: list[Seed]) -> str:
             arm, over_seeds(f["final"]["greedy"] for f in found), "" if first else against("greedy"),
             over_seeds(f["final"]["sampled"] for f in found), "" if first else against("sampled"),
             f"{np.mean([f['trained_steps'] for f in found]):.0f}", f"{np.mean([f['tokens'] for f in found]) / 1000:.0f}",
-            f"{np.mean([f['seconds_per_step'] for f in found]):.2f}",
         ])  # fmt: skip
-    head = ("", "greedy", "against GRPO", "sampled", "against GRPO", "trained steps", "1000 tokens", "s a step")
+    head = ("", "greedy", "against GRPO", "sampled", "against GRPO", "trained steps", "1000 tokens")
     return table(head, rows)
 
 
@@ -176,7 +175,7 @@ def _save(draw: Callable[[Any], None], height: float, folder: Path, name: str) -
 
 
 def curves(results: list[Seed], folder: Path) -> None:
-    """Validation accuracy of every arm against steps and generated tokens: means over seeds and their intervals."""
+    """Validation accuracy against steps and generated tokens: means over seeds, intervals where they tell arms apart."""
 
     def draw(figure: Any) -> None:
         axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
@@ -187,10 +186,11 @@ def curves(results: list[Seed], folder: Path) -> None:
                 x = np.mean([[entry[axis] / scale for entry in p] for p in points], axis=0)
                 dashed = "--" if arm.startswith("re-") else "-"
                 place.plot(x, stats[0], color=colour, linestyle=dashed, marker="o", markersize=3, label=arm)
-                place.fill_between(x, stats[1], stats[2], color=colour, alpha=0.12, linewidth=0)
-        axes[0].set(xlabel="optimizer step", ylabel="greedy accuracy")
+                if arm == "GRPO" or dashed == "--":
+                    place.fill_between(x, stats[1], stats[2], color=colour, alpha=0.15, linewidth=0)
+        axes[0].set(xlabel="optimizer step", ylabel="greedy accuracy", ylim=(0, 1))
         axes[1].set(xlabel="thousand generated tokens")
-        axes[0].legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
     _save(draw, 3.0, folder, "curves")
 
