@@ -114,7 +114,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes.xaxis.set_major_formatter(lambda at, _: f"{at / 1e6:g}M" if at >= 1e6 else f"{at:g}")
             axes.yaxis.set_major_formatter(lambda at, _: f"{at:g}")
             axes.minorticks_off()
-        panels[0].legend()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         figure.savefig(path, dpi=DOTS_PER_INCH)
     plt.close(figure)
 
