@@ -235,11 +235,12 @@ def test_licence_is_the_whole_apache_text():
 
 def test_make_targets_run_what_they_say():
     """A dry run of every target: its last command is the one that the README promises."""
+    pytest_command = "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile"
     ends = {
         "demo": ".venv/bin/relexkit demo -o x",
-        "test": ".venv/bin/python -m pytest -o x",
-        "test-all": ".venv/bin/python -m pytest -m 'slow or not slow' -o x",
-        "check": ".venv/bin/python -m pytest",
+        "test": f"{pytest_command} -o x",
+        "test-all": f"{pytest_command} -m 'slow or not slow' -o x",
+        "check": pytest_command,
         "bench": ".venv/bin/python tests/benchmarks/run.py -o x",
     }
     make = shutil.which("make")
