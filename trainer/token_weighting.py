@@ -50,8 +50,9 @@ def delta_coefficients(
         return [torch.ones(length, device=advantage_R.device) for length in lengths]
     margins = sides.margins(mu_2H)
     gamma_2 = sides.spread(margins)
-    for _ in range(iterations):
-        gamma_2 = sides.spread(margins)
+    for refinement in range(iterations):
+        if refinement:
+            gamma_2 = sides.spread(margins)
         mu_2H = sides.centroids(sides.alphas(margins, gamma_2))
         assert mu_2H is not None, "a sigmoid is positive, so no side loses its tokens"
         margins = sides.margins(mu_2H)
