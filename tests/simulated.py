@@ -13,8 +13,10 @@ import numpy as np
 
 from relexkit.advice import advise
 from relexkit.extrapolators import predict_weights
+from relexkit.forecast import forecast
 from relexkit.gram import Gram
 from relexkit.metrics import learning_rates
+from relexkit.spectrum import decompose
 
 D = 600
 
@@ -215,3 +217,17 @@ def judge(case: Case, seed: int) -> tuple[str, bool]:
     weights = predict_weights(gram, [float(advice.target)], method=advice.method, scope="global", rates=rates)[0, 0]
     seen, truth = deltas[case.steps - 1], deltas[advice.target - 1]
     return advice.verdict, bool(((seen.T @ weights - truth) ** 2).sum() < ((seen[-1] - truth) ** 2).sum())
+
+
+TARGETS = np.array([55, 65, 80, 100])
+
+
+def covered(run: Run, seed: int) -> np.ndarray:
+    """Whether each target's true coefficient along the first observed direction lies in the interval, ``bool [J]``."""
+    deltas = simulate(run, 100, seed)
+    steps = IRREGULAR if seed % 2 else np.arange(1, 51)
+    seen = deltas[steps - 1]
+    found = forecast(seen @ seen.T, steps, TARGETS, num_parameters=D)
+    parts = decompose(seen @ seen.T)
+    true = deltas[TARGETS - 1] @ (seen.T @ parts.left[:, 0]) / parts.singular_values[0]
+    return (found.low[:, 0] <= true) & (true <= found.high[:, 0])

@@ -125,6 +125,7 @@ def test_a_loss_that_is_not_finite_stops():
     ("options", "message"),
     [
         ({"beta": 0}, "beta: 0.0 is too small"),
+        ({"weight_decay": -0.1}, "weight_decay: -0.1 is too small; expected at least 0"),
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5 is out of range"),
         ({"min_difficulty": 0.6, "max_difficulty": 0.5}, "the smaller first"),
         ({"epochs": 3}, "option 'epochs' is unknown"),

@@ -5,26 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import norm
-from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, simulate
+from simulated import COVERAGE_FAMILIES, D, Run, covered, simulate
 
 from relexkit import forecast as module
 from relexkit.errors import ExtrapolationError
 from relexkit.forecast import Forecast, forecast
 from relexkit.spectrum import decompose
 from relexkit.trajectory_model import fit_trajectory
-
-TARGETS = np.array([55, 65, 80, 100])
-
-
-def covered(run: Run, seed: int) -> np.ndarray:
-    """Whether each target's true coefficient along the first observed direction lies in the interval, ``bool [J]``."""
-    deltas = simulate(run, 100, seed)
-    steps = IRREGULAR if seed % 2 else np.arange(1, 51)
-    seen = deltas[steps - 1]
-    found = forecast(seen @ seen.T, steps, TARGETS, num_parameters=D)
-    parts = decompose(seen @ seen.T)
-    true = deltas[TARGETS - 1] @ (seen.T @ parts.left[:, 0]) / parts.singular_values[0]
-    return (found.low[:, 0] <= true) & (true <= found.high[:, 0])
 
 
 def test_a_mixture_of_one_normal_has_its_own_quantile() -> None:

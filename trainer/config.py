@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -134,12 +134,7 @@ class GRPOConfig:
         )  # fmt: skip
         not_negative = ("beta", "epsilon", "warmup_steps", "record_every", "eval_steps", "save_steps", "weight_decay",
                         "rouge_weight", "delta_iterations", "delta_min", "gradient_noise_parts")  # fmt: skip
-        for name in (*positive, *not_negative):
-            value = getattr(self, name)
-            if value < 0 or (value == 0 and name in positive):
-                raise RelexkitError(
-                    f"{name}: {value} is too small; expected {'more than' if name in positive else 'at least'} 0"
-                )
+        _check_ranges(self, positive, not_negative)
         if self.num_generations < 2:
             raise RelexkitError("num_generations: 1 leaves nothing to compare a rollout with; expected 2 or more")
         unit = self.num_generations * self.steps_per_generation
@@ -252,10 +247,11 @@ class G2DConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, by name."""
-        for name in ("max_pairs_per_prompt", "beta", "learning_rate", "max_grad_norm", "num_train_epochs", "train_batch_size",
-                     "micro_batch_tokens", "eval_num_problems", "generation_rows"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise RelexkitError(f"{name}: {getattr(self, name)} is too small; expected more than 0")
+        positive = (
+            "max_pairs_per_prompt", "beta", "learning_rate", "max_grad_norm", "num_train_epochs", "train_batch_size",
+            "micro_batch_tokens", "eval_num_problems", "generation_rows",
+        )  # fmt: skip
+        _check_ranges(self, positive, ("weight_decay",))
         if not 0 <= self.label_smoothing < 0.5:
             raise RelexkitError(f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less than 0.5")
         if not 0 <= self.min_difficulty <= self.max_difficulty <= 1:
@@ -267,6 +263,13 @@ class G2DConfig:
 
 
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)
+
+
+def _check_ranges(config: GRPOConfig | G2DConfig, positive: Sequence[str], not_negative: Sequence[str]) -> None:
+    for name in (*positive, *not_negative):
+        value = getattr(config, name)
+        if value < 0 or (value == 0 and name in positive):
+            raise RelexkitError(f"{name}: {value} is too small; expected {'more than' if name in positive else 'at least'} 0")
 
 
 def _check_schedule(name: str) -> None:

@@ -10,26 +10,12 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, simulate
+from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, covered, simulate
 
 from relexkit.extrapolators import METHODS, Options
-from relexkit.forecast import forecast
-from relexkit.spectrum import decompose
 from relexkit.trajectory_model import fit_trajectory
 
-TARGETS = np.array([55, 65, 80, 100])
 OTHERS = ("hold", "two-point", "least-squares", "relex")
-
-
-def covered(run: Run, seed: int) -> np.ndarray:
-    """Whether the true first coefficient lies in its interval, at each target."""
-    deltas = simulate(run, 100, seed)
-    steps = IRREGULAR if seed % 2 else np.arange(1, 51)
-    seen = deltas[steps - 1]
-    found = forecast(seen @ seen.T, steps, TARGETS, num_parameters=D)
-    parts = decompose(seen @ seen.T)
-    true = deltas[TARGETS - 1] @ (seen.T @ parts.left[:, 0]) / parts.singular_values[0]
-    return (found.low[:, 0] <= true) & (true <= found.high[:, 0])
 
 
 def errors(run: Run, seed: int) -> list[float]:
