@@ -13,13 +13,12 @@ import numpy as np
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.peft import AdaptedCheckpoint
-from relexkit.chunk_files import Encoded
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, round_to_mantissa_bits, to_float32, widen_bits
 from relexkit.encoding import CHECKSUM_BLOCK, block_checksums, changed_columns, content_checksum, extend_checksum
 from relexkit.errors import CheckpointError
 from relexkit.layout import Factors, Layout, Part
 from relexkit.sketch import Sketch
-from relexkit.store import StoreWriter, blocks, stretches
+from relexkit.store import Encoded, StoreWriter, blocks, stretches
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from relexkit.chunk_files import ZarrRow, chunk_files
+from relexkit.store.chunk_files import ZarrRow, chunk_files
 
 
 def make(path: Path, shape, dtype, chunk: int, shard: int | None, *, fill=0, cname="lz4") -> zarr.Array:
@@ -77,7 +77,7 @@ def test_a_row_that_is_given_up_or_cannot_be_completed_leaves_what_was_there(tmp
     found = chunk_files(array)
     row = found.open_row(0)
     row.append(found.encode(np.ones(32, np.float32)))
-    monkeypatch.setattr("relexkit.chunk_files.os.replace", full)
+    monkeypatch.setattr("relexkit.store.chunk_files.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         row.close()
     assert files(tmp_path) == before

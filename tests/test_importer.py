@@ -640,7 +640,7 @@ def test_a_full_disk_at_any_write_leaves_whole_steps(tmp_path: Path, monkeypatch
     """The k-th write of the store and all after it fail with ENOSPC, for growing k until an import gets through."""
     import zarr.storage._local as local
 
-    from relexkit import chunk_files
+    from relexkit.store import chunk_files
 
     replace = chunk_files._replacing
     run = write_run(tmp_path, shapes={"w": (40,), "v": (9,)}, steps=(1, 4), metrics=True, density=0.1)

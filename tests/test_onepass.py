@@ -11,7 +11,7 @@ from stores import store_of
 from relexkit import StoreError, TrajectoryStore, gram
 from relexkit.onepass import Pass, dense_width, true_per_row
 from relexkit.randomized import randomized_gram
-from relexkit.shards import ShardReader
+from relexkit.store.shards import ShardReader
 
 
 @pytest.mark.parametrize("width", [0, 1, 1023, 1024, 1025, 8192, 300_000])

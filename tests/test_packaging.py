@@ -87,28 +87,48 @@ def test_the_walk_over_imports_sees_what_it_must():
     assert imported_packages(source) == {"analysis", "trainer", "relexkit"}
 
 
-def test_layers_of_relexkit_load_in_the_order_of_the_design():
+LAYERS = (
+    "layout",
+    "encoding",
+    "store",
+    "checkpoints",
+    "importer",
+    "gram",
+    "spectrum",
+    "extrapolators",
+    "materialize",
+    "cli",
+)
+INSIDE_STORE = (
+    "lock", "passes", "format", "opening", "shards", "chunk_files", "arrays", "base", "create", "reader", "writer", "__init__",
+)  # fmt: skip
+
+
+def imported_while_loading(path: Path) -> set[str]:
+    """Modules that a module imports at its top."""
+    body = ast.parse(path.read_text()).body
+    return {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_relexkit_load_in_the_order_of_the_design(layer):
     """A layer that reached down would import a later one while it loads."""
-    layers = (
-        "layout",
-        "encoding",
-        "store",
-        "checkpoints",
-        "importer",
-        "gram",
-        "spectrum",
-        "extrapolators",
-        "materialize",
-        "cli",
-    )
-    for index, name in enumerate(layers):
-        path = ROOT / "relexkit" / (f"{name}.py" if name != "checkpoints" else "checkpoints/huggingface.py")
-        modules = {
-            node.module.split(".")[1]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("relexkit.")
-        }
-        assert not modules & set(layers[index + 1 :]), f"relexkit.{name} imports {modules & set(layers[index + 1 :])}"
+    later = {f"relexkit.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    place = ROOT / "relexkit" / layer
+    modules = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert modules
+    for path in modules:
+        reached = {".".join(name.split(".")[:2]) for name in imported_while_loading(path)}
+        assert not reached & later, f"{path.relative_to(ROOT)} imports {reached & later}"
+
+
+@pytest.mark.parametrize(("package", "order"), [("store", INSIDE_STORE)])
+def test_modules_of_a_layer_use_those_before_them(package, order):
+    assert {path.stem for path in (ROOT / "relexkit" / package).glob("*.py")} == set(order)
+    for index, name in enumerate(order):
+        later = {f"relexkit.{package}.{other}" for other in order[index:]} | {f"relexkit.{package}"}
+        reached = imported_while_loading(ROOT / "relexkit" / package / f"{name}.py")
+        assert not reached & later, f"relexkit.{package}.{name} imports {reached & later}"
 
 
 @pytest.mark.parametrize(

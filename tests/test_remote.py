@@ -113,7 +113,7 @@ def test_a_creation_that_was_killed_starts_over(bucket: str, tmp_path: Path, mon
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("relexkit.store._create_empty_arrays", killed)
+    monkeypatch.setattr("relexkit.store.create.create_step_arrays", killed)
     with pytest.raises(KeyboardInterrupt):
         import_checkpoints(run.source, url, base=run.base)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from relexkit.shards import shard_reader
+from relexkit.store.shards import shard_reader
 
 
 def make(path: Path, values: np.ndarray, chunk: int, shard: int, *, fill: float = 0, cname: str = "lz4") -> zarr.Array:

@@ -19,8 +19,9 @@ import zarr
 from runs import Run, write_run
 
 from relexkit import TrajectoryStore, import_checkpoints
+from relexkit.encoding import BLOCK
 from relexkit.errors import StoreError
-from relexkit.store import BLOCK, StoreWriter, blocks, column_windows, describe_steps
+from relexkit.store import StoreWriter, blocks, column_windows, describe_steps
 
 KINDS: dict[str, dict[str, Any]] = {
     "sparse": {"dtype": "bfloat16", "density": 0.1, "steps": (1, 4)},

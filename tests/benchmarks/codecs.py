@@ -20,7 +20,7 @@ from measure import remove, size_of
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from relexkit import TrajectoryStore
-from relexkit.shards import shard_reader
+from relexkit.store.shards import shard_reader
 
 COLUMNS, ROWS = 2**22, 4
 SETTINGS = [("lz4", 1, 15), ("lz4", 1, 17), ("lz4", 1, 20), ("lz4", 5, 15), ("zstd", 1, 15), ("zstd", 1, 17), ("zstd", 5, 15)]

@@ -1,0 +1,42 @@
+"""The trajectory store: one self-contained Zarr v3 group per run. `docs/format.md` is its specification.
+
+One writer at a time, any number of readers meanwhile. A step exists once its number stands in ``steps``, which is
+written last; whatever a crash left beyond is ignored and overwritten.
+
+The layer above layout and encoding, whose names other modules take from here. Inside, each module uses those before it:
+
+- ``lock``: the writer's lock; ``passes``: how columns are cut
+- ``format``: names, chunks and codecs of the arrays; ``opening``: is this a store, and one that we read
+- ``shards``, ``chunk_files``: reads and writes past Zarr's pipeline; ``arrays``: with them, the arrays of a group
+- ``base``, ``create``: a new store with its base weights
+- ``reader``: ``TrajectoryStore``; ``writer``: ``StoreWriter``, which appends steps
+"""
+
+from relexkit.store.base import base_sha256
+from relexkit.store.chunk_files import Encoded
+from relexkit.store.create import create_store
+from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME, create_array
+from relexkit.store.lock import WriterLock
+from relexkit.store.opening import NotAStoreError
+from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows, stretches
+from relexkit.store.reader import TrajectoryStore, describe_steps
+from relexkit.store.writer import StoreWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "READ_WINDOW",
+    "SAFE_FILE_NAME",
+    "Encoded",
+    "NotAStoreError",
+    "ProgressCallback",
+    "StoreWriter",
+    "TrajectoryStore",
+    "WriterLock",
+    "base_sha256",
+    "blocks",
+    "column_windows",
+    "create_array",
+    "create_store",
+    "describe_steps",
+    "stretches",
+]

@@ -1,0 +1,50 @@
+"""The base weights of a new store, and the content hash by which a base is known again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import zarr
+
+from relexkit.dtypes import bits_dtype
+from relexkit.layout import Layout
+from relexkit.store.format import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, create_array
+from relexkit.store.passes import ProgressCallback, blocks
+
+
+def write_base(
+    group: zarr.Group,
+    layout: Layout,
+    read_base: Callable[[int, int, int], np.ndarray],
+    progress: ProgressCallback | None,
+) -> str:
+    """Write the base of every part, as ``read_base`` gives it to ``(part, begin, end)``, and return its ``base_sha256``."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as hasher:
+        for part, spec in enumerate(layout.parts):
+            chunk = min(BASE_CHUNK, max(1, spec.numel))
+            shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
+            array = create_array(
+                group, f"base/{part}", (spec.numel,), bits_dtype(spec.dtype), (chunk,), shards=(shard,), codecs=DENSE_CODECS
+            )
+            for begin in range(0, spec.numel, shard):
+                end = min(begin + shard, spec.numel)
+                bits = read_base(part, begin, end)
+                hashed = hasher.submit(digest.update, bits.data.cast("B"))
+                array[begin:end] = bits
+                hashed.result()
+            if progress:
+                progress("writing the base", part + 1, len(layout.parts))
+    return digest.hexdigest()
+
+
+def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:
+    """Content hash of base weights: sha256 of the raw little-endian bits of all parts in order. One pass."""
+    digest = hashlib.sha256()
+    for part, spec in enumerate(layout.parts):
+        for begin, end in blocks(spec.numel):
+            digest.update(read_base(part, begin, end).data.cast("B"))
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""Creating a store: what may be replaced at its place, and in which order its parts are written so that a crash shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.sync import sync
+
+from relexkit.errors import StoreError
+from relexkit.layout import Layout
+from relexkit.store.base import write_base
+from relexkit.store.format import DENSE_CODECS, create_array, create_step_arrays, format_version, json_checksum
+from relexkit.store.lock import WriterLock
+from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
+from relexkit.store.passes import ProgressCallback
+
+
+def create_store(
+    path: str | Path,
+    layout: Layout,
+    read_base: Callable[[int, int, int], np.ndarray],
+    *,
+    files: Mapping[str, bytes],
+    source: str,
+    base: str,
+    mantissa_bits: int | None,
+    version: str,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write a store without steps: layout, base weights, files. Killed half-way, the next call starts over.
+
+    Args:
+        read_base: ``(part, begin, end) -> bits`` of the base weights.
+        source, base: where the checkpoints and the base came from, in words.
+
+    Raises:
+        StoreError: something is at ``path`` already, another process writes it, or the disk is full.
+    """
+    path = str(path)
+    with WriterLock(path):
+        _clear_for_creation(path)
+        attributes: dict[str, Any] = {
+            "format_version": format_version(layout),
+            "state": "creating",
+            "relexkit_version": version,
+            "source": source,
+            "mantissa_bits": mantissa_bits,
+            "layout": layout.to_json(),
+            "files": sorted(files),
+        }
+        try:
+            group = zarr.create_group(path, attributes={"relexkit": attributes})
+            digest = write_base(group, layout, read_base, progress)
+            create_step_arrays(group, layout)
+            for name, content in files.items():
+                data = np.frombuffer(content, np.uint8)
+                create_array(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=DENSE_CODECS)[:] = data
+            attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
+            group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be written ({error.strerror or error}); free space and run the command again"
+            ) from error
+
+
+def _clear_for_creation(path: str) -> None:
+    """Remove an interrupted creation; refuse anything else that is there."""
+    if "://" in path:
+        _clear_remote(path)
+        return
+    if not os.path.lexists(path):
+        return
+    folder = Path(path)
+    if not folder.is_dir():
+        raise StoreError(f"{path}: exists and is not a folder; choose another -o")
+    if all(p.name.endswith(".partial") for p in folder.iterdir()):
+        return  # empty, or killed while the very first file was written
+    try:
+        read_attributes(open_group(path), path)
+    except CreationInterrupted:
+        for child in folder.iterdir():  # zarr.json goes last: it says what this is
+            if child.is_dir():
+                shutil.rmtree(child)
+            elif child.name != "zarr.json":
+                child.unlink()
+        (folder / "zarr.json").unlink()
+        return
+    except NotAStoreError:
+        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+    raise StoreError(f"{path}: a store exists there; choose another -o")
+
+
+def _clear_remote(path: str) -> None:
+    """``_clear_for_creation`` of a URL. What an object store cannot do at once is done in the same order."""
+    try:
+        found = open_group(path)
+    except NotAStoreError:
+        return
+    try:
+        read_attributes(found, path)
+    except CreationInterrupted:
+        writable = zarr.open_group(path, mode="r+")
+        for name in list(writable.keys()):
+            sync((writable.store_path / name).delete_dir())
+        sync((writable.store_path / "zarr.json").delete())  # last: it says what this is
+        return
+    except NotAStoreError:
+        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+    raise StoreError(f"{path}: a store exists there; choose another -o")

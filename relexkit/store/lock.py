@@ -1,0 +1,57 @@
+"""The writer's lock: one process at a time changes a store, or writes the folder beside which the lock lies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from relexkit.errors import StoreError
+
+
+class WriterLock(contextlib.AbstractContextManager):
+    """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes with the process."""
+
+    def __init__(self, path: str):
+        self._file = None
+        if "://" in path:
+            return  # object stores have no locks; one writer is then the user's promise
+        lock_path = os.path.realpath(path) + ".lock"  # one lock, whatever the spelling of the path
+        try:
+            Path(lock_path).parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+                file = os.fdopen(fd, "r+")  # held until close()
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    owner = file.read().strip() or "another process"
+                    file.close()
+                    raise StoreError(f"{path}: is being written by {owner}; wait until it ends") from None
+                if os.path.exists(lock_path) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                    break
+                file.close()  # its owner removed it between our open and our lock
+            file.truncate(0)
+            user = os.environ.get("USER") or f"user {os.getuid()}"
+            file.write(f"process {os.getpid()} of {user} on {socket.gethostname()}")
+            file.flush()
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be locked for writing ({error.strerror or error}); expected a writable place on a file "
+                "system with locks: choose another -o"
+            ) from error
+        self._file, self._path = file, lock_path
+
+    def close(self) -> None:
+        """Release the lock and remove its file."""
+        if self._file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._file.close()
+            self._file = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
