@@ -62,7 +62,7 @@ def checkout_adapter(store: TrajectoryStore, step: int, out: str | Path) -> Path
     if is_finished(folder, provenance):
         return folder
     adapted, whole = _adapted(store), _whole_tensors(store)
-    tensors = {f"{PREFIX}{t.name}": TensorInfo(t.shape, t.dtype) for t in whole}
+    tensors = {_whole_key(t.name, store): TensorInfo(t.shape, t.dtype) for t in whole}
     for tensor, spec in adapted:
         tensors |= {key: TensorInfo(shape, spec.dtype) for key, shape in zip(*_stored_as(tensor, spec), strict=True)}
 
@@ -74,7 +74,7 @@ def checkout_adapter(store: TrajectoryStore, step: int, out: str | Path) -> Path
             _write_pair(writer, tensor, spec, left, right)
         for tensor in whole:
             for start, state in _recorded(store, tensor, row):
-                writer.write(f"{PREFIX}{tensor.name}", start, state)
+                writer.write(_whole_key(tensor.name, store), start, state)
 
     _write_folder(folder, tensors, write, store.files()[CONFIG], provenance)
     return folder
@@ -154,7 +154,7 @@ def _write_predicted(
     specs = {
         t.name: Factors(rows=s.rows, columns=s.columns, rank=rank, scale=1.0, dtype="float32", kind=s.kind) for t, s in adapted
     }
-    tensors = {f"{PREFIX}{t.name}": TensorInfo(t.shape, "float32") for t in whole}
+    tensors = {_whole_key(t.name, store): TensorInfo(t.shape, "float32") for t in whole}
     for tensor, _ in adapted:
         keys, shapes = _stored_as(tensor, specs[tensor.name])
         tensors |= {key: TensorInfo(shape, "float32") for key, shape in zip(keys, shapes, strict=True)}
@@ -170,8 +170,9 @@ def _write_predicted(
         if names:
             stream_sums(
                 store, weights[None],
-                lambda _, segment, values: writer.write(f"{PREFIX}{segment.tensor.name}", segment.start, values.view(np.uint32))
-                if segment.tensor.name in names else None,
+                lambda _, segment, values: writer.write(
+                    _whole_key(segment.tensor.name, store), segment.start, values.view(np.uint32)
+                ) if segment.tensor.name in names else None,
                 budget, None,
             )  # fmt: skip
 
@@ -204,6 +205,13 @@ def _whole_tensors(store: TrajectoryStore) -> list[TensorSpec]:
 
     touched = {part for part in range(len(store.layout.parts)) if moved(part)}
     return [t for t in store.layout.moving_tensors if any(s.part in touched for s in store.layout.segments_of(t))]
+
+
+def _whole_key(name: str, store: TrajectoryStore) -> str:
+    """Name in the file of a whole tensor; PEFT puts the bias of an adapted module one level deeper."""
+    module, _, end = name.rpartition(".")
+    adapted = end == "bias" and any(t.name == f"{module}.weight" for t, _ in _adapted(store))
+    return f"{PREFIX}{module}.base_layer.bias" if adapted else f"{PREFIX}{name}"
 
 
 def _stored_as(tensor: TensorSpec, spec: Factors) -> tuple[list[str], list[tuple[int, ...]]]:

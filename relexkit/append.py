@@ -62,8 +62,13 @@ def check_tensors(
             )
 
 
+def factors_in(layout: Layout) -> dict[str, Factors]:
+    """The tensors of a layout whose deltas are kept as factors."""
+    return {s.tensor.name: p.factors for n, p in enumerate(layout.parts) if p.factors for s in layout.segments_in(n)}
+
+
 def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str) -> None:
-    """The adapter of a step has the store's targets, ranks, scales and dtypes, and is not zero everywhere."""
+    """The adapter of a step has the store's targets, ranks, scales and dtypes."""
     held: Mapping[str, Factors] = getattr(found, "factors", {})
     if held.keys() != expected.keys():
         raise CheckpointError(
@@ -76,11 +81,6 @@ def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str
                 f"{where}: the adapter of {name!r} has {_words(held[name])}; expected {_words(spec)} as in the store: "
                 "import into a new store"
             )
-    if isinstance(found, AdaptedCheckpoint):
-        try:
-            found.refuse_zero()
-        except CheckpointError as error:
-            raise CheckpointError(f"{where}: {error}") from None
 
 
 def _words(spec: Factors) -> str:
@@ -236,6 +236,11 @@ class Appender:
 
     def append(self, step: int, checkpoint: Checkpoint) -> None:
         """Record one checkpoint; it is closed when the next one is done."""
+        if isinstance(checkpoint, AdaptedCheckpoint):
+            try:
+                checkpoint.refuse_zero()
+            except CheckpointError as error:
+                raise CheckpointError(f"step {step}: {error}") from None
         self._write(self._writer.begin, step)
         self.write_parts(step, checkpoint)
         self._write(self._writer.commit, checkpoint.metrics())
@@ -250,10 +255,7 @@ class Appender:
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
         if self._sketch is not None:
             self.sketch_row = np.zeros(self._sketch.width)
-        factors = {
-            s.tensor.name: p.factors for n, p in enumerate(self._layout.parts) if p.factors for s in self._layout.segments_in(n)
-        }
-        check_factors(factors, checkpoint, where)
+        check_factors(factors_in(self._layout), checkpoint, where)
         for tensor in self._layout.tensors:
             if tensor.tied_to and not equal_tensors(checkpoint, tensor.name, tensor.tied_to):
                 raise CheckpointError(

@@ -7,13 +7,13 @@ or 16-bit copies of float32 masters. Gathering is collective: every process walk
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -28,21 +28,25 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A name without what FSDP, ``torch.compile``, activation checkpointing and DDP put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """A name without what FSDP, ``torch.compile`` and activation checkpointing put into it, and DDP in front of it."""
+    pieces = [piece for piece in name.split(".") if piece not in _WRAPPERS]
+    while len(pieces) > 1 and pieces[0] == "module":
+        del pieces[0]
+    return ".".join(pieces)
 
 
-def whole_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole tensor of every weight; each is good until the next one is asked for. Collective if they are sharded.
+def whole_weights(model: torch.nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole tensor of every weight, or of the ``wanted`` ones, the same on every process; each is good until the next
+    one is asked for. Collective if they are sharded.
 
     Under DeepSpeed these are the float32 masters of what is trained, whatever precision the model itself has.
     """
     if _fsdp_modules(model):
-        yield from _fsdp_weights(model)
+        yield from ((name, whole) for name, whole in _fsdp_weights(model) if wanted is None or name in wanted)
         return
     for name, weight in named_weights(model).items():
+        if wanted is not None and name not in wanted:
+            continue
         if _of_deepspeed(weight):
             yield name, _deepspeed_whole(weight)
         else:

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from relexkit.append import Appender, base_reader, check_tensors, read_columns
-from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, to_float32
-from relexkit.encoding import BLOCK, float_row
+from relexkit.append import Appender, base_reader, check_factors, check_tensors, factors_in, read_columns
+from relexkit.checkpoints import Checkpoint
+from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.errors import RelexkitError, StoreError
-from relexkit.layout import Encoding, Layout, build_layout
-from relexkit.live_weights import describe_weights, frozen_names, whole_weights
+from relexkit.layout import Encoding, Layout
+from relexkit.live_adapter import AdapterSnapshot, LiveAdapter, peft_model
+from relexkit.live_snapshot import Snapshot, check_equals, layout_of
+from relexkit.live_weights import frozen_names
 from relexkit.processes import Processes
-from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
 from relexkit.sketch import Sketch
 from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, blocks, create_store, describe_steps
 from relexkit.version import __version__
@@ -84,28 +85,27 @@ class Recorder:
     ):
         if every < 1:
             raise RelexkitError(f"every {every} is not a number of steps; expected 1 or more")
-        if hasattr(model, "peft_config"):
-            raise RelexkitError(
-                "the model is a PEFT adapter; save every step as an adapter (they are small), and record them with "
-                "`relexkit watch` or `relexkit import`, which keep the factors"
-            )
         self._model, self._every = model, every
         self._processes = Processes()
         self._written: Future[None] | None = None
         self._failure: BaseException | None = None
         self._metrics: dict[str, float] = {}
         self._committed: Future[None] | None = None
-        names = [name for name, _, _ in describe_weights(model)]
-        still = _still_names(names, frozen_names(model), include, exclude)
+        described: Checkpoint = Snapshot.described(model)
+        self._adapter = LiveAdapter(model, described.tensors) if peft_model(model) is not None else None
+        frozen = frozen_names(model)
+        if self._adapter is not None:
+            adapted = self._adapter.over(self._adapter.base(described, _model_files(model, None)))
+            described, frozen = adapted, set(adapted.still)
+        still = _still_names(list(described.tensors), frozen, include, exclude)
+        if self._adapter is not None:
+            self._adapter.leave_out(still)
         if resume_from is None:
-            base = _Snapshot.whole(model, keep=self._processes.rank == 0)
-            new = base.layout_for(encoding, still)
-            self._processes.lead(lambda: _create(path, model, base, new, mantissa_bits, tokenizer, source))
-            del base
+            self._create(path, described, encoding, still, mantissa_bits, tokenizer, source)
         writer = self._processes.lead(lambda: StoreWriter(path))
         self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
         try:
-            self._snapshot = self._position(resume_from, compare, still)
+            self._snapshot = self._position(described, resume_from, compare, still)
         except BaseException:
             self._writer.close()
             raise
@@ -129,18 +129,46 @@ class Recorder:
         """Steps ``[K]`` and sketches ``[K, width]`` up to the step before the last one given to ``record``; never changed."""
         self._pool = ThreadPoolExecutor(1)
 
-    def _position(self, resume_from: int | None, compare: bool, still: Collection[str]) -> _Snapshot:
+    def _create(
+        self,
+        path: str | Path,
+        described: Checkpoint,
+        encoding: Encoding,
+        still: Collection[str],
+        mantissa_bits: int,
+        tokenizer: Any,
+        source: str,
+    ) -> None:
+        """The store, by the first process, with the weights as they are as its base."""
+        whole = Snapshot.whole(self._model, keep=self._processes.rank == 0)
+        adapter, files = self._adapter, _model_files(self._model, tokenizer)
+        base: Checkpoint = whole
+        if adapter is not None:
+            adapter.copy(self._model, described.tensors)
+            files |= adapter.files()
+            base = adapter.base(whole, files)
+            self._processes.lead(lambda: adapter.refuse_if_begun(base))
+        layout = layout_of(described.tensors, encoding, still, adapter.factors if adapter else None)
+        self._processes.lead(lambda: _create_store(path, layout, base, files, mantissa_bits, source))
+
+    def _position(
+        self, described: Checkpoint, resume_from: int | None, compare: bool, still: Collection[str]
+    ) -> Snapshot | AdapterSnapshot:
         """Room for a copy of the weights, once the model is known to fit the store, which then ends with ``resume_from``."""
         store = self._writer.store
         expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
-        described = _Snapshot.described(self._model)
         self._processes.agree(lambda: check_tensors(expected, described, f"the store {store.path}", "the model"))
+        self._processes.agree(lambda: check_factors(factors_in(store.layout), described, "the model"))
         self._processes.agree(lambda: _check_still(store, still))
-        snapshot = _Snapshot(store.layout, _owned_parts(store.layout, self._processes.rank, self._processes.size), still)
+        owned = _owned_parts(store.layout, self._processes.rank, self._processes.size)
+        snapshot = AdapterSnapshot(self._adapter, store, owned) if self._adapter else Snapshot(store.layout, owned, still)
         if resume_from is not None:
             snapshot.copy(self._model)
+            if self._adapter is not None:
+                different = self._adapter.differs_from(self._model, store)
+                self._processes.agree(lambda: _refuse_other_base(different, store))
             if compare and resume_from % self._every == 0:
-                self._processes.agree(lambda: snapshot.check_equals(store, resume_from))
+                self._processes.agree(lambda: check_equals(snapshot, store, resume_from))
             self._processes.lead(lambda: self._writer.truncate(resume_from))
             if self._processes.rank:
                 self._writer.truncate(resume_from)
@@ -229,6 +257,8 @@ class Recorder:
         self._appender.write_parts(step, self._snapshot)
         if self._sketch is not None:
             self._sketch_row = self._appender.sketch_row + self._sketch.row(self._deltas())
+            for name, left, right in self._products():
+                self._sketch_row += self._sketch.product(name, left, right)
         self._appender.finish()
 
     def _commit_after(self, written: Future[None]) -> None:
@@ -241,7 +271,7 @@ class Recorder:
         store = self._writer.store
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
-            if spec.encoding in ("fixed", "float") or not self._snapshot.holds(part, store.layout):
+            if spec.encoding in ("fixed", "float", "factors") or not self._snapshot.holds(part, store.layout):
                 continue
             for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
                 current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")
@@ -249,6 +279,19 @@ class Recorder:
                 for segment in store.layout.segments_in(part, begin, end):
                     low = segment.offset - begin
                     yield segment.tensor.name, segment.start, delta[low : low + segment.numel]
+
+    def _products(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """The step's deltas of the owned parts with factors: tensor, scaled ``left [rows, r]``, ``right [r, columns]``."""
+        layout = self._writer.store.layout
+        if not isinstance(self._snapshot, AdapterSnapshot):
+            return
+        for part in self._snapshot.owned:
+            spec = layout.parts[part].factors
+            if spec is not None:
+                name = layout.segments_in(part)[0].tensor.name
+                values = to_float32(self._snapshot.factor_bits(name), spec.dtype)
+                left, right = values[: spec.rows * spec.rank], values[spec.rows * spec.rank :]
+                yield name, spec.scale * left.reshape(spec.rows, spec.rank), right.reshape(spec.rank, spec.columns)
 
     def _keep_sketch(self, rows: list[np.ndarray]) -> None:
         """Add the sketches of all processes, keep the sum with the step, and what it says with the metrics."""
@@ -278,8 +321,8 @@ class Recorder:
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
-def _create(
-    path: str | Path, model: Any, base: _Snapshot, layout: Layout, mantissa_bits: int, tokenizer: Any, source: str
+def _create_store(
+    path: str | Path, layout: Layout, base: Checkpoint, files: dict[str, bytes], mantissa_bits: int, source: str
 ) -> None:
     with contextlib.suppress(StoreError):  # none there, or one whose creation was interrupted
         there = TrajectoryStore(path)
@@ -288,9 +331,17 @@ def _create(
         )
     create_store(
         path, layout, base_reader(base, layout),
-        files=_model_files(model, tokenizer), source=source, base="the weights at the start of training",
+        files=files, source=source, base="the weights at the start of training",
         mantissa_bits=mantissa_bits if any(p.encoding == "float" for p in layout.parts) else None, version=__version__,
     )  # fmt: skip
+
+
+def _refuse_other_base(different: str | None, store: TrajectoryStore) -> None:
+    if different is not None:
+        raise RelexkitError(
+            f"{different!r} of the model's base differs from the base in {store.path}; expected the same base: load it as it "
+            "was when the store was made, with the adapter beside it and not merged"
+        )
 
 
 def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
@@ -347,124 +398,3 @@ def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
         loads[least] += layout.parts[part].numel
         owned[least].append(part)
     return sorted(owned[rank])
-
-
-# -- copies of the weights --------------------------------------------------------------------------------------------
-
-
-class _Snapshot:
-    """A copy of the owned parts of a model's weights, readable as a checkpoint."""
-
-    description = "the model"
-
-    def __init__(self, layout: Layout, owned: list[int], still: Collection[str] = ()):
-        import torch
-
-        self.owned = owned
-        self.tensors = {t.name: TensorInfo(t.shape, t.dtype) for t in layout.tensors}
-        self._pieces: dict[str, list[tuple[int, torch.Tensor]]] = {t.name: [] for t in layout.tensors}
-        for part in owned:
-            spec = layout.parts[part]
-            if spec.encoding != "fixed" and all(s.tensor.name in still for s in layout.segments_in(part)):
-                continue
-            dtype = getattr(torch, spec.dtype) if spec.encoding != "fixed" else torch.uint8
-            buffer = torch.empty(spec.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
-            for segment in layout.segments_in(part):
-                piece = buffer[segment.offset : segment.offset + segment.numel]
-                self._pieces[segment.tensor.name].append((segment.start, piece))
-
-    @classmethod
-    def described(cls, model: torch.nn.Module) -> _Snapshot:
-        """Names, shapes and dtypes of a model's weights, without values."""
-        weights = [(name, shape, _dtype_name(dtype)) for name, shape, dtype in describe_weights(model)]
-        return cls(build_layout(weights, _encodings("exact")), [])
-
-    @classmethod
-    def whole(cls, model: torch.nn.Module, *, keep: bool) -> _Snapshot:
-        """All weights; every process takes part in gathering them, those with ``keep`` hold them."""
-        described = cls.described(model)
-        layout = described.layout_for("exact")
-        snapshot = cls(layout, list(range(len(layout.parts))) if keep else [])
-        snapshot.copy(model)
-        return snapshot
-
-    def layout_for(self, encoding: Encoding, still: Collection[str] = ()) -> Layout:
-        """The layout of a store for these tensors."""
-        weights = [(name, info.shape, info.dtype) for name, info in self.tensors.items()]
-        return build_layout(weights, _encodings(encoding), still=still)
-
-    def copy(self, model: torch.nn.Module) -> None:
-        """Take over the model's weights, one tensor at a time. A collective call if they are sharded."""
-        import torch
-
-        with torch.no_grad():
-            for name, whole in whole_weights(model):
-                pieces = self._pieces[name]
-                if pieces:
-                    flat = whole.detach().contiguous().view(-1)
-                    flat = flat if pieces[0][1].dtype == flat.dtype else flat.view(torch.uint8)
-                for start, piece in pieces:
-                    piece.copy_(flat[start : start + len(piece)], non_blocking=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Raw bits of elements ``start:start+len(out)`` of an owned tensor."""
-        import torch
-
-        for first, piece in self._pieces[name]:
-            low, high = max(start, first), min(start + len(out), first + len(piece))
-            if low < high:
-                bits = torch.int32 if out.dtype.itemsize == 4 else torch.int16 if out.dtype.itemsize == 2 else torch.uint8
-                out[low - start : high - start] = piece[low - first : high - first].view(bits).numpy().view(out.dtype)
-
-    def holds(self, part: int, layout: Layout) -> bool:
-        """False for a part whose tensors are not recorded."""
-        return all(self._pieces[segment.tensor.name] for segment in layout.segments_in(part))
-
-    def check_equals(self, store: TrajectoryStore, step: int) -> None:
-        """The first block of every owned part holds what the store holds at ``step``, to its precision.
-
-        Raises:
-            RelexkitError: the model holds other weights.
-        """
-        row = store.row_of(step) if step else -1
-        read = base_reader(self, store.layout)
-        for part in self.owned:
-            spec = store.layout.parts[part]
-            if not self.holds(part, store.layout):
-                continue
-            end = min(spec.numel, BLOCK)
-            current = read(part, 0, end)
-            if row >= 0 and spec.encoding == "float":
-                delta = float_row(store.read_base(part, 0, end), current, spec.dtype, store.mantissa_bits or 23)
-                same = np.array_equal(delta, store.read_row(part, row, 0, end))
-            else:
-                same = np.array_equal(current, store.read_state(part, row, 0, end))
-            if not same:
-                raise RelexkitError(
-                    f"the model does not hold the weights of {f'step {step}' if step else 'the base'} of {store.path}; "
-                    "expected the state that was saved with it: load that state, or record into a new store"
-                )
-
-    def files(self) -> dict[str, bytes]:
-        """Nothing: files belong to the store."""
-        return {}
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: metrics come with the step."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in ITEM_BYTES:
-        raise RelexkitError(f"the model has a tensor of dtype {name}; expected one of {', '.join(ITEM_BYTES)}")
-    return name
-
-
-def _encodings(float32: Encoding) -> dict[str, Encoding]:
-    return {dtype: float32 if dtype == "float32" else "sparse" for dtype in FLOAT_DTYPES}

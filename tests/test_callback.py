@@ -227,16 +227,6 @@ def test_a_step_that_the_gradient_scaler_skipped_is_marked(tmp_path: Path) -> No
     assert store.checksums()[0].tolist() == store.checksums()[1].tolist()  # the weights did not move
 
 
-def test_a_peft_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from relexkit.callback import RecorderCallback
-
-    model = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(RelexkitError, match=r"the model is a PEFT adapter; save every step as an adapter .* `relexkit watch`"):
-        small_trainer(tmp_path / "run", RecorderCallback(tmp_path / "s.zarr"), model=model).train()
-
-
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path

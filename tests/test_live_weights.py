@@ -19,6 +19,12 @@ def test_prefixes_of_wrappers_are_left_out() -> None:
     )
 
 
+def test_a_module_of_the_model_keeps_a_name_that_resembles_a_wrapper() -> None:
+    model = torch.nn.ModuleDict({"attention_module": torch.nn.Linear(2, 2), "deep": torch.nn.ModuleDict()})
+    model["deep"]["module"] = torch.nn.Linear(2, 2)
+    assert list(named_weights(model)) == list(model.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch.jit
 def test_a_compiled_model_and_its_plain_one_have_the_same_names() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))

@@ -128,31 +128,22 @@ def find(folder: Path) -> Path | None:
     return next((folder / inside for inside in _INSIDE if (folder / inside / CONFIG).is_file()), None)
 
 
-class AdapterCheckpoint:
-    """One adapter as it is stored; see ``relexkit.checkpoints.Checkpoint``. Opening reads headers only.
+class Adapter:
+    """LoRA factors and whole tensors under the names that an adapter file gives them, wherever they lie.
 
     Attributes:
         factors: weights of the base whose delta is a product, with its shape, rank and scale.
         saved: weights and biases of the base that the adapter holds whole -> their names in the file.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.description = f"PEFT adapter {folder}"
-        config = _read_config(folder)
-        self._settings = read_settings(config, str(folder / CONFIG))
-        self.base_name = config.get("base_model_name_or_path")
-        safe = (folder / WEIGHTS).is_file()
-        if not safe and not (folder / WEIGHTS_BIN).is_file():
-            raise CheckpointError(f"{folder}: has {CONFIG} but no {WEIGHTS}; the step is incomplete")
-        reader = SafetensorsFiles if safe else TorchFiles
-        self._file = reader({folder / (WEIGHTS if safe else WEIGHTS_BIN): None})
-        self.tensors, self.read_into, self.close = self._file.tensors, self._file.read_into, self._file.close
-        try:
-            self._sort_tensors()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
+        self.where, self.tensors = where, tensors
+        self._settings = read_settings(config, f"{where}/{CONFIG}")
+        self._sort_tensors()
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Raw bits of elements ``start:start+len(out)`` of a stored tensor."""
+        raise NotImplementedError
 
     def _sort_tensors(self) -> None:
         """Decide for every stored tensor what it is; anything unknown is an error."""
@@ -168,17 +159,17 @@ class AdapterCheckpoint:
             elif short.endswith(".base_layer.weight"):
                 self.base_layers[short.removesuffix(".base_layer.weight") + ".weight"] = key
             elif ".lora_" in short or key == short:
-                raise CheckpointError(f"{self.folder}: holds {key!r}, which is no LoRA factor or whole tensor; {_MERGE}")
+                raise CheckpointError(f"{self.where}: holds {key!r}, which is no LoRA factor or whole tensor; {_MERGE}")
             else:
-                self.saved[_SAVED.sub("", short)] = key
+                self.saved[_SAVED.sub("", short).replace(".base_layer.", ".")] = key  # a trained bias of a target
         if not pairs:
-            raise CheckpointError(f"{self.folder}: holds no LoRA factors; the training did not gather them before saving")
+            raise CheckpointError(f"{self.where}: holds no LoRA factors; the training did not gather them before saving")
         self._keys: dict[str, tuple[str, str]] = {}
         self.factors: dict[str, Factors] = {}
         self.shapes: dict[str, tuple[int, ...]] = {name: self.tensors[key].shape for name, key in self.saved.items()}
         for (module, kind), sides in pairs.items():
             if set(sides) != {"A", "B"}:
-                raise CheckpointError(f"{self.folder}: {module!r} has only lora_{next(iter(sides))}; expected both factors")
+                raise CheckpointError(f"{self.where}: {module!r} has only lora_{next(iter(sides))}; expected both factors")
             self._keys[f"{module}.weight"] = sides["A"], sides["B"]
             self._describe(module, kind, sides["A"], sides["B"])
 
@@ -186,21 +177,21 @@ class AdapterCheckpoint:
         a, b = self.tensors[key_a], self.tensors[key_b]
         if len(a.shape) < 2 or len(b.shape) < 2 or not a.numel or not b.numel:
             raise CheckpointError(
-                f"{self.folder}: the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}; they were saved "
+                f"{self.where}: the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}; they were saved "
                 "without being gathered (DeepSpeed ZeRO-3 or FSDP): gather them before save_pretrained()"
             )
         if a.dtype not in FLOAT_DTYPES or a.dtype != b.dtype:
             raise CheckpointError(
-                f"{self.folder}: the factors of {module!r} are {a.dtype} and {b.dtype}; expected one float dtype"
+                f"{self.where}: the factors of {module!r} are {a.dtype} and {b.dtype}; expected one float dtype"
             )
         rank, scale = self._settings.rank_of(module), self._settings.scale_of(module)
         if a.shape[0] != rank or b.shape[1] != rank:
             raise CheckpointError(
-                f"{self.folder}: the factors of {module!r} have rank {a.shape[0]} and {b.shape[1]}; {CONFIG} says {rank}"
+                f"{self.where}: the factors of {module!r} have rank {a.shape[0]} and {b.shape[1]}; {CONFIG} says {rank}"
             )
         if scale == 0:
             raise CheckpointError(
-                f"{self.folder}: {module!r} has alpha 0, so its delta is zero; correct alpha_pattern in {CONFIG}"
+                f"{self.where}: {module!r} has alpha 0, so its delta is zero; correct alpha_pattern in {CONFIG}"
             )
         shape: tuple[int, ...] = (b.shape[0], *a.shape[1:])
         if kind == "linear" and len(a.shape) > 2:
@@ -230,8 +221,36 @@ class AdapterCheckpoint:
         self.read_into(key, 0, bits)
         bad = nonfinite_index(bits, info.dtype)
         if bad is not None:
-            raise CheckpointError(f"{self.folder}: {key!r} is NaN or infinite at element {bad}; expected finite factors")
+            raise CheckpointError(f"{self.where}: {key!r} is NaN or infinite at element {bad}; expected finite factors")
         return bits
+
+
+class AdapterCheckpoint(Adapter):
+    """One adapter as it is stored; see ``relexkit.checkpoints.Checkpoint``. Opening reads headers only."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.description = f"PEFT adapter {folder}"
+        config = _read_config(folder)
+        read_settings(config, str(folder / CONFIG))  # before any weights are looked for
+        self.base_name = config.get("base_model_name_or_path")
+        safe = (folder / WEIGHTS).is_file()
+        if not safe and not (folder / WEIGHTS_BIN).is_file():
+            raise CheckpointError(f"{folder}: has {CONFIG} but no {WEIGHTS}; the step is incomplete")
+        self._file = (SafetensorsFiles if safe else TorchFiles)({folder / (WEIGHTS if safe else WEIGHTS_BIN): None})
+        try:
+            super().__init__(str(folder), config, self._file.tensors)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See ``relexkit.checkpoints.Checkpoint``."""
+        self._file.read_into(name, start, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def files(self) -> dict[str, bytes]:
         """Adapter configuration and tokenizer."""
@@ -256,7 +275,7 @@ class AdaptedCheckpoint:
         CheckpointError: the base lacks an adapted tensor, has it with another shape, or is another base.
     """
 
-    def __init__(self, adapter: AdapterCheckpoint, base: Checkpoint, opened: Checkpoint):
+    def __init__(self, adapter: Adapter, base: Checkpoint, opened: Checkpoint):
         self._adapter, self._base = adapter, base
         self.description, self.files, self.metrics, self.close = opened.description, opened.files, opened.metrics, opened.close
         self.factors, self.factor_bits = adapter.factors, adapter.factor_bits
@@ -265,9 +284,7 @@ class AdaptedCheckpoint:
         for name, key in adapter.base_layers.items():
             self._check_in_base(name, adapter.tensors[key].shape)
             if not self._equals_base(key, name):
-                raise CheckpointError(
-                    f"{adapter.folder}: {key!r} differs from the base; the adapter was trained on another one"
-                )
+                raise CheckpointError(f"{adapter.where}: {key!r} differs from the base; the adapter was trained on another one")
         self.tensors: dict[str, TensorInfo] = {
             name: adapter.tensors[adapter.saved[name]] if name in adapter.saved else info for name, info in base.tensors.items()
         }
@@ -276,7 +293,7 @@ class AdaptedCheckpoint:
         self._refuse_tied()
 
     def _check_in_base(self, name: str, shape: tuple[int, ...]) -> None:
-        info, folder = self._base.tensors.get(name), self._adapter.folder
+        info, folder = self._base.tensors.get(name), self._adapter.where
         if info is None:
             raise CheckpointError(
                 f"{folder}: adapts {name!r}, which the base does not have; give the base that the adapter was trained on "
@@ -292,7 +309,7 @@ class AdaptedCheckpoint:
         heads = [n for n in self._base.tensors if n.endswith(_HEADS)]
         if ends and not heads and _says_tied(self._base.files().get("config.json", b"{}")):
             raise CheckpointError(
-                f"{self._adapter.folder}: adapts {ends[0]!r}, which the base ties to its output head; the adapter "
+                f"{self._adapter.where}: adapts {ends[0]!r}, which the base ties to its output head; the adapter "
                 "changes one of the two, a merged checkpoint would change both: save the base with both tensors and "
                 "tie_word_embeddings false"
             )
@@ -302,25 +319,29 @@ class AdaptedCheckpoint:
         if name in self._adapter.saved:
             self._adapter.read_into(self._adapter.saved[name], start, out)
         elif name in self.factors:
-            raise CheckpointError(f"{self._adapter.folder}: {name!r} is adapted; read its factors")
+            raise CheckpointError(f"{self._adapter.where}: {name!r} is adapted; read its factors")
         else:
             self._base.read_into(name, start, out)
 
-    def refuse_zero(self) -> None:
-        """Refuse an adapter whose delta is zero in every tensor.
-
-        Raises:
-            CheckpointError: it is.
-        """
+    def is_zero(self) -> bool:
+        """True if the delta is zero in every tensor; reads the factors and the whole tensors."""
         for name, spec in self.factors.items():
             bits = self.factor_bits(name)
             magnitude = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # without the sign: -0.0 is zero too
             cut = spec.rows * spec.rank
             if (bits[:cut] & magnitude).any() and (bits[cut:] & magnitude).any():
-                return
-        if all(self._equals_base(key, name) for name, key in self._adapter.saved.items()):
+                return False
+        return all(self._equals_base(key, name) for name, key in self._adapter.saved.items())
+
+    def refuse_zero(self) -> None:
+        """Refuse an adapter without effect.
+
+        Raises:
+            CheckpointError: its delta is zero in every tensor.
+        """
+        if self.is_zero():
             raise CheckpointError(
-                f"{self._adapter.folder}: every delta of the adapter is zero; the step was not trained (learning rate 0), "
+                f"{self._adapter.where}: every delta of the adapter is zero; the step was not trained (learning rate 0), "
                 "was not gathered before saving, or holds the initial adapter: leave it out with --steps"
             )
 
