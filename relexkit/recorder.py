@@ -6,7 +6,7 @@
 
 Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in the same order: each writes
 the parts of the store that it owns, the first one creates the store and commits. Sharded parameters (``DTensor``, as FSDP2 has
-them) are gathered one at a time.
+them) are gathered one at a time. Of a PEFT model the factors of its adapter are recorded, over the base as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Recorder:
     while the base is written); 16-bit parameters take a second one, of the step before.
 
     Args:
-        model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names.
+        model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names. Of a
+            PEFT model (LoRA, one active adapter, new) the base and, of every step, factors and whole tensors of the adapter.
         every: record only the steps that are multiples of this.
         include, exclude: regular expressions, searched for in tensor names. What matches no ``include`` (if there are any) or
             matches an ``exclude`` keeps the base's values in every step, and so does what is not trained.

@@ -1,5 +1,7 @@
 """Adapters recorded from inside the run, against PEFT's own files and its own merge."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,106 @@ def test_the_sketch_of_a_product_estimates_inner_products_without_its_dense_form
     bound = (8 / 2**12) ** 0.5
     assert np.std(found) < bound
     assert np.mean(found) == pytest.approx(exact, abs=3 * bound / len(found) ** 0.5)
+
+
+SHARDED = """
+import sys
+import subprocess
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+sys.path.insert(0, {tests!r})
+from test_live_adapter import adapted
+from relexkit import Recorder
+
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo")
+model = plain = adapted("whole tensors and biases", modules_to_save=["down_proj"])
+layers = model.base_model.model.model.layers
+if kind == "fsdp2":
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+elif kind == "fsdp1":
+    options = {{"use_orig_params": True, "device_id": torch.device("cpu")}}
+    for index in range(len(layers)):
+        layers[index] = FullyShardedDataParallel(layers[index], **options)
+    model = FullyShardedDataParallel(model, **options)
+else:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+with Recorder(model, folder / "s.zarr", encoding="exact") as recorder:
+    for step in range(1, 4):
+        tokens = torch.arange(12).reshape(2, 6) * (dist.get_rank() + step) % 30
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.record(step)
+if kind == "fsdp2":
+    whole = {{name: p.full_tensor() for name, p in model.state_dict().items()}}
+elif kind == "fsdp1":
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        whole = {{n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in model.named_parameters()}}
+else:
+    whole = plain.state_dict()
+if dist.get_rank() == 0:
+    torch.save(whole, folder / "whole.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_two_processes_record_the_whole_adapter(kind: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED.format(tests=str(Path(__file__).parent)))
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run([*launch, str(script), str(tmp_path), kind], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    store, whole = TrajectoryStore(tmp_path / "s.zarr"), torch.load(tmp_path / "whole.pt")
+    store.verify()
+    assert store.steps.tolist() == [1, 2, 3]
+    written = load_file(checkout_adapter(store, 3, tmp_path / "out") / "adapter_model.safetensors")
+    live = {
+        n.replace(".modules_to_save.default", "").replace(".default", ""): t
+        for n, t in whole.items()
+        if "lora_" in n
+        or "modules_to_save" in n
+        or n.endswith("_proj.base_layer.bias")
+        or n.endswith(("k_proj.bias", "v_proj.bias"))
+    }
+    assert written.keys() == live.keys()
+    assert all(torch.equal(written[name], live[name]) for name in live)
+
+
+@pytest.mark.slow
+def test_lora_in_trl_is_recorded_as_the_adapters_that_trl_saves(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tiny_models import tiny_tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from relexkit.callback import RecorderCallback
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "run"), max_steps=3, save_steps=1, logging_steps=1, per_device_train_batch_size=4,
+        num_generations=4, max_completion_length=4, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False,
+        beta=0.1, gradient_checkpointing=False, disable_tqdm=True, save_only_model=True,
+    )  # fmt: skip
+    GRPOTrainer(
+        model=adapted().unload(), args=config, processing_class=tiny_tokenizer(),
+        reward_funcs=lambda completions, **_: [float(c.count('1')) for c in completions],
+        train_dataset=Dataset.from_dict({"prompt": ["1+2=", "3+4="] * 6}), callbacks=[RecorderCallback(tmp_path / "s.zarr")],
+        peft_config=LoraConfig(**LORA["plain"], task_type="CAUSAL_LM"),
+    ).train()  # fmt: skip
+    store = TrajectoryStore(tmp_path / "s.zarr")
+    assert store.steps.tolist() == [1, 2, 3]
+    assert np.isfinite(store.metrics()["reward"]).all()
+    for step in (1, 3):
+        ours = load_file(checkout_adapter(store, step, tmp_path / f"out-{step}") / "adapter_model.safetensors")
+        theirs = load_file(tmp_path / f"run/checkpoint-{step}" / "adapter_model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
