@@ -1,9 +1,11 @@
 """The callback in transformers' Trainer and TRL, against the checkpoints that they save themselves."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,13 @@ from safetensors.torch import load_file
 from relexkit import RelexkitError, StoreError, TrajectoryStore, checkout, import_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and TRL, about themselves
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Files that the trainers left open are closed, with a warning, here and not in another test."""
+    yield
+    gc.collect()
 
 
 def small_model(seed: int = 0) -> Any:

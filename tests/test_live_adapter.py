@@ -1,7 +1,9 @@
 """Adapters recorded from inside the run, against PEFT's own files and its own merge."""
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from relexkit.adapters import checkout_adapter
 from relexkit.sketch import Sketch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Files that the trainers left open are closed, with a warning, here and not in another test."""
+    yield
+    gc.collect()
+
 
 LORA: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]},
