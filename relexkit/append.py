@@ -29,7 +29,7 @@ WIDENED = {"float32": ("bfloat16", "float16")}
 _WORKERS = min(4, os.cpu_count() or 1)
 _STRETCH = 2**20  # elements of a dense part that are read and differenced at a time: a chunk of the base
 _LARGE = np.float32(2.0**127)  # rounding takes no smaller number beyond the largest
-_QUEUE_BYTES = 2**26  # encoded but not yet written; a larger array waits until the queue is empty
+_QUEUE_BYTES = 2**24  # encoded but not yet written; a larger array waits until the queue is empty
 
 
 def check_tensors(

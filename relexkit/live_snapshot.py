@@ -13,7 +13,7 @@ from relexkit.dtypes import FLOAT_DTYPES
 from relexkit.encoding import BLOCK, float_row
 from relexkit.errors import RelexkitError
 from relexkit.layout import Encoding, Factors, Layout, build_layout
-from relexkit.live_weights import describe_weights, whole_weights
+from relexkit.live_weights import are_whole, describe_weights, whole_weights
 from relexkit.safetensors_io import ITEM_BYTES, TensorInfo
 from relexkit.store import TrajectoryStore
 
@@ -53,8 +53,19 @@ class Snapshot:
 
     @classmethod
     def whole(cls, model: torch.nn.Module, *, keep: bool) -> Snapshot:
-        """All weights; every process takes part in gathering them, those with ``keep`` hold them."""
+        """All weights; every process takes part in gathering them, those with ``keep`` hold them.
+
+        Where nothing has to be gathered they are the model's own, not copied, good until the next optimizer step.
+        """
+        import torch
+
         described = cls.described(model)
+        if are_whole(model):
+            for name, weight in whole_weights(model) if keep else ():
+                flat = weight.detach().contiguous().view(-1)
+                floats = described.tensors[name].dtype in FLOAT_DTYPES
+                described._pieces[name] = [(0, flat if floats else flat.view(torch.uint8))]
+            return described
         layout = layout_of(described.tensors, "exact")
         snapshot = cls(layout, list(range(len(layout.parts))) if keep else [])
         snapshot.copy(model)
@@ -83,7 +94,7 @@ class Snapshot:
             low, high = max(start, first), min(start + len(out), first + len(piece))
             if low < high:
                 bits = torch.int32 if out.dtype.itemsize == 4 else torch.int16 if out.dtype.itemsize == 2 else torch.uint8
-                out[low - start : high - start] = piece[low - first : high - first].view(bits).numpy().view(out.dtype)
+                out[low - start : high - start] = piece[low - first : high - first].cpu().view(bits).numpy().view(out.dtype)
 
     def holds(self, part: int, layout: Layout) -> bool:
         """False for a part whose tensors are not recorded."""

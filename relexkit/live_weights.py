@@ -53,6 +53,13 @@ def whole_weights(model: torch.nn.Module, wanted: Collection[str] | None = None)
             yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
+def are_whole(model: torch.nn.Module) -> bool:
+    """True if every weight is here as it is, with nothing to gather."""
+    return not _fsdp_modules(model) and not any(
+        _of_deepspeed(weight) or hasattr(weight, "full_tensor") for weight in named_weights(model).values()
+    )
+
+
 def describe_weights(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, whole shape and dtype of every weight, as ``whole_weights`` gives them. Gathers only where nothing else tells."""
     weights = named_weights(model) if not _fsdp_modules(model) else {}

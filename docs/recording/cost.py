@@ -8,8 +8,10 @@ machine whose processor also trains, the processor seconds of both compete, so t
 """
 
 import argparse
+import ctypes
+import gc
 import json
-import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,40 +57,61 @@ def train(out: Path, steps: int, rollouts: int) -> Clock:
 
 def record(out: Path, sketch: bool, steps: int) -> dict:
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    found = {"waits": [], "until committed": [], "processor": []}
-    before = peak_bytes()
-    with Recorder(model, out / f"cost-{'sketch' if sketch else 'plain'}.zarr", sketch=sketch) as recorder:
+    for parameter in model.parameters():  # memory of its own, not pages of the file
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    found = {"waits": [], "until committed": [], "processor": [], "peak bytes": []}
+    before = memory("VmRSS")
+    path = out / f"cost-{'sketch' if sketch else 'plain'}.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    restart_peak()
+    with Recorder(model, path, sketch=sketch) as recorder:
+        found["peak bytes at the start"] = memory("VmHWM") - before
         for step in range(1, steps + 1):
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter += 3e-6 * torch.randn_like(parameter)
+                    for piece in parameter.view(-1).split(2**18):
+                        piece += 3e-6 * torch.randn_like(piece)
+            restart_peak()
             wall, processor = time.perf_counter(), time.process_time()
             recorder.record(step)
             found["waits"].append(time.perf_counter() - wall)
             recorder.flush()
             found["until committed"].append(time.perf_counter() - wall)
             found["processor"].append(time.process_time() - processor)
-    found["peak bytes above the model"] = peak_bytes() - before
+            found["peak bytes"].append(memory("VmHWM") - before)
     found["weights"] = sum(p.numel() * 4 for p in model.parameters())
     return found
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(kind: str) -> int:
+    """Bytes: ``VmRSS`` now, ``VmHWM`` the most since ``restart_peak``. Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(kind)))
+
+
+def restart_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="GRPO steps; 0 for the recorder alone")
     parser.add_argument("--rollouts", type=int, default=16)
     options = parser.parse_args()
     if not (options.out / "base").exists():
         write_base(options.out / "base")
-    result = {name: record(options.out, sketch, 4) for name, sketch in (("recorder", False), ("recorder with sketch", True))}
-    del result["recorder with sketch"]["peak bytes above the model"]  # the process's peak is that of the first recorder
-    clock = train(options.out, options.steps, options.rollouts)
-    result["TRL step"] = {"wall": clock.wall, "processor": clock.processor, "rollouts": options.rollouts}
+    with Recorder(torch.nn.Linear(2, 2), options.out / "warm.zarr") as recorder:  # what is loaded once does not count
+        recorder.record(1)
+    shutil.rmtree(options.out / "warm.zarr")
+    result = {}
+    for name, sketch in (("recorder", False), ("recorder with sketch", True)):
+        result[name] = record(options.out, sketch, 4)
+    if options.steps:
+        clock = train(options.out, options.steps, options.rollouts)
+        result["TRL step"] = {"wall": clock.wall, "processor": clock.processor, "rollouts": options.rollouts}
     (options.out / "cost.json").write_text(json.dumps(result, indent=1))
 
 
