@@ -47,8 +47,9 @@ class Recorder:
     A new store takes the weights as they are as its base. An existing one is continued from ``resume_from``; the steps after
     it are removed, because training goes on from there.
 
-    Memory: one copy of the weights (with several processes, of the parts that each owns; of a sharded model the first one holds
-    a whole copy while the base is written) and about 110 MB, or of a PEFT model its adapter; 16-bit parameters take a second one, of the step before.
+    Memory: one copy of the weights, or of a PEFT model's adapter, and about 110 MB; 16-bit parameters take a second copy, of
+    the step before. With several processes, of the parts that each owns; of a sharded model the first process holds a whole
+    copy while the base is written.
 
     Args:
         model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names. Of a
@@ -104,6 +105,7 @@ class Recorder:
             self._adapter.leave_out(still)
         if resume_from is None:
             self._create(path, described, encoding, still, mantissa_bits, tokenizer, source)
+            _give_back_memory()
         writer = self._processes.lead(lambda: StoreWriter(path))
         self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
         try:
@@ -152,8 +154,6 @@ class Recorder:
             self._processes.lead(lambda: adapter.refuse_if_begun(base))
         layout = layout_of(described.tensors, encoding, still, adapter.factors if adapter else None)
         self._processes.lead(lambda: _create_store(path, layout, base, files, mantissa_bits, source))
-        del whole, base
-        _give_back_memory()
 
     def _position(
         self, described: Checkpoint, resume_from: int | None, compare: bool, still: Collection[str]

@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from runs import write_checkpoint
+from safetensors.torch import save_file
 from sharded import write_dcp, write_verl, write_zero
 
 from relexkit.checkpoints import open_checkpoint
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype
-from relexkit.errors import CheckpointError
+from relexkit.errors import CheckpointError, StoreError
+from relexkit.importer import import_checkpoints
+from relexkit.store import TrajectoryStore
 
 MEMORY_BYTES = 2**29
 """Address space that one format's readings may take beyond what the process has when they begin."""
@@ -49,7 +52,39 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "dcp": lambda folder: write_dcp(folder, TENSORS, 2),
     "zero-2": lambda folder: write_zero(folder, TENSORS, 2, stage=2),
     "zero-3": lambda folder: write_zero(folder, TENSORS, 2, stage=3),
+    "peft": lambda folder: write_adapter(folder, safe=True),
+    "peft-bin": lambda folder: write_adapter(folder, safe=False),
+    "store": lambda folder: write_store(folder),
 }
+
+
+def write_adapter(folder: Path, *, safe: bool) -> None:
+    """A LoRA adapter with a pattern and a whole tensor, as PEFT writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{name}": torch.ones(shape)
+        for name, shape in (
+            ("layers.0.q.lora_A.weight", (2, 5)), ("layers.0.q.lora_B.weight", (3, 2)), ("norm.weight", (4,)),
+            ("layers.1.q.lora_A.weight", (1, 5)), ("layers.1.q.lora_B.weight", (3, 1)),
+        )
+    }  # fmt: skip
+    if safe:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    else:
+        torch.save(tensors, folder / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {r"^layers\.1.*q$": 1}, "use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_store(folder: Path) -> None:
+    """A small trajectory store with sparse, dense and fixed parts."""
+    if (folder / "zarr.json").exists():
+        return
+    run = folder.with_name(f"{folder.name}-run")
+    for step in (0, 1, 2):
+        moved = {n: t + step * 1e-3 if t.is_floating_point() else t for n, t in TENSORS.items()}
+        write_checkpoint(run / f"checkpoint-{step}", moved)
+    import_checkpoints(run, folder)
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
@@ -76,7 +111,10 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def read_all(folder: Path) -> None:
-    """Open a checkpoint and read every element of it, as the import does, by blocks."""
+    """Open a checkpoint and read every element of it, as the import does, by blocks; or a store, and check it."""
+    if (folder / "zarr.json").exists():
+        TrajectoryStore(folder).verify()
+        return
     checkpoint = open_checkpoint(folder)
     try:
         checkpoint.files()
@@ -104,7 +142,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> dict[str, int]:
         try:
             read_all(folder)
             outcome["read"] += 1
-        except CheckpointError:
+        except (CheckpointError, StoreError):
             outcome["refused"] += 1
         finally:
             signal.alarm(0)

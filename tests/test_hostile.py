@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
 
+import google_crc32c
 import pytest
 import torch
+from fuzz_readers import WRITERS, read_all
 from runs import write_checkpoint
-from sharded import write_dcp
+from sharded import Malicious, write_dcp
 
 from relexkit.checkpoints import open_checkpoint, open_run
-from relexkit.errors import CheckpointError
+from relexkit.checkpoints.peft import read_settings
+from relexkit.errors import CheckpointError, StoreError
+from relexkit.store import TrajectoryStore
 
 SCRIPT = Path(__file__).with_name("fuzz_readers.py")
-FORMATS = ("safetensors", "safetensors-index", "bin", "verl", "dcp", "zero-2", "zero-3")
+FORMATS = ("safetensors", "safetensors-index", "bin", "verl", "dcp", "zero-2", "zero-3", "peft", "peft-bin", "store")
 
 
 def fuzz(folder: Path, count: int, *formats: str) -> dict[str, dict[str, int]]:
@@ -67,6 +74,85 @@ def test_a_dtype_that_no_store_can_hold_is_refused_by_name(tmp_path: Path) -> No
     for folder in (tmp_path / "dcp", tmp_path):
         with pytest.raises(CheckpointError, match=r"complex64|ComplexFloatStorage"):
             open_checkpoint(folder)
+
+
+PICKLED = [name for name in FORMATS if name not in ("safetensors", "safetensors-index", "peft", "store")]
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_code_in_any_file_of_any_format_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / "step")
+    files = pickled_files(tmp_path / "step")
+    assert files
+    for path in files:
+        original = path.read_bytes()
+        if path.suffix == ".distcp":  # a chunk lies at its place: the pickle of the archive is exchanged
+            continue  # tests/test_dcp.py
+        if original[:2] == b"PK":
+            torch.save(Malicious(tmp_path / "executed"), path)
+        else:
+            path.write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+        with pytest.raises(CheckpointError, match=r"cannot be read safely: it refers to 'posix\.mkdir'"):
+            read_all(tmp_path / "step")
+        path.write_bytes(original)
+    read_all(tmp_path / "step")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_an_archive_that_would_unpack_to_more_than_its_size_is_refused_unread(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / "step")
+    bomb = tmp_path / "bomb"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**27))
+    for path in pickled_files(tmp_path / "step"):
+        original = path.read_bytes()
+        path.write_bytes(bomb.read_bytes())
+        tracemalloc.start()
+        with pytest.raises(CheckpointError):
+            read_all(tmp_path / "step")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("safetensors", "config.json"), ("safetensors-index", "model.safetensors.index.json"), ("peft", "adapter_config.json"),
+     ("verl", "huggingface/tokenizer.json")],
+)  # fmt: skip
+def test_a_small_file_that_is_huge_is_refused_unread(tmp_path: Path, name: str, file: str) -> None:
+    WRITERS[name](tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    with (tmp_path / file).open("wb") as sparse:
+        sparse.truncate(2**40)
+    with pytest.raises(CheckpointError, match=rf"{Path(file).name}: has more than [\d,]+ bytes"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "a?" * 30 + "a" * 30, "(a|a)" * 30, ".*.*.*.*.*x", "a{1,9}{1,9}{1,9}"]
+)
+def test_a_pattern_that_could_be_tried_for_ever_is_refused(pattern: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {pattern: 1}}
+    with pytest.raises(CheckpointError, match="of module names is too complex to be tried safely"):
+        read_settings(config, "x").rank_of("a" * 60 + "!")
+
+
+def test_an_index_of_a_store_that_points_far_beyond_its_shard_is_refused(tmp_path: Path) -> None:
+    WRITERS["store"](tmp_path / "store")
+    shard = next(p for p in sorted((tmp_path / "store" / "base").rglob("*")) if p.is_file() and p.name != "zarr.json")
+    content = bytearray(shard.read_bytes())
+    count = 1
+    content[-20:-4] = struct.pack("<QQ", 0, 2**40) * count
+    content[-4:] = struct.pack("<I", google_crc32c.value(bytes(content[-20:-4])))
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="the shard is truncated"):
+        TrajectoryStore(tmp_path / "store").verify()
 
 
 @pytest.mark.slow

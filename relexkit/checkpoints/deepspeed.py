@@ -18,6 +18,7 @@ from relexkit.checkpoints.huggingface import model_files, trainer_metrics
 from relexkit.checkpoints.key_names import model_names
 from relexkit.checkpoints.regions import Block, Chunk, PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
 from relexkit.checkpoints.safe_pickle import Record
+from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.torch_files import StoredTensor, TorchFile, shape_of
 from relexkit.errors import CheckpointError
 from relexkit.safetensors_io import TensorInfo
@@ -39,7 +40,7 @@ def find(folder: Path) -> Path | None:
     tags = sorted(path for path in folder.iterdir() if _TAG.fullmatch(path.name) and _has_zero_files(path))
     if len(tags) > 1:
         latest = folder / "latest"
-        named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+        named = read_small(latest, 1000).decode(errors="replace").strip() if latest.is_file() else ""
         tags = [path for path in tags if path.name == named] or tags[-1:]
     return tags[0] if tags else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from relexkit.checkpoints.regions import PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
+from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.torch_files import StoredTensor, TorchFile, tensors_in
 from relexkit.errors import CheckpointError
 from relexkit.safetensors_io import SafetensorsFile, TensorInfo
@@ -25,7 +26,6 @@ _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's FULL_STATE_DICT
 _WEIGHTS = (_SAFE, _SAFE_INDEX, _BIN, _BIN_INDEX, _FSDP_BIN)  # the order in which transformers looks, then accelerate's
 
-_MAX_INDEX_BYTES = 100_000_000
 _MODEL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
     r"|video_preprocessor_config|processor_config|tekken|chat_template)\.(json|jinja|txt|model)|merges\.txt|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
@@ -37,9 +37,7 @@ def model_files(folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
         return {}
     return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.is_file() and _MODEL_FILES.fullmatch(path.name)
+        path.name: read_small(path) for path in sorted(folder.iterdir()) if path.is_file() and _MODEL_FILES.fullmatch(path.name)
     }
 
 
@@ -49,11 +47,11 @@ def trainer_metrics(folder: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(read_small(path))
         entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
         merged = {key: value for entry in entries for key, value in entry.items() if key not in ("step", "epoch")}
         numbers = {key: float(value) for key, value in merged.items() if isinstance(value, int | float)}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
@@ -103,9 +101,7 @@ def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
         return {folder / kind: None}
     path = folder / kind
     try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"it has more than {_MAX_INDEX_BYTES:,} bytes")
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(read_small(path))["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             by_file.setdefault(str(file), []).append(str(tensor))

@@ -20,6 +20,7 @@ import numpy as np
 
 from relexkit.checkpoints import Checkpoint, Run
 from relexkit.checkpoints.huggingface import SafetensorsFiles, TorchFiles, model_files, trainer_metrics
+from relexkit.checkpoints.small_files import read_small
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
 from relexkit.errors import CheckpointError
 from relexkit.layout import Factors
@@ -33,6 +34,7 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.defau
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _TIED_ENDS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_MAX_CONFIG_BYTES = 10_000_000
 _MERGE = "merge every step with PEFT's merge_and_unload() and save_pretrained(), and import the merged folders"
 
 _READ = ("r", "lora_alpha", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_type")
@@ -78,12 +80,26 @@ class AdapterSettings:
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that is the whole module path or a dotted end of it."""
     for pattern, value in patterns.items():
+        if module == pattern or module.endswith(f".{pattern}"):
+            return value
+        _refuse_slow(pattern, module)
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error:
             raise CheckpointError(f"{CONFIG}: {pattern!r} is not a valid pattern of module names") from None
     return default
+
+
+def _refuse_slow(pattern: str, module: str) -> None:
+    """Refuse a pattern whose search could take longer than a little: few repetitions and choices, and none of a group."""
+    plain = re.sub(r"\\.|\[[^\]]*\]|\(\?:", "", pattern)
+    repetitions = len(re.findall(r"[*+?{]", plain))
+    if repetitions > 2 or plain.count("|") > 8 or re.search(r"\)[*+?{]", plain) or max(len(pattern), len(module)) > 500:
+        raise CheckpointError(
+            f"{CONFIG}: the pattern {pattern[:80]!r} of module names is too complex to be tried safely; write the names of the "
+            "modules there"
+        )
 
 
 def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
@@ -254,7 +270,7 @@ class AdapterCheckpoint(Adapter):
 
     def files(self) -> dict[str, bytes]:
         """Adapter configuration and tokenizer."""
-        return {**model_files(self.folder), CONFIG: (self.folder / CONFIG).read_bytes()}
+        return {**model_files(self.folder), CONFIG: read_small(self.folder / CONFIG)}
 
     def metrics(self) -> dict[str, float]:
         """See ``trainer_metrics``."""
@@ -415,7 +431,7 @@ def named_base(run: Run, step: int) -> str | None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = json.loads(read_small(folder / CONFIG, _MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG}: is not valid JSON ({error}); write or download it again") from None
     if not isinstance(config, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats import FORMATS, Format
+from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError
 
@@ -190,8 +191,8 @@ def unfinished_reason(folder: Path, label: int) -> str | None:
         return f"{folder}: has no STABLE, which prime-rl writes last: it was being written"
     marker = folder.parent / "latest_checkpointed_iteration.txt"
     try:
-        latest = int(marker.read_text()) if marker.is_file() else label
-    except (OSError, ValueError):
+        latest = int(read_small(marker, 1000)) if marker.is_file() else label
+    except (CheckpointError, ValueError):
         latest = label
     return f"{folder}: was being written: {marker.name} says {latest}" if label > latest else None
 
@@ -278,7 +279,7 @@ def _step_map_file(path: Path) -> Callable[[int], int | None]:
     if not path.is_file():
         raise CheckpointError(f"--step-map {path} is neither a number nor a file; expected a factor or a JSON file")
     try:
-        table = {int(label): step for label, step in json.loads(path.read_text()).items()}
+        table = {int(label): step for label, step in json.loads(read_small(path)).items()}
         if any(type(step) is not int or step < 0 for step in table.values()):
             raise ValueError("a step is no whole number")
     except (ValueError, AttributeError, RecursionError) as error:

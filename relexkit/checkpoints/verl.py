@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from relexkit.checkpoints.huggingface import model_files
 from relexkit.checkpoints.regions import Chunk, PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
+from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.torch_files import DTENSOR_NAMES, ShardedTensor, StoredTensor, TorchFile, tensors_in
 from relexkit.errors import CheckpointError
 from relexkit.safetensors_io import TensorInfo
@@ -92,8 +93,8 @@ def _world_size(folder: Path) -> int:
 
 def _configured_world_size(folder: Path) -> int:
     try:
-        return int(json.loads((folder / "fsdp_config.json").read_text())["world_size"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return int(json.loads(read_small(folder / "fsdp_config.json"))["world_size"])
+    except (CheckpointError, ValueError, KeyError, TypeError, RecursionError):
         return -1
 
 

@@ -131,14 +131,16 @@ class TrajectoryStore:
         indptr = self.indptr(part)[row, first : last + 1]
         low, high = int(indptr[0]), int(indptr[-1])
         name = f"updates/{part}"
-        if low == high:
-            return np.empty(0, np.int32), np.empty(0, self._arrays.array(f"{name}/data").dtype)
         where = partial(self._where, row, part, begin)
+        if low == high:
+            return np.empty(0, np.int32), np.empty(
+                0, self._arrays.guard(where, lambda: self._arrays.array(f"{name}/data").dtype)
+            )
         gaps = self._arrays.guard(where, lambda: self._arrays.read(f"{name}/indices", row, low, high))
         differences = self._arrays.guard(where, lambda: self._arrays.read(f"{name}/data", row, low, high))
         if not differences.all():
             self._damaged(row, part, begin, "a chunk is missing")
-        columns = decode_columns(gaps, indptr, first)
+        columns = self._arrays.guard(where, lambda: decode_columns(gaps, indptr, first))
         if columns[0] < begin or columns[-1] >= end:
             self._damaged(row, part, begin, "columns lie outside their block")
         return columns, differences
@@ -166,7 +168,7 @@ class TrajectoryStore:
         """Columns of a dense part that are compressed together: reading fewer decodes as many."""
         if self.layout.parts[part].encoding == "factors":
             return READ_WINDOW["factors"]
-        return int(self._arrays.array(f"deltas/{part}").chunks[-1])
+        return self._arrays.guard(f"the deltas of part {part}", lambda: int(self._arrays.array(f"deltas/{part}").chunks[-1]))
 
     def read_row(self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base.
@@ -232,7 +234,7 @@ class TrajectoryStore:
 
     def sketches(self) -> np.ndarray | None:
         """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None if there are none."""
-        if "sketches" not in self._group:
+        if not self._arrays.guard("the sketches", lambda: "sketches" in self._group):
             return None
         rows = [
             self._arrays.guard(f"the sketch of step {s}", partial(self._read_sketch, row)) for row, s in enumerate(self.steps)

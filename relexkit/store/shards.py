@@ -52,6 +52,8 @@ class _LocalFiles:
     def read(self, key: str, offset: int, length: int) -> bytes:
         fd = os.open(f"{self._folder}/{key}", os.O_RDONLY)
         try:
+            if offset + length > os.fstat(fd).st_size:  # before memory is taken for it
+                raise ValueError("the shard is truncated")
             return os.pread(fd, length, offset)
         finally:
             os.close(fd)
@@ -113,7 +115,7 @@ class ShardReader:
         if (places == _MISSING).any():
             raise ValueError("a chunk is missing")  # the store writes chunks of fill values too
         offset = int(places[:, 0].min())
-        num_bytes = int(places.sum(axis=1).max()) - offset  # the chunks of a range lie together
+        num_bytes = max(position + length for position, length in places.tolist()) - offset  # a range's chunks lie together
         raw = memoryview(self._source.read(key, offset, num_bytes))
         for chunk, (position, length) in enumerate(places.tolist(), first):
             start = chunk * self._chunk
