@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from relexkit import Recorder, RelexkitError, StoreError, TrajectoryStore, checkout, gram, spectrum
+from relexkit import Recorder, RelexkitError, StoreError, TrajectoryStore, checkout, gram, import_checkpoints, spectrum
 from relexkit.layout import PART_NUMEL
 from relexkit.safetensors_io import SafetensorsFile
 
@@ -287,3 +287,28 @@ def test_a_recorder_without_a_sketch(tmp_path):
     store = TrajectoryStore(tmp_path / "run.zarr")
     assert store.metric_names() == ["reward"]
     assert store.sketches() is None
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
+def test_fused_experts_keep_the_models_own_names_load_and_are_not_mixed_with_an_import(tmp_path: Path) -> None:
+    """transformers 5 fuses the experts in memory and writes them one by one."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, vocab_size=30, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with Recorder(model, tmp_path / "s.zarr", encoding="exact") as recorder:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        recorder.record(1)
+    model.save_pretrained(tmp_path / "run/checkpoint-2")
+    written = AutoModelForCausalLM.from_pretrained(checkout(TrajectoryStore(tmp_path / "s.zarr"), 1, tmp_path / "out"))
+    tokens = torch.arange(6)[None]
+    assert torch.equal(written(tokens).logits, model(tokens).logits)
+    with pytest.raises(RelexkitError, match=r"lacks tensors 'model\.layers\.0\.mlp\.experts\.gate_up_proj'"):
+        import_checkpoints(tmp_path / "run", tmp_path / "s.zarr", base=tmp_path / "base")
