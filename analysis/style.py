@@ -32,6 +32,7 @@ STILL = "#E4E4E4"
 METHODS = {
     "model": "#0072B2", "relex": "#D55E00", "two-point": "#009E73", "least-squares": "#CC79A7",
     "least-squares-origin": "#56B4E9", "first-update": "#E69F00", "hold": "#404040",
+    "drift": "#0072B2", "average": "#8C6D1F",
 }  # fmt: skip
 """One colour for a method in every figure."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

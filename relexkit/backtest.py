@@ -23,13 +23,12 @@ from relexkit.extrapolators import METHODS, Options, predict_weights
 from relexkit.gram import Gram
 from relexkit.layout import scope_of
 from relexkit.linalg import leading_eigenpairs
-from relexkit.trajectory_model import fit_trajectory
 
 MODEL = "model"
 """The trajectory model: one fit per prefix to the sum of all tensors, a few tenths of a second each."""
 
-CHEAP = tuple(method for method in METHODS if method not in (MODEL, "reconstruct"))
-"""Methods of the default grid; ``reconstruct`` knows no later steps."""
+CHEAP = tuple(name for name, method in METHODS.items() if method.fit is None and name not in ("reconstruct", "average"))
+"""Methods of the default grid; ``reconstruct`` knows no later steps, and ``average`` goes to none."""
 
 _NUM_PREFIXES = 8
 
@@ -207,10 +206,10 @@ def backtest(
 
     Args:
         gram: Gram matrices of tensors, each of which is fitted on its own (the trajectory model fits their sum).
-        methods: names from ``METHODS`` that predict later steps, or ``"model"``; None for ``CHEAP``. Hold is always added.
+        methods: names from ``METHODS`` that predict later steps; None for ``CHEAP``. Hold is always added.
         prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run on, spaced by ratio.
         options: each method takes those that it uses.
-        rates: learning rates for the trajectory model, see ``fit_trajectory``.
+        rates: learning rates for the trajectory model, see ``relexkit.trajectory_model.fit_trajectory``.
 
     Reads no weights. The default grid takes less than a second for 400 tensors and 75 steps.
 
@@ -237,10 +236,9 @@ def backtest(
 
 
 def _options_of(method: str, options: Options) -> Options:
-    if method == MODEL:
-        return Options()
     if method not in METHODS or method == "reconstruct":
-        raise ExtrapolationError(f"method {method} cannot be backtested; choose among {', '.join((*CHEAP, MODEL))}")
+        known = ", ".join(name for name in METHODS if name != "reconstruct")
+        raise ExtrapolationError(f"method {method} cannot be backtested; choose among {known}")
     return Options(**{name: getattr(options, name) for name in METHODS[method].options})
 
 
@@ -275,10 +273,10 @@ def _moments(gram: Gram, method: str, count: int, options: Options, rates: np.nd
     matrices, steps, targets = gram.matrices, gram.steps[:count], gram.steps[count:].astype(np.float64)
     if method == "relex" and options.fit != "sinusoid" and options.refit_every is None:
         return _relex_moments(matrices, steps, targets, options)
-    if method == MODEL:
+    fit = METHODS[method].fit
+    if fit is not None:
         size = float(gram.num_parameters.sum())
-        fit = fit_trajectory(matrices[:, :count, :count].sum(axis=0), steps, num_parameters=size, rates=rates)
-        shared = fit.predict(targets)[0]
+        shared = fit(matrices[:, :count, :count].sum(axis=0), steps, size, rates)(targets.tolist())
     elif METHODS[method].needs_gram:
         weights = predict_weights(gram.until(int(steps[-1])), targets.tolist(), method=method, options=options)
         norms = np.einsum("jni,nik,jnk->jn", weights, matrices[:, :count, :count], weights, optimize=True)

@@ -5,7 +5,7 @@ and one streaming pass writes the prediction. ``METHODS`` is the whole table; a 
 ``(gram [T, T], steps [T], target, options)`` and returns ``a [T]``, float64.
 
 Sources: RELEX, arXiv 2605.21468 and its released scripts; weight linearity and two-point extrapolation, arXiv 2601.04537;
-first-update scaling, the replication study basetenlabs/relex-replication.
+first-update scaling, the replication study basetenlabs/relex-replication; averages of the latest checkpoints, arXiv 2209.14981.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from relexkit.errors import ExtrapolationError
 from relexkit.gram import Gram
 from relexkit.linalg import single_threaded_blas
 from relexkit.spectrum import decompose
-from relexkit.trajectory_model import fit_trajectory, trajectory_model
+from relexkit.trajectory_model import fit_trajectory, trajectory_drift, trajectory_model
+
+_AVERAGED = 10  # recorded steps, where no window is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Options:
         rank: principal directions kept, at most as many as there are (RELEX, reconstruct).
         fit: how a coefficient is continued: ``linear``, ``polynomial`` or ``sinusoid`` (RELEX).
         degree: of the polynomial fit.
-        window: fit only the last so many recorded steps; None for all.
+        window: use only the last so many recorded steps; None for all (RELEX) or 10 (average).
         refit_every: continue autoregressively, refitting after so many predicted steps; None for one fit.
         axis: fit against real ``step`` numbers, or against ``row`` numbers as the released RELEX scripts do.
         anchor: the earlier recorded step of the two-point line; None for the base.
@@ -208,6 +210,14 @@ def hold(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -
     return weights
 
 
+def average(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
+    """The mean of the last ``window`` recorded steps, whatever the target: it goes nowhere, but leaves noise behind."""
+    count = min(len(steps), options.window or _AVERAGED)
+    weights = np.zeros(len(steps))
+    weights[-count:] = 1 / count
+    return weights
+
+
 def _row_of(steps: np.ndarray, step: float, option: str) -> int:
     found = np.flatnonzero(steps == step)
     if not len(found):
@@ -239,6 +249,12 @@ def _fit_model(
     return lambda targets: fit.predict(targets)[0]
 
 
+def _fit_drift(
+    gram: np.ndarray, steps: np.ndarray, num_parameters: float, rates: np.ndarray | None
+) -> Callable[[Sequence[float]], np.ndarray]:
+    return fit_trajectory(gram, steps, num_parameters=num_parameters, rates=rates).drift_weights
+
+
 METHODS: dict[str, Method] = {
     "relex": Method(relex, ("rank", "fit", "degree", "window", "refit_every", "axis"), needs_gram=True),
     "reconstruct": Method(reconstruct, ("rank",), needs_gram=True),
@@ -247,7 +263,9 @@ METHODS: dict[str, Method] = {
     "two-point": Method(two_point, ("anchor",)),
     "first-update": Method(first_update, ("alpha",)),
     "hold": Method(hold),
+    "average": Method(average, ("window",)),
     "model": Method(trajectory_model, needs_gram=True, scope="global", fit=_fit_model),
+    "drift": Method(trajectory_drift, needs_gram=True, scope="global", fit=_fit_drift),
 }
 
 

@@ -175,6 +175,14 @@ class TrajectoryFit:
         weights, left, spread = self._moments(np.asarray(targets, np.float64), self._gram)
         return weights, left + spread
 
+    def drift_weights(self, targets: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Weights of J targets if only the drift goes on from the last step, ``float64 [J, T]``.
+
+        ``predict`` also coasts on the optimizer's momentum. That is nearer to the weights of the run, whose later gradients it
+        takes for independent; but gradients push back where the loss is steep, and there coasting can ruin the task.
+        """
+        return self._moments(np.asarray(targets, np.float64), self._gram, coasting=False)[0]
+
     def coefficients(
         self, targets: Sequence[float] | np.ndarray, axis: np.ndarray, *, fading: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -188,12 +196,15 @@ class TrajectoryFit:
         weights, left, spread = self._moments(np.asarray(targets, np.float64), np.outer(along, along), fading)
         return weights[:, self._rows] @ along, np.sqrt(left / self.effective_dimension + spread)
 
-    def _moments(self, at: np.ndarray, metric: np.ndarray, fading: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _moments(
+        self, at: np.ndarray, metric: np.ndarray, fading: bool = True, coasting: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
-        walk = self._clock.cross_covariance(seen, self.memory, ahead)
-        walk_ahead = self._clock.variance(ahead, self.memory)
+        walked = ahead if coasting else np.repeat(seen[-1:], len(at), axis=0)
+        walk = self._clock.cross_covariance(seen, self.memory, walked)
+        walk_ahead = self._clock.variance(walked, self.memory)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
         survivors = ahead * (times[-1] / np.maximum(middles, times[-1])) if fading else ahead
@@ -349,3 +360,8 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
 def trajectory_model(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
     """The trajectory model as an extrapolator: fits and predicts one target; ``fit_trajectory`` shares a fit among targets."""
     return fit_trajectory(gram, steps, num_parameters=np.inf).weights(target)
+
+
+def trajectory_drift(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
+    """The trajectory model's drift alone, without coasting on momentum, as an extrapolator."""
+    return fit_trajectory(gram, steps, num_parameters=np.inf).drift_weights([target])[0]

@@ -172,6 +172,13 @@ def test_two_point_first_update_and_hold_by_hand() -> None:
     np.testing.assert_array_equal(predicted(DELTAS, STEPS, 1e6, "hold"), DELTAS[-1])
 
 
+def test_average_is_the_mean_of_the_latest_steps() -> None:
+    many, steps = np.random.default_rng(4).standard_normal((14, 5)), np.arange(3, 17)
+    close(predicted(many, steps, 100, "average"), many[-10:].mean(axis=0))
+    close(predicted(many, steps, 100, "average", window=3), many[-3:].mean(axis=0))
+    close(predicted(DELTAS, STEPS, 100, "average", window=50), DELTAS.mean(axis=0))
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_reconstruct_projects_a_step_on_the_first_directions(rank: int) -> None:
     coefficients, right = directions(DELTAS, rank)

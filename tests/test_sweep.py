@@ -55,7 +55,7 @@ def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_pat
     held = next(s for c, s in zip(candidates, result.standings, strict=True) if c.method == "hold" and c.scale == 1)
     np.testing.assert_array_equal(held.values, result.baseline.values)
     assert held.against.difference == 0
-    assert result.num_answers == result.full_answers == 16 * 9
+    assert result.num_answers == result.full_answers == 16 * 7
 
 
 def test_rounded_weights_score_as_a_written_checkpoint(store: TrajectoryStore, tmp_path: Path) -> None:
@@ -110,3 +110,11 @@ def test_bad_input_says_what_to_do(
 def test_no_candidate_is_a_stated_error(store: TrajectoryStore) -> None:
     with pytest.raises(RelexkitError, match="there is no candidate"):
         sweep(store, load_task(TASK), [], max_completion_length=4, device="cpu")
+
+
+def test_what_ignores_the_target_is_one_candidate() -> None:
+    candidates = grid([8, 12], methods=["hold", "average", "drift"], windows=[None, 3], last_step=6)
+    assert [(c.method, c.target, c.options.window) for c in candidates] == [
+        ("hold", 6, None), ("average", 6, None), ("average", 6, 3), ("drift", 8, None), ("drift", 12, None),
+    ]  # fmt: skip
+    assert {c.target for c in grid([8, 12], methods=["average"])} == {8}

@@ -103,7 +103,7 @@ def test_weights_are_the_posterior_mean_of_conditional_means(target: float) -> N
     survival = np.minimum(1.0, 80 / (np.arange(count) + 0.5))
     lag = np.abs(np.arange(count)[:, None] - np.arange(count))
     walk = response @ fit.memory**lag @ response.T
-    expected = np.zeros(25)
+    expected, standing = np.zeros(25), np.zeros(25)
     for part, share in fit._parts:
         correlation = np.exp(-lag / part.lifetime)
         dying = response * np.exp(-(np.arange(count) + 0.5) / part.decay)
@@ -114,9 +114,11 @@ def test_weights_are_the_posterior_mean_of_conditional_means(target: float) -> N
         for strength, weight in zip(part.strengths, share, strict=True):
             covariance = (walk + strength * drift)[:-1, :-1] + fit.rounding * walk[-2, -2] * np.eye(25)
             expected += weight * np.linalg.solve(covariance, walk[:-1, -1] + strength * cross)
+            standing += weight * np.linalg.solve(covariance, walk[:-1, -2] + strength * cross)
     assert not fit.warm
     assert sum(share.sum() for _, share in fit._parts) == pytest.approx(1)
     np.testing.assert_allclose(fit.weights(target), expected, atol=1e-5 * np.abs(expected).max())  # jitter
+    np.testing.assert_allclose(fit.drift_weights([target])[0], standing, atol=1e-5 * np.abs(standing).max())
 
 
 def test_a_grid_of_several_optimizer_steps_gives_nearly_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +131,17 @@ def test_a_grid_of_several_optimizer_steps_gives_nearly_the_same_weights(monkeyp
     truth = np.linalg.norm(deltas.T @ fine.weights(500.0))
     # the drift of 4 steps as one block of equal drift: lifetimes of 100 steps hardly notice
     assert np.linalg.norm(deltas.T @ (coarse.weights(500.0) - fine.weights(500.0))) < 0.02 * truth
+
+
+def test_a_walk_with_momentum_stands_still_without_coasting() -> None:
+    """The model goes on by most of what momentum still holds, ``beta / (1 - beta)`` updates; its drift alone hardly moves."""
+    deltas = trajectory(7, 60, beta=0.9)
+    fit = fitted(deltas, np.arange(1, 61))
+    held = 0.9 / (1 - 0.9) * (deltas[-1] - deltas[-2])
+    coasted, drifted = (deltas.T @ weights - deltas[-1] for weights in (fit.weights(120.0), fit.drift_weights([120.0])[0]))
+    assert fit.p_value > 0.05
+    assert 0.8 < coasted @ held / (held @ held) < 1.1
+    assert np.linalg.norm(drifted) < 0.1 * np.linalg.norm(coasted)
 
 
 # -- simulated runs ---------------------------------------------------------------------------------------------------

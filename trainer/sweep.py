@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FEWEST_PROBLEMS = 16
 _PLAIN = Options()
-_DEFAULT_METHODS = ("model", "two-point", "relex")
+_DEFAULT_METHODS = ("drift", "two-point", "relex", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,21 @@ def grid(
     ranks: Sequence[int] = (1,),
     fits: Sequence[str] = ("linear",),
     windows: Sequence[int | None] = (None,),
+    last_step: float | None = None,
 ) -> list[Candidate]:
-    """All combinations; rank, fit and window multiply RELEX only: its ablation grid on the task."""
+    """All combinations; rank, fit and window multiply RELEX only, its ablation grid on the task, and window the average.
+
+    What does not depend on the target, hold and average, is one candidate for ``last_step`` (by default the first target).
+    """
     candidates = []
     for method, target, scale in itertools.product(methods, targets, scales):
         variants = [Options()]
         if method == "relex":
             variants = [Options(rank=r, fit=f, window=w) for r, f, w in itertools.product(ranks, fits, windows)]  # type: ignore[arg-type]
+        elif method == "average":
+            variants = [Options(window=w) for w in windows]
+        if method in ("hold", "average"):
+            target = targets[0] if last_step is None else last_step
         candidates += [Candidate(method=method, target=float(target), scale=scale, options=options) for options in variants]
     return list(dict.fromkeys(candidates))
 
@@ -226,9 +234,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     task = load_task(yaml.safe_load(arguments.task))
     store = TrajectoryStore(arguments.store)
+    seen = store.steps[: None if arguments.until is None else np.searchsorted(store.steps, arguments.until, side="right")]
+    last_step = int(seen[-1]) if len(seen) else None  # without any, the sweep says what is wrong
     candidates = grid(
         arguments.to, methods=arguments.method, scales=arguments.scale, ranks=arguments.rank, fits=arguments.fit,
-        windows=arguments.window,
+        windows=arguments.window, last_step=last_step,
     )  # fmt: skip
     with progress_bar() as progress:
         result = sweep(
@@ -236,7 +246,6 @@ def run(arguments: argparse.Namespace) -> None:
             num_problems=arguments.num_problems, samples=arguments.samples, seed=arguments.seed, halving=not arguments.full,
             dtype=arguments.dtype, rounding=arguments.rounding, progress=progress,
         )  # fmt: skip
-    last_step = int(store.steps[store.steps <= (arguments.until or store.steps[-1])][-1])
     found = document(candidates, result, task=task.name, last_step=last_step)
     found |= {"dtype": arguments.dtype, "rounding": arguments.rounding}
     if arguments.json:

@@ -29,7 +29,7 @@ from trainer.evaluate import evaluate
 from trainer.stored_model import StoredModel, recorded_weights
 from trainer.tasks import load_task
 
-METHODS = ("model", "two-point", "relex", "least-squares")
+METHODS = ("model", "drift", "two-point", "relex", "least-squares", "average")
 PRECISIONS = ("float32", "nearest", "stochastic")
 KEY = ("run", "until", "target", "method")
 
@@ -78,7 +78,7 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
                     weights = recorded_weights(store, target)
                 else:
                     weights = predict_weights(seen, [float(target)], method=method, rates=rates)[0]
-                same = {"hold": until, "trained": -target}.get(method)
+                same = {"hold": (method, until), "average": (method, until), "trained": (method, target)}.get(method)
                 if same is None or same not in known:
                     stored.put(weights)
                     known[same] = {p: answers(stored, task, p, options) for p in PRECISIONS}

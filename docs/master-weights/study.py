@@ -1,12 +1,12 @@
 """What float32 master weights show that checkpoints in bfloat16 do not: the runs, the evaluations and the numbers of README.md.
 
-    python docs/master-weights/study.py OUT [--seeds 0 1 2] [--rates 2e-5 1e-4] [--steps 120]
+    python docs/master-weights/study.py OUT [--seeds 0 1 2] [--rates 1e-5 1e-4] [--steps 100]
 
 For every seed and learning rate a GRPO run of the small embedded model is recorded from its float32 weights. The same weights,
 rounded to nearest in bfloat16 as every exporter does, become checkpoints and a second store. Both are analysed and
 extrapolated; models are evaluated on the same held-out problems in float32, and rounded to bfloat16, to nearest and
-stochastically. A finished run is kept, so the command goes on where it stopped. Leaves ``OUT/results.json`` and
-``OUT/table.md``.
+stochastically. A finished run is kept, so the command goes on where it stopped. Leaves ``OUT/results.json``, ``OUT/table.md``
+and two figures.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from analysis import style
 from relexkit import (
     TrajectoryStore,
     checkout,
@@ -188,13 +190,84 @@ def tables(results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_rate(results: list[dict]) -> dict[float, list[dict]]:
+    """Runs of each learning rate, the smallest first."""
+    return {
+        rate: [r for r in results if r["learning_rate"] == rate] for rate in sorted({r["learning_rate"] for r in results})
+    }  # fmt: skip
+
+
+def trained_figure(results: list[dict]) -> Figure:
+    """Greedy accuracy along training in every precision, a panel for each rate: mean over seeds, and their range."""
+    groups = by_rate(results)
+    figure = style.new_figure(2.4)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (rate, runs) in zip(panels, groups.items(), strict=True):
+        for place, precision in enumerate(PRECISIONS):
+            steps = np.array([int(step) for step in runs[0]["accuracy"]])
+            values = np.array([[r["accuracy"][str(step)][precision]["greedy"] for step in steps] for r in runs])
+            shift = (place - 1) * steps.max() / 80  # or the three would hide each other
+            mean = values.mean(axis=0)
+            axes.errorbar(
+                steps + shift, mean, [mean - values.min(axis=0), values.max(axis=0) - mean], marker=style.MARKERS[place],
+                color=(style.RUN, style.SECOND, style.THIRD)[place], capsize=2, label=shown_precision(precision),
+            )  # fmt: skip
+        axes.set_title(f"learning rate {rate:.0e}".replace("e-0", "e-"))
+        axes.set_xlabel("optimizer step")
+    panels[0].set_ylabel("greedy accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
+
+
+def shown_precision(precision: str) -> str:
+    """As it is written in legends."""
+    return precision if precision == "float32" else f"bfloat16, {precision}"
+
+
+def predicted_figure(results: list[dict]) -> Figure:
+    """Greedy accuracy of the predicted checkpoints against that of the step they start from and of the trained one."""
+    groups, last = by_rate(results), str(results[0]["steps"])
+    figure = style.new_figure(3.4)
+    keys = sorted({(p["until"], p["target"]) for p in results[0]["predictions"]})
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (rate, runs) in zip(panels, groups.items(), strict=True):
+        for row, (until, target) in enumerate(keys):
+            near = str(min((int(step) for step in runs[0]["accuracy"]), key=lambda step: abs(step - until)))
+            marks = [("hold", near, row - 0.42)] + [("trained", last, row - 0.42)] * (str(target) == last)
+            for name, step, height in marks:
+                value = np.mean([r["accuracy"][step]["float32"]["greedy"] for r in runs])
+                line = {"color": "black", "linewidth": 1.2, "linestyle": "-" if name == "trained" else (0, (2, 2))}
+                axes.plot([value, value], [height, height + 0.84], label=name if row == 0 else None, **line)
+            for place, (method, source) in enumerate((m, s) for m in METHODS for s in ("float32", "bfloat16")):
+                wanted = (source, until, target, method)
+                values = np.array([
+                    p["float32"]["greedy"] for r in runs for p in r["predictions"]
+                    if (p["source"], p["until"], p["target"], p["method"]) == wanted
+                ])  # fmt: skip
+                mean = values.mean()
+                axes.errorbar(
+                    mean, row + 0.13 * (place - 2.5), xerr=[[mean - values.min()], [values.max() - mean]], linestyle="",
+                    marker=style.MARKERS[METHODS.index(method)], color=style.METHODS[method], capsize=2,
+                    markerfacecolor="white" if source == "bfloat16" else style.METHODS[method],
+                    label=f"{method}, from {source}" if row == 0 else None,
+                )  # fmt: skip
+        axes.set_yticks(range(len(keys)), [f"{until} \N{RIGHTWARDS ARROW} {target}" for until, target in keys])
+        axes.set_xlim(-0.03, 1)
+        axes.set_title(f"learning rate {rate:.0e}".replace("e-0", "e-"))
+        axes.set_xlabel("greedy accuracy")
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=3)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, default=FOLDER, help="default: the small embedded model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4])
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = []
@@ -209,6 +282,9 @@ def main() -> None:
             print(f"{folder.name}: accuracy {results[-1]['accuracy'][str(options.steps)]}", flush=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "table.md").write_text(tables(results))
+    with style.styled():
+        style.save(trained_figure(results), options.out, "trained")
+        style.save(predicted_figure(results), options.out, "predicted")
 
 
 if __name__ == "__main__":
