@@ -93,8 +93,14 @@ class _Watcher:
                 ready.append(step)
             else:
                 break  # steps are recorded in order
-        for step in ready:
-            import_checkpoints(self._source, self._out, steps=f"{step}:{step}", source_format=run.format, **options)
+        for count, step in enumerate(ready):
+            try:
+                import_checkpoints(self._source, self._out, steps=f"{step}:{step}", source_format=run.format, **options)
+            except (RelexkitError, OSError):
+                if self._files(run.folder(step)) == self._seen[step]:
+                    raise
+                self._say(f"step {step} was changed or deleted while it was read; it is not recorded yet")
+                return count > 0
             self._format = run.format
             self._say(f"step {step} recorded")
             if self._delete_after:
@@ -130,12 +136,16 @@ class _Watcher:
             self._say(message)
 
     def _settled(self, step: int, folder: Path) -> bool:
-        try:
-            now = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())
-        except OSError:
-            return False
+        now = self._files(folder)
         before, self._seen[step] = self._seen.get(step), now
-        return before == now or any((folder / marker).is_file() for marker in MARKERS)
+        return bool(now) and (before == now or any((folder / marker).is_file() for marker in MARKERS))
+
+    def _files(self, folder: Path) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of all files; nothing if the folder goes away meanwhile."""
+        try:
+            return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file())
+        except OSError:
+            return []
 
     def _delete_earlier(self, run: FolderRun, step: int) -> None:
         """Read ``step`` back; then the checkpoints before it may go, as there is a newer one to resume from."""

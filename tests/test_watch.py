@@ -5,11 +5,13 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from runs import Run, write_run
 
+import relexkit.watch
 from relexkit import CheckpointError, RelexkitError, StoreError, TrajectoryStore, import_checkpoints
 from relexkit.cli import main
 from relexkit.readback import ReadBack
@@ -84,6 +86,39 @@ def test_a_folder_that_still_grows_waits_for_the_next_look_unless_it_is_marked(s
         stop.set()
         writer.join()
     assert watch(folder, tmp_path / "s.zarr", base=run.base, **QUICK).steps.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["the folder", "its weights"])
+def test_a_step_that_rotates_away_while_it_is_read_is_left_out(
+    saved: tuple[Run, Path], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = saved
+    for step in run.steps:
+        appear(run, folder, step)
+    real = relexkit.watch.import_checkpoints
+
+    def rotated(*arguments: Any, steps: str, **options: Any) -> Any:
+        if steps == "2:2":
+            if part == "the folder":
+                shutil.rmtree(folder / "step_2", ignore_errors=True)
+            else:
+                (folder / "step_2/model.safetensors").unlink(missing_ok=True)
+        return real(*arguments, steps=steps, **options)
+
+    monkeypatch.setattr(relexkit.watch, "import_checkpoints", rotated)
+    said: list[str] = []
+    store = watch(folder, tmp_path / "s.zarr", base=run.base, say=said.append, **QUICK)
+    assert store.steps.tolist() == [1, 3, 5]
+    assert said[1] == "step 2 was changed or deleted while it was read; it is not recorded yet"
+
+
+def test_an_error_of_a_step_that_stays_is_raised(saved: tuple[Run, Path], tmp_path: Path) -> None:
+    run, folder = saved
+    for step in run.steps:
+        appear(run, folder, step)
+    other = write_run(tmp_path / "other", dtype="float32", steps=[1])
+    with pytest.raises(CheckpointError, match="expected"):
+        watch(folder, tmp_path / "s.zarr", base=other.base, **QUICK)
 
 
 def test_only_every_nth_step_is_recorded(saved: tuple[Run, Path], tmp_path: Path) -> None:
