@@ -130,6 +130,11 @@ def test_a_repository_without_steps_is_refused(hub: HubServer, source: str, word
     assert not list(tmp_path.iterdir())
 
 
+def test_a_commit_that_would_climb_out_of_the_folder_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the server calls a commit '\.\./\.\./x'; expected hexadecimal digits"):
+        Hub(tmp_path / "scratch").open(RUN, "../../x")
+
+
 def test_two_commits_for_one_step_are_refused(hub: HubServer, run: Run, tmp_path: Path) -> None:
     hub.repositories["lab/rl-run"]["checkpoint-2"] = run.folders[7]
     with pytest.raises(CheckpointError, match=r"step 2 occurs twice in hf://lab/rl-run with different commits"):

@@ -27,6 +27,7 @@ REVISIONS_FILE = "hub-revisions.json"
 
 MOST_CHECKPOINTS = 2
 _REPOSITORY = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[_-]?(\d{1,15})")
 _WANTED = re.compile(r"[^/]+\.(?:safetensors|json|txt|jinja|model|tiktoken)|pytorch_model[^/]*\.bin|adapter_model\.bin")
 
@@ -87,6 +88,8 @@ class Hub:
         if commit is None:
             info = self._ask(source, lambda: self._api.model_info(name, revision=revision))
             commit = str(info.sha)
+        if not _COMMIT.fullmatch(commit):  # it becomes part of a folder's name
+            raise CheckpointError(f"{source}: the server calls a commit {commit[:80]!r}; expected hexadecimal digits")
         key = (name, commit)
         folder = self._scratch / f"{name.replace('/', '--')}@{commit}"
         if key not in self._in_use:
