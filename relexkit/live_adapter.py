@@ -69,7 +69,6 @@ class LiveAdapter(Adapter):
             self._sort_name(name, active, name in trained)
         self._copies: dict[str, torch.Tensor] = {}
         super().__init__("the model", json.loads(self._config), {key: weights[name] for name, key in self._keys_of.items()})
-        self._moving = set(self.shapes)
         quantised = [n for n in self.factors if n in self.base_names and weights[self.base_names[n]].shape != self.shapes[n]]
         if quantised:
             raise RelexkitError(
@@ -102,20 +101,21 @@ class LiveAdapter(Adapter):
         for held in (self.factors, self.saved, self.shapes):
             for name in held.keys() & set(names):
                 del held[name]
-        self._moving = set(self.shapes)
 
     def copy(self, model: torch.nn.Module, owned: Collection[str]) -> None:
         """Take over the adapter's values, of the tensors ``owned``. A collective call if they are sharded."""
         import torch
 
-        held = {self.saved[n] for n in owned if n in self.saved}
-        held |= {key for n in owned if n in self.factors for key in self._keys[n]}
-        wanted = {self.saved[n] for n in self._moving if n in self.saved}
-        wanted |= {key for n in self._moving if n in self.factors for key in self._keys[n]}
+        held, wanted = self._stored_under(owned), self._stored_under(self.shapes)  # what is wanted is so on every process
         with torch.no_grad():
             for name, whole in whole_weights(model, {n for n, key in self._keys_of.items() if key in wanted}):
                 if self._keys_of[name] in held:
                     self._copies[self._keys_of[name]] = whole.detach().to("cpu", copy=True).contiguous().view(-1)
+
+    def _stored_under(self, names: Collection[str]) -> set[str]:
+        """Names in an adapter file of what makes up the deltas of these tensors."""
+        keys = {self.saved[name] for name in names if name in self.saved}
+        return keys | {key for name in names if name in self.factors for key in self._keys[name]}
 
     def refuse_if_begun(self, base: Checkpoint) -> None:
         """Refuse an adapter whose delta, as copied, is not zero: it belongs to the base of what is trained now.
@@ -134,7 +134,9 @@ class LiveAdapter(Adapter):
         import torch
 
         stored, different = StoredBase(store), None
-        names = {live: name for name, live in self.base_names.items() if name in stored.tensors}
+        names = {
+            live: name for name, live in self.base_names.items() if name in stored.tensors and live not in self._keys_of
+        }  # fmt: skip
         for live, whole in whole_weights(model, names):
             info = stored.tensors[names[live]]
             bits = bits_dtype(info.dtype)

@@ -248,7 +248,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._processes.size > 1:  # the others may be gone: no more calls that need them
-            self._job = None
+            self._written = self._committed = None
         self.close()
 
     @property

@@ -140,6 +140,21 @@ def test_a_stopped_and_resumed_run_gives_the_store_of_an_uninterrupted_one(tmp_p
     Recorder(adapted(), tmp_path / "s.zarr", resume_from=0).close()
 
 
+@pytest.mark.parametrize("variant", LORA)
+def test_every_kind_of_adapter_is_continued(variant: str, tmp_path: Path) -> None:
+    model = adapted(variant)
+    with Recorder(model, tmp_path / "s.zarr") as recorder:
+        for step in (1, 2):
+            move(model)
+            recorder.record(step)
+    with Recorder(model, tmp_path / "s.zarr", resume_from=2) as recorder:
+        move(model)
+        recorder.record(3)
+    store = TrajectoryStore(tmp_path / "s.zarr")
+    store.verify()
+    assert store.steps.tolist() == [1, 2, 3]
+
+
 def test_patterns_leave_targets_out(tmp_path: Path) -> None:
     model = adapted()
     with Recorder(model, tmp_path / "s.zarr", include=["q_proj"], exclude=[r"layers\.1"]) as recorder:

@@ -169,6 +169,17 @@ def test_a_weight_that_is_not_finite_stops_the_recording_at_the_last_good_step(t
     assert store.steps.tolist() == [1]
 
 
+def test_an_error_inside_calls_no_process_that_may_be_gone(tmp_path: Path) -> None:
+    def gone(value: object) -> list[object]:
+        raise AssertionError("waits for the others")
+
+    recorder = Recorder(small_model().float(), tmp_path / "run.zarr")
+    recorder.record(1, metrics_follow=True)
+    recorder._processes.size, recorder._processes.gather = 2, gone  # type: ignore[method-assign]
+    recorder.__exit__(KeyboardInterrupt)
+    assert TrajectoryStore(tmp_path / "run.zarr").steps.tolist() == []
+
+
 SEVERAL = """
 import sys
 import torch, torch.distributed as dist
