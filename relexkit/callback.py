@@ -4,7 +4,8 @@ The base is taken at train begin, a step after its optimizer step (``on_step_end
 that is killed and resumed from its last checkpoint has no gap: of the steps up to a checkpoint only the checkpoint's own can be
 missing in the store, and it is recorded when training resumes.
 
-Works with plain models, DDP, FSDP1, FSDP2 and DeepSpeed; every process takes part, the first one commits.
+Works with plain models, DDP, FSDP1, FSDP2 and DeepSpeed; every process takes part, the first one commits. Of a PEFT model
+(LoRA) the factors are recorded.
 """
 
 from __future__ import annotations
