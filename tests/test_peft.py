@@ -361,6 +361,22 @@ def no_products(state: dict) -> dict:
     return {k: torch.zeros_like(v) if ".lora_B." in k else v for k, v in state.items()}
 
 
+@pytest.mark.parametrize("r", [0, -1, 2.5, "4", None, True])
+def test_a_rank_that_is_no_whole_number_is_refused(r: object) -> None:
+    with pytest.raises(CheckpointError, match=r"x: r or lora_alpha is missing or not a number \(r is"):
+        read_settings({"peft_type": "LORA", "r": r, "lora_alpha": 2}, "x")
+    settings = read_settings({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"q": r}}, "x")
+    with pytest.raises(CheckpointError, match=r"gives 'q' the rank .*; expected 1 or more"):
+        settings.scale_of("q")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "4", 10**400])
+def test_an_alpha_that_is_no_number_is_refused(alpha: object) -> None:
+    settings = read_settings({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": {"q": alpha}}, "x")
+    with pytest.raises(CheckpointError, match=r"gives 'q' the alpha .*; expected a number"):
+        settings.scale_of("q")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -34,6 +34,7 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.defau
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _TIED_ENDS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_MAX_ALPHA = 1e30
 _MAX_CONFIG_BYTES = 10_000_000
 _MERGE = "merge every step with PEFT's merge_and_unload() and save_pretrained(), and import the merged folders"
 
@@ -69,12 +70,17 @@ class AdapterSettings:
 
     def rank_of(self, module: str) -> int:
         """Rank of a target module, by pattern or the common one."""
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+        rank = _by_pattern(self.rank_pattern, module, self.rank)
+        if type(rank) is not int or rank < 1:
+            raise CheckpointError(f"{CONFIG}: gives {module!r} the rank {rank!r}; expected 1 or more")
+        return rank
 
     def scale_of(self, module: str) -> float:
         """Factor of ``B A``: ``alpha / r``, or ``alpha / sqrt(r)``."""
-        rank = self.rank_of(module)
-        return float(_by_pattern(self.alpha_pattern, module, self.alpha)) / (rank**0.5 if self.rslora else rank)
+        rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
+        if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:  # not NaN either
+            raise CheckpointError(f"{CONFIG}: gives {module!r} the alpha {str(alpha)[:20]}; expected a number")
+        return float(alpha) / (rank**0.5 if self.rslora else rank)
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -122,12 +128,14 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
             f"steps with PEFT's path_initial_model_for_weight_conversion, or {_MERGE}"
         )
     try:
+        if type(config["r"]) is not int or config["r"] < 1:
+            raise ValueError(f"r is {config['r']!r}")
         settings = AdapterSettings(
-            rank=int(config["r"]), alpha=float(config["lora_alpha"]), rank_pattern=dict(config.get("rank_pattern") or {}),
+            rank=config["r"], alpha=float(config["lora_alpha"]), rank_pattern=dict(config.get("rank_pattern") or {}),
             alpha_pattern=dict(config.get("alpha_pattern") or {}), rslora=bool(config.get("use_rslora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: r or lora_alpha is missing or not a number ({error}); write or download it again"
         ) from None
