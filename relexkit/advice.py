@@ -127,7 +127,8 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         )
         return _advice("keep-training", [sparse, *reasons], record, fit)
     if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
-        return _advice("not-a-line", reasons, record, fit)
+        noisy = "A walk's last step is noisy: the average of the latest ones may do better (relexkit sweep tries it)."
+        return _advice("not-a-line", [*reasons, noisy], record, fit)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
     if farthest == 1.0:

@@ -20,17 +20,22 @@ def short(monkeypatch):
 def test_the_whole_story(tmp_path, capsys, short):
     assert main(["demo", "-o", str(tmp_path / "demo"), "--steps", "8"]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "spectrum", "backtest", "advise", "extrapolate", "evaluate", "report"):
+    for command in ("train", "spectrum", "backtest", "advise", "extrapolate", "evaluate", "sweep", "report"):
         assert f"$ relexkit {command} " in printed
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     names = [model["name"] for model in summary["models"]]
-    assert names == ["step 4", "base", "step 8", "relex 4 -> 8", "relex 4 -> 16", "model 4 -> 8", "model 4 -> 16"]
+    predicted = [f"{method} 4 -> {target}" for method in demo.METHODS for target in (8, 16)]
+    assert names == ["step 4", "base", "step 8", *predicted]
     assert all(model["num_problems"] == 24 for model in summary["models"])
     for line in demo.verdicts(summary):
         assert line in printed
     for method in demo.METHODS:
         for target in (8, 16):
             assert load_file(tmp_path / "demo" / "predicted" / method / f"step-{target}" / "model.safetensors")
+    sweep = json.loads((tmp_path / "demo" / "sweep.json").read_text())
+    assert sweep["last_step"] == 4
+    assert "average at 4" in {candidate["name"] for candidate in sweep["candidates"]}
+    assert sweep["recommendation"] in printed.replace("\n", " ")
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
     assert list((tmp_path / "demo" / "figures").glob("*.png"))
 

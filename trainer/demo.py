@@ -2,8 +2,9 @@
 
 The model that comes with the package is trained by GRPO while its float32 weights are recorded. Then everything is done as if
 the run had been stopped half-way: its geometry beside the null, the errors of every method in the run's own past, predictions
-for the step where training really ended and for twice as far. All models answer the same held-out problems. Each step is the
-``relexkit`` command that is printed before it, called in this process.
+for the step where training really ended and for twice as far. All models answer the same held-out problems, and a sweep looks
+for a better one than the step that was reached. Each step is the ``relexkit`` command that is printed before it, called in this
+process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from relexkit import RelexkitError
 from relexkit.console import console
 
 PROBLEMS = 256
-METHODS = ("relex", "model")
+METHODS = ("relex", "model", "drift")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     """Do everything in ``folder`` and print it; a training that an earlier call began is continued.
 
     Returns what ``summary.json`` holds: ``until``, ``targets``, ``seconds`` of the training, and the ``models`` as
-    ``relexkit evaluate --json`` prints them, each compared with the model at ``until``.
+    ``relexkit evaluate --json`` prints them, each compared with the model at ``until``. ``sweep.json`` holds the sweep.
 
     Raises:
         RelexkitError: the folder holds a run with other settings, or a command failed.
@@ -69,8 +70,11 @@ def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     _write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for line in verdicts(summary):
         print(line)
-    _headline("6. One page with all of it")
-    _command("report", store, "-o", folder / "report.html")
+    _headline(f"6. Search on the task, from step {until}: a few predictions, and the average of the latest steps")
+    found = _sweep(store, until, targets)
+    _write_text(folder / "sweep.json", json.dumps(found, indent=2) + "\n")
+    _headline("7. One page with all of it")
+    _command("report", store, "--sweep", folder / "sweep.json", "-o", folder / "report.html")
     return summary
 
 
@@ -125,6 +129,21 @@ def _evaluate(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, An
     found = evaluate_command.evaluate_models(arguments)
     evaluate_command.print_table(found, arguments.pass_at)
     return evaluate_command.document(found, arguments)
+
+
+def _sweep(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, Any]:
+    from trainer import sweep
+
+    given = [str(word) for word in (
+        "sweep", store, "--task", "arithmetic", "--until", until, "--to", *targets, "--num-problems", PROBLEMS,
+        "--max-completion-length", 10,
+    )]  # fmt: skip
+    print(f"\n$ {shlex.join(['relexkit', *given])}", flush=True)
+    parser = argparse.ArgumentParser()
+    sweep.add_arguments(parser)
+    found, _ = sweep.race_candidates(parser.parse_args(given[1:]))
+    sweep.print_table(found)
+    return found
 
 
 def _command(*words: object) -> None:

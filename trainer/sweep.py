@@ -228,6 +228,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Race, print, and write what was asked for."""
+    found, best = race_candidates(arguments)
+    if arguments.json:
+        print_json(found)
+    else:
+        print_table(found)
+    if arguments.write is None:
+        return
+    if best is None:
+        say(f"nothing was written: {found['recommendation']}")
+        return
+    written = extrapolate(
+        TrajectoryStore(arguments.store), [best.target], arguments.write, until=arguments.until, method=best.method,
+        options=best.options, scale=best.scale, dtype=None if arguments.dtype == "float32" else arguments.dtype,
+        rounding=arguments.rounding, seed=arguments.seed,
+    )  # fmt: skip
+    say(f"wrote {written[0].folder}")
+
+
+def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Candidate | None]:
+    """What ``--json`` prints, and the winner if it is surely better than the last observed step."""
     import yaml
 
     from trainer.tasks import load_task
@@ -235,7 +255,7 @@ def run(arguments: argparse.Namespace) -> None:
     task = load_task(yaml.safe_load(arguments.task))
     store = TrajectoryStore(arguments.store)
     seen = store.steps[: None if arguments.until is None else np.searchsorted(store.steps, arguments.until, side="right")]
-    last_step = int(seen[-1]) if len(seen) else None  # without any, the sweep says what is wrong
+    last_step = int(seen[-1]) if len(seen) else 0  # without any, the sweep says what is wrong
     candidates = grid(
         arguments.to, methods=arguments.method, scales=arguments.scale, ranks=arguments.rank, fits=arguments.fit,
         windows=arguments.window, last_step=last_step,
@@ -248,25 +268,11 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     found = document(candidates, result, task=task.name, last_step=last_step)
     found |= {"dtype": arguments.dtype, "rounding": arguments.rounding}
-    if arguments.json:
-        print_json(found)
-    else:
-        _print(found)
-    if arguments.write is None:
-        return
-    if result.fresh.verdict != "above":
-        say(f"nothing was written: {found['recommendation']}")
-        return
-    best = candidates[result.winner]
-    written = extrapolate(
-        store, [best.target], arguments.write, until=arguments.until, method=best.method, options=best.options,
-        scale=best.scale, dtype=None if arguments.dtype == "float32" else arguments.dtype, rounding=arguments.rounding,
-        seed=arguments.seed,
-    )  # fmt: skip
-    say(f"wrote {written[0].folder}")
+    return found, candidates[result.winner] if result.fresh.verdict == "above" else None
 
 
-def _print(found: dict[str, Any]) -> None:
+def print_table(found: dict[str, Any]) -> None:
+    """The candidates against the last observed step, and the recommendation."""
     from rich.table import Table
 
     title = f"Accuracy on {found['task']} against step {found['last_step']}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from trainer.tasks import load_task
 
 METHODS = ("model", "drift", "two-point", "relex", "least-squares", "average")
 PRECISIONS = ("float32", "nearest", "stochastic")
+NAMES = {
+    "rate-1e-05/run": "small model, learning rate 1e-5", "rate-0.0001/run": "small model, learning rate 1e-4",
+    "smol/run": "SmolLM2-135M-Instruct, 5e-6",
+}  # fmt: skip
 KEY = ("run", "until", "target", "method")
 
 
@@ -57,7 +62,9 @@ def main() -> None:
                 return
     if options.draw:
         draw(rows, options.draw)
-    table(rows)
+    for kind, own in by_kind(rows).items():
+        print(NAMES.get(kind, kind))
+        table(own)
 
 
 def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
@@ -153,23 +160,35 @@ def table(rows: list[dict]) -> None:
         )
 
 
+def by_kind(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of runs whose names differ in the seed only, together."""
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(re.sub(r"seed-\d+-", "", row["run"]), []).append(row)
+    return kinds
+
+
 def draw(rows: list[dict], folder: Path) -> None:
-    """Gain on the task against skill of the weights, by method, a panel for each precision."""
-    compared = gains(rows)
+    """Gain on the task against skill of the weights, by method; a row of panels for each kind of run, a column a precision."""
+    kinds = by_kind(gains(rows))
     with style.styled():
-        figure = style.new_figure(2.6)
-        panels = figure.subplots(1, 3, sharey=True)
-        for axes, precision in zip(panels, PRECISIONS, strict=True):
-            axes.axhline(0, **style.NULL_LINE)
-            axes.axvline(0, **style.NULL_LINE)
-            for index, method in enumerate(("trained", *METHODS)):
-                own = [r for r in compared if r["method"] == method]
-                axes.plot([max(-2.0, r["skill"]) for r in own], [r["gain"][precision] for r in own], linestyle="",
-                          marker=style.MARKERS[index], color=style.METHODS.get(method, "black"), label=method)  # fmt: skip
-            axes.set_title(precision if precision == "float32" else f"bfloat16, {precision}")
-        panels[1].set_xlabel("skill of the weights against hold (from \N{MINUS SIGN}2)")
-        panels[0].set_ylabel("accuracy less that of hold")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
+        figure = style.new_figure(0.9 + 1.5 * len(kinds))
+        panels = figure.subplots(len(kinds), 3, sharex=True, sharey="row", squeeze=False)
+        for across, (kind, own) in zip(panels, kinds.items(), strict=True):
+            for axes, precision in zip(across, PRECISIONS, strict=True):
+                axes.axhline(0, **style.NULL_LINE)
+                axes.axvline(0, **style.NULL_LINE)
+                for index, method in enumerate(("trained", *METHODS)):
+                    points = [(max(-2.0, r["skill"]), r["gain"][precision]) for r in own if r["method"] == method]
+                    axes.plot(*np.array(points).T, linestyle="", marker=style.MARKERS[index], markersize=3.5, label=method,
+                              color=style.METHODS.get(method, "black"),
+                              markerfacecolor="white" if method == "drift" else None)  # fmt: skip
+            across[0].set_ylabel("gain over hold")
+            across[0].set_title(NAMES.get(kind, kind))
+        for axes, precision in zip(panels[-1], PRECISIONS, strict=True):
+            axes.set_xlabel(precision if precision == "float32" else f"bfloat16, {precision}")
+        panels[-1, 1].set_xlabel("bfloat16, nearest\nskill of the weights against hold (from \N{MINUS SIGN}2)")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
         style.save(figure, folder, "skill_and_accuracy")
 
 
