@@ -18,18 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="folder for OUT/step-STEP/")
     parser.add_argument("--until", type=int, metavar="T_CUT", help="use only steps up to this one")
     parser.add_argument("--method", default="relex", help="relex, reconstruct, least-squares, least-squares-origin, "
-                        "two-point, first-update, hold or model (default: relex)")  # fmt: skip
+                        "two-point, first-update, hold, average, model or drift (default: relex)")  # fmt: skip
     parser.add_argument("--rank", type=int, default=1, help="principal directions to keep (default: 1)")
     parser.add_argument("--fit", choices=("linear", "polynomial", "sinusoid"), default="linear")
     parser.add_argument("--degree", type=int, default=2, help="of the polynomial (default: 2)")
-    parser.add_argument("--window", type=int, metavar="W", help="fit only the last W recorded steps")
+    parser.add_argument("--window", type=int, metavar="W", help="use only the last W recorded steps")
     parser.add_argument("--refit-every", type=int, metavar="F", help="autoregressive: refit after every F predicted steps")
     parser.add_argument("--axis", choices=("step", "row"), default="step",
                         help="fit against step numbers, or row numbers as the released RELEX scripts do")  # fmt: skip
     parser.add_argument("--anchor", type=int, metavar="STEP", help="two-point: the earlier point (default: the base)")
     parser.add_argument("--alpha", type=float, help="first-update: multiple of the first delta (default: target / first step)")
     parser.add_argument("--scope", choices=("tensor", "layer", "module", "global"),
-                        help="what shares one fit (default: tensor; model: global)")  # fmt: skip
+                        help="what shares one fit (default: tensor; model and drift: global)")  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output (default: as recorded)")
     parser.add_argument("--adapter", type=_rank, nargs="?", const=0, metavar="RANK",
