@@ -351,4 +351,4 @@ def keep(store: TrajectoryStore, name: str, arrays: dict[str, np.ndarray], attri
             fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
             chunks, shape = (1, *values.shape[1:]), values.shape
             create_array(group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill)[:] = values
-        group.attrs.update({**attributes, "format_version": FORMAT_VERSION})
+        group.update_attributes({**attributes, "format_version": FORMAT_VERSION})

@@ -686,6 +686,22 @@ def test_a_full_disk_at_any_write_leaves_whole_steps(tmp_path: Path, monkeypatch
     assert 20 < fail_from < 390  # it failed in creation and in every step, and got through at last
 
 
+def test_the_list_of_metrics_is_replaced_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between a name and the checksum of the names, a store would be lost."""
+    import zarr.storage._local as local
+
+    real, written = local._put, []
+
+    def put(path: Path, value: Any, exclusive: bool = False) -> int:
+        written.append("/".join(Path(path).parts[-2:]))
+        return real(path, value, exclusive)
+
+    monkeypatch.setattr(local, "_put", put)
+    run = write_run(tmp_path, shapes={"w": (40,)}, steps=(1, 4), metrics=True)
+    store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
+    assert written.count("metrics/zarr.json") == 1 + len(store.metric_names()) > 1
+
+
 def test_another_run_with_the_same_base_is_refused(tmp_path: Path) -> None:
     """Two seeds of one experiment differ in nothing but their weights."""
     first = write_run(tmp_path / "a", steps=(1, 2), seed=3)

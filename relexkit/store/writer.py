@@ -198,7 +198,7 @@ class StoreWriter:
                 array = create_array(self._group, f"metrics/{name}", shape, "float64", (METRIC_CHUNK,), fill_value=nothing)
                 array[:] = nothing
                 names.append(name)
-                group.attrs.update({"names": names, "checksum": json_checksum(names)})
+                group.update_attributes({"names": names, "checksum": json_checksum(names)})  # one write: a crash leaves either
         for name in names:
             self._arrays.set_entry(f"metrics/{name}", self._row, given.get(name, float("nan")))
 
