@@ -43,3 +43,18 @@ def make_easy() -> AnyEvenDigit:
     """Right and wrong answers to nearly every problem: a completion is right with an even digit in it."""
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
     return AnyEvenDigit("any even digit", split_fixed(problems, 10, 0, "any even digit"), None)
+
+
+class Vanishing(EvenDigits):
+    """Differences between the first 16 answers, none after them."""
+
+    answered = 0
+
+    def reward(self, problem, completion):
+        self.__class__.answered += 1
+        return float(self.answered % 2) if self.answered <= 16 else 0.0
+
+
+def make_vanishing() -> Vanishing:
+    problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
+    return Vanishing("vanishing", split_fixed(problems, 10, 0, "vanishing"), None)

@@ -21,10 +21,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from relexkit import RelexkitError, TrajectoryStore, checkout, chunk_files
+from relexkit import RelexkitError, TrajectoryStore, checkout
 from relexkit.cli import main
+from relexkit.store import chunk_files
+from trainer import step as step_module
 from trainer.config import GRPOConfig, dump_config
 from trainer.generation import prompt_numbers
+from trainer.policy import token_logprobs
 from trainer.rollout_log import read_rollouts
 from trainer.run_log import read_log
 from trainer.setup import learning_rate
@@ -171,6 +174,60 @@ def test_learning_rates_are_those_of_transformers(schedule):
         assert learning_rate(config, step) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_truncated_completions": True}, {"gradient_noise_parts": 2}], ids=str)
+def test_rows_without_an_advantage_are_left_out_of_the_backward_pass(base, tmp_path, monkeypatch, options):
+    """Against a run in which every row takes it: same weights and log up to rounding, and fewer rows with a gradient."""
+    trained: dict[str, list[int]] = {}
+
+    def run(name: str) -> Path:
+        counts = trained.setdefault(name, [])
+
+        def counted(model, batch, *rest):
+            counts.append(len(batch.mask) * torch.is_grad_enabled())
+            return token_logprobs(model, batch, *rest)
+
+        monkeypatch.setattr(step_module, "token_logprobs", counted)
+        few = {"name": f"{Path(__file__).parent / 'dense_task.py'}:make_easy"}  # groups that are all right or all wrong
+        return train(settings(base, tmp_path / name, task=few, max_steps=5, max_completion_length=8, **options))
+
+    skipping = run("skipping")
+    grouped = step_module._grouped
+    monkeypatch.setattr(step_module, "_grouped", lambda config, rows, trains: grouped(config, rows, _all_train(trains)))
+    whole = run("whole")
+    started = load_file(base / "model.safetensors")
+    start = torch.cat([started[name].flatten() for name in sorted(started)])
+    found, expected = (weights(folder) - start for folder in (skipping, whole))
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    for first, second in zip(logged(skipping), logged(whole), strict=True):
+        for name, value in second.items():
+            assert first[name] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True)), name
+    assert any(0 < entry["frac_reward_zero_std"] < 1 for entry in logged(whole))
+    assert sum(trained["whole"]) == 5 * 16
+    assert 0 < sum(trained["skipping"]) < 5 * 16
+
+
+def _all_train(trains: list[bool]) -> list[bool]:
+    trains[:] = [True] * len(trains)  # the step looks here whether a micro-batch trains
+    return trains
+
+
+def test_a_step_without_any_advantage_coasts_on_momentum(base, tmp_path):
+    """As TRL's does on a gradient of zero: the second step moves by what AdamW remembers of the first."""
+    sometimes = {"name": f"{Path(__file__).parent / 'dense_task.py'}:make_vanishing"}
+    folder = train(settings(base, tmp_path / "run", task=sometimes, max_steps=2, num_generations=16))
+    entries = logged(folder)
+    assert [entry["frac_reward_zero_std"] for entry in entries] == [0.0, 1.0]
+    assert entries[1]["grad_norm"] == 0
+    start, first, second = (checkout(TrajectoryStore(folder / "run.zarr"), s, tmp_path / str(s)) for s in (0, 1, 2))
+    before, middle, after = (load_file(path / "model.safetensors") for path in (start, first, second))
+    for name, tensor in after.items():
+        # AdamW: first lr sign(g); then m = 0.9 * 0.1 g / (1 - 0.9^2) over sqrt of v = 0.999 * 0.001 g^2 / (1 - 0.999^2)
+        ratio = (0.09 / 0.19) / (0.000999 / 0.001999) ** 0.5
+        moved = middle[name] - before[name]
+        sure = moved.abs() > 0.99e-3  # gradients far above epsilon
+        np.testing.assert_allclose((tensor - middle[name])[sure], ratio * moved[sure], rtol=0.02)
 
 
 # -- killed, resumed, in several processes ----------------------------------------------------------------------------

@@ -73,15 +73,19 @@ def _accumulate(
     completions = [generation.completions[row] for row in rows]
     advantage_B = generation.advantage_PG.view(-1)[rows].to(device)
     counts_B = torch.tensor([generation.counts[row] for row in rows], dtype=torch.float32, device=device)
-    groups, lasts = _grouped(config, completions)
+    # What cannot move the weights takes no backward pass; processes exchange gradients, so there each takes every row.
+    may_skip = not config.beta and policy.processes.size == 1
+    trains_B = ((advantage_B * counts_B != 0) | (not may_skip)).tolist()
+    groups = _grouped(config, completions, trains_B)
     parts = GradientParts(policy.optimizer) if config.gradient_noise_parts else None
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high"), 0.0)
     fresh: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for number, group in enumerate(groups):
+    for group, ends_part in groups:
         batch = make_batch([completions[index] for index in group], pad_token(policy.tokenizer), device)
         if policy.processes.size > 1:  # gradients are exchanged once, with the last micro-batch
-            policy.model.set_requires_gradient_sync(number in lasts)
-        logp_BT, entropy_BT = token_logprobs(policy.model, batch, config.temperature, policy.autocast)
+            policy.model.set_requires_gradient_sync(ends_part)
+        with torch.set_grad_enabled(trains_B[group[0]]):
+            logp_BT, entropy_BT = token_logprobs(policy.model, batch, config.temperature, policy.autocast)
         mask_BT = batch.mask * counts_B[group, None]
         old, ref, weight = (
             None if values is None else padded([values[rows[index]] for index in group], logp_BT)
@@ -90,32 +94,38 @@ def _accumulate(
         outputs = policy_loss(
             logp_BT, advantage_B[group], mask_BT, denominators, config, old_logp_BT=old, ref_logp_BT=ref, weight_BT=weight
         )  # fmt: skip
-        (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
+        if outputs.loss.requires_grad:
+            (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
         sums["loss"] += float(outputs.loss.detach())
         sums["entropy"] += float((entropy_BT * mask_BT).sum())
         for name, value in outputs.sums.items():
             sums[name] += float(value)
         for index, logp_T in zip(group, logp_BT.detach(), strict=True):
             fresh[index] = logp_T[: len(completions[index].completion_ids)]
-        if parts is not None and number in lasts:
+        if parts is not None and ends_part:
             parts.end_part()
     prompts = denominators.sequences / config.num_generations
-    return sums, fresh, {} if parts is None else parts.end_step(prompts, policy.sum)
+    noise = {} if parts is None else parts.end_step(prompts, policy.sum)
+    if not any(trains_B):  # the optimizer coasts on its momentum, as it does on a gradient of zero
+        for parameter in policy.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    return sums, fresh, noise
 
 
-def _grouped(config: GRPOConfig, completions: Sequence[Completion]) -> tuple[list[list[int]], set[int]]:
-    """Micro-batches, and the numbers of those with which a part of the step ends, whose gradient is measured apart.
+def _grouped(config: GRPOConfig, completions: Sequence[Completion], trains: Sequence[bool]) -> list[tuple[list[int], bool]]:
+    """Micro-batches of rows that all train or all do not, and whether a part of the step, whose gradient is measured, ends.
 
     Gradients are exchanged between processes where a part ends, so every process must have as many parts.
     """
     count = max(1, config.gradient_noise_parts)
-    groups: list[list[int]] = []
-    lasts = set()
+    groups: list[tuple[list[int], bool]] = []
     for part in range(count):
         own = [row for row in range(len(completions)) if row // config.num_generations % count == part]
-        groups += [[own[i] for i in group] for group in micro_batches([completions[r] for r in own], config.micro_batch_tokens)]
-        lasts.add(len(groups) - 1)
-    return groups, lasts
+        cut: list[list[int]] = []
+        for alike in ([row for row in own if trains[row]], [row for row in own if not trains[row]]):
+            cut += [[alike[i] for i in g] for g in micro_batches([completions[r] for r in alike], config.micro_batch_tokens)]
+        groups += [(group, number == len(cut) - 1) for number, group in enumerate(cut)]
+    return groups
 
 
 def _step_metrics(

@@ -1,10 +1,13 @@
 """Speed of a GRPO step against TRL's ``GRPOTrainer``, and the cost of recording: whole runs in turn, each in its own process.
 
-    python tests/benchmarks/training.py [--model DIR] [--steps N] [--repeats N] [--rollouts N] [--length N] [--json FILE]
+    python tests/benchmarks/training.py [--model DIR] [--steps N] [--repeats N] [--rollouts N] [--length N] [--mixed SHARE]
+                                         [--json FILE]
 
-Both train the same model on the same prompts with the same numbers of rollouts and the same longest completion, float32, AdamW,
+Both train the same model on the same prompts with the same rewards, numbers of rollouts and longest completion, float32, AdamW,
 one on-policy step per generation, on a CPU. A step is generation, rewards, loss and update; the first step of a run is left
-out. Without ``--model`` a small untrained Llama is made, which seldom ends a completion.
+out. Without ``--model`` a small untrained Llama is made, which seldom ends a completion. ``--mixed`` is the share of prompts
+whose rollouts get different rewards (a hash of the text); the others teach nothing, and our trainer takes no backward pass for
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +45,37 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def write_prompts(path: Path, count: int, chat: bool) -> None:
+def prompts(chat: bool) -> list[str]:
     """Sums of two numbers."""
-    texts = [f"What is {n} + {2 * n}? Answer with just the number." if chat else f"{n}+{2 * n}=" for n in range(10, 10 + count)]
-    path.write_text("".join(json.dumps({"prompt": text, "answer": str(n)}) + "\n" for n, text in enumerate(texts)))
+    return [f"What is {n} + {2 * n}? Answer with just the number." if chat else f"{n}+{2 * n}=" for n in range(10, 74)]
+
+
+def reward(number: int, completion: str, mixed: float) -> float:
+    """0 or 1 by a hash of the text, for ``mixed`` of the problem numbers; 0 for the others."""
+    return float(number % 10 < 10 * mixed and zlib.crc32(completion.encode()) % 2)
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """The task for our trainer."""
+
+    name: str
+    splits: Any
+    mixed: float
+
+    def problems(self, split: str) -> Any:
+        return self.splits.of(split)
+
+    def reward(self, problem: Any, completion: str) -> float:
+        return reward(int(problem.key), completion, self.mixed)
+
+
+def make_task(chat: bool, mixed: float) -> Hashed:
+    """See ``docs/tasks.md``."""
+    from trainer.tasks import Problem, split_fixed
+
+    problems = [Problem(key=str(n), prompt=text, answer="") for n, text in enumerate(prompts(chat))]
+    return Hashed("hashed", split_fixed(problems, 4, 0, "hashed"), mixed)
 
 
 def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:
@@ -55,10 +87,9 @@ def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:
     from trainer.train import train
 
     with tempfile.TemporaryDirectory() as folder:
-        write_prompts(Path(folder) / "data.jsonl", 64, options.chat)
         config = GRPOConfig(
             model=options.model, output=f"{folder}/run", max_steps=options.steps + 1, generation_batch_size=options.rollouts,
-            task={"name": "file", "path": f"{folder}/data.jsonl", "reward": "exact", "num_validation": 4}, save_steps=0,
+            task={"name": f"{__file__}:make_task", "chat": options.chat, "mixed": options.mixed}, save_steps=0,
             max_completion_length=options.length, learning_rate=1e-6, micro_batch_tokens=10**9, device="cpu",
             generation_rows=options.rollouts, record_every=int(record),
         )  # fmt: skip
@@ -74,7 +105,7 @@ def theirs(options: argparse.Namespace) -> dict[str, float]:
     import resource
 
     import torch
-    from datasets import load_dataset
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -88,18 +119,17 @@ def theirs(options: argparse.Namespace) -> dict[str, float]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.monotonic() - self.began)
 
-    def no_reward(completion_ids: Any, **_: Any) -> list[float]:
+    def scores(completions: Any, completion_ids: Any, number: Any, **_: Any) -> list[float]:
         lengths.append(sum(len(ids) for ids in completion_ids))
-        return [0.0] * len(completion_ids)
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [reward(n, text, options.mixed) for n, text in zip(number, texts, strict=True)]
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "data.jsonl"
-        write_prompts(path, 64, options.chat)
-        rows = load_dataset("json", data_files=str(path), split="train", cache_dir=folder)
-        if options.chat:
-            rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+        texts = prompts(options.chat)
+        shown = [[{"role": "user", "content": text}] for text in texts] if options.chat else texts
+        rows = Dataset.from_dict({"prompt": shown, "number": list(range(len(texts)))})
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), reward_funcs=no_reward,
+            model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), reward_funcs=scores,
             processing_class=AutoTokenizer.from_pretrained(options.model), train_dataset=rows, callbacks=[Clock()],
             args=GRPOConfig(
                 output_dir=folder, max_steps=options.steps + 1, per_device_train_batch_size=options.rollouts, num_generations=8,
@@ -117,7 +147,8 @@ def theirs(options: argparse.Namespace) -> dict[str, float]:
 def run_part(part: str, options: argparse.Namespace) -> dict[str, float]:
     """One part in a process of its own; the last line that it prints is its result."""
     command = [sys.executable, __file__, "--part", part, "--model", options.model, "--steps", str(options.steps)]
-    command += ["--rollouts", str(options.rollouts), "--length", str(options.length), *(["--chat"] if options.chat else [])]
+    command += ["--rollouts", str(options.rollouts), "--length", str(options.length), "--mixed", str(options.mixed)]
+    command += ["--chat"] if options.chat else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{part} failed:\n{done.stderr[-2000:]}")
@@ -132,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--length", type=int, default=16, help="longest completion")
     parser.add_argument("--chat", action="store_true", help="prompts in words, for a model with a chat template")
+    parser.add_argument("--mixed", type=float, default=1.0, help="share of prompts with different rewards, in tenths")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
