@@ -103,6 +103,14 @@ class Layout:
         """The tensors that have deltas: float ones that are not an alias of another."""
         return tuple(t for t in self.tensors if t.tied_to is None and t.dtype in FLOAT_DTYPES)
 
+    def aliases(self) -> dict[str, list[str]]:
+        """Name of a tensor -> names of the tensors that are tied to it."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.tied_to:
+                found.setdefault(tensor.tied_to, []).append(tensor.name)
+        return found
+
     def segments_of(self, tensor: TensorSpec) -> Iterator[Segment]:
         """The pieces of ``tensor`` in order of its elements; nothing for an alias."""
         if tensor.tied_to is not None:

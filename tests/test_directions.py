@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from relexkit import RelexkitError, StoreError, TrajectoryStore, extrapolate, gram, import_checkpoints
-from relexkit.directions import write_directions
+from relexkit.materialize.directions import write_directions
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ def test_stochastic_rounding_does_not_depend_on_the_blocking(
     assert len(cut.layout.parts) > 2
     # the same weights on both, because Gram matrices agree to 1e-7 and not to the last bit
     weights = predict_weights(gram(store), [60.0])
-    monkeypatch.setattr("relexkit.materialize.predict_weights", lambda *_, **__: weights)
+    monkeypatch.setattr("relexkit.materialize.planning.predict_weights", lambda *_, **__: weights)
     [p] = extrapolate(cut, [60], tmp_path / "cut", dtype="bfloat16", seed=3)
     results.append((p.folder / "model.safetensors").read_bytes())
     assert len(set(results)) == 1

@@ -21,11 +21,11 @@ from relexkit import (
     gram,
     import_checkpoints,
 )
-from relexkit.adapters import checkout_adapter, extrapolate_adapter
 from relexkit.checkpoints.peft import read_settings
 from relexkit.cli import main
 from relexkit.extrapolators import predict_weights
 from relexkit.factors import factor_gram
+from relexkit.materialize.adapters import checkout_adapter, extrapolate_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Write the folder."""
-    from relexkit.adapters import checkout_adapter
     from relexkit.materialize import checkout
+    from relexkit.materialize.adapters import checkout_adapter
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)

@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Write a folder for each target."""
-    from relexkit.adapters import extrapolate_adapter
     from relexkit.extrapolators import Options, step_text
     from relexkit.materialize import extrapolate
+    from relexkit.materialize.adapters import extrapolate_adapter
     from relexkit.store import TrajectoryStore
 
     options = Options(

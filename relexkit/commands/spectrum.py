@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace) -> None:
         write_csv(result, parsed.csv)
         say(f"wrote {parsed.csv}")
     if parsed.directions:
-        from relexkit.directions import write_directions
+        from relexkit.materialize.directions import write_directions
 
         with progress_bar() as progress:
             paths = write_directions(

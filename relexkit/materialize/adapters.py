@@ -23,7 +23,9 @@ from relexkit.errors import RelexkitError, StoreError
 from relexkit.extrapolators import Options, step_text
 from relexkit.factors import compress, singular_values, stacked_sum
 from relexkit.layout import Factors, TensorSpec
-from relexkit.materialize import PROVENANCE, is_finished, plan, stream_sums, temporary_folder
+from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
+from relexkit.materialize.planning import plan
+from relexkit.materialize.sums import stream_sums
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 

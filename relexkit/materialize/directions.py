@@ -16,7 +16,8 @@ import numpy as np
 from relexkit.gram import Gram
 from relexkit.layout import Segment
 from relexkit.linalg import single_threaded_blas
-from relexkit.materialize import PROVENANCE, is_finished, stream_sums, temporary_folder
+from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
+from relexkit.materialize.sums import stream_sums
 from relexkit.randomized import wanted_components
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.spectrum import center, decompose

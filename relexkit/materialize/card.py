@@ -1,0 +1,37 @@
+"""README.md of a predicted checkpoint, from the words that its plan has about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from relexkit.extrapolators import Options, step_text
+
+
+def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
+    """README.md of a predicted checkpoint: what it is and how it was made."""
+    steps, base = provenance["steps"], provenance["base"]
+    options = [f.name for f in fields(Options) if provenance.get(f.name) is not None]
+    said = ", ".join(f"{name} {provenance[name]}" for name in options if name != "degree" or provenance["fit"] == "polynomial")
+    rows = {
+        "base": f"{base['description']} (sha256 `{base['sha256']}`)",
+        "source": provenance["source"],
+        "steps used": f"{len(steps)}, from {steps[0]} to {steps[-1]}",
+        "target step": step_text(provenance["target"]),
+        "method": provenance["method"] + (f" ({said})" if said else ""),
+        "fitted per": provenance["scope"],
+        "scale": f"{provenance['scale']:g}",
+        "dtype, rounding": f"{provenance['dtype']}, {provenance['rounding']} (seed {provenance['seed']})",
+        "relexkit": provenance["relexkit"],
+    }
+    if variance is not None and variance == variance:  # NaN: nothing moved
+        rows["variance on each tensor's first direction"] = f"{100 * variance:.1f} %"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n"
+        f"# Extrapolated checkpoint, step {step_text(provenance['target'])}\n\n"
+        f"These weights were not trained: they were predicted from the updates of steps {steps[0]} to {steps[-1]}. "
+        "Evaluate them before use.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )

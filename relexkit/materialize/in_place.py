@@ -1,0 +1,76 @@
+"""Predicted weights straight into a model in memory, without a folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relexkit.dtypes import FLOAT_DTYPES, Rounding, round_bits
+from relexkit.errors import RelexkitError
+from relexkit.layout import Layout, Segment
+from relexkit.materialize.sums import stream_sums
+from relexkit.store import TrajectoryStore
+
+if TYPE_CHECKING:
+    import torch
+
+
+def apply(
+    store: TrajectoryStore,
+    model: torch.nn.Module,
+    weights: np.ndarray,
+    *,
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+    memory_budget_bytes: int = 2**28,
+) -> None:
+    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is.
+
+    Tensors that are not float keep the model's values. An error while reading leaves the model partly changed.
+
+    Args:
+        model: its ``state_dict`` has the store's tensors (tied ones under either name).
+        weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of ``predict_weights``; all zero for the base.
+        rounding: used where a parameter is less precise than float32.
+
+    Raises:
+        RelexkitError: the model lacks a tensor, or has it with another shape.
+    """
+    import torch
+
+    expected = (len(store.layout.moving_tensors), len(store.steps))
+    if weights.shape[:1] != expected[:1] or weights.ndim != 2 or weights.shape[1] > expected[1]:
+        raise RelexkitError(f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of predict_weights")
+    flat = _flat_tensors(store.layout, model.state_dict())
+
+    def consume(_: int, segment: Segment, values: np.ndarray) -> None:
+        name, start = segment.tensor.name, segment.start
+        for target in flat[name]:
+            dtype = str(target.dtype).removeprefix("torch.")
+            bits = round_bits(values, dtype, rounding, seed=seed, tensor=name, start=start)
+            block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(target.dtype)
+            target[start : start + segment.numel].copy_(block)
+
+    with torch.no_grad():
+        stream_sums(store, weights[None], consume, memory_budget_bytes, None)
+
+
+def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """For each moving tensor, flat views of its memory in the model, under its own name and those tied to it."""
+    shared = layout.aliases()
+    flat = {}
+    for tensor in layout.moving_tensors:
+        found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
+        wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
+        for name in found:
+            if str(state[name].dtype).removeprefix("torch.") not in FLOAT_DTYPES or not state[name].is_contiguous():
+                raise RelexkitError(
+                    f"tensor {name!r} of the model is {state[name].dtype}, contiguous {state[name].is_contiguous()}; "
+                    f"expected contiguous {', '.join(FLOAT_DTYPES)}"
+                )
+        if wrong or not found:
+            problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
+            raise RelexkitError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}")
+        flat[tensor.name] = [state[name].detach().view(-1) for name in found]
+    return flat

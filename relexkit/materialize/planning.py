@@ -1,0 +1,109 @@
+"""What to write for each target: weights over the recorded deltas, and the words that say how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from relexkit.distributed import ALONE, Team
+from relexkit.encoding import content_checksum
+from relexkit.errors import StoreError
+from relexkit.extrapolators import METHODS, Options, check_request, predict_weights
+from relexkit.gram import Gram
+from relexkit.linalg import single_threaded_blas
+from relexkit.metrics import learning_rates
+from relexkit.pca import pca_gram
+from relexkit.spectrum import decompose
+from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.version import __version__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written for one target: ``weights [N, T]`` over the deltas, and the words that say how they came about."""
+
+    target: float
+    weights: np.ndarray
+    provenance: dict[str, Any]
+    variance: float | None
+
+
+def plan(
+    store: TrajectoryStore,
+    to: Sequence[float],
+    *,
+    until: int | None = None,
+    method: str = "relex",
+    options: Options | None = None,
+    scope: str | None = None,
+    scale: float = 1.0,
+    pca: str = "exact",
+    components: int | None = None,
+    device: str = "cpu",
+    team: Team = ALONE,
+    memory_budget_bytes: int = 2**28,
+    progress: ProgressCallback | None = None,
+) -> list[Plan]:
+    """Weights and provenance for every target, in order; nothing for all but the first process. See ``extrapolate``."""
+    options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
+    check_request(targets, method, options, scale)
+    num_used = len(_used_steps(store, until))
+    needs_gram = METHODS[method].needs_gram
+    observed = _shape_only(store).until(until)
+    if needs_gram:
+        observed = pca_gram(
+            store, pca=pca, until=until, components=components, device=device, team=team,
+            memory_budget_bytes=memory_budget_bytes, progress=progress,
+        )  # fmt: skip
+    if team.rank:
+        return []
+    rates = learning_rates(store.steps, store.metrics())
+    weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates)
+    settings = {"method": method, **_used_options(method, options), "scope": scope or METHODS[method].scope, "scale": scale}
+    content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
+    with single_threaded_blas():
+        variance = _variance(observed) if needs_gram else None
+    return [
+        Plan(target, weight, {
+            "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
+            "steps": [int(s) for s in store.steps[:num_used]], "content": content, "base": store.attributes["base"],
+            "source": store.attributes["source"],
+        }, variance)
+        for target, weight in zip(targets, weights, strict=True)
+    ]  # fmt: skip
+
+
+def _used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
+    """The recorded steps up to ``until``.
+
+    Raises:
+        StoreError: there are none.
+    """
+    used = store.steps if until is None else store.steps[store.steps <= until]
+    if not len(used):
+        held = f"the store holds {describe_steps(store.steps)}"
+        raise StoreError(f"{store.path}: holds no steps" if until is None else f"--until {until} keeps no step; {held}")
+    return used
+
+
+def _shape_only(store: TrajectoryStore) -> Gram:
+    """A stand-in for the Gram matrices, for methods whose weights depend on the steps alone."""
+    tensors, num_steps = store.layout.moving_tensors, len(store.steps)
+    identity = np.broadcast_to(np.eye(num_steps), (len(tensors), num_steps, num_steps))
+    counts = np.zeros((len(tensors), num_steps), np.int64)
+    sizes = np.array([t.numel for t in tensors], np.int64)
+    return Gram(store.steps, tuple(t.name for t in tensors), sizes, identity, counts, counts, counts)
+
+
+def _used_options(method: str, options: Options) -> dict[str, Any]:
+    return {name: value for name, value in asdict(options).items() if name in METHODS[method].options}
+
+
+def _variance(observed: Gram) -> float:
+    """Share of the energy on each tensor's own first direction, over the whole model; NaN if nothing moved."""
+    total = np.trace(observed.matrices, axis1=1, axis2=2)
+    first = sum(float(decompose(m).singular_values[0] ** 2) for m, t in zip(observed.matrices, total, strict=True) if t > 0)
+    return first / float(total.sum()) if total.sum() > 0 else float("nan")

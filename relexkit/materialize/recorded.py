@@ -1,0 +1,58 @@
+"""A recorded step back into a checkpoint folder, bit for bit where the store is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from relexkit.dtypes import round_bits, to_float32
+from relexkit.encoding import content_checksum
+from relexkit.materialize.folders import FolderJob, PendingFolders, is_finished
+from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.version import __version__
+
+
+def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
+    """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
+
+    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype. From a store of
+    adapters these are the merged weights, rounded stochastically (seed 0) where the base is less precise than the adapter.
+
+    Raises:
+        StoreError: the step is not recorded, or a chunk is damaged.
+        RelexkitError: something else is at ``out``.
+    """
+    row = -1 if step == 0 else store.row_of(step)
+    content = f"{content_checksum(store.checksums()[row].tolist()):08x}" if row >= 0 else "base"
+    exact = "bit for bit" if store.exact or step == 0 else f"to {store.mantissa_bits} mantissa bits of the delta"
+    provenance = {
+        "relexkit": __version__, "kind": "recorded", "step": step, "exact": exact, "content": content,
+        "base": store.attributes["base"], "source": store.attributes["source"],
+    }  # fmt: skip
+    folder = Path(out)
+    if is_finished(folder, provenance):
+        return folder
+    with PendingFolders(store, [FolderJob(folder, provenance, None)], None) as writers:
+        for part, spec in enumerate(store.layout.parts):
+            if spec.encoding == "fixed":
+                continue
+            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+                if spec.encoding == "factors" and row >= 0:
+                    state = _merged(store, part, row, begin, end)
+                else:
+                    state = store.read_state(part, row, begin, end)
+                for segment in store.layout.segments_in(part, begin, end):
+                    low = segment.offset - begin
+                    writers.write(0, segment, state[low : low + segment.numel])
+                if progress:
+                    progress("writing", end, spec.numel)
+        writers.write_fixed()
+    return folder
+
+
+def _merged(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
+    """Bits of base plus delta of a part with factors; such a part is one tensor."""
+    dtype, name = store.layout.parts[part].dtype, store.layout.segments_in(part)[0].tensor.name
+    values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(part, row, begin, end)
+    return round_bits(values, dtype, "stochastic", tensor=name, start=begin)
