@@ -15,7 +15,7 @@ import numpy as np
 from relexkit.dtypes import to_float32
 from relexkit.encoding import Update, apply_update, clip_update
 from relexkit.errors import ExtrapolationError
-from relexkit.jumps import last_trained
+from relexkit.gram.jumps import last_trained
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 
 NUM_BINS = 100
@@ -73,7 +73,7 @@ def weight_linearity(
     """R^2 of every weight's line on the step.
 
     Args:
-        until: use only steps up to this one; of a run with jumps (``relexkit.jumps``) those before the first one are used.
+        until: use only steps up to this one; of a run with jumps (``relexkit.gram.jumps``) those before the first one are used.
         covariance: of the walk to compare with, ``[T, T]``, such as ``TrajectoryFit.walk_covariance()``; None for independent
             updates.
 

@@ -13,7 +13,7 @@ from test_train import assert_same_run, settings, start, weights
 from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError, TrajectoryStore, gram
-from relexkit.jumps import jumps
+from relexkit.gram.jumps import jumps
 from relexkit.processes import Processes
 from trainer.config import build_config, dump_config
 from trainer.credit import informativeness, rouge_l

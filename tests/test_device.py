@@ -12,9 +12,9 @@ from runs import write_run
 from stores import store_of
 
 from relexkit import RelexkitError, TrajectoryStore, gram, import_checkpoints
-from relexkit.device import CpuEngine, TorchEngine, open_engine
-from relexkit.gram import _OuterProducts
-from relexkit.randomized import randomized_gram
+from relexkit.gram.device import CpuEngine, TorchEngine, open_engine
+from relexkit.gram.exact import _OuterProducts
+from relexkit.gram.randomized import randomized_gram
 
 TOLERANCE = 1e-6
 """Of the norms: both sides add float32 products of short stretches in float64."""

@@ -17,8 +17,8 @@ from runs import write_run
 from stores import store_of
 
 from relexkit import TrajectoryStore, gram, import_checkpoints
-from relexkit.distributed import ALONE, Team, local_device
-from relexkit.gram import ROUNDING_ERROR
+from relexkit.gram.distributed import ALONE, Team, local_device
+from relexkit.gram.matrices import ROUNDING_ERROR
 
 STEPS = np.arange(1, 13)
 
@@ -156,7 +156,7 @@ def test_a_process_that_dies_stops_the_others(dense: Path, tmp_path: Path) -> No
     path = tmp_path / "run.zarr"
     shutil.copytree(dense, path)
     dying = (
-        "import os, sys\nfrom relexkit.onepass import Pass\nfrom relexkit.cli import main\nreal = Pass.run\n"
+        "import os, sys\nfrom relexkit.gram.onepass import Pass\nfrom relexkit.cli import main\nreal = Pass.run\n"
         "def run(self):\n    if os.environ['RANK'] == '1' and self.part == 1: os._exit(9)\n    return real(self)\n"
         f"Pass.run = run\nsys.exit(main(['spectrum', {str(path)!r}]))"
     )

@@ -9,8 +9,8 @@ import pytest
 from stores import store_of
 
 from relexkit import StoreError, TrajectoryStore, gram
-from relexkit.onepass import Pass, dense_width, true_per_row
-from relexkit.randomized import randomized_gram
+from relexkit.gram.onepass import Pass, dense_width, true_per_row
+from relexkit.gram.randomized import randomized_gram
 from relexkit.store.shards import ShardReader
 
 

@@ -9,8 +9,9 @@ import pytest
 from stores import store_of
 
 from relexkit import RelexkitError, TrajectoryStore, gram
-from relexkit.pca import choose, estimated_seconds, pca_gram
-from relexkit.randomized import randomized_gram
+from relexkit.gram import pca as module
+from relexkit.gram.pca import choose, estimated_seconds, pca_gram
+from relexkit.gram.randomized import randomized_gram
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_a_short_run_is_exact_and_a_long_one_randomized(store: TrajectoryStore, 
     choice = choose(store)
     assert choice.method == "exact"
     assert "of randomized for 12 steps" in choice.reason
-    monkeypatch.setattr("relexkit.pca._NOTABLE", 0.0)
+    monkeypatch.setattr(module, "_NOTABLE", 0.0)
     assert choose(store).method == "exact"
     times = [estimated_seconds(store, 12, 8)]
     many = np.arange(1, 3001)

@@ -24,7 +24,7 @@ from relexkit import (
 from relexkit.checkpoints.peft import read_settings
 from relexkit.cli import main
 from relexkit.extrapolators import predict_weights
-from relexkit.factors import factor_gram
+from relexkit.gram.factors import factor_gram
 from relexkit.materialize.adapters import checkout_adapter, extrapolate_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

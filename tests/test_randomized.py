@@ -14,7 +14,7 @@ from strategies import Trajectory, trajectories
 
 from relexkit import RelexkitError, TrajectoryStore, backtest, extrapolate, gram, import_checkpoints, spectrum
 from relexkit.extrapolators import predict_weights
-from relexkit.randomized import complete, randomized_gram, sample_spans
+from relexkit.gram.randomized import complete, randomized_gram, sample_spans
 from relexkit.store import StoreWriter
 
 RATIO = 5e-3

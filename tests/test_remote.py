@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from relexkit import StoreError, TrajectoryStore, checkout, extrapolate, gram, import_checkpoints
 from relexkit.cli import main
-from relexkit.randomized import randomized_gram
+from relexkit.gram.randomized import randomized_gram
 from relexkit.store import StoreWriter
 
 pytest.importorskip("s3fs")

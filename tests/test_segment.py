@@ -7,9 +7,9 @@ import pytest
 from stores import store_of
 
 from relexkit import StoreError, gram, predict_weights
-from relexkit.jumps import JUMP_METRIC, jumps, last_trained
-from relexkit.randomized import randomized_gram
-from relexkit.segment import from_segment, segment_gram
+from relexkit.gram.jumps import JUMP_METRIC, jumps, last_trained
+from relexkit.gram.randomized import randomized_gram
+from relexkit.gram.segment import from_segment, segment_gram
 
 STEPS = np.array([1, 2, 3, 4, 14, 15, 16, 18])
 DELTAS = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from relexkit import Recorder, apply, predict_weights
-from relexkit.jumps import JUMP_METRIC, jumps
-from relexkit.segment import from_segment, segment_gram
+from relexkit.gram.jumps import JUMP_METRIC, jumps
+from relexkit.gram.segment import from_segment, segment_gram
 from trainer.config import Regrounding
 
 

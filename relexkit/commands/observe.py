@@ -11,7 +11,7 @@ from relexkit.console import progress_bar, say
 
 if TYPE_CHECKING:
     from relexkit.gram import Gram
-    from relexkit.pca import Choice
+    from relexkit.gram.pca import Choice
     from relexkit.store import TrajectoryStore
 
 
@@ -27,7 +27,7 @@ class Observer:
     """What the options of ``add_pca`` come to, in this process among those that torchrun started."""
 
     def __init__(self, parsed: argparse.Namespace, team: Any, progress: Any):
-        from relexkit.distributed import local_device
+        from relexkit.gram.distributed import local_device
 
         self._parsed, self.team = parsed, team
         self.device = local_device(parsed.device)
@@ -40,7 +40,7 @@ class Observer:
 
     def choose(self, store: TrajectoryStore, until: int | None) -> Choice:
         """Which PCA; a reason worth reading goes to standard error."""
-        from relexkit.pca import choose
+        from relexkit.gram.pca import choose
 
         given = self._parsed
         more = {} if given.components is None else {"components": given.components}
@@ -51,8 +51,8 @@ class Observer:
 
     def gram(self, store: TrajectoryStore, until: int | None) -> Gram:
         """The Gram matrices over the steps to ``until``; that a jump ends them goes to standard error."""
-        from relexkit.jumps import jumps
-        from relexkit.pca import pca_gram
+        from relexkit.gram.jumps import jumps
+        from relexkit.gram.pca import pca_gram
 
         found = jumps(store)
         if len(found) and found[0] > store.steps[0] and (until is None or until >= found[0]) and not self.silent:
@@ -68,7 +68,7 @@ class Observer:
 @contextmanager
 def observer(parsed: argparse.Namespace) -> Iterator[Observer]:
     """Opens the group of processes, and a progress bar in the first of them."""
-    from relexkit.distributed import local_device, team
+    from relexkit.gram.distributed import local_device, team
 
     with team(local_device(parsed.device)) as found, progress_bar() as progress:
         yield Observer(parsed, found, progress)

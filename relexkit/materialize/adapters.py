@@ -21,7 +21,7 @@ from relexkit.checkpoints.peft import CONFIG, PREFIX, WEIGHTS
 from relexkit.encoding import BLOCK, content_checksum
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.extrapolators import Options, step_text
-from relexkit.factors import compress, singular_values, stacked_sum
+from relexkit.gram.factors import compress, singular_values, stacked_sum
 from relexkit.layout import Factors, TensorSpec
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.planning import plan

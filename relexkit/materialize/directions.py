@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from relexkit.gram import Gram
+from relexkit.gram.randomized import wanted_components
 from relexkit.layout import Segment
 from relexkit.linalg import single_threaded_blas
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.sums import stream_sums
-from relexkit.randomized import wanted_components
 from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.spectrum import center, decompose
 from relexkit.store import ProgressCallback, TrajectoryStore

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.distributed import ALONE, Team
 from relexkit.encoding import content_checksum
 from relexkit.errors import StoreError
 from relexkit.extrapolators import METHODS, Options, check_request, predict_weights
 from relexkit.gram import Gram
+from relexkit.gram.distributed import ALONE, Team
+from relexkit.gram.pca import pca_gram
 from relexkit.linalg import single_threaded_blas
 from relexkit.metrics import learning_rates
-from relexkit.pca import pca_gram
 from relexkit.spectrum import decompose
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.version import __version__

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.distributed import ALONE, Team
 from relexkit.dtypes import Rounding, round_bits
 from relexkit.extrapolators import Options, step_text
+from relexkit.gram.distributed import ALONE, Team
 from relexkit.layout import Segment
 from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished

@@ -14,8 +14,7 @@ import numpy as np
 
 from relexkit.dtypes import to_float32
 from relexkit.encoding import Update, apply_update, clip_update
-from relexkit.factors import FactorSums
-from relexkit.gram import check_unchanged
+from relexkit.gram.factors import FactorSums
 from relexkit.layout import Segment
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
 
@@ -75,7 +74,7 @@ def stream_sums(
                 list(pool.map(lambda span: predict(*span), spans))
                 if progress:
                     progress("predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100)
-    check_unchanged(store)
+    store.check_unchanged()
 
 
 def _sparse_sums(

@@ -301,6 +301,20 @@ class TrajectoryStore:
         if digest.hexdigest() != self.attributes["base"]["sha256"]:
             raise StoreError(f"{self.path}: the base does not match its sha256; restore the store from a copy")
 
+    def check_unchanged(self) -> None:
+        """Refuse results of a pass during which the store was replaced; steps that were added do not matter.
+
+        Raises:
+            StoreError: it is gone or another one.
+        """
+        try:
+            now = TrajectoryStore(self.path)
+            same = now.attributes == self.attributes and np.array_equal(now.steps[: len(self.steps)], self.steps)
+        except StoreError:
+            same = False
+        if not same:
+            raise StoreError(f"{self.path}: was replaced while it was read; run the command again when nothing writes it")
+
     def num_bytes(self) -> dict[str, int]:
         """Bytes by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...)."""
         sizes: dict[str, int] = {}

@@ -18,8 +18,8 @@ from pathlib import Path
 from made_store import make_store
 
 from relexkit import TrajectoryStore, gram
-from relexkit.pca import estimated_seconds
-from relexkit.randomized import randomized_gram
+from relexkit.gram.pca import estimated_seconds
+from relexkit.gram.randomized import randomized_gram
 
 PASSES: dict[str, Callable] = {"exact": gram, "randomized": randomized_gram}
 

@@ -27,7 +27,7 @@ def spectrum_of(values: np.ndarray, total: float) -> list[float]:
 def limit(path: Path) -> dict:
     """Read and decompress every dense row, and do nothing."""
     from relexkit import TrajectoryStore
-    from relexkit.device import WORKERS
+    from relexkit.gram.device import WORKERS
     from relexkit.store import blocks
 
     store = TrajectoryStore(path)
@@ -53,7 +53,7 @@ def ours(method: str) -> Callable[[Path], dict]:
 
     def run(path: Path) -> dict:
         from relexkit import TrajectoryStore, gram, spectrum
-        from relexkit.randomized import randomized_gram
+        from relexkit.gram.randomized import randomized_gram
 
         for name in ("gram", "randomized"):
             shutil.rmtree(path / name, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Jumps: recorded steps that were not trained but predicted, as a training with periodic re-grounding has them.
 
 A jump is a recorded step whose metric ``jump_steps`` says how many steps it skips. Analysis takes the steps before the first
-one, which the optimizer made from the base; a further prediction takes those since the last one (``relexkit.segment``).
+one, which the optimizer made from the base; a further prediction takes those since the last one (``relexkit.gram.segment``).
 """
 
 from __future__ import annotations

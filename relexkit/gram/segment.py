@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.gram import Gram, moving_parts
+from relexkit.gram.matrices import Gram
+from relexkit.gram.parts import moving_parts
 from relexkit.store import TrajectoryStore, blocks
 
 _COLUMNS = 2**18  # of the deltas that are in memory

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from relexkit.device import PIECE, WORKERS, CpuEngine, Engine, Kernel, Pending
 from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.encoding import BLOCK, Update, apply_update, clip_update, num_blocks
+from relexkit.gram.device import PIECE, WORKERS, CpuEngine, Engine, Kernel, Pending
 from relexkit.linalg import single_threaded_blas
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, column_windows
 

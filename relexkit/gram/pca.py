@@ -15,11 +15,12 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.distributed import ALONE, Team
 from relexkit.encoding import BLOCK
 from relexkit.errors import RelexkitError
-from relexkit.gram import Gram, gram, known_steps
-from relexkit.randomized import is_kept, randomized_gram, wanted_components
+from relexkit.gram.distributed import ALONE, Team
+from relexkit.gram.exact import gram, known_steps
+from relexkit.gram.matrices import Gram
+from relexkit.gram.randomized import is_kept, randomized_gram, wanted_components
 from relexkit.store import ProgressCallback, TrajectoryStore
 
 PCA = ("auto", "exact", "randomized")

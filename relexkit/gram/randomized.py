@@ -24,35 +24,22 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.device import PIECE, Engine, open_engine
-from relexkit.distributed import ALONE, Team
 from relexkit.encoding import BLOCK
 from relexkit.errors import RelexkitError
-from relexkit.gram import (
-    ROUNDING_ERROR,
-    Gram,
-    assemble,
-    check_unchanged,
-    keep,
-    kept,
-    moving_parts,
-    rounding_error,
-    run_shared,
-)
-from relexkit.jumps import last_trained
+from relexkit.gram.device import PIECE, Engine, open_engine
+from relexkit.gram.distributed import ALONE, Team
+from relexkit.gram.jumps import last_trained
+from relexkit.gram.kept import keep, kept
+from relexkit.gram.matrices import Gram
+from relexkit.gram.onepass import Pass, Span, Tick, ticker
+from relexkit.gram.parts import assemble, moving_parts, run_shared
+from relexkit.gram.subspace import complete, good_enough, orthonormal
 from relexkit.linalg import single_threaded_blas
-from relexkit.onepass import Pass, Span, Tick, ticker
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
 
 _COMPONENTS = 8
 
-RATIO_TOLERANCE = 1e-3
-ANGLE_TOLERANCE = 5e-3
-"""Passes go on until the estimated errors of the first two ratios and of the first direction are below these."""
-
-_RESOLVED_GAP = 0.02  # of the first eigenvalue: with a smaller gap to the second the first direction is not chased
 _NUM_RANDOM = 4  # random columns of Q beside those from the sample, for what the sample does not show
-_CUTOFF = 1e-7  # of the largest eigenvalue: what float32 products resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +83,7 @@ def randomized_gram(
     settings = _Settings(components=components, oversampling=oversampling, max_passes=max_passes, seed=seed)
     tick = ticker(progress, "randomized PCA", sum(store.layout.parts[part].numel for part in parts))
     found = {p: _part(store, p, num_rows, settings, memory_budget_bytes, engine, team, tick) for p in parts}
-    check_unchanged(store)
+    store.check_unchanged()
     steps, tensors = store.steps[:num_rows], store.layout.moving_tensors
     arrays: dict[int, list[np.ndarray]] = {}
     with single_threaded_blas():
@@ -213,10 +200,10 @@ def _part(
                 counts[:, 1] = counts[:, 1].cumsum(axis=1)
         with single_threaded_blas():
             traces = norms[:, 0].sum(axis=1)
-            if all(_good_enough(q, y, float(t)) for q, y, t in zip(bases, images, traces, strict=True)):
+            if all(good_enough(q, y, float(t)) for q, y, t in zip(bases, images, traces, strict=True)):
                 break
             if number + 1 < settings.max_passes:
-                bases = np.stack([_orthonormal(y) for y in images])
+                bases = np.stack([orthonormal(y) for y in images])
     result = _Images(bases, images, norms, counts)
     if team.rank == 0:
         arrays = {"bases": bases, "images": images, "norms": norms, "counts": counts}
@@ -271,7 +258,7 @@ def _first_bases(
             random = _random(seed, segment.tensor.name, part)
             leading = np.linalg.eigh(matrix)[1][:, ::-1][:, : max(0, num_columns - _NUM_RANDOM)]
             drawn = random.standard_normal((num_rows, num_columns - leading.shape[1]))
-            bases.append(_orthonormal(np.hstack([leading, drawn])))
+            bases.append(orthonormal(np.hstack([leading, drawn])))
     return np.stack(bases)
 
 
@@ -292,82 +279,3 @@ def sample_spans(store: TrajectoryStore, part: int, seed: int) -> list[Span]:
 
 def _random(seed: int, name: str, part: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), part])
-
-
-def _orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Orthonormal basis, of the same shape, of a space that holds ``columns [T, L]``; scaled first, so none is lost."""
-    norms = np.linalg.norm(columns, axis=0)
-    return np.linalg.qr(columns / np.where(norms > 0, norms, 1.0))[0]
-
-
-# -- what a pass knows ------------------------------------------------------------------------------------------------
-
-
-def _ritz(basis: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ritz values ``[L]``, descending, the norms ``[L]`` of their residuals ``G q - theta q``, and the vectors ``[T, L]``."""
-    inner = basis.T @ image
-    values, vectors = np.linalg.eigh((inner + inner.T) / 2)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    ritz_vectors = basis @ vectors
-    return values, np.linalg.norm(image @ vectors - ritz_vectors * values, axis=0), ritz_vectors
-
-
-def _good_enough(basis: np.ndarray, image: np.ndarray, trace: float) -> bool:
-    if trace == 0 or basis.shape[0] == basis.shape[1]:
-        return True
-    values, residuals, _ = _ritz(basis, image)
-    for value, residual in zip(values[:2], residuals[:2], strict=False):
-        gap = max(value - values[-1], 1e-300)  # to what lies outside Q, which the last Ritz value stands for
-        if min(residual, residual**2 / gap) > RATIO_TOLERANCE * trace:
-            return False
-    if len(values) < 2 or values[0] - values[1] < _RESOLVED_GAP * values[0]:
-        return True
-    return residuals[0] <= ANGLE_TOLERANCE * (values[0] - values[1])
-
-
-def complete(basis: np.ndarray, image: np.ndarray, norms: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix ``[T, T]`` and uncertainty ``[T]`` from ``Q``, ``G Q`` (``[T, L]``) and squared ``norms [2, T]``.
-
-    The Nystrom approximation plus a remainder with the exact diagonal; see the module's docstring.
-    """
-    squares, lengths = norms
-    trace = float(squares.sum())
-    if trace == 0:
-        return np.zeros((len(steps), len(steps))), np.zeros(len(steps))
-    inner = basis.T @ image
-    values, vectors = np.linalg.eigh((inner + inner.T) / 2)
-    used = values > _CUTOFF * values[-1]
-    factor = image @ (vectors[:, used] / np.sqrt(values[used]))
-    known = factor @ factor.T
-    missing = np.maximum(squares - np.diag(known), 0.0)
-    if basis.shape[0] == basis.shape[1] or missing.sum() <= ROUNDING_ERROR * trace:
-        return known, rounding_error(known[None])[0]
-    missing_lengths = max(0.0, float((lengths - _step_squares(known)).sum()))
-    rest = _remainder(basis, missing, missing_lengths, steps)
-    _, residuals, vectors = _ritz(basis, image)
-    # among nearly equal eigenvalues the residual of one says little about the others, hence the factor
-    uncertainty = np.full(len(steps), 2 * residuals[:2].max() + np.linalg.norm(rest @ vectors[:, :2], axis=0).max())
-    uncertainty[:-1] = np.maximum(uncertainty[:-1], missing.cumsum()[:-1])  # of a prefix nothing but its size is known
-    return known + rest, uncertainty + ROUNDING_ERROR * squares.cumsum()
-
-
-def _step_squares(matrix: np.ndarray) -> np.ndarray:
-    """Squared lengths of the steps, the first from the base."""
-    squares = np.diag(matrix).copy()
-    squares[1:] += np.diag(matrix)[:-1] - 2 * np.diag(matrix, 1)
-    return squares
-
-
-def _remainder(basis: np.ndarray, missing: np.ndarray, missing_lengths: float, steps: np.ndarray) -> np.ndarray:
-    """A walk plus independent noise, projected away from ``Q``, with the diagonal ``missing`` and about the given lengths."""
-    away = np.eye(len(steps)) - basis @ basis.T
-    shapes = [away @ shape @ away for shape in (np.minimum.outer(steps, steps).astype(np.float64), np.eye(len(steps)))]
-    system = np.array([[np.trace(s) for s in shapes], [_step_squares(s).sum() for s in shapes]])
-    wanted = np.array([missing.sum(), missing_lengths])
-    scales = np.linalg.lstsq(system / wanted.max(), wanted / wanted.max(), rcond=None)[0]
-    if (scales < 0).any():  # smoother than a walk, or rougher than noise: the nearer of the two
-        scales = np.array([0.0, 1.0]) if scales[0] < 0 else np.array([1.0, 0.0])
-    rest = scales[0] * shapes[0] + scales[1] * shapes[1]
-    diagonal = np.diag(rest)
-    stretch = np.sqrt(missing / np.where(diagonal > 1e-12 * diagonal.max(), diagonal, np.inf))
-    return rest * np.outer(stretch, stretch)
