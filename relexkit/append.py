@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,83 +13,22 @@ import numpy as np
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.peft import AdaptedCheckpoint
-from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, round_to_mantissa_bits, to_float32, widen_bits
+from relexkit.dtypes import bits_dtype, nonfinite_index, round_to_mantissa_bits, to_float32, widen_bits
 from relexkit.encoding import CHECKSUM_BLOCK, block_checksums, changed_columns, content_checksum, extend_checksum
 from relexkit.errors import CheckpointError
-from relexkit.layout import Factors, Layout, Part
+from relexkit.layout import Layout, Part
+from relexkit.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.sketch import Sketch
 from relexkit.store import Encoded, StoreWriter, blocks, stretches
+from relexkit.tied import equal_tensors
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
-
-WIDENED = {"float32": ("bfloat16", "float16")}
-"""Dtypes that may stand for a dtype in the base."""
 
 _WORKERS = min(4, os.cpu_count() or 1)
 _STRETCH = 2**20  # elements of a dense part that are read and differenced at a time: a chunk of the base
 _LARGE = np.float32(2.0**127)  # rounding takes no smaller number beyond the largest
 _QUEUE_BYTES = 2**24  # encoded but not yet written; a larger array waits until the queue is empty
-
-
-def check_tensors(
-    expected: dict[str, tuple[tuple[int, ...], str]], found: Checkpoint, reference: str, where: str, *, widen: bool = False
-) -> None:
-    """Same names, shapes and dtypes; with ``widen`` a 16-bit tensor may stand for a float32 one."""
-    missing = [n for n in expected if n not in found.tensors]
-    extra = [n for n in found.tensors if n not in expected]
-    if missing or extra:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unexpected {_some(extra)}"] * bool(extra)
-        raise CheckpointError(
-            f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere: "
-            "convert them alike (a tied output head is either in all of them or in none)"
-        )
-    for name, (shape, dtype) in expected.items():
-        info = found.tensors[name]
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}; expected {list(shape)} as in {reference}"
-            )
-        allowed = (dtype, *(WIDENED.get(dtype, ()) if widen else ()))
-        if info.dtype not in allowed:
-            hint = ""
-            if widen and dtype in FLOAT_DTYPES and info.dtype == "float32":
-                hint = f": round the base first with `relexkit round --dtype {dtype} --rounding nearest`"
-            raise CheckpointError(f"{where}: tensor {name!r} has dtype {info.dtype}; expected {dtype} as in {reference}{hint}")
-        if dtype not in FLOAT_DTYPES and dtype.startswith("float"):
-            raise CheckpointError(
-                f"{where}: tensor {name!r} has dtype {dtype}; expected float32, bfloat16 or float16: convert the checkpoints"
-            )
-
-
-def factors_in(layout: Layout) -> dict[str, Factors]:
-    """The tensors of a layout whose deltas are kept as factors."""
-    return {s.tensor.name: p.factors for n, p in enumerate(layout.parts) if p.factors for s in layout.segments_in(n)}
-
-
-def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str) -> None:
-    """The adapter of a step has the store's targets, ranks, scales and dtypes."""
-    held: Mapping[str, Factors] = getattr(found, "factors", {})
-    if held.keys() != expected.keys():
-        raise CheckpointError(
-            f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them "
-            f"{sorted(held.keys() ^ expected.keys())[0]!r}; expected one adapter throughout: import into a new store"
-        )
-    for name, spec in expected.items():
-        if held[name] != spec:
-            raise CheckpointError(
-                f"{where}: the adapter of {name!r} has {_words(held[name])}; expected {_words(spec)} as in the store: "
-                "import into a new store"
-            )
-
-
-def _words(spec: Factors) -> str:
-    return f"rank {spec.rank}, scale {spec.scale:g}, {spec.dtype}, {spec.kind}"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(n) for n in names[:3])
-    return f"tensor{'s' * (len(names) > 1)} {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def base_reader(base: Checkpoint, layout: Layout) -> Callable[[int, int, int], np.ndarray]:
@@ -140,18 +79,6 @@ def nonfinite_message(where: str, name: str, index: int) -> str:
         f"{where}: tensor {name!r} is NaN or infinite at element {index}; expected finite weights: "
         "the run diverged or the file is damaged; leave the step out with --steps"
     )
-
-
-def equal_tensors(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """True if two tensors of a checkpoint, of one shape and dtype, are equal bit for bit; reads them in blocks."""
-    info = checkpoint.tensors[first]
-    for begin, end in blocks(info.numel):
-        pair = [np.empty(end - begin, bits_dtype(info.dtype)) for _ in range(2)]
-        checkpoint.read_into(first, begin, pair[0])
-        checkpoint.read_into(second, begin, pair[1])
-        if not np.array_equal(pair[0], pair[1]):
-            return False
-    return True
 
 
 class Appender:

@@ -10,18 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.append import WIDENED, Appender, base_reader, check_tensors, read_columns
+from relexkit.append import Appender, base_reader, read_columns
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.checkpoints.hub import Hub, HubRun, is_hub
 from relexkit.checkpoints.peft import AdaptedCheckpoint, named_base, over_base
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
-from relexkit.encoding import (
-    BLOCK,
-    float_row,
-)
+from relexkit.encoding import BLOCK, float_row
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.layout import Encoding, build_layout
+from relexkit.same_tensors import WIDENED, check_tensors
 from relexkit.store import (
     NotAStoreError,
     ProgressCallback,

@@ -45,14 +45,6 @@ class Linearity:
     still: np.ndarray
     null: np.ndarray
 
-    def quantiles(self, shares: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9), row: int | None = None) -> np.ndarray:
-        """R^2 below which such shares of the moving weights lie, of one tensor or of all; to the width of a bin."""
-        return quantiles_of(self.counts.sum(axis=0) if row is None else self.counts[row], shares)
-
-    def nullquantiles_of(self, shares: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)) -> np.ndarray:
-        """The same of the walk."""
-        return quantiles_of(self.null, shares)
-
 
 def quantiles_of(counts: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
     """R^2 below which such shares of ``counts [NUM_BINS]`` lie, to the width of a bin; NaN if nothing was counted."""

@@ -10,9 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
-from relexkit.append import equal_tensors
+import numpy as np
+
 from relexkit.checkpoints import Checkpoint, Run
 from relexkit.checkpoints.view import CheckpointView
+from relexkit.dtypes import bits_dtype
+from relexkit.store import blocks
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -96,3 +99,15 @@ def _denies_tie(base: Checkpoint) -> bool:
 
 def _claims_tie(base: Checkpoint) -> bool:
     return _flag(base) is True
+
+
+def equal_tensors(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """True if two tensors of a checkpoint, of one shape and dtype, are equal bit for bit; reads them in blocks."""
+    info = checkpoint.tensors[first]
+    for begin, end in blocks(info.numel):
+        pair = [np.empty(end - begin, bits_dtype(info.dtype)) for _ in range(2)]
+        checkpoint.read_into(first, begin, pair[0])
+        checkpoint.read_into(second, begin, pair[1])
+        if not np.array_equal(pair[0], pair[1]):
+            return False
+    return True

@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print quantiles of the per-weight R^2 of every group and of the walk."""
-    import numpy as np
     from rich.table import Table
 
     from relexkit.layout import scope_of
@@ -61,5 +60,5 @@ def run(arguments: argparse.Namespace) -> None:
         high = f"{100 * counts[90:].sum() / total:.1f} %" if total else "-"
         table.add_row(name, *cells, high, "" if name.startswith("walk") else f"{still / max(1, still + int(total)):.1%}")
     console().print(table)
-    if np.isnan(found.quantiles()).all():
+    if not found.counts.any():
         print("Nothing moved, so no weight has a line.")
