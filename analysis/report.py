@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import backtest_figures, figures, run_figures, style
+from analysis import backtest_figures, figures, run_figures, style, variance_map
 from analysis.claims import Claim, measure_claims
 from analysis.page import CAPTIONS, CSS
 from analysis.sweep_figures import sweep_figure
@@ -172,7 +172,7 @@ def _figures(
         ("null", run_figures.null_figure(runs), f"relexkit spectrum {name} --scope global"),
         ("spectrum", figures.spectrum_figure(whole, modules), plot),
         ("coefficients", figures.coefficients_figure(whole), plot),
-        ("variance", figures.variance_figure(gram, whole), plot),
+        ("variance", variance_map.variance_figure(gram, whole), plot),
         ("cosines", run_figures.cosines_figure(gram), f"relexkit report {name} -o report.html"),
         ("geometry", figures.geometry_figure(gram, whole), plot),
     ]

@@ -111,6 +111,15 @@ def percent(share: float) -> str:
     return f"{value:.{decimals}f} %"
 
 
+def tick_percent(share: float, _: int | None = None) -> str:
+    """A share for a tick: no more decimals than it has.
+
+    >>> tick_percent(0.995), tick_percent(1.0)
+    ('99.5 %', '100 %')
+    """
+    return f"{100 * share:.6f}".rstrip("0").rstrip(".") + " %"
+
+
 def number(value: float, _: int | None = None) -> str:
     r"""A number for a tick: short, with a real minus sign, without a factor above the axis (which the title would cover).
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis import figures, style
+from analysis import figures, style, variance_map
 from relexkit.errors import RelexkitError
 from relexkit.gram import Gram
 from relexkit.spectrum import drift, spectrum, walk_gram
@@ -65,7 +65,7 @@ def draw(gram, name, *, centered=False):
             return figures.coefficients_figure(whole)
         if name == "geometry":
             return figures.geometry_figure(gram, whole)
-        return figures.variance_figure(gram, whole)
+        return variance_map.variance_figure(gram, whole)
 
 
 def line(axes, label):
@@ -250,7 +250,7 @@ def test_colours_cover_all_values_and_the_null(run):
 def test_cells_the_model_lacks_are_empty_and_experts_share_a_cell():
     names = ["layers.0.attn.weight", "layers.7.mlp.experts.0.up.weight", "layers.7.mlp.experts.11.up.weight", "layers.7.x.bias"]
     gram, deltas = make_gram(names, [3, 4, 8, 20])
-    table = figures.variance_table(gram)
+    table = variance_map.variance_table(gram)
     assert table.layers == (0, 7)
     assert table.modules == ("attn", "mlp.experts.*.up", "x.bias")
     assert table.present.tolist() == [[True, False], [False, True], [False, True]]
@@ -262,10 +262,10 @@ def test_cells_the_model_lacks_are_empty_and_experts_share_a_cell():
 
 
 def test_rows_without_room_are_counted():
-    gram, _ = make_gram([f"stage_{i}.kernel" for i in range(figures.MAX_ROWS + 7)], [1, 2, 4])
+    gram, _ = make_gram([f"stage_{i}.kernel" for i in range(variance_map.MAX_ROWS + 7)], [1, 2, 4])
     gram.num_parameters[:] = np.arange(len(gram.names))
-    table = figures.variance_table(gram)
-    assert table.others == tuple(f"stage_{i}.kernel" for i in range(7, figures.MAX_ROWS + 7))
+    table = variance_map.variance_table(gram)
+    assert table.others == tuple(f"stage_{i}.kernel" for i in range(7, variance_map.MAX_ROWS + 7))
     assert table.num_left_out == 7
     figure = draw(gram, "variance_by_layer_and_module")
     assert "(7 smaller rows are not shown)" in [t.get_text() for t in figure.findobj(Text)]
