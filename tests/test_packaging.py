@@ -107,6 +107,7 @@ INSIDE = {
         "matrices", "jumps", "device", "distributed", "onepass", "factors", "kept", "parts", "exact", "subspace", "randomized",
         "pca", "segment",
     ),
+    "trajectory_model": ("response", "likelihood", "posterior", "fit"),
     "materialize": (
         "sums", "folders", "card", "planning", "predicted", "recorded", "rounded", "in_place", "adapters", "directions",
     ),

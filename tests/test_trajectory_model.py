@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from relexkit import trajectory_model as module
 from relexkit.errors import ExtrapolationError
 from relexkit.extrapolators import METHODS, Options
-from relexkit.response import Clock
-from relexkit.trajectory_model import TrajectoryFit, fit_trajectory, trajectory_model
+from relexkit.trajectory_model import TrajectoryFit, fit_trajectory, posterior, trajectory_model
+from relexkit.trajectory_model import fit as module
+from relexkit.trajectory_model.response import Clock
 
 D = 2000
 IRREGULAR = np.array([1, 2, 4, 5, 6, 9, 12, 13, 17, 18, 20, 25, 26, 27, 33, 34, 38, 40, 47, 52, 53, 60, 66, 71, 80])
@@ -82,7 +82,7 @@ def test_loss_is_the_gaussian_likelihood() -> None:
     clock = Clock(1.0, 0, None)
     response = clock.response(IRREGULAR.astype(float), 0.8)
     walk, drift = response @ response.T, clock.covariance(response, np.exp(-1 / 25.0))
-    part = module._drift(deltas @ deltas.T, module._Noise.of(walk, 1e-3), drift, 25.0, np.inf)
+    part = posterior._drift(deltas @ deltas.T, posterior._Noise.of(walk, 1e-3), drift, 25.0, np.inf)
     found = []
     for index in (5, 30, 50):
         covariance = walk + 1e-3 * walk[-1, -1] * np.eye(25) + part.strengths[index] * drift

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.response import Clock
+from relexkit.trajectory_model.response import Clock
 
 _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _NUDGE = 1e-5  # of the search's coordinates, for slopes

@@ -1,37 +1,22 @@
-"""A run as a Gaussian process, fitted to its Gram matrix: how much of it is drift, how long the drift lasts, where it goes.
+"""The fitted trajectory model: what it says about a run, and what it predicts.
 
-Every parameter's gradient is taken to be ``d + e``. The drift ``d`` either keeps its direction for a correlation time ``ell``
-(covariance ``tau^2 exp(-|i - j| / ell)``; infinite for a true line), or dies out (``tau^2 exp(-(i + j) / kappa)``, a line of a
-run that saturates). The noise ``e`` has a short memory ``phi`` (covariance ``phi^|i - j|``; 0 is white). The optimizer turns
-gradients into updates by its momentum with Adam's bias correction and the learning rate, which is a known linear map ``H`` from
-gradients to recorded deltas, and storage adds rounding. So the deltas of one parameter have the covariance
-
-    K = sigma^2 (H R_phi H^T + tau^2 H R_d H^T + nu^2 I),        log p = -D/2 log|K| - 1/2 tr(K^-1 G).
-
-The best linear predictor under the model is a vector of weights over the observed deltas, ``a(t) = K^-1 k(t)``, with
-variance ``k(t, t) - k(t)^T K^-1 k(t)`` per parameter.
-
-The bias correction matters: without it, a fresh optimizer's first updates, which are several times larger than the later
-ones, look like a drift that dies out. Parameters are not independent, so the likelihood counts ``effective_dimension`` of
-them, measured from the scatter of the whitened Gram matrix about the identity; strength and kind of the drift are then averaged
-over their posterior rather than maximised, with a prior by which a drift that has lasted ``s`` steps lasts about as many
-again. One fit serves every tensor of a scope, up to a scale that does not affect the weights.
-
-Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps, L kinds of drift, C drift strengths.
+For the model see ``relexkit.trajectory_model``. Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps,
+L kinds of drift, C drift strengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
-from relexkit.hyperparameters import START, WALK, expit, search, with_rounding
-from relexkit.response import Clock
+from relexkit.trajectory_model.likelihood import START, WALK, expit, search, with_rounding
+from relexkit.trajectory_model.posterior import RATIOS, Drift, integrate, kept, quantiles
+from relexkit.trajectory_model.response import Clock
 
 if TYPE_CHECKING:
     from relexkit.extrapolators import Options  # whose table of methods lists this one
@@ -39,54 +24,8 @@ if TYPE_CHECKING:
 _GRID = 4096  # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
-_PRIOR_PAIRS, _PRIOR_DIMENSION = 6, 100  # of the effective dimension, which a handful of steps cannot show
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
 _FAR_BEHIND = 3.0  # times the drift's gain: a state of the optimizer whose walk is worse by more is not tried with a drift
-_NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
-_RATIOS = np.exp(np.linspace(np.log(1e-3), np.log(1e4), 60))  # drift-to-noise ratios averaged over, [C]
-# Kinds of drift averaged over [L], in units of the last step; on coarser grids the intervals of forecasts are too narrow
-_LIFETIMES = np.r_[2.0 ** np.arange(-5, 3.25, 0.5), np.inf]
-_DECAYS = 2.0 ** np.arange(-2, 3.25, 0.25)
-_PRIOR = np.r_[
-    0.5 * _LIFETIMES[:-1] / (1 + _LIFETIMES[:-1]) ** 2, 1 / (1 + _LIFETIMES[-2]), np.full(len(_DECAYS), 0.3 / len(_DECAYS))
-]
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Walk and rounding: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant; the walk's last variance."""
-
-    whitener: np.ndarray
-    log_determinant: float
-    walk: float
-
-    @classmethod
-    def of(cls, walk: np.ndarray, rounding: float) -> _Noise:
-        """From the walk's covariance ``[T, T]`` and the rounding as a share of its last variance."""
-        left = np.linalg.cholesky(with_rounding(walk, rounding))
-        return cls(np.linalg.inv(left), 2 * float(np.log(np.diag(left)).sum()), float(walk[-1, -1]))
-
-
-@dataclass(frozen=True)
-class _Drift:
-    """One kind of drift with every strength, in the basis where walk and rounding together are the identity.
-
-    Attributes:
-        lifetime, decay: its correlation time ``ell``, and the time ``kappa`` in which it dies out; at least one is infinite.
-        basis: ``V [T, T]`` with ``V^T (H R_phi H^T + nu^2 I) V = I`` and ``V^T H R_d H^T V = diag(spread)``.
-        spread: ``[T]``.
-        strengths: ``tau^2 [C]``.
-        scales: ``sigma^2`` summed over parameters, ``[C]``.
-        losses: ``-log p`` per parameter, ``[C]``.
-    """
-
-    lifetime: float
-    decay: float
-    basis: np.ndarray
-    spread: np.ndarray
-    strengths: np.ndarray
-    scales: np.ndarray
-    losses: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -128,7 +67,7 @@ class TrajectoryFit:
     _clock: Clock
     _rows: np.ndarray
     _gram: np.ndarray
-    _parts: tuple[tuple[_Drift, np.ndarray], ...]
+    _parts: tuple[tuple[Drift, np.ndarray], ...]
 
     def weights(self, target: float) -> np.ndarray:
         """Weights over the observed deltas that predict the delta at ``target`` (a positive step), ``float64 [T]``."""
@@ -262,17 +201,17 @@ def fit_trajectory(
     if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
         drifts.append((*search(gram, steps, other, (*start, *START[WALK:])), other))
     loss, parameters, clock = min(drifts, key=itemgetter(0))
-    parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
+    parts, posterior, effective = integrate(gram, steps, clock, parameters, num_parameters)
     evidence = max(0.0, 2 * effective * (null - loss))
     p_value = 0.5 * float(np.exp(-evidence / 2)) if evidence else 1.0
     if p_value > _DOUBT:
         # A slow walk and a drift that turns quickly look alike: without evidence the walk's momentum explains the motion.
         parameters, clock = walk_only, walk_clock
-        parts, posterior, effective = _integrate(gram, steps, clock, parameters, num_parameters)
+        parts, posterior, effective = integrate(gram, steps, clock, parameters, num_parameters)
     times = np.array([min(part.lifetime, part.decay) for part in parts])
     order = np.argsort(times)
-    lasting = _quantiles(times[order], posterior.sum(axis=1)[order])
-    strong = _quantiles(_RATIOS, posterior.sum(axis=0))
+    lasting = quantiles(times[order], posterior.sum(axis=1)[order])
+    strong = quantiles(RATIOS, posterior.sum(axis=0))
     return TrajectoryFit(
         steps=recorded,
         momentum=expit(parameters[0]),
@@ -290,7 +229,7 @@ def fit_trajectory(
         _clock=clock,
         _rows=rows,
         _gram=gram,
-        _parts=_kept(parts, posterior),
+        _parts=kept(parts, posterior),
     )
 
 
@@ -300,61 +239,6 @@ def _thin(num_steps: int) -> np.ndarray:
         return np.arange(num_steps)
     earlier = np.linspace(0, num_steps - _RECENT - 1, _MOST - _RECENT).round().astype(np.int64)
     return np.r_[earlier, np.arange(num_steps - _RECENT, num_steps)]
-
-
-def _integrate(
-    gram: np.ndarray, steps: np.ndarray, clock: Clock, parameters: np.ndarray, num_parameters: float
-) -> tuple[list[_Drift], np.ndarray, float]:
-    """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what the walk is stays fixed."""
-    response = clock.response(steps.astype(np.float64), expit(parameters[0]))
-    noise = _Noise.of(clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1])))
-    parts = []
-    white = response @ response.T
-    for lifetime in _LIFETIMES * steps[-1]:
-        drift = clock.covariance(response, np.exp(-1 / lifetime), white)
-        parts.append(_drift(gram, noise, drift, lifetime, np.inf))
-    for decay in _DECAYS * steps[-1]:
-        reached = clock.decayed(response, decay).sum(axis=1)
-        drift = np.outer(reached, reached)
-        parts.append(_drift(gram, noise, drift, np.inf, decay))
-    losses = np.array([part.losses for part in parts])
-    effective = _effective_dimension(gram, parts[losses.min(axis=1).argmin()], num_parameters)
-    posterior = _PRIOR[:, None] * np.exp(-effective * (losses - losses.min()))
-    return parts, posterior / posterior.sum(), effective
-
-
-def _drift(gram: np.ndarray, noise: _Noise, drift: np.ndarray, lifetime: float, decay: float) -> _Drift:
-    spread, turned = np.linalg.eigh(noise.whitener @ drift @ noise.whitener.T)
-    spread, basis = np.maximum(spread, 0.0), noise.whitener.T @ turned
-    strengths = _RATIOS * noise.walk / drift[-1, -1]
-    inflated = 1 + strengths[:, None] * spread
-    scales = (((gram @ basis) * basis).sum(axis=0) / inflated).mean(axis=1)
-    losses = len(gram) / 2 * np.log(scales) + (np.log(inflated).sum(axis=1) + noise.log_determinant) / 2
-    return _Drift(lifetime, decay, basis, spread, strengths, scales, losses)
-
-
-def _effective_dimension(gram: np.ndarray, part: _Drift, num_parameters: float) -> float:
-    """Whitened deltas of different steps have products that scatter about zero with variance 1 / dimension."""
-    best = int(part.losses.argmin())
-    white = part.basis / np.sqrt((1 + part.strengths[best] * part.spread) * part.scales[best])
-    products = (white.T @ gram @ white)[np.triu_indices(len(gram), 1)]
-    return min(num_parameters, (len(products) + _PRIOR_PAIRS) / ((products**2).sum() + _PRIOR_PAIRS / _PRIOR_DIMENSION))
-
-
-def _kept(parts: list[_Drift], posterior: np.ndarray) -> tuple[tuple[_Drift, np.ndarray], ...]:
-    """What predictions average over: the kinds and strengths that are not negligible, and their shares."""
-    keeps = posterior > _NEGLIGIBLE
-    whole = posterior[keeps].sum()
-    return tuple(
-        (replace(p, strengths=p.strengths[k], scales=p.scales[k], losses=p.losses[k]), share[k] / whole)
-        for p, share, k in zip(parts, posterior, keeps, strict=True)
-        if k.any()
-    )
-
-
-def _quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
-    """5, 50 and 95 % of a distribution over ascending values."""
-    return [float(values[i]) for i in np.searchsorted(np.cumsum(weights), (0.05, 0.5, 0.95)).clip(max=len(values) - 1)]
 
 
 def trajectory_model(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
