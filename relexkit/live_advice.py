@@ -10,6 +10,7 @@ advice and never stops a training.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -31,32 +32,42 @@ class LiveAdvice:
 
     Args:
         recorder: whose sketches are read, in the process that commits; without sketches there is never any news.
-        every: recorded steps from one advice to the next.
+        every: recorded steps from one advice to the next, at least.
+        share: processor seconds of advice for each second of the run, at most: of quick steps there are more than ``every``
+            between two advices.
 
-    A second of one core for each advice, not of the caller's thread.
+    Half a second or so of one core for each advice, not of the caller's thread.
     """
 
-    def __init__(self, recorder: Recorder, *, every: int = 10):
-        self._recorder, self._every = recorder, every
-        self._last, self._count = 0, 0
-        self._answer: Future[str] | None = None
+    def __init__(self, recorder: Recorder, *, every: int = 10, share: float = 0.02):
+        self._recorder, self._every, self._share = recorder, every, share
+        self._last, self._count, self._not_before = 0, 0, -np.inf
+        self._answer: Future[tuple[str, float]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="advice")
 
     def update(self) -> str | None:
         """To be called after every ``record``; returns the news, an advice about steps up to an earlier one, once there."""
         news = None
         if self._answer is not None and self._answer.done():
-            news, self._answer = self._answer.result(), None
+            (news, seconds), self._answer = self._answer.result(), None
+            self._not_before = time.monotonic() + seconds / self._share
         steps, rows = self._recorder.live_sketch
         if len(steps) and steps[-1] != self._last:
             self._last, self._count = int(steps[-1]), self._count + 1
-            if self._count % self._every == 0 and self._answer is None:
-                self._answer = self._pool.submit(headline, steps, rows, self._recorder.store.path)
+            if self._count >= self._every and self._answer is None and time.monotonic() >= self._not_before:
+                self._count = 0
+                self._answer = self._pool.submit(_timed_headline, steps, rows, self._recorder.store.path)
         return news
 
     def close(self) -> None:
         """Drop what is not yet answered."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed_headline(steps: np.ndarray, rows: np.ndarray, path: str) -> tuple[str, float]:
+    """``headline``, and the processor seconds that it took."""
+    began = time.thread_time()
+    return headline(steps, rows, path), time.thread_time() - began
 
 
 def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:

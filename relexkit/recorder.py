@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from relexkit.append import Appender, base_reader, check_factors, check_tensors, factors_in, read_columns
+from relexkit.append import Appender, base_reader, read_columns
 from relexkit.checkpoints import Checkpoint
 from relexkit.dtypes import bits_dtype, to_float32
 from relexkit.errors import RelexkitError, StoreError
@@ -31,6 +31,7 @@ from relexkit.live_adapter import AdapterSnapshot, LiveAdapter, peft_model
 from relexkit.live_snapshot import Snapshot, check_equals, layout_of
 from relexkit.live_weights import frozen_names
 from relexkit.processes import Processes
+from relexkit.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.sketch import Sketch
 from relexkit.store import SAFE_FILE_NAME, StoreWriter, TrajectoryStore, blocks, create_store, describe_steps
 from relexkit.version import __version__

@@ -25,7 +25,7 @@ def recorded(path, deltas: np.ndarray, every: int = 1, rates=lambda step: 1e-5) 
     model = torch.nn.Linear(deltas.shape[1], 1, bias=False)
     base, news = model.weight.detach().clone(), []
     with Recorder(model, path, every=every) as recorder:
-        live = LiveAdvice(recorder)
+        live = LiveAdvice(recorder, share=np.inf)
         for step, delta in enumerate(deltas, 1):
             with torch.no_grad():
                 model.weight.copy_(base + 1e-3 * torch.from_numpy(delta).float())
@@ -58,7 +58,7 @@ def test_the_caller_never_waits_and_one_question_is_asked_at_a_time(monkeypatch)
     begun, go = [], threading.Event()
     monkeypatch.setattr("relexkit.live_advice.headline", lambda steps, *_: (begun.append(steps[-1]), go.wait(20), "news")[-1])
     recorder = SimpleNamespace(live_sketch=None, store=SimpleNamespace(path="none"))
-    live = LiveAdvice(recorder, every=2)
+    live = LiveAdvice(recorder, every=2, share=np.inf)
     for last in range(1, 9):
         recorder.live_sketch = (np.arange(1, last + 1), np.zeros((last, 4), np.float32))
         assert live.update() is None
@@ -67,6 +67,23 @@ def test_the_caller_never_waits_and_one_question_is_asked_at_a_time(monkeypatch)
     live._answer.result(20)
     assert live.update() == "news"
     assert begun == [2]
+    live.close()
+
+
+def test_it_takes_a_share_of_the_time_only(monkeypatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("relexkit.live_advice.time", clock)
+    monkeypatch.setattr("relexkit.live_advice._timed_headline", lambda steps, *_: (str(steps[-1]), 3.0))
+    recorder = SimpleNamespace(live_sketch=None, store=SimpleNamespace(path="none"))
+    live, news = LiveAdvice(recorder, every=2, share=0.1), {}
+    for last in range(1, 41):  # two seconds a step: after an advice of three seconds the next one is due thirty seconds later
+        clock.now = 2.0 * last
+        recorder.live_sketch = (np.arange(1, last + 1), np.zeros((last, 4), np.float32))
+        if (found := live.update()) is not None:
+            news[last] = found
+        if live._answer is not None:
+            live._answer.result(20)
+    assert news == {3: "2", 19: "18", 35: "34"}
     live.close()
 
 

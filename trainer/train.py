@@ -88,8 +88,8 @@ def train(config: GRPOConfig) -> Path:
             log_rollouts(folder / "rollouts", first, generation, processes)
             without_signal = _warn_without_signal(log, metrics, step, first, without_signal)
             if config.save_steps and step // config.save_steps > (first - 1) // config.save_steps and step < config.max_steps:
-                _keep(config, folder, policy, recorder, step)
-        _keep(config, folder, policy, recorder, step)
+                _keep(folder, policy, recorder, step)
+        _keep(folder, policy, recorder, step)
         save_model(folder / "final", policy.model, policy.tokenizer, processes)
     return folder
 
@@ -167,7 +167,7 @@ def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float
     return {"eval/accuracy": found.accuracy}
 
 
-def _keep(config: GRPOConfig, folder: Path, policy: Policy, recorder: Recorder | None, step: int) -> None:
+def _keep(folder: Path, policy: Policy, recorder: Recorder | None, step: int) -> None:
     """The full state, once the store holds the step too."""
     if recorder is not None:
         recorder.flush()

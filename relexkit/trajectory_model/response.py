@@ -26,8 +26,6 @@ class Clock:
 
     def response(self, steps: np.ndarray, momentum: float) -> np.ndarray:
         """``H``: what a unit gradient at every grid point adds to the delta of every step, ``[len(steps), S]``."""
-        from scipy.signal import lfilter  # half a second of imports that only the trajectory model needs
-
         count = int(np.ceil(steps.max() / self.unit))
         padded = np.zeros((len(steps), self.history + count))
         response = padded[:, self.history :]
@@ -38,7 +36,7 @@ class Clock:
             response *= self.rates[np.minimum(at, len(self.rates) - 1)]
         beta = momentum**self.unit
         response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
-        return lfilter([1.0], [1.0, -beta], padded[:, ::-1])[:, ::-1]
+        return _summed(padded, beta, backwards=True)
 
     def covariance(self, response: np.ndarray, correlation: float, white: np.ndarray | None = None) -> np.ndarray:
         """``H R H^T`` of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
@@ -66,6 +64,18 @@ class Clock:
 
     def _smooth(self, response: np.ndarray, correlation: float) -> np.ndarray:
         """Every grid point's share in the gradients after it, itself included."""
-        from scipy.signal import lfilter
+        return _summed(response, correlation**self.unit)
 
-        return lfilter([1.0], [1.0, -(correlation**self.unit)], response)
+
+def _summed(values_TS: np.ndarray, ratio: float, *, backwards: bool = False) -> np.ndarray:
+    """``y[:, s] = x[:, s] + ratio y[:, s - 1]``, or with ``s + 1`` backwards, ``float64 [T, S]``.
+
+    A banded triangular system: LAPACK is there anyway, and importing ``scipy.signal`` for its filter takes a second.
+    """
+    from scipy.linalg.lapack import dtbtrs
+
+    bands = np.ones((2, values_TS.shape[1]), order="F")
+    bands[1] = -ratio
+    summed, failed = dtbtrs(bands, values_TS.T, uplo="L", trans="T" if backwards else "N")
+    assert not failed, "a unit diagonal is never singular"
+    return summed.T
