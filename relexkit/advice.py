@@ -28,7 +28,7 @@ HEADLINES: dict[Verdict, str] = {
         "The weights extrapolate to about step {target} with --method {method}; only a sweep tells whether the task gains."
     ),
     "keep-training": "Keep training.",
-    "not-a-line": "This run is not on a line: nothing beats its last step.",
+    "not-a-line": "This run is not on a line: do not extrapolate it.",
     "hidden-by-precision": "The stored precision hides the motion: record float32 weights, export with stochastic rounding.",
 }
 
