@@ -108,7 +108,7 @@ def _accumulate(
     noise = {} if parts is None else parts.end_step(prompts, policy.sum)
     if not any(trains_B):  # the optimizer coasts on its momentum, as it does on a gradient of zero
         for parameter in policy.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return sums, fresh, noise
 
 
