@@ -82,17 +82,18 @@ class Horizon:
     def __str__(self) -> str:
         if not self.num_prefixes:
             return f"{self.method}: could not be checked in this run"
+        prefixes = f"{self.num_prefixes} prefix{'es' * (self.num_prefixes != 1)}"
         if self.ratio <= 1:
             some = (
                 " in this run"
                 if self.high <= 1
                 else f" from most prefixes, at best up to {self.high:.2f} times their last step"
             )
-            return f"{self.method}: has not beaten hold{some} ({self.num_prefixes} prefixes)"
+            return f"{self.method}: has not beaten hold{some} ({prefixes})"
         tail = ", the farthest that could be checked; nothing is known beyond" if self.beyond else ""
         return (
             f"{self.method}: has beaten hold up to {self.ratio:.2f} times the last step{tail} "
-            f"(between {self.low:.2f} and {self.high:.2f} over {self.num_prefixes} prefixes)"
+            f"(between {self.low:.2f} and {self.high:.2f} over {prefixes})"
         )
 
 

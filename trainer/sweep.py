@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="multiples of the predicted displacement")
     parser.add_argument("--rank", type=int, nargs="+", default=[1], help="of RELEX: the ablation grid on the task")
     parser.add_argument("--fit", nargs="+", default=["linear"], choices=("linear", "polynomial", "sinusoid"))
-    parser.add_argument("--window", type=int, nargs="+", default=[None], metavar="W")
+    parser.add_argument("--window", type=int, nargs="+", default=[None], metavar="W", help="of RELEX and the average")
     parser.add_argument("--num-problems", type=int, metavar="N", help="validation problems (default: all)")
     parser.add_argument("--max-completion-length", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--samples", type=int, default=0, help="sampled answers of each problem (default: greedy ones)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def find(folder: Path) -> Path | None:
     return next((folder / inside for inside in _INSIDE if (folder / inside / CONFIG).is_file()), None)
 
 
-class Adapter:
+class Adapter(ABC):
     """LoRA factors and whole tensors under the names that an adapter file gives them, wherever they lie.
 
     Attributes:
@@ -165,9 +166,9 @@ class Adapter:
         self._settings = read_settings(config, f"{where}/{CONFIG}")
         self._sort_tensors()
 
+    @abstractmethod
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Raw bits of elements ``start:start+len(out)`` of a stored tensor."""
-        raise NotImplementedError
 
     def _sort_tensors(self) -> None:
         """Decide for every stored tensor what it is; anything unknown is an error."""
