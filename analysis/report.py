@@ -119,7 +119,7 @@ def build_page(
     with style.styled(), matplotlib.rc_context({"svg.fonttype": "path"}), single_threaded_blas():
         shown = _figures(name, gram, metrics, whole, result, rates, others or {})
         if sweep is not None:
-            command = f"relexkit sweep {name} --task {sweep['task']} --json"
+            command = sweep.get("command", f"relexkit sweep {name} --json")
             shown.insert(0, _Shown("sweep", "On the task", f"{sweep['recommendation']}", sweep_figure(sweep), command))
         pictures = "\n".join(_picture(figure) for figure in shown)
     sections = [

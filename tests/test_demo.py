@@ -34,6 +34,8 @@ def test_the_whole_story(tmp_path, capsys, short):
             assert load_file(tmp_path / "demo" / "predicted" / method / f"step-{target}" / "model.safetensors")
     sweep = json.loads((tmp_path / "demo" / "sweep.json").read_text())
     assert sweep["last_step"] == 4
+    assert " --task arithmetic --to 8 16 --until 4 --method drift two-point relex average " in sweep["command"]
+    assert sweep["command"] in (tmp_path / "demo" / "report.html").read_text()
     assert "average at 4" in {candidate["name"] for candidate in sweep["candidates"]}
     assert sweep["recommendation"] in printed.replace("\n", " ")
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,8 +268,20 @@ def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Cand
             dtype=arguments.dtype, rounding=arguments.rounding, progress=progress,
         )  # fmt: skip
     found = document(candidates, result, task=task.name, last_step=last_step)
-    found |= {"dtype": arguments.dtype, "rounding": arguments.rounding}
+    found |= {"dtype": arguments.dtype, "rounding": arguments.rounding, "command": _command(arguments)}
     return found, candidates[result.winner] if result.fresh.verdict == "above" else None
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that gives this sweep, every option spelt out."""
+    words = ["relexkit", "sweep", str(arguments.store)]
+    for name in ("task", "to", "until", "method", "scale", "rank", "fit", "window", "num_problems", "max_completion_length",
+                 "samples", "dtype", "rounding", "seed"):  # fmt: skip
+        value = getattr(arguments, name)
+        if value not in (None, [None]):
+            shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in (value if isinstance(value, list) else [value])]
+            words += [f"--{name.replace('_', '-')}", *shown]
+    return shlex.join([*words, *(["--full"] if arguments.full else []), "--json"])
 
 
 def print_table(found: dict[str, Any]) -> None:
