@@ -1,7 +1,7 @@
 """Figures of the backtest: where every method's errors lie, how skill falls with distance, where the run goes from here.
 
 Every figure is a function that returns a matplotlib ``Figure`` of its own and must run inside ``style.styled()``. All numbers
-come from ``relexkit.backtest`` and ``relexkit.forecast``.
+come from ``relexkit.assess.backtest`` and ``relexkit.assess.forecast``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.backtest import Backtest
+from relexkit.assess.backtest import Backtest
+from relexkit.assess.forecast import Forecast, forecast
 from relexkit.errors import RelexkitError
-from relexkit.forecast import Forecast, forecast
-from relexkit.gram import Gram
-from relexkit.linalg import single_threaded_blas
-from relexkit.spectrum import decompose
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.spectrum import decompose
+from relexkit.gram_matrix import Gram
 
 MAP_METHODS = ("model", "relex", "two-point", "least-squares")
 """Methods of the map, as far as the backtest has them."""
@@ -31,7 +31,9 @@ _FLOOR = -1.0  # of skills on colours and axes: worse than that is worse than us
 _CHECK_SHARE = 0.5  # of the recorded steps from which the forecast is checked against the rest
 
 
-def plot_backtest(gram: Gram, result: Backtest, folder: Path, *, rates: np.ndarray | None = None) -> list[Path]:
+def plot_backtest(
+    gram: Gram, result: Backtest, folder: Path, *, rates: np.ndarray | None = None
+) -> list[Path]:
     """Write ``backtest_map``, ``skill`` and ``forecast`` into ``folder``; returns the paths.
 
     Raises:
@@ -56,27 +58,39 @@ def plot_backtest(gram: Gram, result: Backtest, folder: Path, *, rates: np.ndarr
 
 def map_figure(result: Backtest) -> Figure:
     """Skill against hold by prefix and later step, a panel for each of ``MAP_METHODS``: blue beats standing still."""
-    methods = [m for m in MAP_METHODS if m in result.methods] or [m for m in result.methods if m != "hold"][:4]
+    methods = [m for m in MAP_METHODS if m in result.methods] or [
+        m for m in result.methods if m != "hold"
+    ][:4]
     rows = -(-len(methods) // 2)
     figure = style.new_figure(0.7 + 1.75 * rows)
     panels = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
     norm = TwoSlopeNorm(0.0, _FLOOR, 1.0)
     for axes, method in zip(panels.ravel(), methods, strict=False):
         skill = np.maximum(result.skill(method), _FLOOR)
-        columns = np.r_[result.steps[0] - 0.5, (result.steps[:-1] + result.steps[1:]) / 2, result.steps[-1] + 0.5]
+        columns = np.r_[
+            result.steps[0] - 0.5,
+            (result.steps[:-1] + result.steps[1:]) / 2,
+            result.steps[-1] + 0.5,
+        ]
         rows_at = np.arange(len(result.prefixes) + 1) - 0.5
-        axes.pcolormesh(columns, rows_at, np.ma.masked_invalid(skill), cmap="RdBu", norm=norm, gid=method)
+        axes.pcolormesh(
+            columns, rows_at, np.ma.masked_invalid(skill), cmap="RdBu", norm=norm, gid=method
+        )
         axes.set_facecolor(style.STILL)
         axes.grid(False)
         axes.set_title(method)
-        axes.set_yticks(range(len(result.prefixes)), [str(result.steps[n - 1]) for n in result.prefixes])
+        axes.set_yticks(
+            range(len(result.prefixes)), [str(result.steps[n - 1]) for n in result.prefixes]
+        )
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels.ravel()[len(methods) :]:
         axes.set_axis_off()
     figure.supxlabel("predicted step", fontsize=8)
     for axes in panels[:, 0]:
         axes.set_ylabel("predicted from step")
-    bar = figure.colorbar(ScalarMappable(norm, "RdBu"), ax=panels, shrink=0.8, aspect=30, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(
+        ScalarMappable(norm, "RdBu"), ax=panels, shrink=0.8, aspect=30, ticks=[-1, -0.5, 0, 0.5, 1]
+    )
     bar.ax.set_yticklabels(["≤ \N{MINUS SIGN}1", "\N{MINUS SIGN}0.5", "0", "0.5", "1"])
     bar.set_label("skill against hold")
     bar.outline.set_visible(False)
@@ -87,7 +101,9 @@ def skill_figure(result: Backtest) -> Figure:
     """Skill of every method against the distance, target over last step of the prefix: median over prefixes and their range."""
     figure = style.new_figure(2.9)
     axes = figure.add_subplot()
-    edges = np.geomspace(1.02, max(1.3, float(result.steps[-1] / result.steps[result.prefixes[0] - 1])), 11)
+    edges = np.geomspace(
+        1.02, max(1.3, float(result.steps[-1] / result.steps[result.prefixes[0] - 1])), 11
+    )
     lowest = 0.0
     for index, method in enumerate(m for m in result.methods if m != "hold"):
         ratios, skills = _cells(result, method)
@@ -99,12 +115,18 @@ def skill_figure(result: Backtest) -> Figure:
                 medians.append(float(np.median(skills[inside])))
         color = style.METHODS.get(method, style.MUTED)
         axes.plot(
-            places, np.maximum(medians, _FLOOR), color=color, marker=style.MARKERS[index % len(style.MARKERS)], label=method
+            places,
+            np.maximum(medians, _FLOOR),
+            color=color,
+            marker=style.MARKERS[index % len(style.MARKERS)],
+            label=method,
         )
         lowest = min([lowest, *medians])
     axes.axhline(0, **style.NULL_LINE, label="hold: stay at the last step")
     axes.set_xscale("log")
-    axes.set_xticks(ticks := [r for r in (1.1, 1.25, 1.5, 2, 3, 4, 6, 10, 20, 50) if r <= edges[-1] * 1.01])
+    axes.set_xticks(
+        ticks := [r for r in (1.1, 1.25, 1.5, 2, 3, 4, 6, 10, 20, 50) if r <= edges[-1] * 1.01]
+    )
     axes.set_xticklabels([f"{r:g}" for r in ticks])
     axes.minorticks_off()
     axes.set_ylim(max(_FLOOR, lowest) - 0.05, 1.0)
@@ -142,11 +164,22 @@ def forecast_figure(gram: Gram, *, rates: np.ndarray | None = None) -> Figure:
         parts = decompose(seen)
         num_directions = min(2, len(parts.singular_values))
         last = int(steps[count - 1])
-        targets = np.unique(np.linspace(last, max(int(steps[-1]) if count < len(steps) else 2 * last, last + 1), 25).round())[
-            1:
-        ]
-        ahead = forecast(seen, steps[:count], targets, num_parameters=size, num_directions=num_directions, rates=rates)
-        projected = (parts.left[:, :num_directions] / parts.singular_values[:num_directions]).T @ matrix[:count]
+        targets = np.unique(
+            np.linspace(
+                last, max(int(steps[-1]) if count < len(steps) else 2 * last, last + 1), 25
+            ).round()
+        )[1:]
+        ahead = forecast(
+            seen,
+            steps[:count],
+            targets,
+            num_parameters=size,
+            num_directions=num_directions,
+            rates=rates,
+        )
+        projected = (
+            parts.left[:, :num_directions] / parts.singular_values[:num_directions]
+        ).T @ matrix[:count]
         for k, color in zip(range(num_directions), (style.RUN, style.SECOND), strict=False):
             _coefficient(axes, steps, projected[k], count, ahead, k, color)
         axes.axvline(last, color=style.MUTED, linewidth=0.7)
@@ -161,11 +194,33 @@ def forecast_figure(gram: Gram, *, rates: np.ndarray | None = None) -> Figure:
     return figure
 
 
-def _coefficient(axes: Axes, steps: np.ndarray, projected: np.ndarray, count: int, ahead: Forecast, k: int, color: str) -> None:
+def _coefficient(
+    axes: Axes,
+    steps: np.ndarray,
+    projected: np.ndarray,
+    count: int,
+    ahead: Forecast,
+    k: int,
+    color: str,
+) -> None:
     axes.plot(steps[:count], projected[:count], color=color, label=f"direction {k + 1}, observed")
     if count < len(steps):
-        axes.plot(steps[count - 1 :], projected[count - 1 :], color=color, linestyle=(0, (1, 1.2)), linewidth=1.0,
-                  label=f"direction {k + 1}, what came")  # fmt: skip
-    axes.plot(ahead.targets, ahead.coefficients[:, k], color=color, linewidth=0.8, linestyle=(0, (5, 2)),
-              label=f"direction {k + 1}, model with 90 % interval")  # fmt: skip
-    axes.fill_between(ahead.targets, ahead.low[:, k], ahead.high[:, k], color=color, alpha=0.18, linewidth=0)
+        axes.plot(
+            steps[count - 1 :],
+            projected[count - 1 :],
+            color=color,
+            linestyle=(0, (1, 1.2)),
+            linewidth=1.0,
+            label=f"direction {k + 1}, what came",
+        )
+    axes.plot(
+        ahead.targets,
+        ahead.coefficients[:, k],
+        color=color,
+        linewidth=0.8,
+        linestyle=(0, (5, 2)),
+        label=f"direction {k + 1}, model with 90 % interval",
+    )
+    axes.fill_between(
+        ahead.targets, ahead.low[:, k], ahead.high[:, k], color=color, alpha=0.18, linewidth=0
+    )

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.advice import Advice
-from relexkit.backtest import Backtest, backtest
-from relexkit.console import percent
+from relexkit.assess.advice import Advice
+from relexkit.assess.backtest import Backtest, backtest
+from relexkit.commands.console import percent
 from relexkit.errors import ExtrapolationError
-from relexkit.extrapolators import Options
-from relexkit.gram import Gram
-from relexkit.spectrum import Spectrum
+from relexkit.geometry.spectrum import Spectrum
+from relexkit.gram_matrix import Gram
+from relexkit.predict.extrapolators import Options
 
 ABLATION = {
     "rank 1, line": Options(),
@@ -48,16 +48,23 @@ def measure_claims(
     """The claims that a run's Gram matrices and metrics can test; the others say what would measure them."""
     claims = [
         _variance_claim(whole, "first", "The first direction holds 92 % of the variance", 0.92),
-        _variance_claim(whole, "first_two", "The first two directions hold 96 % of the variance", 0.96),
+        _variance_claim(
+            whole, "first_two", "The first two directions hold 96 % of the variance", 0.96
+        ),
         _line_claim(advice),
         _reach_claim(result),
         _ablation_claim(gram),
         _token_claim(metrics),
     ]
-    claims.append(Claim(
-        "100 to 200 online steps, then DPO, beat 1000 online steps", "not measured", "", "relexkit g2d, several K of one run",
-        "not measured",
-    ))  # fmt: skip
+    claims.append(
+        Claim(
+            "100 to 200 online steps, then DPO, beat 1000 online steps",
+            "not measured",
+            "",
+            "relexkit g2d, several K of one run",
+            "not measured",
+        )
+    )
     return claims
 
 
@@ -68,10 +75,18 @@ def _variance_claim(whole: Spectrum, statistic: str, claimed: str, share: float)
         return Claim(claimed, "nothing to measure", "", "relexkit spectrum", "not measured")
     walk = f"a walk of its own gives {percent(null.expected[statistic])}"
     if not math.isfinite(null.p_value[statistic]):
-        return Claim(claimed, percent(seen), walk, "relexkit spectrum --scope global", "no evidence")
+        return Claim(
+            claimed, percent(seen), walk, "relexkit spectrum --scope global", "no evidence"
+        )
     low, high = percent(null.low[statistic]), percent(null.high[statistic])
     interval = f"{walk} (sign-flips {low} to {high}; p = {null.p_value[statistic]:.2g})"
-    verdict = "no evidence" if null.p_value[statistic] > 0.05 else "holds" if seen >= share - 0.005 else "fails"
+    verdict = (
+        "no evidence"
+        if null.p_value[statistic] > 0.05
+        else "holds"
+        if seen >= share - 0.005
+        else "fails"
+    )
     return Claim(claimed, percent(seen), interval, "relexkit spectrum --scope global", verdict)
 
 
@@ -80,19 +95,39 @@ def _line_claim(advice: Advice) -> Claim:
     if fit is None:
         return Claim(claimed, "too few steps", "", "relexkit advise", "not measured")
     low, high = fit.drift_to_noise_interval
-    lasting = "does not turn" if math.isinf(fit.correlation_time) else f"lasts {fit.correlation_time:.3g} steps"
+    lasting = (
+        "does not turn"
+        if math.isinf(fit.correlation_time)
+        else f"lasts {fit.correlation_time:.3g} steps"
+    )
     measured = f"drift to noise {fit.drift_to_noise:.2g}; direction {lasting}"
-    verdict = "no evidence" if fit.p_value > 0.05 else "holds" if fit.correlation_time > fit.steps[-1] and low > 1 else "fails"
-    return Claim(claimed, measured, f"{low:.2g} to {high:.2g}; p = {fit.p_value:.2g}", "relexkit advise", verdict)
+    verdict = (
+        "no evidence"
+        if fit.p_value > 0.05
+        else "holds"
+        if fit.correlation_time > fit.steps[-1] and low > 1
+        else "fails"
+    )
+    return Claim(
+        claimed,
+        measured,
+        f"{low:.2g} to {high:.2g}; p = {fit.p_value:.2g}",
+        "relexkit advise",
+        verdict,
+    )
 
 
 def _reach_claim(result: Backtest) -> Claim:
     claimed = "50 steps and a line reach 20 times further at equal quality"
     found = {h.method: h for h in result.horizon}.get("relex")
     if found is None or not found.num_prefixes:
-        return Claim(claimed, "could not be checked", "", "relexkit backtest --method relex", "not measured")
+        return Claim(
+            claimed, "could not be checked", "", "relexkit backtest --method relex", "not measured"
+        )
     measured = (
-        "RELEX never beat standing still" if found.ratio <= 1 else f"RELEX beat standing still to {found.ratio:.2f} times"
+        "RELEX never beat standing still"
+        if found.ratio <= 1
+        else f"RELEX beat standing still to {found.ratio:.2f} times"
     )
     interval = f"{found.low:.2f} to {found.high:.2f} over {found.num_prefixes} prefixes (weights only: not quality)"
     verdict = "holds" if found.ratio >= 20 else "not measured" if found.beyond else "fails"
@@ -107,18 +142,32 @@ def _ablation_claim(gram: Gram) -> Claim:
             grid = backtest(gram, ["relex"], options=options).grid
         except ExtrapolationError:
             continue
-        cells = {(row.until, row.target): row.relative_error for row in grid if row.method == "relex"}
+        cells = {
+            (row.until, row.target): row.relative_error for row in grid if row.method == "relex"
+        }
         errors[name] = np.array([cells[key] for key in sorted(cells)]) if cells else np.empty(0)
     plain = errors.get("rank 1, line", np.empty(0))
-    full = {name: e for name, e in errors.items() if len(e) == len(plain) and len(e) and np.isfinite(e).all()}
+    full = {
+        name: e
+        for name, e in errors.items()
+        if len(e) == len(plain) and len(e) and np.isfinite(e).all()
+    }
     if len(full) < 2:
         return Claim(claimed, "too few steps", "", "relexkit backtest", "not measured")
     best = min(full, key=lambda name: float(np.median(full[name])))
     medians = ", ".join(f"{name} {np.median(e):.2f}" for name, e in full.items())
     gain = 1 - float(np.median(full[best])) / float(np.median(plain))
-    measured = "none is better" if best == "rank 1, line" else f"{best}: {100 * gain:.0f} % less error"
+    measured = (
+        "none is better" if best == "rank 1, line" else f"{best}: {100 * gain:.0f} % less error"
+    )
     verdict = "holds" if gain < 0.05 else "fails"
-    return Claim(claimed, measured, f"median relative errors: {medians}", "relexkit backtest, ablation of RELEX", verdict)
+    return Claim(
+        claimed,
+        measured,
+        f"median relative errors: {medians}",
+        "relexkit backtest, ablation of RELEX",
+        verdict,
+    )
 
 
 def _token_claim(metrics: Mapping[str, np.ndarray]) -> Claim:
@@ -126,8 +175,12 @@ def _token_claim(metrics: Mapping[str, np.ndarray]) -> Claim:
     values = metrics.get(_SHARED_TOKENS, np.empty(0))
     values = values[np.isfinite(values)]
     if not len(values):
-        return Claim(claimed, "not measured", "", "relexkit train with token_shares: true", "not measured")
+        return Claim(
+            claimed, "not measured", "", "relexkit train with token_shares: true", "not measured"
+        )
     low, high = np.quantile(values, [0.05, 0.95])
     verdict = "holds" if np.median(values) > 0.8 else "fails"
     spread = f"{percent(float(low))} to {percent(float(high))} over steps"
-    return Claim(claimed, percent(float(np.median(values))), spread, f"metric {_SHARED_TOKENS}", verdict)
+    return Claim(
+        claimed, percent(float(np.median(values))), spread, f"metric {_SHARED_TOKENS}", verdict
+    )

@@ -1,7 +1,7 @@
 """Figures of one run's spectrum, each beside the walk without direction that it must be read against.
 
 ``plot_spectra`` writes them all. Every figure is a function that returns a matplotlib ``Figure`` of its own and must run
-inside ``style.styled()``. All numbers come from ``relexkit.spectrum``.
+inside ``style.styled()``. All numbers come from ``relexkit.geometry.spectrum``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from analysis import style
 from analysis.variance_map import variance_figure
 from relexkit.errors import RelexkitError
-from relexkit.gram import Gram
-from relexkit.linalg import single_threaded_blas
-from relexkit.spectrum import ScopeSpectrum, Spectrum, drift, spectrum, walk_gram
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum, walk_gram
+from relexkit.gram_matrix import Gram
 
 MARKS = (0.90, 0.95, 0.99)
 """Shares of the variance whose number of directions the spectrum figure tells."""
 
-_MAX_PREFIXES = 60  # each prefix costs an eigendecomposition: 1000 of them on 1000 steps would take minutes
+_MAX_PREFIXES = (
+    60  # each prefix costs an eigendecomposition: 1000 of them on 1000 steps would take minutes
+)
 _MAX_MARKERS = 64  # more recorded steps than this are drawn as a bare line
 
 
@@ -46,15 +48,22 @@ def plot_spectra(gram: Gram, folder: Path, *, centered: bool = False) -> list[Pa
     Reads no weights; time grows with ``N T^3``, seconds for 272 tensors and 160 steps.
     """
     if not gram.names:
-        raise RelexkitError("there is no tensor to plot: the store holds no floating-point tensor that could move")
+        raise RelexkitError(
+            "there is no tensor to plot: the store holds no floating-point tensor that could move"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     whole = spectrum(gram, scope="global", centered=centered)
     written: list[Path] = []
-    with style.styled(), single_threaded_blas():  # hundreds of small decompositions: more threads make them slower
+    with (
+        style.styled(),
+        single_threaded_blas(),
+    ):  # hundreds of small decompositions: more threads make them slower
         reason = nothing_to_draw(gram, whole)
         figures = {
-            "spectrum": lambda: spectrum_figure(whole, spectrum(gram, scope="module", centered=centered)),
+            "spectrum": lambda: spectrum_figure(
+                whole, spectrum(gram, scope="module", centered=centered)
+            ),
             "coefficients": lambda: coefficients_figure(whole),
             "variance_by_layer_and_module": lambda: variance_figure(gram, whole),
             "geometry": lambda: geometry_figure(gram, whole),
@@ -70,7 +79,11 @@ def nothing_to_draw(gram: Gram, whole: Spectrum) -> str | None:
     steps, run = gram.steps, whole.scopes[0]
     still = int(np.count_nonzero(np.trace(gram.matrices, axis1=1, axis2=2) == 0))
     if still == len(gram.names):
-        recorded = f"the one recorded step ({steps[0]})" if len(steps) == 1 else f"{len(steps)} recorded steps ({_span(steps)})"
+        recorded = (
+            f"the one recorded step ({steps[0]})"
+            if len(steps) == 1
+            else f"{len(steps)} recorded steps ({_span(steps)})"
+        )
         return (
             f"Nothing moved: all {len(gram.names)} tensors equal the base in {recorded}, so there is no variance to "
             "explain. Either training had no effect yet, or the stored precision hides it."
@@ -115,9 +128,24 @@ def spectrum_figure(whole: Spectrum, modules: Spectrum) -> Figure:
     for axes, values in ((scree, _ratios), (running, _running_sum)):
         for index, part in enumerate(moving):
             label = "each module type" if index == 0 else f"_{part.name}"
-            axes.plot(_numbers(part), values(part), color=style.PARTS, linewidth=0.6, alpha=0.7, label=label, zorder=1.5)
+            axes.plot(
+                _numbers(part),
+                values(part),
+                color=style.PARTS,
+                linewidth=0.6,
+                alpha=0.7,
+                label=label,
+                zorder=1.5,
+            )
         axes.plot(_numbers(null), values(null), **style.NULL_LINE, label=style.NULL_LABEL)
-        axes.plot(_numbers(run), values(run), color=style.RUN, marker="o", markevery=slice(0, 10), label="whole model")
+        axes.plot(
+            _numbers(run),
+            values(run),
+            color=style.RUN,
+            marker="o",
+            markevery=slice(0, 10),
+            label="whole model",
+        )
         _direction_axis(axes, max(len(s.singular_values) for s in (run, null, *moving)))
     scree.set_title(f"a  Each direction ({_kind(whole)})")
     scree.set_ylabel("explained variance ratio")
@@ -135,7 +163,9 @@ def _ratios(scope: ScopeSpectrum) -> np.ndarray:
 
 
 def _running_sum(scope: ScopeSpectrum) -> np.ndarray:
-    return np.minimum(np.cumsum(scope.explained_variance_ratio), 1.0)  # rounding may carry the last one past 1
+    return np.minimum(
+        np.cumsum(scope.explained_variance_ratio), 1.0
+    )  # rounding may carry the last one past 1
 
 
 def _numbers(scope: ScopeSpectrum) -> np.ndarray:
@@ -146,7 +176,9 @@ def _direction_axis(axes: Axes, count: int) -> None:
     axes.set_xlabel("direction")
     if count > 10:  # the first few directions matter, and there may be a thousand
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator([d * 10**e for e in range(6) for d in (1, 2, 5) if d * 10**e <= count]))
+        axes.xaxis.set_major_locator(
+            FixedLocator([d * 10**e for e in range(6) for d in (1, 2, 5) if d * 10**e <= count])
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(0.9, count * 1.1)
     else:
@@ -176,7 +208,11 @@ def _running_axis(axes: Axes, scopes: Sequence[ScopeSpectrum]) -> None:
 
     axes.set_yscale("function", functions=(left_to_explain, share_at))
     bottom = max(t for t in (0.0, 0.5, 0.8) if t <= min(firsts))
-    inner = [t for t in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999) if t >= bottom and 1 - t > 1.9 * least_left]
+    inner = [
+        t
+        for t in (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
+        if t >= bottom and 1 - t > 1.9 * least_left
+    ]
     axes.yaxis.set_major_locator(FixedLocator([*inner, 1.0]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(style.tick_percent))
@@ -191,7 +227,16 @@ def _mark_directions(axes: Axes, run: ScopeSpectrum, null: ScopeSpectrum) -> Non
         text = f"{run.num_directions(share)}  ({null.num_directions(share)})"
         axes.text(1.03, share, text, transform=place, va="center", fontsize=7.5)
     heading, above = "directions\nneeded\n(walk)", (0, 8)
-    axes.annotate(heading, (1.03, MARKS[-1]), above, place, "offset points", va="bottom", fontsize=7, color=style.MUTED)
+    axes.annotate(
+        heading,
+        (1.03, MARKS[-1]),
+        above,
+        place,
+        "offset points",
+        va="bottom",
+        fontsize=7,
+        color=style.MUTED,
+    )
 
 
 # -- coefficients -----------------------------------------------------------------------------------------------------
@@ -207,13 +252,34 @@ def coefficients_figure(whole: Spectrum, count: int = 3) -> Figure:
     axes = figure.add_subplot()
     axes.axhline(0, color=style.MUTED, linewidth=0.6, zorder=1)
     marker = _marker(steps)
-    for k, color in zip(range(min(count, len(run.singular_values))), (style.RUN, style.SECOND, style.THIRD), strict=False):
-        label = f"direction {k + 1}: {style.percent(run.explained_variance_ratio[k])} of the variance"
-        axes.plot(steps, run.coefficients[:, k], color=color, marker=marker, label=label, linewidth=1.4 if k == 0 else 1.0)
+    for k, color in zip(
+        range(min(count, len(run.singular_values))),
+        (style.RUN, style.SECOND, style.THIRD),
+        strict=False,
+    ):
+        label = (
+            f"direction {k + 1}: {style.percent(run.explained_variance_ratio[k])} of the variance"
+        )
+        axes.plot(
+            steps,
+            run.coefficients[:, k],
+            color=color,
+            marker=marker,
+            label=label,
+            linewidth=1.4 if k == 0 else 1.0,
+        )
     if len(steps) >= 3:
         line = np.polynomial.Polynomial.fit(steps, run.coefficients[:, 0], 1)
         label = f"line through direction 1: R² {_r_squared(run)}"
-        axes.plot(steps, line(steps), color="black", linewidth=0.9, linestyle=(0, (1, 1.5)), label=label, zorder=2.5)
+        axes.plot(
+            steps,
+            line(steps),
+            color="black",
+            linewidth=0.9,
+            linestyle=(0, (1, 1.5)),
+            label=label,
+            zorder=2.5,
+        )
     shape = null.coefficients[:, 0] / null.singular_values[0] * run.singular_values[0]
     reading = f": R² {_r_squared(null)}" if len(steps) >= 3 else ""
     axes.plot(steps, shape, **style.NULL_LINE, label=f"{style.NULL_LABEL}, scaled{reading}")
@@ -261,8 +327,12 @@ def geometry_figure(gram: Gram, whole: Spectrum) -> Figure:
     _against_null(drifting, gram.steps[prefixes - 1], run_drift, null_drift, marker)
     drifting.set_ylim(max(0.0, min(np.nanmin([*run_drift, *null_drift]) - 0.05, 0.8)), 1.03)
     drifting.set_ylabel("|cosine|")
-    drifting.set_title(f"b  First direction up to the step against that of all steps ({_about(whole)})")
-    _against_null(striding, gram.steps, relative_update_norms(matrix), relative_update_norms(walk), marker)
+    drifting.set_title(
+        f"b  First direction up to the step against that of all steps ({_about(whole)})"
+    )
+    _against_null(
+        striding, gram.steps, relative_update_norms(matrix), relative_update_norms(walk), marker
+    )
     striding.set_ylim(bottom=0)
     striding.yaxis.set_major_formatter(FuncFormatter(style.number))
     striding.set_ylabel("relative norm")
@@ -280,22 +350,32 @@ def _turning_panel(axes: Axes, whole: Spectrum) -> None:
     cosines = whole.scopes[0].update_cosines
     finite = cosines[np.isfinite(cosines)]
     axes.axhline(0, **style.NULL_LINE)
-    axes.plot(whole.steps[:-1], cosines, color=style.RUN, linewidth=0.8, marker=_marker(whole.steps))
+    axes.plot(
+        whole.steps[:-1], cosines, color=style.RUN, linewidth=0.8, marker=_marker(whole.steps)
+    )
     axes.set_ylim(min(-0.25, *(finite - 0.1)) if len(finite) else -0.25, 1.05)
     axes.set_ylabel("cosine")
-    mean = f"mean {_two_decimals(finite.mean())}" if len(finite) else "no two neighbouring updates move anything"
+    mean = (
+        f"mean {_two_decimals(finite.mean())}"
+        if len(finite)
+        else "no two neighbouring updates move anything"
+    )
     axes.set_title(f"a  Updates before and after the step ({mean})")
 
 
 def _two_decimals(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")  # + 0.0: no minus before a zero
+    return f"{round(value, 2) + 0.0:.2f}".replace(
+        "-", "\N{MINUS SIGN}"
+    )  # + 0.0: no minus before a zero
 
 
 def _prefixes(num_steps: int) -> np.ndarray:
     return np.unique(np.linspace(1, num_steps, min(num_steps, _MAX_PREFIXES)).round().astype(int))
 
 
-def _against_null(axes: Axes, steps: np.ndarray, run: np.ndarray, null: np.ndarray, marker: str | None) -> None:
+def _against_null(
+    axes: Axes, steps: np.ndarray, run: np.ndarray, null: np.ndarray, marker: str | None
+) -> None:
     axes.plot(steps, run, color=style.RUN, linewidth=1.2, marker=marker, label="whole model")
     axes.plot(steps, null, **style.NULL_LINE, label=style.NULL_LABEL)
 

@@ -48,7 +48,10 @@ CAPTIONS = {
         "Coefficients",
         "Position along the first directions. A straight first coefficient proves nothing: the walk's is nearly as straight.",
     ),
-    "variance": ("Where it moves", "Explained variance ratio of the first direction by layer and module type."),
+    "variance": (
+        "Where it moves",
+        "Explained variance ratio of the first direction by layer and module type.",
+    ),
     "cosines": (
         "Cosines between updates",
         "How long a direction lasts: on a line all cosines are equal and positive, on a walk only momentum relates neighbours.",
@@ -67,6 +70,9 @@ CAPTIONS = {
         "The trajectory model's continuation with 90 % intervals that the run's own past calibrated; left, a check.",
     ),
     "resolution": ("Resolution", "Shares of the weights that the stored precision lets move."),
-    "metrics": ("Metrics along the way", "What was logged, by step and by position along the first direction."),
+    "metrics": (
+        "Metrics along the way",
+        "What was logged, by step and by position along the first direction.",
+    ),
 }
 """Heading and caption of every figure, by its anchor."""

@@ -25,14 +25,14 @@ from analysis import backtest_figures, figures, run_figures, style, variance_map
 from analysis.claims import Claim, measure_claims
 from analysis.page import CAPTIONS, CSS
 from analysis.sweep_figures import sweep_figure
-from relexkit.advice import Advice, advise
-from relexkit.backtest import CHEAP, backtest
-from relexkit.console import progress_bar, say
+from relexkit.assess.advice import Advice, advise
+from relexkit.assess.backtest import CHEAP, backtest
+from relexkit.assess.metrics import informative_steps, learning_rates
+from relexkit.commands.console import progress_bar, say
 from relexkit.errors import RelexkitError
-from relexkit.gram import Gram, gram
-from relexkit.linalg import single_threaded_blas
-from relexkit.metrics import informative_steps, learning_rates
-from relexkit.spectrum import spectrum
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.spectrum import spectrum
+from relexkit.gram_matrix import Gram, gram
 from relexkit.store import TrajectoryStore, describe_steps
 from relexkit.version import __version__
 
@@ -40,19 +40,36 @@ from relexkit.version import __version__
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit report``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE.html", help="the page to write"
+    )
     parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument("--sweep", type=Path, metavar="FILE.json", help="what relexkit sweep --json printed: adds its results")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="OTHER.zarr", help="other runs for the comparison figure")
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE.json",
+        help="what relexkit sweep --json printed: adds its results",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="OTHER.zarr",
+        help="other runs for the comparison figure",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page and say where it is."""
     with progress_bar() as progress:
         path = write_report(
-            arguments.store, arguments.out, until=arguments.until, compare=arguments.compare, sweep=arguments.sweep,
+            arguments.store,
+            arguments.out,
+            until=arguments.until,
+            compare=arguments.compare,
+            sweep=arguments.sweep,
             progress=progress,
-        )  # fmt: skip
+        )
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -75,10 +92,14 @@ def write_report(
     """
     opened = TrajectoryStore(store)
     if not len(opened.steps):
-        raise RelexkitError(f"{store}: holds no steps yet; record or import some, then ask for the report again")
+        raise RelexkitError(
+            f"{store}: holds no steps yet; record or import some, then ask for the report again"
+        )
     matrices = gram(opened, progress=progress).until(until)
     metrics = {name: values[: len(matrices.steps)] for name, values in opened.metrics().items()}
-    others = {Path(path).name: gram(TrajectoryStore(path), progress=progress) for path in compare or []}
+    others = {
+        Path(path).name: gram(TrajectoryStore(path), progress=progress) for path in compare or []
+    }
     facts, found = _facts(opened, matrices, metrics), _read_sweep(sweep)
     text = build_page(Path(store).name, matrices, metrics, facts=facts, others=others, sweep=found)
     path = Path(out)
@@ -96,8 +117,13 @@ def _read_sweep(path: str | Path | None) -> dict[str, Any] | None:
         found = json.loads(Path(path).read_text())
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"candidates", "baseline", "recommendation"} <= found.keys():
-        raise RelexkitError(f"{path}: is not what relexkit sweep --json prints; run the sweep with --json again")
+    if (
+        not isinstance(found, dict)
+        or not {"candidates", "baseline", "recommendation"} <= found.keys()
+    ):
+        raise RelexkitError(
+            f"{path}: is not what relexkit sweep --json prints; run the sweep with --json again"
+        )
     return found
 
 
@@ -120,7 +146,16 @@ def build_page(
         shown = _figures(name, gram, metrics, whole, result, rates, others or {})
         if sweep is not None:
             command = sweep.get("command", f"relexkit sweep {name} --json")
-            shown.insert(0, _Shown("sweep", "On the task", f"{sweep['recommendation']}", sweep_figure(sweep), command))
+            shown.insert(
+                0,
+                _Shown(
+                    "sweep",
+                    "On the task",
+                    f"{sweep['recommendation']}",
+                    sweep_figure(sweep),
+                    command,
+                ),
+            )
         pictures = "\n".join(_picture(figure) for figure in shown)
     sections = [
         f"<h1>{html.escape(name)}</h1>",
@@ -128,7 +163,9 @@ def build_page(
         _list("Why", advice.reasons),
         _list("What would change this", advice.would_change),
         "<h2>The run</h2>",
-        '<dl class="facts">' + "".join(f"<div><dt>{_safe(k)}</dt><dd>{_safe(v)}</dd></div>" for k, v in facts) + "</dl>",
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{_safe(k)}</dt><dd>{_safe(v)}</dd></div>" for k, v in facts)
+        + "</dl>",
         _claims_table(claims),
         "<h2>Figures</h2>",
         pictures,
@@ -156,17 +193,30 @@ class _Shown:
 
 
 def _figures(
-    name: str, gram: Gram, metrics: dict[str, np.ndarray], whole: Any, result: Any, rates: Any, others: dict[str, Gram]
+    name: str,
+    gram: Gram,
+    metrics: dict[str, np.ndarray],
+    whole: Any,
+    result: Any,
+    rates: Any,
+    others: dict[str, Gram],
 ) -> list[_Shown]:
     reason = figures.nothing_to_draw(gram, whole)
     if reason:
         return [
             _Shown(
-                "nothing", "Nothing to draw", reason, figures.words_figure("No geometry yet", reason), f"relexkit info {name}"
+                "nothing",
+                "Nothing to draw",
+                reason,
+                figures.words_figure("No geometry yet", reason),
+                f"relexkit info {name}",
             )
         ]
     runs = {name: whole, **{other: spectrum(g, scope="global") for other, g in others.items()}}
-    plot, test = f"relexkit spectrum {name} --plot figures", f"relexkit backtest {name} --plot figures"
+    plot, test = (
+        f"relexkit spectrum {name} --plot figures",
+        f"relexkit backtest {name} --plot figures",
+    )
     modules = spectrum(gram, scope="module", rates=rates)
     drawn: list[tuple[str, Figure | None, str]] = [
         ("null", run_figures.null_figure(runs), f"relexkit spectrum {name} --scope global"),
@@ -183,9 +233,25 @@ def _figures(
             ("forecast", backtest_figures.forecast_figure(gram, rates=rates), test),
         ]
     if gram.changed.any():
-        drawn.append(("resolution", run_figures.resolution_figure(gram), f"relexkit report {name} -o report.html"))
-    drawn.append(("metrics", run_figures.metrics_figure(gram, metrics), f"relexkit report {name} -o report.html"))
-    return [_Shown(anchor, *CAPTIONS[anchor], figure, command) for anchor, figure, command in drawn if figure is not None]
+        drawn.append(
+            (
+                "resolution",
+                run_figures.resolution_figure(gram),
+                f"relexkit report {name} -o report.html",
+            )
+        )
+    drawn.append(
+        (
+            "metrics",
+            run_figures.metrics_figure(gram, metrics),
+            f"relexkit report {name} -o report.html",
+        )
+    )
+    return [
+        _Shown(anchor, *CAPTIONS[anchor], figure, command)
+        for anchor, figure, command in drawn
+        if figure is not None
+    ]
 
 
 def _picture(shown: _Shown) -> str:
@@ -201,7 +267,9 @@ def _picture(shown: _Shown) -> str:
     )
 
 
-def _facts(store: TrajectoryStore, gram: Gram, metrics: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+def _facts(
+    store: TrajectoryStore, gram: Gram, metrics: dict[str, np.ndarray]
+) -> list[tuple[str, str]]:
     base = store.attributes["base"]["description"]
     kept = "bit for bit" if store.exact else f"deltas with {store.mantissa_bits} mantissa bits"
     facts = [
@@ -211,19 +279,27 @@ def _facts(store: TrajectoryStore, gram: Gram, metrics: dict[str, np.ndarray]) -
         ("base", str(base)),
         (
             "metrics",
-            ", ".join(sorted(metrics)) or "none were logged: there is no reward to draw and no count of informative steps",
+            ", ".join(sorted(metrics))
+            or "none were logged: there is no reward to draw and no count of informative steps",
         ),
     ]
     informative = informative_steps(metrics)
     if informative:
-        facts.append(("informative steps", f"{informative.count} of {informative.known} ({informative.metric})"))
+        facts.append(
+            (
+                "informative steps",
+                f"{informative.count} of {informative.known} ({informative.metric})",
+            )
+        )
     return facts
 
 
 def _claims_table(claims: list[Claim]) -> str:
     if not claims:
         return "<h2>Claims</h2><p>One recorded step tests no claim: record more steps.</p>"
-    heads = "".join(f"<th>{h}</th>" for h in ("Claimed", "Measured", "Interval, null", "How", "Here"))
+    heads = "".join(
+        f"<th>{h}</th>" for h in ("Claimed", "Measured", "Interval, null", "How", "Here")
+    )
     rows = "".join(
         f'<tr><td data-label="Claimed">{_safe(c.claimed)}</td><td data-label="Measured">{_safe(c.measured)}</td>'
         f'<td data-label="Interval, null">{_safe(c.interval)}</td><td data-label="How">{_command(c.how)}</td>'
@@ -245,7 +321,9 @@ def _commands(name: str, advice: Advice) -> str:
         f"relexkit report {name} -o report.html",
     ]
     if advice.target is not None:
-        lines.append(f"relexkit extrapolate {name} --to {advice.target} --method {advice.method} -o predicted")
+        lines.append(
+            f"relexkit extrapolate {name} --to {advice.target} --method {advice.method} -o predicted"
+        )
     return "<h2>Reproduce</h2><pre><code>" + html.escape("\n".join(lines)) + "</code></pre>"
 
 

@@ -12,14 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.gram import Gram
-from relexkit.null import STATISTICS
-from relexkit.spectrum import Spectrum, decompose
+from relexkit.geometry.null import STATISTICS
+from relexkit.geometry.spectrum import Spectrum, decompose
+from relexkit.gram_matrix import Gram
 
 _LABELS = {
-    "first": "first direction", "first_two": "first two directions", "r2": "R² of the first", "cosine": "neighbouring cosine",
-    "straightness": "straightness", "drift": "half against all",
-}  # fmt: skip
+    "first": "first direction",
+    "first_two": "first two directions",
+    "r2": "R² of the first",
+    "cosine": "neighbouring cosine",
+    "straightness": "straightness",
+    "drift": "half against all",
+}
 _MOST_PANELS = 4
 
 
@@ -34,7 +38,9 @@ def cosines_figure(gram: Gram) -> Figure:
     image, lags = figure.subplots(1, 2, width_ratios=[1, 1.1])
     edges = np.arange(len(cosines) + 1) + 0.5
     values = np.ma.masked_invalid(cosines)
-    shown = image.pcolormesh(edges, edges, values, cmap="RdBu", vmin=-1, vmax=1, gid="cosines", rasterized=True)
+    shown = image.pcolormesh(
+        edges, edges, values, cmap="RdBu", vmin=-1, vmax=1, gid="cosines", rasterized=True
+    )
     image.set_aspect("equal")
     image.invert_yaxis()
     image.grid(False)
@@ -66,11 +72,22 @@ def resolution_figure(gram: Gram) -> Figure:
     figure = style.new_figure(2.3)
     axes = figure.add_subplot()
     axes.plot(gram.steps, 100 * moved / size, color=style.RUN, label="differ from the base")
-    axes.plot(gram.steps, 100 * changed / size, color=style.SECOND, label="changed since the previous step")
+    axes.plot(
+        gram.steps,
+        100 * changed / size,
+        color=style.SECOND,
+        label="changed since the previous step",
+    )
     if (gram.unit_moves >= 0).all() and changed.any():
         with np.errstate(invalid="ignore", divide="ignore"):
             units = 100 * gram.unit_moves.sum(axis=0) / changed
-        axes.plot(gram.steps, units, color=style.THIRD, linewidth=0.9, label="of these by one unit in the last place")
+        axes.plot(
+            gram.steps,
+            units,
+            color=style.THIRD,
+            linewidth=0.9,
+            label="of these by one unit in the last place",
+        )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -82,8 +99,14 @@ def resolution_figure(gram: Gram) -> Figure:
 
 def metrics_figure(gram: Gram, metrics: Mapping[str, np.ndarray]) -> Figure | None:
     """Reward and other metrics along the step and along the first coefficient; None if none was logged three times."""
-    known = {name: v for name, v in metrics.items() if np.isfinite(v).sum() >= 3 and np.nanstd(v) > 0}
-    first = [n for n in ("reward", "eval/accuracy", "accuracy", "kl", "entropy", "grad_norm", "loss") if n in known]
+    known = {
+        name: v for name, v in metrics.items() if np.isfinite(v).sum() >= 3 and np.nanstd(v) > 0
+    }
+    first = [
+        n
+        for n in ("reward", "eval/accuracy", "accuracy", "kl", "entropy", "grad_norm", "loss")
+        if n in known
+    ]
     chosen = [*first, *(n for n in known if n not in first)][:_MOST_PANELS]
     matrix = gram.matrices.sum(axis=0)
     if not chosen or not np.trace(matrix) > 0:
@@ -94,7 +117,14 @@ def metrics_figure(gram: Gram, metrics: Mapping[str, np.ndarray]) -> Figure | No
     for (left, right), name in zip(panels, chosen, strict=True):
         seen = np.isfinite(known[name])
         left.plot(gram.steps[seen], known[name][seen], color=style.RUN, linewidth=0.9)
-        points = right.scatter(coefficient[seen], known[name][seen], c=gram.steps[seen], cmap="viridis", s=7, linewidths=0)
+        points = right.scatter(
+            coefficient[seen],
+            known[name][seen],
+            c=gram.steps[seen],
+            cmap="viridis",
+            s=7,
+            linewidths=0,
+        )
         left.set_ylabel(style.elide(name, 18))
         for axes in (left, right):
             axes.yaxis.set_major_formatter(FuncFormatter(style.number))
@@ -105,7 +135,9 @@ def metrics_figure(gram: Gram, metrics: Mapping[str, np.ndarray]) -> Figure | No
     panels[-1, 1].set_xlabel("first coefficient (L2 norm of weights)")
     panels[0, 0].set_title("a  By step")
     panels[0, 1].set_title("b  By position along the first direction")
-    figure.colorbar(points, ax=panels, shrink=0.8, aspect=30, label="step").outline.set_visible(False)
+    figure.colorbar(points, ax=panels, shrink=0.8, aspect=30, label="step").outline.set_visible(
+        False
+    )
     return figure
 
 
@@ -120,15 +152,44 @@ def null_figure(runs: Mapping[str, Spectrum]) -> Figure:
             place = row + 0.7 * ((index + 0.5) / len(runs) - 0.5)
             low, high = whole.low[statistic], whole.high[statistic]
             if np.isfinite([low, high]).all():
-                axes.plot([low, high], [place, place], color=style.STILL, linewidth=6, solid_capstyle="butt", zorder=1.5)
-            axes.plot(whole.expected[statistic], place, marker="|", markersize=8, color=style.NULL, linestyle="", zorder=2,
-                      label="walk without direction, sign-flips' 90 %" if not (index or row) else None)  # fmt: skip
-            axes.plot(whole.observed[statistic], place, marker="o", markersize=4, color=colour, linestyle="", zorder=3,
-                      label=name if not row else None)  # fmt: skip
+                axes.plot(
+                    [low, high],
+                    [place, place],
+                    color=style.STILL,
+                    linewidth=6,
+                    solid_capstyle="butt",
+                    zorder=1.5,
+                )
+            axes.plot(
+                whole.expected[statistic],
+                place,
+                marker="|",
+                markersize=8,
+                color=style.NULL,
+                linestyle="",
+                zorder=2,
+                label="walk without direction, sign-flips' 90 %" if not (index or row) else None,
+            )
+            axes.plot(
+                whole.observed[statistic],
+                place,
+                marker="o",
+                markersize=4,
+                color=colour,
+                linestyle="",
+                zorder=3,
+                label=name if not row else None,
+            )
     ticks = [(row, _LABELS[statistic]) for row, statistic in enumerate(STATISTICS)]
     axes.set_yticks([row for row, _ in ticks], [text for _, text in ticks])
     axes.set_ylim(len(ticks) - 0.5, -0.5)
-    values = [v for s in runs.values() for d in (s.whole.observed, s.whole.expected) for v in d.values() if np.isfinite(v)]
+    values = [
+        v
+        for s in runs.values()
+        for d in (s.whole.observed, s.whole.expected)
+        for v in d.values()
+        if np.isfinite(v)
+    ]
     axes.set_xlim(min([0.0, *(v - 0.05 for v in values)]), 1.03)
     axes.xaxis.set_major_formatter(FuncFormatter(style.number))
     axes.set_title("Evidence is what lies beyond the grey band")

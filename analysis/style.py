@@ -30,10 +30,16 @@ GRID = "#DDDDDD"
 STILL = "#E4E4E4"
 
 METHODS = {
-    "model": "#0072B2", "relex": "#D55E00", "two-point": "#009E73", "least-squares": "#CC79A7",
-    "least-squares-origin": "#56B4E9", "first-update": "#E69F00", "hold": "#404040",
-    "drift": "#0072B2", "average": "#8C6D1F",
-}  # fmt: skip
+    "model": "#0072B2",
+    "relex": "#D55E00",
+    "two-point": "#009E73",
+    "least-squares": "#CC79A7",
+    "least-squares-origin": "#56B4E9",
+    "first-update": "#E69F00",
+    "hold": "#404040",
+    "drift": "#0072B2",
+    "average": "#8C6D1F",
+}
 """One colour for a method in every figure."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -78,7 +84,9 @@ _SETTINGS: dict[Any, Any] = {
 
 def styled() -> AbstractContextManager[None]:
     """Context in which figures must be both built and saved; matplotlib's settings are restored after it."""
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS, "backend": matplotlib.rcParams["backend"]})
+    return matplotlib.rc_context(
+        {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": matplotlib.rcParams["backend"]}
+    )
 
 
 def new_figure(height_inches: float) -> Figure:

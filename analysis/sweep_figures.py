@@ -17,14 +17,38 @@ def sweep_figure(found: Mapping[str, Any]) -> Figure:
     figure = style.new_figure(0.9 + 0.21 * (len(candidates) + 1))
     axes = figure.add_subplot()
     base = found["baseline"]
-    axes.axvspan(*base["interval"], color=style.STILL, zorder=0, label=f"step {found['last_step']}, observed, 95 %")
+    axes.axvspan(
+        *base["interval"],
+        color=style.STILL,
+        zorder=0,
+        label=f"step {found['last_step']}, observed, 95 %",
+    )
     axes.axvline(base["accuracy"], **style.NULL_LINE)
     for row, c in enumerate(candidates):
-        colour, whole = style.METHODS.get(c["method"], style.MUTED), c["num_problems"] == found["num_problems"]
+        colour, whole = (
+            style.METHODS.get(c["method"], style.MUTED),
+            c["num_problems"] == found["num_problems"],
+        )
         axes.plot(c["interval"], [row, row], color=colour, linewidth=1.2)
-        axes.plot(c["accuracy"], row, marker="o", markersize=4.5, color=colour, markerfacecolor=colour if whole else "white")
-    axes.plot([], [], "o", color=style.MUTED, markerfacecolor="white", label="stopped early, on fewer problems")
-    axes.set_yticks(range(len(candidates)), [f"{c['name']}  ({c['num_problems']})" for c in candidates])
+        axes.plot(
+            c["accuracy"],
+            row,
+            marker="o",
+            markersize=4.5,
+            color=colour,
+            markerfacecolor=colour if whole else "white",
+        )
+    axes.plot(
+        [],
+        [],
+        "o",
+        color=style.MUTED,
+        markerfacecolor="white",
+        label="stopped early, on fewer problems",
+    )
+    axes.set_yticks(
+        range(len(candidates)), [f"{c['name']}  ({c['num_problems']})" for c in candidates]
+    )
     axes.set_ylim(-0.6, len(candidates) - 0.4)
     axes.xaxis.set_major_formatter(FuncFormatter(style.number))
     axes.set_xlabel("accuracy (number of problems in parentheses)")

@@ -16,9 +16,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.gram import Gram
-from relexkit.layout import layer_of, module_of
-from relexkit.spectrum import Spectrum, center, decompose
+from relexkit.geometry.spectrum import Spectrum, center, decompose
+from relexkit.gram_matrix import Gram
+from relexkit.weights.layout import layer_of, module_of
 
 MAX_ROWS = 48
 """Most rows of each part of the heat map; the tensors with the most parameters keep theirs."""
@@ -47,7 +47,9 @@ class VarianceTable:
     num_left_out: int
 
 
-def variance_table(gram: Gram, *, centered: bool = False, max_rows: int = MAX_ROWS) -> VarianceTable:
+def variance_table(
+    gram: Gram, *, centered: bool = False, max_rows: int = MAX_ROWS
+) -> VarianceTable:
     """First explained variance ratios by layer and module type.
 
     Tensors that share a cell are analysed together, as one group: those of an encoder's and a decoder's layer of the same
@@ -55,10 +57,26 @@ def variance_table(gram: Gram, *, centered: bool = False, max_rows: int = MAX_RO
     """
     cells: dict[tuple[str, int | None], list[int]] = {}
     for row, name in enumerate(gram.names):
-        cells.setdefault((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module_of(name)), layer_of(name)), []).append(row)
-    inside = _largest(gram, {m: [r for (n, layer), rows in cells.items() if n == m and layer is not None for r in rows]
-                             for m, layer in cells if layer is not None}, max_rows)  # fmt: skip
-    outside = _largest(gram, {m: rows for (m, layer), rows in cells.items() if layer is None}, max_rows)
+        cells.setdefault(
+            (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module_of(name)), layer_of(name)), []
+        ).append(row)
+    inside = _largest(
+        gram,
+        {
+            m: [
+                r
+                for (n, layer), rows in cells.items()
+                if n == m and layer is not None
+                for r in rows
+            ]
+            for m, layer in cells
+            if layer is not None
+        },
+        max_rows,
+    )
+    outside = _largest(
+        gram, {m: rows for (m, layer), rows in cells.items() if layer is None}, max_rows
+    )
     layers = tuple(sorted({layer for _, layer in cells if layer is not None}))
     ratios = np.full((len(inside), len(layers)), np.nan)
     present = np.zeros(ratios.shape, bool)
@@ -70,7 +88,9 @@ def variance_table(gram: Gram, *, centered: bool = False, max_rows: int = MAX_RO
                 ratios[i, j] = _first_ratio(gram, rows, centered)
     other_ratios = np.array([_first_ratio(gram, cells[name, None], centered) for name in outside])
     named = len({(module, layer is None) for module, layer in cells})
-    return VarianceTable(layers, inside, ratios, present, outside, other_ratios, named - len(inside) - len(outside))
+    return VarianceTable(
+        layers, inside, ratios, present, outside, other_ratios, named - len(inside) - len(outside)
+    )
 
 
 def _largest(gram: Gram, groups: dict[str, list[int]], count: int) -> tuple[str, ...]:
@@ -104,12 +124,16 @@ def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
         axes = figure.add_subplot(grid[1])
         meshes.append(_cells(axes, table.ratios, table.present, table.modules, norm, "layers"))
         axes.xaxis.set_major_locator(FixedLocator(_layer_ticks(len(table.layers))))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: str(table.layers[int(value)])))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: str(table.layers[int(value)]))
+        )
         axes.set_xlabel("layer")
     if table.others:
         axes = figure.add_subplot(grid[len(rows)])
         column = table.other_ratios[:, None]
-        meshes.append(_cells(axes, column, np.ones(column.shape, bool), table.others, norm, "others"))
+        meshes.append(
+            _cells(axes, column, np.ones(column.shape, bool), table.others, norm, "others")
+        )
         axes.set_xlim(-0.5, 9.5)  # one cell and room for its value in words
         axes.xaxis.set_visible(False)
         for row, ratio in enumerate(table.other_ratios):
@@ -119,34 +143,74 @@ def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
             axes.set_title("outside the layers", color=style.MUTED, fontsize=7.5, pad=3)
     kind = "centered" if whole.centered else "uncentered"
     _colour_bar(figure, figure.add_subplot(grid[0]), meshes[0], norm, null, kind)
-    notes = [Patch(facecolor=style.STILL, edgecolor=style.MUTED, hatch="/////", label="did not move", linewidth=0.4)]
+    notes = [
+        Patch(
+            facecolor=style.STILL,
+            edgecolor=style.MUTED,
+            hatch="/////",
+            label="did not move",
+            linewidth=0.4,
+        )
+    ]
     shown = np.isnan(table.ratios[table.present]).any() or np.isnan(table.other_ratios).any()
     if shown:
         figure.legend(handles=notes, loc="outside lower left")
     if table.num_left_out:
         figure.supxlabel(
-            f"({table.num_left_out} smaller rows are not shown)", fontsize=7.5, color=style.MUTED, x=0.99, ha="right"
+            f"({table.num_left_out} smaller rows are not shown)",
+            fontsize=7.5,
+            color=style.MUTED,
+            x=0.99,
+            ha="right",
         )
     return figure
 
 
 def _ratio_norm(ratios: np.ndarray, null: float) -> Normalize:
     """Limits at multiples of 5 % around all values and the null."""
-    low, high = (np.floor(20 * min(ratios.min(), null)) / 20, np.ceil(20 * max(ratios.max(), null)) / 20)
-    return Normalize(max(0.0, low - 0.05 * (high - low < 0.05)), min(1.0, high + 0.05 * (high - low < 0.05)))
+    low, high = (
+        np.floor(20 * min(ratios.min(), null)) / 20,
+        np.ceil(20 * max(ratios.max(), null)) / 20,
+    )
+    return Normalize(
+        max(0.0, low - 0.05 * (high - low < 0.05)), min(1.0, high + 0.05 * (high - low < 0.05))
+    )
 
 
-def _cells(axes: Axes, ratios: np.ndarray, present: np.ndarray, names: Sequence[str], norm: Normalize, gid: str) -> QuadMesh:
+def _cells(
+    axes: Axes,
+    ratios: np.ndarray,
+    present: np.ndarray,
+    names: Sequence[str],
+    norm: Normalize,
+    gid: str,
+) -> QuadMesh:
     num_rows, num_columns = ratios.shape
     edge = 0.4 if num_columns <= 40 else 0.2
     columns, rows = np.arange(num_columns + 1) - 0.5, np.arange(num_rows + 1) - 0.5
     mesh = axes.pcolormesh(
-        columns, rows, np.ma.masked_invalid(ratios), cmap="viridis", norm=norm, edgecolors="white", linewidth=edge, gid=gid
+        columns,
+        rows,
+        np.ma.masked_invalid(ratios),
+        cmap="viridis",
+        norm=norm,
+        edgecolors="white",
+        linewidth=edge,
+        gid=gid,
     )
     for row, column in zip(*np.nonzero(present & np.isnan(ratios)), strict=True):
         corner = (column - 0.5, row - 0.5)
         axes.add_patch(
-            Rectangle(corner, 1, 1, facecolor=style.STILL, edgecolor=style.MUTED, hatch="/////", linewidth=0.3, gid="still")
+            Rectangle(
+                corner,
+                1,
+                1,
+                facecolor=style.STILL,
+                edgecolor=style.MUTED,
+                hatch="/////",
+                linewidth=0.3,
+                gid="still",
+            )
         )
     axes.grid(False)
     for side in axes.spines.values():
@@ -163,7 +227,9 @@ def _layer_ticks(count: int) -> list[int]:
     return list(range(0, count, every))
 
 
-def _colour_bar(figure: Figure, axes: Axes, mesh: QuadMesh, norm: Normalize, null: float, kind: str) -> None:
+def _colour_bar(
+    figure: Figure, axes: Axes, mesh: QuadMesh, norm: Normalize, null: float, kind: str
+) -> None:
     bar = figure.colorbar(mesh, cax=axes, orientation="horizontal")
     bar.outline.set_visible(False)
     axes.grid(False)
@@ -175,5 +241,10 @@ def _colour_bar(figure: Figure, axes: Axes, mesh: QuadMesh, norm: Normalize, nul
     place = float(norm(null))
     side = "left" if place < 0.3 else "right" if place > 0.7 else "center"
     axes.text(
-        null, 1.25, f"{style.NULL_LABEL}: {style.percent(null)}", transform=axes.get_xaxis_transform(), ha=side, fontsize=7.5
+        null,
+        1.25,
+        f"{style.NULL_LABEL}: {style.percent(null)}",
+        transform=axes.get_xaxis_transform(),
+        ha=side,
+        fontsize=7.5,
     )

@@ -10,12 +10,12 @@ What is not in ``__all__`` may change freely.
 """
 
 from relexkit.errors import CheckpointError, ExtrapolationError, RelexkitError, StoreError
-from relexkit.extrapolators import METHODS, Options, predict_weights
-from relexkit.gram import Gram, gram
-from relexkit.importer import import_checkpoints
+from relexkit.geometry.spectrum import Spectrum, spectrum
+from relexkit.gram_matrix import Gram, gram
+from relexkit.ingest.importer import import_checkpoints
 from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
-from relexkit.recorder import Recorder
-from relexkit.spectrum import Spectrum, spectrum
+from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+from relexkit.record.recorder import Recorder
 from relexkit.store import TrajectoryStore
 from relexkit.version import __version__
 

@@ -19,31 +19,73 @@ COMMAND_MODULES = {
         "relexkit.commands.import_run",
         "import a run's checkpoints into a trajectory store; run again to add new steps",
     ),
-    "info": ("relexkit.commands.info", "say what is inside a store, or which checkpoints a folder holds"),
-    "verify": ("relexkit.commands.verify", "read every chunk of a store and compare it with its checksums"),
+    "info": (
+        "relexkit.commands.info",
+        "say what is inside a store, or which checkpoints a folder holds",
+    ),
+    "verify": (
+        "relexkit.commands.verify",
+        "read every chunk of a store and compare it with its checksums",
+    ),
     "spectrum": (
         "relexkit.commands.spectrum",
         "principal directions of the updates, beside those of a walk without direction",
     ),
-    "extrapolate": ("relexkit.commands.extrapolate", "write the predicted checkpoints of future steps"),
-    "checkout": ("relexkit.commands.checkout", "write a recorded step as a checkpoint; step 0 is the base"),
-    "round": ("relexkit.commands.round", "write any checkpoint in another precision, stochastically rounded"),
+    "extrapolate": (
+        "relexkit.commands.extrapolate",
+        "write the predicted checkpoints of future steps",
+    ),
+    "checkout": (
+        "relexkit.commands.checkout",
+        "write a recorded step as a checkpoint; step 0 is the base",
+    ),
+    "round": (
+        "relexkit.commands.round",
+        "write any checkpoint in another precision, stochastically rounded",
+    ),
     "backtest": (
         "relexkit.commands.backtest",
         "how every method would have done in the run's own past, and how far to trust it",
     ),
     "advise": ("relexkit.commands.advise", "say what to do next with a run, and why"),
-    "linearity": ("relexkit.commands.linearity", "how straight every single weight's path is, beside a walk's; one pass"),
-    "report": ("analysis.report", "write one self-contained page about a run: advice, claims, figures, commands"),
-    "probe": ("trainer.outputs", "how linear the log-probabilities of texts are; generate from extrapolated logits"),
-    "sweep": ("trainer.sweep", "try predictions on a task, stop bad ones early, and recommend"),
-    "watch": ("relexkit.commands.watch", "import checkpoints as they appear, and delete them afterwards if asked to"),
-    "train": ("trainer.command", "train a model by GRPO, recording its trajectory"),
-    "g2d": ("trainer.g2d", "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation"),
-    "tokens": ("trainer.tokens_command", "which tokens carry the update, from a log of rollouts"),
-    "evaluate": ("trainer.evaluate_command", "accuracy of models on a task, with intervals: folders, or steps of a store"),
-    "demo": ("trainer.demo", "train a small model, record, analyse, extrapolate: the whole story in minutes"),
-    "gram": ("relexkit.commands.gram", "compute the Gram matrices and keep them in the store: the one pass"),
+    "linearity": (
+        "relexkit.commands.linearity",
+        "how straight every single weight's path is, beside a walk's; one pass",
+    ),
+    "report": (
+        "analysis.report",
+        "write one self-contained page about a run: advice, claims, figures, commands",
+    ),
+    "probe": (
+        "trainer.experiments.outputs",
+        "how linear the log-probabilities of texts are; generate from extrapolated logits",
+    ),
+    "sweep": (
+        "trainer.experiments.sweep",
+        "try predictions on a task, stop bad ones early, and recommend",
+    ),
+    "watch": (
+        "relexkit.commands.watch",
+        "import checkpoints as they appear, and delete them afterwards if asked to",
+    ),
+    "train": ("trainer.commands.train", "train a model by GRPO, recording its trajectory"),
+    "g2d": (
+        "trainer.experiments.g2d",
+        "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation",
+    ),
+    "tokens": ("trainer.commands.tokens", "which tokens carry the update, from a log of rollouts"),
+    "evaluate": (
+        "trainer.commands.evaluate",
+        "accuracy of models on a task, with intervals: folders, or steps of a store",
+    ),
+    "demo": (
+        "trainer.commands.demo",
+        "train a small model, record, analyse, extrapolate: the whole story in minutes",
+    ),
+    "gram": (
+        "relexkit.commands.gram",
+        "compute the Gram matrices and keep them in the store: the one pass",
+    ),
 }
 """Every command: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
 
@@ -82,7 +124,8 @@ def _one_line(error: Exception) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="relexkit", description="Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models."
+        prog="relexkit",
+        description="Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models.",
     )
     parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -97,8 +140,12 @@ def _module_parser(name: str) -> argparse.ArgumentParser:
     try:
         owner = import_module(module)
     except ModuleNotFoundError as error:
-        raise RelexkitError(f"{name} needs the package {error.name}; install it with: pip install 'relexkit[train]'") from None
-    parser = argparse.ArgumentParser(prog=f"relexkit {name}", description=text[0].upper() + text[1:] + ".")
+        raise RelexkitError(
+            f"{name} needs the package {error.name}; install it with: pip install 'relexkit[train]'"
+        ) from None
+    parser = argparse.ArgumentParser(
+        prog=f"relexkit {name}", description=text[0].upper() + text[1:] + "."
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     owner.add_arguments(parser)
     parser.set_defaults(run=owner.run)

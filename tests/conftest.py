@@ -13,13 +13,26 @@ from relexkit import TrajectoryStore, import_checkpoints
 @pytest.fixture(scope="session")
 def bfloat16_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Bfloat16, irregular steps, 2 % of the bits change at a step. Read only."""
-    return write_run(tmp_path_factory.mktemp("bfloat16"), dtype="bfloat16", head="tied", buffers=True, metrics=True)
+    return write_run(
+        tmp_path_factory.mktemp("bfloat16"),
+        dtype="bfloat16",
+        head="tied",
+        buffers=True,
+        metrics=True,
+    )
 
 
 @pytest.fixture(scope="session")
 def float32_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Float32, a straight line and a walk in every weight. Read only."""
-    return write_run(tmp_path_factory.mktemp("float32"), dtype="float32", motion="drift", density=1.0, seed=1, metrics=True)
+    return write_run(
+        tmp_path_factory.mktemp("float32"),
+        dtype="float32",
+        motion="drift",
+        density=1.0,
+        seed=1,
+        metrics=True,
+    )
 
 
 @pytest.fixture(scope="session")

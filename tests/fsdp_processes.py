@@ -23,7 +23,12 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedStateDictConfig,
+    StateDictType,
+    fully_shard,
+)
 
 WORLD = 2
 CPU = torch.device("cpu")
@@ -32,7 +37,11 @@ CPU = torch.device("cpu")
 def module() -> torch.nn.Module:
     """Odd sizes, so that parts are uneven; the same on every rank."""
     torch.manual_seed(0)
-    layers = {"embed": torch.nn.Embedding(7, 5), "norm": torch.nn.LayerNorm(5), "head": torch.nn.Linear(5, 3)}
+    layers = {
+        "embed": torch.nn.Embedding(7, 5),
+        "norm": torch.nn.LayerNorm(5),
+        "head": torch.nn.Linear(5, 3),
+    }
     return torch.nn.Sequential(OrderedDict(layers))
 
 
@@ -51,18 +60,23 @@ def fsdp(rank: int, folder: Path, kind: str) -> None:
         step(model)
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-        with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()):
+        with FullyShardedDataParallel.state_dict_type(
+            model, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig()
+        ):
             state = model.state_dict()
     else:
         model = fully_shard(module(), mesh=mesh)
         step(model)
-        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        whole = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         state = model.state_dict()
     (folder / "verl").mkdir(exist_ok=True)
     torch.save(state, folder / "verl" / f"model_world_size_{WORLD}_rank_{rank}.pt")
     if rank == 0:
         save_file(
-            {n.removeprefix("_fsdp_wrapped_module."): t.contiguous() for n, t in whole.items()}, folder / "whole.safetensors"
+            {n.removeprefix("_fsdp_wrapped_module."): t.contiguous() for n, t in whole.items()},
+            folder / "whole.safetensors",
         )
 
 
@@ -85,8 +99,13 @@ def accelerate(rank: int, folder: Path) -> None:
 def process(rank: int, port: int, folder: Path, kind: str) -> None:
     """One rank."""
     warnings.simplefilter("ignore")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": str(WORLD)}  # fmt: skip
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+    }
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     if kind == "accelerate":

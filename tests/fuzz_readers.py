@@ -26,23 +26,38 @@ from safetensors.torch import save_file
 from sharded import write_dcp, write_verl, write_zero
 
 from relexkit.checkpoints import open_checkpoint
-from relexkit.dtypes import FLOAT_DTYPES, bits_dtype
 from relexkit.errors import CheckpointError, StoreError
-from relexkit.importer import import_checkpoints
+from relexkit.ingest.importer import import_checkpoints
 from relexkit.store import TrajectoryStore
+from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype
 
 MEMORY_BYTES = 2**29
 """Address space that one format's readings may take beyond what the process has when they begin."""
 SECONDS = 20
 FORBIDDEN = (
-    "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "os.mkdir", "os.remove", "os.rename", "os.rmdir",
-    "os.symlink", "os.link", "os.truncate", "socket.connect", "ctypes.dlopen", "pickle.find_class",
-)  # fmt: skip
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "socket.connect",
+    "ctypes.dlopen",
+    "pickle.find_class",
+)
 
 TENSORS = {
-    "model.embed_tokens.weight": torch.arange(40.0).reshape(10, 4), "model.layers.0.mlp.weight": torch.ones(3, 5).bfloat16(),
-    "model.norm.weight": torch.ones(4), "model.position_ids": torch.arange(6),
-}  # fmt: skip
+    "model.embed_tokens.weight": torch.arange(40.0).reshape(10, 4),
+    "model.layers.0.mlp.weight": torch.ones(3, 5).bfloat16(),
+    "model.norm.weight": torch.ones(4),
+    "model.position_ids": torch.arange(6),
+}
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "safetensors": lambda folder: write_checkpoint(folder, TENSORS),
@@ -64,15 +79,24 @@ def write_adapter(folder: Path, *, safe: bool) -> None:
     tensors = {
         f"base_model.model.{name}": torch.ones(shape)
         for name, shape in (
-            ("layers.0.q.lora_A.weight", (2, 5)), ("layers.0.q.lora_B.weight", (3, 2)), ("norm.weight", (4,)),
-            ("layers.1.q.lora_A.weight", (1, 5)), ("layers.1.q.lora_B.weight", (3, 1)),
+            ("layers.0.q.lora_A.weight", (2, 5)),
+            ("layers.0.q.lora_B.weight", (3, 2)),
+            ("norm.weight", (4,)),
+            ("layers.1.q.lora_A.weight", (1, 5)),
+            ("layers.1.q.lora_B.weight", (3, 1)),
         )
-    }  # fmt: skip
+    }
     if safe:
         save_file(tensors, folder / "adapter_model.safetensors")
     else:
         torch.save(tensors, folder / "adapter_model.bin")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {r"^layers\.1.*q$": 1}, "use_rslora": True}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {r"^layers\.1.*q$": 1},
+        "use_rslora": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

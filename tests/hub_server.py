@@ -78,7 +78,14 @@ class HubServer:
                     return self._missing("RepoNotFound")
                 if rest == ["refs"]:
                     names = server.repositories[name]
-                    branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": server.commit(name, b)} for b in names]
+                    branches = [
+                        {
+                            "name": b,
+                            "ref": f"refs/heads/{b}",
+                            "targetCommit": server.commit(name, b),
+                        }
+                        for b in names
+                    ]
                     return self._json({"branches": branches, "tags": [], "converts": []})
                 found = server._folder(name, rest[1] if len(rest) > 1 else "main")
                 if found is None:
@@ -99,10 +106,13 @@ class HubServer:
                     content = server.spoil(file, content)
                 self.send_response(200)
                 for key, value in {
-                    "ETag": f'"{etag}"', "X-Repo-Commit": found[1], "X-Linked-Etag": f'"{etag}"',
+                    "ETag": f'"{etag}"',
+                    "X-Repo-Commit": found[1],
+                    "X-Linked-Etag": f'"{etag}"',
                     "X-Linked-Size": digest["size"],
-                    "Content-Length": len(content), "Content-Type": "application/octet-stream",
-                }.items():  # fmt: skip
+                    "Content-Length": len(content),
+                    "Content-Type": "application/octet-stream",
+                }.items():
                     self.send_header(key, str(value))
                 self.end_headers()
                 if not head:
@@ -128,9 +138,15 @@ class HubServer:
 def _entry(path: Path) -> dict:
     content = path.read_bytes()
     entry: dict = {
-        "type": "file", "path": path.name, "size": len(content),
+        "type": "file",
+        "path": path.name,
+        "size": len(content),
         "oid": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
-    }  # fmt: skip
+    }
     if len(content) >= LFS_FROM:
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {
+            "oid": hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 130,
+        }
     return entry

@@ -43,19 +43,29 @@ LLAMA_SHAPES: dict[str, tuple[int, ...]] = {
         f"model.layers.{layer}.{name}.weight": shape
         for layer in range(2)
         for name, shape in {
-            "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8), "self_attn.o_proj": (8, 8),
-            "mlp.gate_proj": (13, 8), "mlp.up_proj": (13, 8), "mlp.down_proj": (8, 13),
-            "input_layernorm": (8,), "post_attention_layernorm": (8,),
+            "self_attn.q_proj": (8, 8),
+            "self_attn.k_proj": (4, 8),
+            "self_attn.v_proj": (4, 8),
+            "self_attn.o_proj": (8, 8),
+            "mlp.gate_proj": (13, 8),
+            "mlp.up_proj": (13, 8),
+            "mlp.down_proj": (8, 13),
+            "input_layernorm": (8,),
+            "post_attention_layernorm": (8,),
         }.items()
     },
     "model.norm.weight": (8,),
-}  # fmt: skip
+}
 """Every tensor of that model but the output head, in an order of their own (not alphabetical)."""
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SCALAR, EMPTY, BUFFER, MASK = "model.scale", "model.empty", "model.position_ids", "model.mask"
 
-BITS: dict[str, torch.dtype] = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}
+BITS: dict[str, torch.dtype] = {
+    "float32": torch.int32,
+    "bfloat16": torch.int16,
+    "float16": torch.int16,
+}
 """Signed integer type that carries the bits of a float format."""
 
 Weights = dict[str, torch.Tensor]
@@ -127,13 +137,18 @@ def write_run(
     """
     random = np.random.default_rng(seed)
     kinds = tensor_kinds(dtype, dtypes, shapes, head=head, extras=extras)
-    weights: dict[int, Weights] = {0: {n: _initial(random, shape, d, base_dtype or d) for n, (shape, d) in kinds.items()}}
+    weights: dict[int, Weights] = {
+        0: {n: _initial(random, shape, d, base_dtype or d) for n, (shape, d) in kinds.items()}
+    }
     if motion == "drift":
         _drift(random, weights, steps, density, frozen)
     else:
         current = weights[0]
         for step in steps:
-            current = {n: t.clone() if n in frozen else changed(random, t, density) for n, t in current.items()}
+            current = {
+                n: t.clone() if n in frozen else changed(random, t, density)
+                for n, t in current.items()
+            }
             weights[step] = current
     for tensors in weights.values():
         if head == "tied":
@@ -148,10 +163,16 @@ def write_run(
         folders[step] = folder / "run" / naming.format(step) / inside if in_run else folder / "base"
         tensors = weights[step]
         if step == 0 and base_dtype is not None:
-            tensors = {n: t.to(getattr(torch, base_dtype)) if t.is_floating_point() else t for n, t in tensors.items()}
+            tensors = {
+                n: t.to(getattr(torch, base_dtype)) if t.is_floating_point() else t
+                for n, t in tensors.items()
+            }
         write_checkpoint(folders[step], tensors, layout=layout, config=config)
         if metrics and step:
-            history = [{"step": step, "epoch": 0.5, "reward": step / 10}, {"step": step - 1, "reward": -1.0}]
+            history = [
+                {"step": step, "epoch": 0.5, "reward": step / 10},
+                {"step": step - 1, "reward": -1.0},
+            ]
             state = {"global_step": step, "log_history": history}
             (folders[step] / "trainer_state.json").write_text(json.dumps(state))
     return Run(folder / "run", None if base == "step0" else folder / "base", weights, folders)
@@ -187,7 +208,9 @@ def changed(random: np.random.Generator, tensor: torch.Tensor, density: float) -
     kind = torch.from_numpy(random.integers(0, 24, flat.numel()))
     moved = torch.where(kind == 0, -flat, moved)
     tiny = torch.finfo(tensor.dtype).smallest_normal
-    specials = torch.tensor([-0.0, 0.0, tiny / 4, -tiny / 2, torch.finfo(tensor.dtype).max / 2], dtype=tensor.dtype)
+    specials = torch.tensor(
+        [-0.0, 0.0, tiny / 4, -tiny / 2, torch.finfo(tensor.dtype).max / 2], dtype=tensor.dtype
+    )
     moved = torch.where((kind >= 1) & (kind <= 5), specials[(kind - 1).clamp(0, 4)], moved)
     flat[chosen] = torch.where(torch.isfinite(moved), moved, torch.ones_like(moved))[chosen]
     return out
@@ -230,7 +253,12 @@ def store_content(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Weights, *, layout: str = "hf", config: Mapping[str, Any] | None = None, shards: int = 3
+    folder: Path,
+    tensors: Weights,
+    *,
+    layout: str = "hf",
+    config: Mapping[str, Any] | None = None,
+    shards: int = 3,
 ) -> None:
     """Write one folder with weights (see ``write_run`` for ``layout``) and, if given, its ``config.json``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +269,9 @@ def write_checkpoint(
     elif layout == "bin":
         _save(tensors, folder / "pytorch_model.bin")
     else:
-        stem, ending = ("pytorch_model", "bin") if layout == "sharded-bin" else ("model", "safetensors")
+        stem, ending = (
+            ("pytorch_model", "bin") if layout == "sharded-bin" else ("model", "safetensors")
+        )
         names = list(tensors)
         weight_map: dict[str, str] = {}
         for shard in range(shards):
@@ -249,7 +279,10 @@ def write_checkpoint(
             piece = {n: tensors[n] for n in names[shard::shards]}
             weight_map |= dict.fromkeys(piece, file)
             _save(piece, folder / file)
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": weight_map,
+        }
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
 
 
@@ -261,13 +294,19 @@ def _save(tensors: Weights, path: Path) -> None:
         torch.save(separate, path)
 
 
-def _initial(random: np.random.Generator, shape: tuple[int, ...], dtype: str, through: str) -> torch.Tensor:
+def _initial(
+    random: np.random.Generator, shape: tuple[int, ...], dtype: str, through: str
+) -> torch.Tensor:
     values = torch.from_numpy(np.asarray(random.standard_normal(shape) * 0.05, np.float32))
     return values.to(getattr(torch, through)).to(getattr(torch, dtype))
 
 
 def _drift(
-    random: np.random.Generator, weights: dict[int, Weights], steps: Sequence[int], density: float, frozen: Sequence[str]
+    random: np.random.Generator,
+    weights: dict[int, Weights],
+    steps: Sequence[int],
+    density: float,
+    frozen: Sequence[str],
 ) -> None:
     direction, walk = {}, {}
     for name, tensor in weights[0].items():
@@ -280,6 +319,8 @@ def _drift(
         for name, tensor in weights[0].items():
             noise = random.standard_normal(tensor.shape) * np.sqrt(step - earlier) * 3e-4
             walk[name] = walk[name] + noise * (direction[name] != 0)
-            moved = tensor.to(torch.float64) + torch.from_numpy(np.asarray(direction[name] * step + walk[name]))
+            moved = tensor.to(torch.float64) + torch.from_numpy(
+                np.asarray(direction[name] * step + walk[name])
+            )
             weights[step][name] = moved.to(tensor.dtype)
         earlier = step

@@ -72,7 +72,9 @@ def sharded_state(tensors: Weights, mesh_shape: Sequence[int]) -> dict[str, Any]
     names = ("ddp", "fsdp")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
     module = module_of(tensors)
-    return fully_shard(module, mesh=mesh, shard_placement_fn=first_divisible(mesh_shape[-1])).state_dict()
+    return fully_shard(
+        module, mesh=mesh, shard_placement_fn=first_divisible(mesh_shape[-1])
+    ).state_dict()
 
 
 def write_verl(folder: Path, tensors: Weights, mesh_shape: Sequence[int] = (2,)) -> None:
@@ -82,13 +84,21 @@ def write_verl(folder: Path, tensors: Weights, mesh_shape: Sequence[int] = (2,))
     for rank in range(world):
         path = folder / f"model_world_size_{world}_rank_{rank}.pt"
         if world == 1:
-            torch.save(tensors, path)  # what FSDP1 hands out where nothing is sharded (verl issue 903)
+            torch.save(
+                tensors, path
+            )  # what FSDP1 hands out where nothing is sharded (verl issue 903)
             continue
         with rank_of(rank, world):
             torch.save(sharded_state(tensors, mesh_shape), path)
 
 
-def write_dcp(folder: Path, tensors: Weights, world: int = 1, extra: dict[str, Any] | None = None, prefix: str = "") -> None:
+def write_dcp(
+    folder: Path,
+    tensors: Weights,
+    world: int = 1,
+    extra: dict[str, Any] | None = None,
+    prefix: str = "",
+) -> None:
     """A ``torch.distributed.checkpoint`` folder of FSDP2 shards (plain tensors for one process)."""
 
     def state() -> dict[str, Any]:
@@ -115,7 +125,9 @@ def write_dcp_states(folder: Path, world: int, state_of_rank: Callable[[], dict[
     for rank in range(world):
         with rank_of(rank, world):
             planner = planners[rank]
-            results.append(writers[rank].write_data(planner.finish_plan(plans[rank]), planner).value())
+            results.append(
+                writers[rank].write_data(planner.finish_plan(plans[rank]), planner).value()
+            )
     writers[0].finish(metadata, results)
 
 
@@ -124,12 +136,21 @@ def assert_reads(checkpoint: Checkpoint, tensors: Weights) -> None:
     assert set(checkpoint.tensors) == set(tensors)
     for name, tensor in tensors.items():
         info = checkpoint.tensors[name]
-        assert (info.shape, info.dtype) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        assert (info.shape, info.dtype) == (
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+        )
         bits = raw_bits(tensor)
-        for begin, end in ((0, len(bits)), (len(bits) // 3, len(bits) // 3 * 2), (len(bits) - 1, len(bits))):
+        for begin, end in (
+            (0, len(bits)),
+            (len(bits) // 3, len(bits) // 3 * 2),
+            (len(bits) - 1, len(bits)),
+        ):
             out = np.empty(max(0, end - max(begin, 0)), bits.dtype)
             checkpoint.read_into(name, max(begin, 0), out)
-            np.testing.assert_array_equal(out, bits[max(begin, 0) : end], err_msg=f"{name} {begin}:{end}")
+            np.testing.assert_array_equal(
+                out, bits[max(begin, 0) : end], err_msg=f"{name} {begin}:{end}"
+            )
 
 
 class Malicious:
@@ -142,7 +163,9 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
-def write_zero(folder: Path, tensors: Weights, world: int, *, stage: int, frozen: Sequence[str] = ()) -> None:
+def write_zero(
+    folder: Path, tensors: Weights, world: int, *, stage: int, frozen: Sequence[str] = ()
+) -> None:
     """DeepSpeed ZeRO files, by a writer of our own after ``deepspeed/runtime/zero`` and ``zero_to_fp32.py``.
 
     Floats are trained in two parameter groups; others are buffers. Where DeepSpeed itself wrote files, they are in
@@ -151,17 +174,25 @@ def write_zero(folder: Path, tensors: Weights, world: int, *, stage: int, frozen
     folder.mkdir(parents=True, exist_ok=True)
     trained = [n for n, t in tensors.items() if t.is_floating_point() and n not in frozen]
     groups = [g for g in (trained[::2], trained[1::2]) if g]
-    flats = [_flat_partitions([tensors[n].float() for n in group], world, stage) for group in groups]
+    flats = [
+        _flat_partitions([tensors[n].float() for n in group], world, stage) for group in groups
+    ]
     shapes = [{n: tensors[n].shape for n in group} for group in groups]
     for rank in range(world):
         partitions = [flat[rank] for flat in flats]
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        state = {"zero_stage": stage, "partition_count": world if stage == 3 else [world] * len(groups), key: partitions}
+        state = {
+            "zero_stage": stage,
+            "partition_count": world if stage == 3 else [world] * len(groups),
+            key: partitions,
+        }
         path = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": state, "ds_version": "0.0"}, path)
         if stage < 3 and rank:
             continue
-        fragments = {n: tensors[n] if stage < 3 else _parts([tensors[n]], world)[rank] for n in frozen}
+        fragments = {
+            n: tensors[n] if stage < 3 else _parts([tensors[n]], world)[rank] for n in frozen
+        }
         content = {
             "module": {n: t for n, t in tensors.items() if n not in trained},
             "buffer_names": [n for n, t in tensors.items() if not t.is_floating_point()],
@@ -170,7 +201,11 @@ def write_zero(folder: Path, tensors: Weights, world: int, *, stage: int, frozen
             "frozen_param_shapes": {n: tensors[n].shape for n in frozen} or None,
             "frozen_param_fragments": fragments or None,
         }
-        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        name = (
+            f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+            if stage == 3
+            else "mp_rank_00_model_states.pt"
+        )
         torch.save(content, folder / name)
 
 
@@ -184,5 +219,8 @@ def _flat_partitions(tensors: Sequence[torch.Tensor], world: int, stage: int) ->
 
 def _parts(tensors: Sequence[torch.Tensor], world: int) -> list[torch.Tensor]:
     """Every tensor padded to a multiple of the ranks and cut into as many parts; a rank's parts one after the other."""
-    cut = [torch.nn.functional.pad(t.reshape(-1), (0, -t.numel() % world)).chunk(world) for t in tensors]
+    cut = [
+        torch.nn.functional.pad(t.reshape(-1), (0, -t.numel() % world)).chunk(world)
+        for t in tensors
+    ]
     return [torch.cat([parts[rank] for parts in cut]) for rank in range(world)]

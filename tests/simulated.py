@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from relexkit.advice import advise
-from relexkit.extrapolators import predict_weights
-from relexkit.forecast import forecast
-from relexkit.gram import Gram
-from relexkit.metrics import learning_rates
-from relexkit.spectrum import decompose
+from relexkit.assess.advice import advise
+from relexkit.assess.forecast import forecast
+from relexkit.assess.metrics import learning_rates
+from relexkit.geometry.spectrum import decompose
+from relexkit.gram_matrix import Gram
+from relexkit.predict.extrapolators import predict_weights
 
 D = 600
 
@@ -62,14 +62,18 @@ def simulate(run: Run, num_steps: int, seed: int, num_parameters: int = D) -> np
     position, rows = np.zeros(num_parameters), []
     for index in range(-before, num_steps):
         if np.isfinite(run.lifetime):
-            direction = keep * direction + np.sqrt(1 - keep**2) * rng.standard_normal(num_parameters)
+            direction = keep * direction + np.sqrt(1 - keep**2) * rng.standard_normal(
+                num_parameters
+            )
         noise = hold * noise + np.sqrt(1 - hold**2) * rng.standard_normal(num_parameters)
         now = other if index + 1 >= run.turn_at else direction
         gradient = run.drift * run.envelope(max(1, index + 1)) * now + run.noise * noise
         gradient = gradient * (rng.random() < run.informative)
         state = run.beta * state + (1 - run.beta) * gradient
         if index >= 0:
-            position = position + run.rates(index + 1) * state / (1 - run.beta ** (index + 1 + before))
+            position = position + run.rates(index + 1) * state / (
+                1 - run.beta ** (index + 1 + before)
+            )
             rows.append(position)
     deltas = np.array(rows) + run.rounding * rng.standard_normal((num_steps, num_parameters))
     if run.unit:
@@ -144,28 +148,46 @@ LABELLED: dict[str, Case] = {
     "walk, momentum, warm optimizer": Case(run=Run(beta=0.9, warm=True), right=("not-a-line",)),
     "walk, rounding": Case(run=Run(rounding=1.0), right=("not-a-line",)),
     "walk, irregular steps": Case(run=Run(), right=("not-a-line",), steps=IRREGULAR),
-    "walk, momentum, irregular steps": Case(run=Run(beta=0.9), right=("not-a-line",), steps=IRREGULAR),
+    "walk, momentum, irregular steps": Case(
+        run=Run(beta=0.9), right=("not-a-line",), steps=IRREGULAR
+    ),
     "walk, decaying rate": Case(
-        run=Run(rates=linear_decay(60)), right=("not-a-line",), metrics={"learning_rate": lambda s: 1 - s / 60}
+        run=Run(rates=linear_decay(60)),
+        right=("not-a-line",),
+        metrics={"learning_rate": lambda s: 1 - s / 60},
     ),
     "walk, every second step": Case(run=Run(beta=0.9), right=("not-a-line",), steps=_EVERY_SECOND),
     # lines that last
     "line, strong": Case(run=Run(drift=0.5), right=("extrapolate",)),
     "line, fair": Case(run=Run(drift=0.3), right=("extrapolate",)),
     "line, momentum": Case(run=Run(drift=0.3, beta=0.9), right=("extrapolate",)),
-    "line, momentum, warm optimizer": Case(run=Run(drift=0.4, beta=0.9, warm=True), right=("extrapolate",)),
+    "line, momentum, warm optimizer": Case(
+        run=Run(drift=0.4, beta=0.9, warm=True), right=("extrapolate",)
+    ),
     "line, rounding": Case(run=Run(drift=0.4, rounding=1.0), right=("extrapolate",)),
     "line, irregular steps": Case(run=Run(drift=0.4), right=("extrapolate",), steps=IRREGULAR),
     "line, decaying rate": Case(
-        run=Run(drift=0.5, rates=linear_decay(150)), right=("extrapolate",), metrics={"learning_rate": lambda s: 1 - s / 150}
+        run=Run(drift=0.5, rates=linear_decay(150)),
+        right=("extrapolate",),
+        metrics={"learning_rate": lambda s: 1 - s / 150},
     ),
-    "line, every second step": Case(run=Run(drift=0.3, beta=0.9), right=("extrapolate",), steps=_EVERY_SECOND),
-    "line, autocorrelated noise": Case(run=Run(drift=0.5, autocorrelation=0.5), right=("extrapolate",)),
+    "line, every second step": Case(
+        run=Run(drift=0.3, beta=0.9), right=("extrapolate",), steps=_EVERY_SECOND
+    ),
+    "line, autocorrelated noise": Case(
+        run=Run(drift=0.5, autocorrelation=0.5), right=("extrapolate",)
+    ),
     # the failure shapes of the replication study: gains at first, then collapse; right if the advised step still gains
-    "slow turn, momentum": Case(run=Run(drift=0.5, lifetime=60.0, beta=0.9), right=("extrapolate", "keep-training")),
+    "slow turn, momentum": Case(
+        run=Run(drift=0.5, lifetime=60.0, beta=0.9), right=("extrapolate", "keep-training")
+    ),
     "slow turn": Case(run=Run(drift=0.6, lifetime=60.0), right=("extrapolate", "keep-training")),
-    "slow saturation": Case(run=Run(drift=0.6, envelope=saturating(60.0)), right=("extrapolate", "keep-training")),
-    "line that breaks off soon after": Case(run=Run(drift=0.5, turn_at=80, beta=0.9), right=("extrapolate", "keep-training")),
+    "slow saturation": Case(
+        run=Run(drift=0.6, envelope=saturating(60.0)), right=("extrapolate", "keep-training")
+    ),
+    "line that breaks off soon after": Case(
+        run=Run(drift=0.5, turn_at=80, beta=0.9), right=("extrapolate", "keep-training")
+    ),
     "line that dies soon after": Case(
         run=Run(drift=0.5, envelope=lambda s: float(s < 80)), right=("extrapolate", "keep-training")
     ),
@@ -178,7 +200,9 @@ LABELLED: dict[str, Case] = {
     # precision
     "walk below the spacing": Case(run=Run(unit=20.0), right=("hidden-by-precision",)),
     "line below the spacing": Case(run=Run(drift=0.2, unit=30.0), right=("hidden-by-precision",)),
-    "line, momentum, below the spacing": Case(run=Run(drift=0.2, beta=0.9, unit=30.0), right=("hidden-by-precision",)),
+    "line, momentum, below the spacing": Case(
+        run=Run(drift=0.2, beta=0.9, unit=30.0), right=("hidden-by-precision",)
+    ),
     # little to learn from
     "sparse reward": Case(
         run=Run(beta=0.9, informative=0.05),
@@ -196,13 +220,23 @@ LABELLED: dict[str, Case] = {
 """The labelled set: kinds of run with the right advice. Several seeds of each make the confusion table."""
 
 
-def observe(case: Case, seed: int, times: float = 2.1) -> tuple[Gram, dict[str, np.ndarray], np.ndarray]:
+def observe(
+    case: Case, seed: int, times: float = 2.1
+) -> tuple[Gram, dict[str, np.ndarray], np.ndarray]:
     """What a store of the run would hold, its metrics, and the true deltas up to ``times`` its last step."""
     deltas = simulate(case.run, int(times * case.steps[-1]), seed)
     gram = recorded(deltas, case.steps)
     if not case.run.unit:  # float32 weights: every weight changes, by many units
         unknown = np.full_like(gram.unit_moves, -1)
-        gram = Gram(gram.steps, gram.names, gram.num_parameters, gram.matrices, gram.changed, gram.moved, unknown)
+        gram = Gram(
+            gram.steps,
+            gram.names,
+            gram.num_parameters,
+            gram.matrices,
+            gram.changed,
+            gram.moved,
+            unknown,
+        )
     return gram, {name: curve(case.steps) for name, curve in case.metrics.items()}, deltas
 
 
@@ -214,9 +248,13 @@ def judge(case: Case, seed: int) -> tuple[str, bool]:
         return advice.verdict, advice.verdict in case.right
     assert advice.method is not None
     rates = learning_rates(case.steps, metrics)
-    weights = predict_weights(gram, [float(advice.target)], method=advice.method, scope="global", rates=rates)[0, 0]
+    weights = predict_weights(
+        gram, [float(advice.target)], method=advice.method, scope="global", rates=rates
+    )[0, 0]
     seen, truth = deltas[case.steps - 1], deltas[advice.target - 1]
-    return advice.verdict, bool(((seen.T @ weights - truth) ** 2).sum() < ((seen[-1] - truth) ** 2).sum())
+    return advice.verdict, bool(
+        ((seen.T @ weights - truth) ** 2).sum() < ((seen[-1] - truth) ** 2).sum()
+    )
 
 
 TARGETS = np.array([55, 65, 80, 100])

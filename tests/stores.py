@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import TrajectoryStore
-from relexkit.encoding import block_checksums, content_checksum
-from relexkit.layout import build_layout
 from relexkit.store import StoreWriter, create_store
+from relexkit.store.encodings.bits import block_checksums, content_checksum
+from relexkit.weights.layout import build_layout
 
 
 def store_of(
@@ -27,16 +27,24 @@ def store_of(
     specs = [(name, (delta.shape[1],), "float32") for name, delta in deltas.items()]
     layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})  # type: ignore[dict-item]
     create_store(
-        path, layout, lambda part, begin, end: np.zeros(end - begin, np.uint32), files={}, source="test", base="zeros",
-        mantissa_bits=23, version="test",
-    )  # fmt: skip
+        path,
+        layout,
+        lambda part, begin, end: np.zeros(end - begin, np.uint32),
+        files={},
+        source="test",
+        base="zeros",
+        mantissa_bits=23,
+        version="test",
+    )
     with StoreWriter(path) as writer:
         for row, step in enumerate(steps):
             writer.begin(int(step))
             for part, spec in enumerate(layout.parts):
                 values = np.zeros(spec.numel, np.float32)
                 for segment in layout.segments_in(part):
-                    piece = deltas[segment.tensor.name][row, segment.start : segment.start + segment.numel]
+                    piece = deltas[segment.tensor.name][
+                        row, segment.start : segment.start + segment.numel
+                    ]
                     values[segment.offset : segment.offset + segment.numel] = piece
                 writer.write_row(part, values, content_checksum(block_checksums(values)))
             logged = {name: float(values[row]) for name, values in (metrics or {}).items()}

@@ -21,7 +21,9 @@ class Trajectory:
     deltas: np.ndarray
 
 
-def trajectory(kind: str, steps: np.ndarray, num_columns: int, seed: int, scale: float = 1.0) -> Trajectory:
+def trajectory(
+    kind: str, steps: np.ndarray, num_columns: int, seed: int, scale: float = 1.0
+) -> Trajectory:
     """A trajectory of one of ``KINDS`` at the given steps."""
     random = np.random.default_rng(seed)
     shape = (len(steps), num_columns)
@@ -51,7 +53,9 @@ def step_numbers(draw: st.DrawFn, min_steps: int = 1, max_steps: int = 9) -> np.
 
 
 @st.composite
-def trajectories(draw: st.DrawFn, min_steps: int = 1, max_steps: int = 9, max_columns: int = 25) -> Trajectory:
+def trajectories(
+    draw: st.DrawFn, min_steps: int = 1, max_steps: int = 9, max_columns: int = 25
+) -> Trajectory:
     """Any kind of trajectory, also with fewer columns than steps, from tiny to huge."""
     steps = draw(step_numbers(min_steps, max_steps))
     return trajectory(
@@ -82,7 +86,11 @@ def gram_of(deltas: Mapping[str, np.ndarray], steps: np.ndarray) -> Gram:
 
 
 def walk_with_momentum(
-    rng: np.random.Generator, num_steps: int, num_columns: int, beta: float, rates: np.ndarray | None = None
+    rng: np.random.Generator,
+    num_steps: int,
+    num_columns: int,
+    beta: float,
+    rates: np.ndarray | None = None,
 ) -> np.ndarray:
     """A walk without direction ``[num_steps, num_columns]`` by a fresh Adam-like optimizer's own recursion."""
     state, position, rows = np.zeros(num_columns), np.zeros(num_columns), []

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.extrapolators import Options, check_request
+from relexkit.predict.extrapolators import Options, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -43,7 +43,7 @@ class GRPOConfig:
         num_iterations: times that a generation is used.
         max_completion_length: tokens of a completion, the end-of-sequence token included.
         temperature, top_p, top_k: of the sampling; log-probabilities are those at ``temperature``, without the cuts.
-        loss_type: how token losses become one number, see ``trainer.loss``.
+        loss_type: how token losses become one number, see ``trainer.credit.loss``.
         beta: weight of the KL divergence to the starting model; 0 loads no reference.
         use_bias_correction_kl: multiply the divergence by the importance ratio.
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high] (epsilon if None).
@@ -128,15 +128,39 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work, by name."""
         positive = (
-            "max_steps", "generation_batch_size", "num_generations", "steps_per_generation", "num_iterations",
-            "max_completion_length", "micro_batch_tokens", "generation_rows", "learning_rate", "temperature", "max_grad_norm",
-            "eval_num_problems", "lampo_temperature", "delta_max",
-        )  # fmt: skip
-        not_negative = ("beta", "epsilon", "warmup_steps", "record_every", "eval_steps", "save_steps", "weight_decay",
-                        "rouge_weight", "delta_iterations", "delta_min", "gradient_noise_parts")  # fmt: skip
+            "max_steps",
+            "generation_batch_size",
+            "num_generations",
+            "steps_per_generation",
+            "num_iterations",
+            "max_completion_length",
+            "micro_batch_tokens",
+            "generation_rows",
+            "learning_rate",
+            "temperature",
+            "max_grad_norm",
+            "eval_num_problems",
+            "lampo_temperature",
+            "delta_max",
+        )
+        not_negative = (
+            "beta",
+            "epsilon",
+            "warmup_steps",
+            "record_every",
+            "eval_steps",
+            "save_steps",
+            "weight_decay",
+            "rouge_weight",
+            "delta_iterations",
+            "delta_min",
+            "gradient_noise_parts",
+        )
         _check_ranges(self, positive, not_negative)
         if self.num_generations < 2:
-            raise RelexkitError("num_generations: 1 leaves nothing to compare a rollout with; expected 2 or more")
+            raise RelexkitError(
+                "num_generations: 1 leaves nothing to compare a rollout with; expected 2 or more"
+            )
         unit = self.num_generations * self.steps_per_generation
         if self.generation_batch_size % unit:
             raise RelexkitError(
@@ -144,9 +168,13 @@ class GRPOConfig:
                 f"whole groups of {self.num_generations}; expected a multiple of {unit}"
             )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
-            raise RelexkitError(f"delta: {self.delta} would cap below the clip range; expected more than 1 + epsilon_high")
+            raise RelexkitError(
+                f"delta: {self.delta} would cap below the clip range; expected more than 1 + epsilon_high"
+            )
         if self.delta_min > self.delta_max:
-            raise RelexkitError(f"delta_min: {self.delta_min} is more than delta_max, {self.delta_max}; expected at most that")
+            raise RelexkitError(
+                f"delta_min: {self.delta_min} is more than delta_max, {self.delta_max}; expected at most that"
+            )
         groups = self.generation_batch_size // unit
         if self.gradient_noise_parts == 1 or self.gradient_noise_parts > groups:
             raise RelexkitError(
@@ -155,7 +183,9 @@ class GRPOConfig:
             )
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
         if not 1 <= self.mantissa_bits <= 23:
-            raise RelexkitError(f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23")
+            raise RelexkitError(
+                f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23"
+            )
         _check_schedule(self.lr_scheduler_type)
 
     @property
@@ -175,16 +205,22 @@ class GRPOConfig:
         known = [field.name for field in dataclasses.fields(Regrounding)]
         for name in self.regrounding:
             if name not in known:
-                raise RelexkitError(f"regrounding: key {name!r} is unknown; expected {', '.join(known)}")
+                raise RelexkitError(
+                    f"regrounding: key {name!r} is unknown; expected {', '.join(known)}"
+                )
         if not {"train_steps", "jump_steps"} <= self.regrounding.keys():
             raise RelexkitError(
                 "regrounding: lacks train_steps or jump_steps; expected both, as {train_steps: 20, jump_steps: 20}"
             )
         rule = Regrounding(**self.regrounding)
         if not (isinstance(rule.train_steps, int) and rule.train_steps >= 3):
-            raise RelexkitError(f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or more")
+            raise RelexkitError(
+                f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or more"
+            )
         if not (isinstance(rule.jump_steps, int) and rule.jump_steps >= 1):
-            raise RelexkitError(f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more")
+            raise RelexkitError(
+                f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
+            )
         check_request([1.0], rule.method, Options(), 1.0)
         unit = self.steps_of_generation
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
@@ -214,7 +250,7 @@ class G2DConfig:
         prompts. start, reference: the policy that DPO begins with, and the one that it is held to: of step K (``warm``), or
         the ``base``. max_pairs_per_prompt, max_length: most pairs of a prompt, and most tokens of a completion in them; None
         for any. min_difficulty, max_difficulty: only prompts whose share of right rollouts lies between these. beta,
-        label_smoothing, average_log_prob: of the loss, see ``trainer.dpo``. learning_rate, lr_scheduler_type, weight_decay,
+        label_smoothing, average_log_prob: of the loss, see ``trainer.experiments.dpo``. learning_rate, lr_scheduler_type, weight_decay,
         max_grad_norm, num_train_epochs: AdamW, its schedule, passes over pairs. train_batch_size: pairs of an optimizer step.
         micro_batch_tokens: most tokens (padding included) in one forward and backward pass. seed: of the choice of pairs,
         their order, fresh rollouts, and dropout. eval_num_problems: validation problems, answered greedily. generation_rows:
@@ -248,12 +284,21 @@ class G2DConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work, by name."""
         positive = (
-            "max_pairs_per_prompt", "beta", "learning_rate", "max_grad_norm", "num_train_epochs", "train_batch_size",
-            "micro_batch_tokens", "eval_num_problems", "generation_rows",
-        )  # fmt: skip
+            "max_pairs_per_prompt",
+            "beta",
+            "learning_rate",
+            "max_grad_norm",
+            "num_train_epochs",
+            "train_batch_size",
+            "micro_batch_tokens",
+            "eval_num_problems",
+            "generation_rows",
+        )
         _check_ranges(self, positive, ("weight_decay",))
         if not 0 <= self.label_smoothing < 0.5:
-            raise RelexkitError(f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less than 0.5")
+            raise RelexkitError(
+                f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less than 0.5"
+            )
         if not 0 <= self.min_difficulty <= self.max_difficulty <= 1:
             raise RelexkitError(
                 f"min_difficulty {self.min_difficulty}, max_difficulty {self.max_difficulty}: expected shares between 0 and 1, "
@@ -265,17 +310,23 @@ class G2DConfig:
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)
 
 
-def _check_ranges(config: GRPOConfig | G2DConfig, positive: Sequence[str], not_negative: Sequence[str]) -> None:
+def _check_ranges(
+    config: GRPOConfig | G2DConfig, positive: Sequence[str], not_negative: Sequence[str]
+) -> None:
     for name in (*positive, *not_negative):
         value = getattr(config, name)
         if value < 0 or (value == 0 and name in positive):
-            raise RelexkitError(f"{name}: {value} is too small; expected {'more than' if name in positive else 'at least'} 0")
+            raise RelexkitError(
+                f"{name}: {value} is too small; expected {'more than' if name in positive else 'at least'} 0"
+            )
 
 
 def _check_schedule(name: str) -> None:
     schedules = ("constant", "constant_with_warmup", "linear", "cosine")
     if name not in schedules:
-        raise RelexkitError(f"lr_scheduler_type: {name!r} is unknown; expected {', '.join(schedules)}")
+        raise RelexkitError(
+            f"lr_scheduler_type: {name!r} is unknown; expected {', '.join(schedules)}"
+        )
 
 
 def load_config(
@@ -294,13 +345,19 @@ def load_config(
         try:
             loaded = yaml.safe_load(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise RelexkitError(f"{path}: cannot be read ({error}); expected a YAML file of options") from None
+            raise RelexkitError(
+                f"{path}: cannot be read ({error}); expected a YAML file of options"
+            ) from None
         except yaml.YAMLError as error:
             raise RelexkitError(f"{path}: is not valid YAML ({error})") from None
         if not isinstance(loaded, dict):
-            raise RelexkitError(f"{path}: holds no options; expected lines such as `learning_rate: 1.0e-6`")
+            raise RelexkitError(
+                f"{path}: holds no options; expected lines such as `learning_rate: 1.0e-6`"
+            )
         values = loaded
-    return build_config(values | {name: yaml.safe_load(text) for name, text in (overrides or {}).items()}, kind)
+    return build_config(
+        values | {name: yaml.safe_load(text) for name, text in (overrides or {}).items()}, kind
+    )
 
 
 def build_config(
@@ -312,7 +369,11 @@ def build_config(
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"see `relexkit {'train' if kind is GRPOConfig else 'g2d'} --help`"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"see `relexkit {'train' if kind is GRPOConfig else 'g2d'} --help`"
+            )
             raise RelexkitError(f"option {name!r} is unknown; {hint}")
     converted = {name: _as_number(kind, name, value) for name, value in values.items()}
     try:
@@ -321,8 +382,12 @@ def build_config(
         first = error.errors()[0]
         place = ".".join(str(piece) for piece in first["loc"][:1])
         if first["type"] == "missing":
-            raise RelexkitError(f"{place}: is missing; expected a value for it in the file or as --{place}") from None
-        raise RelexkitError(f"{place}: {values.get(place)!r} does not fit ({first['msg'].lower()})") from None
+            raise RelexkitError(
+                f"{place}: is missing; expected a value for it in the file or as --{place}"
+            ) from None
+        raise RelexkitError(
+            f"{place}: {values.get(place)!r} does not fit ({first['msg'].lower()})"
+        ) from None
 
 
 def dump_config(config: GRPOConfig | G2DConfig) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from relexkit import Options, TrajectoryStore, gram, predict_weights
-from relexkit.advice import advise
-from trainer.evaluate import evaluate
-from trainer.stored_model import StoredModel
+from relexkit.assess.advice import advise
+from trainer.evaluation.evaluate import evaluate
+from trainer.policy.stored_model import StoredModel
 from trainer.tasks import load_task
 
 
@@ -48,15 +48,26 @@ def measured(run: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for until in options.until:
         seen = whole.until(until)
         row: dict[str, Any] = {
-            "run": "/".join(Path(run).parts[-3:-1]), "until": until, "verdict": advise(seen, store.metrics()).verdict
-        }  # fmt: skip
+            "run": "/".join(Path(run).parts[-3:-1]),
+            "until": until,
+            "verdict": advise(seen, store.metrics()).verdict,
+        }
         for window in (1, *options.window):
-            how = {"method": "hold"} if window == 1 else {"method": "average", "options": Options(window=window)}
+            how = (
+                {"method": "hold"}
+                if window == 1
+                else {"method": "average", "options": Options(window=window)}
+            )
             stored.put(predict_weights(seen, [float(until)], **how)[0])
             found = evaluate(
-                stored.model, stored.tokenizer, task, num_problems=options.num_problems, samples=1,
-                max_completion_length=options.max_completion_length, batch_size=options.num_problems,
-            )  # fmt: skip
+                stored.model,
+                stored.tokenizer,
+                task,
+                num_problems=options.num_problems,
+                samples=1,
+                max_completion_length=options.max_completion_length,
+                batch_size=options.num_problems,
+            )
             row[str(window)] = {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
         rows.append(row)
         print(row, flush=True)
@@ -75,10 +86,15 @@ def table(rows: list[dict[str, Any]]) -> None:
             cells = []
             for window in (key for key in chosen[0] if key.isdigit() and key != "1"):
                 greedy, sampled = (
-                    np.array([row[window][how] - row["1"][how] for row in chosen]) for how in ("greedy", "sampled")
+                    np.array([row[window][how] - row["1"][how] for row in chosen])
+                    for how in ("greedy", "sampled")
                 )
-                cells.append(f"{greedy.mean():+.3f} ({greedy.min():+.3f} to {greedy.max():+.3f}) / {sampled.mean():+.3f}")
-            print(f"| {kind} | {until or 'all'} | {len(chosen)} | {', '.join(verdicts)} | {' | '.join(cells)} |")
+                cells.append(
+                    f"{greedy.mean():+.3f} ({greedy.min():+.3f} to {greedy.max():+.3f}) / {sampled.mean():+.3f}"
+                )
+            print(
+                f"| {kind} | {until or 'all'} | {len(chosen)} | {', '.join(verdicts)} | {' | '.join(cells)} |"
+            )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 import numpy as np
 from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, covered, simulate
 
-from relexkit.extrapolators import METHODS, Options
-from relexkit.trajectory_model import fit_trajectory
+from relexkit.geometry.trajectory_model import fit_trajectory
+from relexkit.predict.extrapolators import METHODS, Options
 
 OTHERS = ("hold", "two-point", "least-squares", "relex")
 
@@ -24,7 +24,9 @@ def errors(run: Run, seed: int) -> list[float]:
     seen, gram = deltas[IRREGULAR - 1], deltas[IRREGULAR - 1] @ deltas[IRREGULAR - 1].T
     weights = [METHODS[name].weights(gram, IRREGULAR, 100.0, Options()) for name in OTHERS]
     weights.append(fit_trajectory(gram, IRREGULAR, num_parameters=D).weights(100.0))
-    return [float(((seen.T @ a - deltas[-1]) ** 2).sum() / (deltas[-1] ** 2).sum()) for a in weights]
+    return [
+        float(((seen.T @ a - deltas[-1]) ** 2).sum() / (deltas[-1] ** 2).sum()) for a in weights
+    ]
 
 
 def main() -> None:
@@ -39,7 +41,10 @@ def main() -> None:
         hits = np.array([covered(run, seed) for seed in range(200, 200 + num_runs)])
         error = hits.mean(axis=1).std() / np.sqrt(num_runs)
         every.append(hits)
-        print(f"| {kind} | {hits.mean():.3f} | {error:.3f} | {', '.join(f'{h:.2f}' for h in hits.mean(axis=0))} |", flush=True)
+        print(
+            f"| {kind} | {hits.mean():.3f} | {error:.3f} | {', '.join(f'{h:.2f}' for h in hits.mean(axis=0))} |",
+            flush=True,
+        )
     print(f"all: {np.mean(every):.3f}; by target {np.mean(every, axis=(0, 1)).round(3)}")
 
 

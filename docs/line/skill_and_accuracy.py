@@ -23,19 +23,20 @@ import yaml
 
 from analysis import style
 from relexkit import TrajectoryStore, gram, predict_weights
-from relexkit.dtypes import round_bits, to_float32
-from relexkit.gram import Gram
-from relexkit.metrics import learning_rates
-from trainer.evaluate import evaluate
-from trainer.stored_model import StoredModel, recorded_weights
+from relexkit.assess.metrics import learning_rates
+from relexkit.gram_matrix import Gram
+from relexkit.weights.dtypes import round_bits, to_float32
+from trainer.evaluation.evaluate import evaluate
+from trainer.policy.stored_model import StoredModel, recorded_weights
 from trainer.tasks import load_task
 
 METHODS = ("model", "drift", "two-point", "relex", "least-squares", "average")
 PRECISIONS = ("float32", "nearest", "stochastic")
 NAMES = {
-    "rate-1e-05/run": "small model, learning rate 1e-5", "rate-0.0001/run": "small model, learning rate 1e-4",
+    "rate-1e-05/run": "small model, learning rate 1e-5",
+    "rate-0.0001/run": "small model, learning rate 1e-4",
     "smol/run": "SmolLM2-135M-Instruct, 5e-6",
-}  # fmt: skip
+}
 KEY = ("run", "until", "target", "method")
 
 
@@ -45,7 +46,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--task")
     parser.add_argument("--until", type=int, nargs="+")
-    parser.add_argument("--ratio", type=float, nargs="+", help="targets, as multiples of each --until, that were recorded")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        nargs="+",
+        help="targets, as multiples of each --until, that were recorded",
+    )
     parser.add_argument("--num-problems", type=int, default=256)
     parser.add_argument("--max-completion-length", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=np.inf)
@@ -71,7 +77,10 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
     """Rows of one run that are not done: the held step, the trained target, and every prediction of it."""
     store, task = TrajectoryStore(run), load_task(yaml.safe_load(options.task))
     whole, rates = gram(store), learning_rates(store.steps, store.metrics())
-    stored, known = StoredModel(store), {}  # what standing still and a trained step get does not depend on the other step
+    stored, known = (
+        StoredModel(store),
+        {},
+    )  # what standing still and a trained step get does not depend on the other step
     for until in options.until:
         seen = whole.until(until)
         for target in (round(ratio * until) for ratio in options.ratio):
@@ -85,20 +94,29 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
                     weights = recorded_weights(store, target)
                 else:
                     weights = predict_weights(seen, [float(target)], method=method, rates=rates)[0]
-                same = {"hold": (method, until), "average": (method, until), "trained": (method, target)}.get(method)
+                same = {
+                    "hold": (method, until),
+                    "average": (method, until),
+                    "trained": (method, target),
+                }.get(method)
                 if same is None or same not in known:
                     stored.put(weights)
                     known[same] = {p: answers(stored, task, p, options) for p in PRECISIONS}
                 right = known[same]
                 yield {
-                    "run": name, "until": until, "target": target, "method": method,
+                    "run": name,
+                    "until": until,
+                    "target": target,
+                    "method": method,
                     "skill": skill(whole, weights, until, target),
                     "accuracy": {p: float(np.mean(v)) for p, v in right.items()},
                     "right": {p: "".join("01"[int(x)] for x in v) for p, v in right.items()},
-                }  # fmt: skip
+                }
 
 
-def answers(stored: StoredModel, task: Any, precision: str, options: argparse.Namespace) -> np.ndarray:
+def answers(
+    stored: StoredModel, task: Any, precision: str, options: argparse.Namespace
+) -> np.ndarray:
     """Which problems the model that ``stored`` holds gets right in this precision; the float32 weights are put back."""
     kept = {name: value.detach().clone() for name, value in stored.model.named_parameters()}
     if precision != "float32":
@@ -106,8 +124,13 @@ def answers(stored: StoredModel, task: Any, precision: str, options: argparse.Na
             for name, value in stored.model.named_parameters():
                 bits = round_bits(kept[name].view(-1).numpy(), "bfloat16", precision, tensor=name)
                 value.copy_(torch.from_numpy(to_float32(bits, "bfloat16")).view(value.shape))
-    limits = {"num_problems": options.num_problems, "max_completion_length": options.max_completion_length}
-    found = evaluate(stored.model, stored.tokenizer, task, batch_size=options.num_problems, **limits).values()
+    limits = {
+        "num_problems": options.num_problems,
+        "max_completion_length": options.max_completion_length,
+    }
+    found = evaluate(
+        stored.model, stored.tokenizer, task, batch_size=options.num_problems, **limits
+    ).values()
     with torch.no_grad():
         for name, value in stored.model.named_parameters():
             value.copy_(kept[name])
@@ -122,7 +145,12 @@ def skill(whole: Gram, weights: np.ndarray, until: int, target: int) -> float:
 
     def error(of: np.ndarray) -> float:
         n = of.shape[1]
-        return float(sum(w @ g[:n, :n] @ w - 2 * w @ g[:n, row] + g[row, row] for w, g in zip(of, whole.matrices, strict=True)))
+        return float(
+            sum(
+                w @ g[:n, :n] @ w - 2 * w @ g[:n, row] + g[row, row]
+                for w, g in zip(of, whole.matrices, strict=True)
+            )
+        )
 
     return 1 - error(weights) / error(np.tile(held, (len(weights), 1)))
 
@@ -135,7 +163,11 @@ def gains(rows: list[dict]) -> list[dict]:
         held = found[row["run"], row["until"], row["target"], "hold"]
         return row["accuracy"][precision] - held["accuracy"][precision]
 
-    return [row | {"gain": {p: difference(row, p) for p in PRECISIONS}} for row in rows if row["method"] != "hold"]
+    return [
+        row | {"gain": {p: difference(row, p) for p in PRECISIONS}}
+        for row in rows
+        if row["method"] != "hold"
+    ]
 
 
 def table(rows: list[dict]) -> None:
@@ -144,14 +176,21 @@ def table(rows: list[dict]) -> None:
     for until, target in sorted({(r["until"], r["target"]) for r in compared}):
         cells = []
         for method in ("trained", *METHODS):
-            own = [r for r in compared if (r["until"], r["target"], r["method"]) == (until, target, method)]
+            own = [
+                r
+                for r in compared
+                if (r["until"], r["target"], r["method"]) == (until, target, method)
+            ]
             if own:
                 gain = ", ".join(f"{np.mean([r['gain'][p] for r in own]):+.3f}" for p in PRECISIONS)
                 cells.append(f"{method} {np.mean([r['skill'] for r in own]):+.2f} ({gain})")
         print(f"| {until} → {target} | {' | '.join(cells)} |")
     predicted = [r for r in compared if r["method"] in METHODS]
     for precision in PRECISIONS:
-        skills, found = (np.array([r[k] if k == "skill" else r[k][precision] for r in predicted]) for k in ("skill", "gain"))
+        skills, found = (
+            np.array([r[k] if k == "skill" else r[k][precision] for r in predicted])
+            for k in ("skill", "gain")
+        )
         better = found[skills > 0]
         ranks = [np.argsort(np.argsort(v)) for v in (skills, found)]
         print(
@@ -179,15 +218,27 @@ def draw(rows: list[dict], folder: Path) -> None:
                 axes.axhline(0, **style.NULL_LINE)
                 axes.axvline(0, **style.NULL_LINE)
                 for index, method in enumerate(("trained", *METHODS)):
-                    points = [(max(-2.0, r["skill"]), r["gain"][precision]) for r in own if r["method"] == method]
-                    axes.plot(*np.array(points).T, linestyle="", marker=style.MARKERS[index], markersize=3.5, label=method,
-                              color=style.METHODS.get(method, "black"),
-                              markerfacecolor="white" if method == "drift" else None)  # fmt: skip
+                    points = [
+                        (max(-2.0, r["skill"]), r["gain"][precision])
+                        for r in own
+                        if r["method"] == method
+                    ]
+                    axes.plot(
+                        *np.array(points).T,
+                        linestyle="",
+                        marker=style.MARKERS[index],
+                        markersize=3.5,
+                        label=method,
+                        color=style.METHODS.get(method, "black"),
+                        markerfacecolor="white" if method == "drift" else None,
+                    )
             across[0].set_ylabel("gain over hold")
             across[0].set_title(NAMES.get(kind, kind))
         for axes, precision in zip(panels[-1], PRECISIONS, strict=True):
             axes.set_xlabel(precision if precision == "float32" else f"bfloat16, {precision}")
-        panels[-1, 1].set_xlabel("bfloat16, nearest\nskill of the weights against hold (from \N{MINUS SIGN}2)")
+        panels[-1, 1].set_xlabel(
+            "bfloat16, nearest\nskill of the weights against hold (from \N{MINUS SIGN}2)"
+        )
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
         style.save(figure, folder, "skill_and_accuracy")
 

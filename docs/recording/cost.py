@@ -43,15 +43,28 @@ class Clock(TrainerCallback):
 def train(out: Path, steps: int, rollouts: int) -> Clock:
     clock = Clock()
     config = GRPOConfig(
-        output_dir=str(out / "cost"), max_steps=steps, per_device_train_batch_size=rollouts, num_generations=8,
-        max_completion_length=12, learning_rate=3e-6, beta=0.0, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(out / "cost"),
+        max_steps=steps,
+        per_device_train_batch_size=rollouts,
+        num_generations=8,
+        max_completion_length=12,
+        learning_rate=3e-6,
+        beta=0.0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(out / "base"),
-        reward_funcs=last_number_is_right, args=config, train_dataset=additions(1, rollouts // 8 * steps), callbacks=[clock],
-    ).train()  # fmt: skip
+        reward_funcs=last_number_is_right,
+        args=config,
+        train_dataset=additions(1, rollouts // 8 * steps),
+        callbacks=[clock],
+    ).train()
     return clock
 
 
@@ -103,7 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.out / "base").exists():
         write_base(options.out / "base")
-    with Recorder(torch.nn.Linear(2, 2), options.out / "warm.zarr") as recorder:  # what is loaded once does not count
+    with Recorder(
+        torch.nn.Linear(2, 2), options.out / "warm.zarr"
+    ) as recorder:  # what is loaded once does not count
         recorder.record(1)
     shutil.rmtree(options.out / "warm.zarr")
     result = {}
@@ -111,7 +126,11 @@ def main() -> None:
         result[name] = record(options.out, sketch, 4)
     if options.steps:
         clock = train(options.out, options.steps, options.rollouts)
-        result["TRL step"] = {"wall": clock.wall, "processor": clock.processor, "rollouts": options.rollouts}
+        result["TRL step"] = {
+            "wall": clock.wall,
+            "processor": clock.processor,
+            "rollouts": options.rollouts,
+        }
     (options.out / "cost.json").write_text(json.dumps(result, indent=1))
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from relexkit import TrajectoryStore, gram, import_checkpoints, spectrum
-from relexkit.callback import RecorderCallback
+from relexkit.record.callback import RecorderCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2-run"))
 from make_run import additions, last_number_is_right, write_base
@@ -49,7 +49,10 @@ class ImportAndDelete(TrainerCallback):
     """After every save: import the float32 checkpoint, export and import it in bfloat16, delete both."""
 
     def __init__(self, out: Path):
-        self.out, self.seconds = out, {"float32 import": [], "bfloat16 export": [], "bfloat16 import": [], "step": []}
+        self.out, self.seconds = (
+            out,
+            {"float32 import": [], "bfloat16 export": [], "bfloat16 import": [], "step": []},
+        )
 
     def on_step_begin(self, *_, **__):
         self.began = time.perf_counter()
@@ -61,7 +64,9 @@ class ImportAndDelete(TrainerCallback):
         source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         exported = self.out / "bfloat16" / source.name
         self._timed("float32 import", lambda: self._import(source.parent, "float32"))
-        self._timed("bfloat16 export", lambda: self._export(source, exported, kwargs["processing_class"]))
+        self._timed(
+            "bfloat16 export", lambda: self._export(source, exported, kwargs["processing_class"])
+        )
         self._timed("bfloat16 import", lambda: self._import(exported.parent, "bfloat16"))
         shutil.rmtree(source)
         shutil.rmtree(exported)
@@ -72,8 +77,12 @@ class ImportAndDelete(TrainerCallback):
         self.seconds[name].append(time.perf_counter() - began)
 
     def _import(self, source, name):
-        encoding = "float" if name == "float32" else "auto"  # as the callback: a single first step could look sparse
-        import_checkpoints(source, self.out / f"{name}.zarr", base=self.out / "base", encoding=encoding)
+        encoding = (
+            "float" if name == "float32" else "auto"
+        )  # as the callback: a single first step could look sparse
+        import_checkpoints(
+            source, self.out / f"{name}.zarr", base=self.out / "base", encoding=encoding
+        )
 
     def _export(self, source, exported, tokenizer):
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(exported)
@@ -94,9 +103,13 @@ def compare(out: Path) -> dict:
             "steps": store.steps.tolist(),
             "step_bytes": size.get("updates", 0) + size.get("deltas", 0),
             "base_bytes": size["base"],
-            "checkpoint_bytes": len(store.steps) * store.layout.num_parameters * (2 if name == "bfloat16" else 4),
+            "checkpoint_bytes": len(store.steps)
+            * store.layout.num_parameters
+            * (2 if name == "bfloat16" else 4),
             "gram_seconds": seconds,
-            "changed_per_step": float(matrices.changed.sum() / matrices.num_parameters.sum() / len(store.steps)),
+            "changed_per_step": float(
+                matrices.changed.sum() / matrices.num_parameters.sum() / len(store.steps)
+            ),
             "ever_moved": float(matrices.moved[:, -1].sum() / matrices.num_parameters.sum()),
             "explained_variance_ratio": [float(v) for v in whole.explained_variance_ratio[:2]],
             "r2": float(whole.r2[0]),
@@ -109,13 +122,17 @@ def compare(out: Path) -> dict:
 def equal_deltas(first: Path, second: Path) -> bool:
     """True if two dense stores, whose tensors may lie in another order, hold the same deltas bit for bit."""
     stores = [TrajectoryStore(first), TrajectoryStore(second)]
-    places = [{t.name: list(s.layout.segments_of(t)) for t in s.layout.moving_tensors} for s in stores]
+    places = [
+        {t.name: list(s.layout.segments_of(t)) for t in s.layout.moving_tensors} for s in stores
+    ]
     if places[0].keys() != places[1].keys():
         return False
     for name in places[0]:
         for row in range(len(stores[0].steps)):
             deltas = [
-                np.concatenate([s.read_row(g.part, row, g.offset, g.offset + g.numel) for g in place[name]])
+                np.concatenate(
+                    [s.read_row(g.part, row, g.offset, g.offset + g.numel) for g in place[name]]
+                )
                 for s, place in zip(stores, places, strict=True)
             ]
             if not np.array_equal(*deltas):
@@ -137,17 +154,33 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(options.out / "base"),
         reward_funcs=last_number_is_right,
         args=GRPOConfig(
-            output_dir=str(options.out / "float32"), max_steps=options.steps, per_device_train_batch_size=16, num_generations=8,
-            max_completion_length=12, learning_rate=3e-6, lr_scheduler_type="constant", beta=0.0, temperature=1.0,
-            save_strategy="steps", save_steps=1, save_only_model=True, logging_steps=1, report_to="none", seed=options.seed,
-            use_cpu=True, bf16=False, gradient_checkpointing=False,
+            output_dir=str(options.out / "float32"),
+            max_steps=options.steps,
+            per_device_train_batch_size=16,
+            num_generations=8,
+            max_completion_length=12,
+            learning_rate=3e-6,
+            lr_scheduler_type="constant",
+            beta=0.0,
+            temperature=1.0,
+            save_strategy="steps",
+            save_steps=1,
+            save_only_model=True,
+            logging_steps=1,
+            report_to="none",
+            seed=options.seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
         ),
         train_dataset=additions(options.seed, 2 * options.steps),
         callbacks=[importer, recorder],
-    )  # fmt: skip
+    )
     trainer.train()
     seconds = {"callback": recorder.seconds, "others": importer.seconds}
-    (options.out / "results.json").write_text(json.dumps({"stores": compare(options.out), "seconds": seconds}, indent=1))
+    (options.out / "results.json").write_text(
+        json.dumps({"stores": compare(options.out), "seconds": seconds}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import style
-from trainer.run_log import read_log
+from trainer.loop.run_log import read_log
 
 
 def main() -> None:
@@ -23,11 +23,18 @@ def main() -> None:
         window = 5
         smooth = np.convolve(rewards, np.ones(window) / window, "valid")
         left.plot(steps[window - 1 :], smooth, "-", color="C0", label=f"mean of {window} steps")
-        left.set(xlabel="optimizer step", ylabel="reward of sampled answers", ylim=(0, 1), title="Reward")
+        left.set(
+            xlabel="optimizer step", ylabel="reward of sampled answers", ylim=(0, 1), title="Reward"
+        )
         left.legend(loc="upper left", frameon=False)
-        for name, label in (("entropy", "entropy (nats)"), ("frac_reward_zero_std", "groups without variance")):
+        for name, label in (
+            ("entropy", "entropy (nats)"),
+            ("frac_reward_zero_std", "groups without variance"),
+        ):
             right.plot(steps, [entry[name] for entry in entries], label=label)
-        right.set(xlabel="optimizer step", ylim=(0, None), title="Entropy and groups without variance")
+        right.set(
+            xlabel="optimizer step", ylim=(0, None), title="Entropy and groups without variance"
+        )
         right.legend(loc="upper right", frameon=False)
         figure.savefig(sys.argv[2], dpi=160)
 

@@ -22,7 +22,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis.figures import plot_spectra
-from relexkit import TrajectoryStore, checkout, extrapolate, gram, import_checkpoints, round_checkpoint, spectrum
+from relexkit import (
+    TrajectoryStore,
+    checkout,
+    extrapolate,
+    gram,
+    import_checkpoints,
+    round_checkpoint,
+    spectrum,
+)
 
 SEED = 11
 SAMPLES = 3
@@ -48,19 +56,27 @@ def accuracy(folder: Path, tokenizer) -> dict:
     """Greedy and sampled accuracy of a checkpoint folder, evaluated in float32 arithmetic, and one sample of its text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     pairs = held_out_pairs()
-    chats = [[{"role": "user", "content": f"What is {a} + {b}? Answer with just the number."}] for a, b in pairs]
+    chats = [
+        [{"role": "user", "content": f"What is {a} + {b}? Answer with just the number."}]
+        for a, b in pairs
+    ]
     tokenizer.padding_side = "left"
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     answers = [str(a + b) for a, b in pairs]
     found = {}
-    for name, repeats, options in (("greedy", 1, {"do_sample": False}), ("sampled", SAMPLES, {"do_sample": True, "top_k": 0})):
+    for name, repeats, options in (
+        ("greedy", 1, {"do_sample": False}),
+        ("sampled", SAMPLES, {"do_sample": True, "top_k": 0}),
+    ):
         torch.manual_seed(SEED)
         right = 0
         for _ in range(repeats):
             out = model.generate(**inputs, max_new_tokens=12, **options)
-            texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(
+                out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             right += int(sum(last_number_is_right([[{"content": t}] for t in texts], answers)))
         total = repeats * len(pairs)
         found[name] = (right / total, *wilson(right, total))
@@ -82,9 +98,13 @@ def main() -> None:
         matrices = gram(store)
         done = time.perf_counter()
         results["import"][source] = {
-            "seconds": imported - began, "gram_seconds": done - imported, "bytes": store.num_bytes(),
-            "checkpoint_bytes": sum(p.stat().st_size for p in (run / source).glob("*/model.safetensors")),
-        }  # fmt: skip
+            "seconds": imported - began,
+            "gram_seconds": done - imported,
+            "bytes": store.num_bytes(),
+            "checkpoint_bytes": sum(
+                p.stat().st_size for p in (run / source).glob("*/model.safetensors")
+            ),
+        }
         results["spectrum"][source] = describe(matrices)
         plot_spectra(matrices, out / "figures" / source)
         last = int(store.steps[-1])
@@ -93,13 +113,23 @@ def main() -> None:
         folders[f"step {last}, {source}"] = run / source / f"checkpoint-{last}"
         for until, to in ((half, last), (last, 2 * last), (last, 4 * last)):
             for method in ("relex", "two-point"):
-                written = extrapolate(store, [to], out / f"{source}-{method}-{until}", until=until, method=method)
+                written = extrapolate(
+                    store, [to], out / f"{source}-{method}-{until}", until=until, method=method
+                )
                 folders[f"{method} {until} -> {to}, {source}"] = written[0].folder
         check_checkout(store, run / source / f"checkpoint-{half}", half, out / f"checkout-{source}")
-    nearest = extrapolate(TrajectoryStore(out / "bfloat16.zarr"), [last], out / "nearest", until=half, rounding="nearest")
+    nearest = extrapolate(
+        TrajectoryStore(out / "bfloat16.zarr"),
+        [last],
+        out / "nearest",
+        until=half,
+        rounding="nearest",
+    )
     folders[f"relex {half} -> {last}, bfloat16, nearest rounding"] = nearest[0].folder
     source = run / "float32" / f"checkpoint-{last}"
-    folders[f"step {last}, float32 rounded stochastically to bfloat16"] = round_checkpoint(source, out / "rounded")
+    folders[f"step {last}, float32 rounded stochastically to bfloat16"] = round_checkpoint(
+        source, out / "rounded"
+    )
     tokenizer = AutoTokenizer.from_pretrained(run / "base")
     for name, folder in folders.items():
         results["accuracy"][name] = accuracy(folder, tokenizer)
@@ -111,10 +141,15 @@ def main() -> None:
 def check_checkout(store: TrajectoryStore, original: Path, step: int, folder: Path) -> None:
     """A recorded step comes back: exactly, or within the mantissa bits of its delta."""
     checkout(store, step, folder)
-    before, after = load_file(original / "model.safetensors"), load_file(folder / "model.safetensors")
+    before, after = (
+        load_file(original / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     worst = max(float((before[n].float() - after[n].float()).abs().max()) for n in before)
-    print(f"checkout of step {step}: largest difference {worst:g} ({'exact' if store.exact else 'float deltas'})")
+    print(
+        f"checkout of step {step}: largest difference {worst:g} ({'exact' if store.exact else 'float deltas'})"
+    )
     assert worst == 0 or not store.exact
 
 
@@ -123,18 +158,30 @@ def describe(matrices) -> dict:
     whole = spectrum(matrices, scope="global")
     one, null = whole.scopes[0], whole.null
     return {
-        "ratios": one.explained_variance_ratio[:3].tolist(), "null_ratios": null.explained_variance_ratio[:3].tolist(),
-        "r2": float(one.r2[0]), "null_r2": float(null.r2[0]), "cosine": float(one.update_cosines.mean()),
-        "drift": one.drift.tolist(), "null_drift": null.drift.tolist(), "changed": float(one.changed.mean()),
-        "moved": float(one.moved[-1]), "unit_moves": one.unit_moves,
-    }  # fmt: skip
+        "ratios": one.explained_variance_ratio[:3].tolist(),
+        "null_ratios": null.explained_variance_ratio[:3].tolist(),
+        "r2": float(one.r2[0]),
+        "null_r2": float(null.r2[0]),
+        "cosine": float(one.update_cosines.mean()),
+        "drift": one.drift.tolist(),
+        "null_drift": null.drift.tolist(),
+        "changed": float(one.changed.mean()),
+        "moved": float(one.moved[-1]),
+        "unit_moves": one.unit_moves,
+    }
 
 
 def show(results: dict) -> None:
     """Print the accuracy table."""
     table = Table("weights", "greedy (64)", "sampled (192)")
     for name, found in results["accuracy"].items():
-        table.add_row(name, *(f"{p:.2f} [{low:.2f}, {high:.2f}]" for p, low, high in (found["greedy"], found["sampled"])))
+        table.add_row(
+            name,
+            *(
+                f"{p:.2f} [{low:.2f}, {high:.2f}]"
+                for p, low, high in (found["greedy"], found["sampled"])
+            ),
+        )
     Console(width=140).print(table)
 
 

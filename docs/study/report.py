@@ -16,20 +16,26 @@ from matplotlib.axes import Axes
 from scipy.stats import t as student
 
 from analysis import style
-from trainer.gradient_noise import noise_scale
+from trainer.credit.gradient_noise import noise_scale
 
 Seed = dict[str, Any]
 MARKS = ("<!-- what study.py measured -->", "<!-- end -->")
 COLOURS = {
-    "GRPO": style.NULL, "DelTA": style.RUN, "LamPO": style.SECOND, "LamPO + DelTA": style.THIRD,
-    "re-grounding, RELEX": "#CC79A7", "re-grounding, model": "#E69F00",
-}  # fmt: skip
+    "GRPO": style.NULL,
+    "DelTA": style.RUN,
+    "LamPO": style.SECOND,
+    "LamPO + DelTA": style.THIRD,
+    "re-grounding, RELEX": "#CC79A7",
+    "re-grounding, model": "#E69F00",
+}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and the ends of its 95 % interval over seeds (Student's t)."""
     mean = float(np.mean(values))
-    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(
+        student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    )
     return mean, mean - half, mean + half
 
 
@@ -58,11 +64,17 @@ def arms_table(results: list[Seed]) -> str:
             return over_seeds([a["final"][kind] - b["final"][kind] for a, b in pairs], sign=True)
 
         first = arm == "GRPO"
-        rows.append([
-            arm, over_seeds(f["final"]["greedy"] for f in found), "" if first else against("greedy"),
-            over_seeds(f["final"]["sampled"] for f in found), "" if first else against("sampled"),
-            f"{np.mean([f['trained_steps'] for f in found]):.0f}", f"{np.mean([f['tokens'] for f in found]) / 1000:.0f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                arm,
+                over_seeds(f["final"]["greedy"] for f in found),
+                "" if first else against("greedy"),
+                over_seeds(f["final"]["sampled"] for f in found),
+                "" if first else against("sampled"),
+                f"{np.mean([f['trained_steps'] for f in found]):.0f}",
+                f"{np.mean([f['tokens'] for f in found]) / 1000:.0f}",
+            ]
+        )
     head = ("", "greedy", "against GRPO", "sampled", "against GRPO", "trained steps", "1000 tokens")
     return table(head, rows)
 
@@ -78,14 +90,35 @@ def g2d_table(results: list[Seed]) -> str:
         def mean(name: str, told: list[Any] = told) -> float:
             return float(np.mean([entry[name] for entry in told]))
 
-        rows.append([
-            str(first["k"]), first["pairs"], f"{mean('pairs'):.0f}", f"{mean('entropy'):.3f}", f"{mean('margin'):+.3f}",
-            f"{mean('accuracy_spread'):.3f}", over_seeds(f["before"] for f in found), over_seeds(f["after"] for f in found),
-            over_seeds([f["after"] - f["before"] for f in found], sign=True),
-            over_seeds([f["after"] - last for f, last in zip(found, final, strict=True)], sign=True),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(first["k"]),
+                first["pairs"],
+                f"{mean('pairs'):.0f}",
+                f"{mean('entropy'):.3f}",
+                f"{mean('margin'):+.3f}",
+                f"{mean('accuracy_spread'):.3f}",
+                over_seeds(f["before"] for f in found),
+                over_seeds(f["after"] for f in found),
+                over_seeds([f["after"] - f["before"] for f in found], sign=True),
+                over_seeds(
+                    [f["after"] - last for f, last in zip(found, final, strict=True)], sign=True
+                ),
+            ]
+        )
     rows.sort(key=lambda row: (row[1] == "fresh", int(row[0])))
-    head = ("K", "pairs from", "pairs", "entropy", "margin", "spread", "GRPO(K)", "after DPO", "gain", "against the whole run")
+    head = (
+        "K",
+        "pairs from",
+        "pairs",
+        "entropy",
+        "margin",
+        "spread",
+        "GRPO(K)",
+        "after DPO",
+        "gain",
+        "against the whole run",
+    )
     return table(head, rows)
 
 
@@ -97,14 +130,32 @@ def extrapolation_table(results: list[Seed]) -> str:
         if first["method"] == "hold":
             continue
         found = [seed["extrapolated"]["predictions"][index] for seed in results]
-        observed = [seed["extrapolated"]["observed"][str(first["until"])]["greedy"] for seed in results]
+        observed = [
+            seed["extrapolated"]["observed"][str(first["until"])]["greedy"] for seed in results
+        ]
         final = [seed["arms"]["GRPO"]["final"]["greedy"] for seed in results]
-        rows.append([
-            str(first["until"]), first["method"], over_seeds(observed), over_seeds(f["greedy"] for f in found),
-            over_seeds([f["greedy"] - o for f, o in zip(found, observed, strict=True)], sign=True),
-            over_seeds([f["greedy"] - last for f, last in zip(found, final, strict=True)], sign=True),
-        ])  # fmt: skip
-    head = ("T_cut", "method", "observed at T_cut", f"predicted for {steps}", "against T_cut", f"against trained {steps}")
+        rows.append(
+            [
+                str(first["until"]),
+                first["method"],
+                over_seeds(observed),
+                over_seeds(f["greedy"] for f in found),
+                over_seeds(
+                    [f["greedy"] - o for f, o in zip(found, observed, strict=True)], sign=True
+                ),
+                over_seeds(
+                    [f["greedy"] - last for f, last in zip(found, final, strict=True)], sign=True
+                ),
+            ]
+        )
+    head = (
+        "T_cut",
+        "method",
+        "observed at T_cut",
+        f"predicted for {steps}",
+        "against T_cut",
+        f"against trained {steps}",
+    )
     return table(head, rows)
 
 
@@ -114,7 +165,8 @@ def claims_table(results: list[Seed]) -> str:
 
     def geometry(name: str) -> str:
         observed, walk = (
-            float(np.mean([seed["extrapolated"]["geometry"][name][kind] for seed in results])) for kind in ("observed", "walk")
+            float(np.mean([seed["extrapolated"]["geometry"][name][kind] for seed in results]))
+            for kind in ("observed", "walk")
         )
         return f"{style.percent(observed)}; a walk without direction gives {style.percent(walk)}"
 
@@ -122,7 +174,11 @@ def claims_table(results: list[Seed]) -> str:
     lows = sum(entry is not None and entry[1] > 1 for entry in drift)
     trained = [seed["arms"]["GRPO"]["final"]["greedy"] for seed in results]
     half = [
-        next(p["greedy"] for p in seed["extrapolated"]["predictions"] if (p["method"], p["until"]) == ("relex", steps // 2))
+        next(
+            p["greedy"]
+            for p in seed["extrapolated"]["predictions"]
+            if (p["method"], p["until"]) == ("relex", steps // 2)
+        )
         for seed in results
     ]
     errors = {
@@ -135,22 +191,36 @@ def claims_table(results: list[Seed]) -> str:
         noise = [seed["arms"][arm]["noise"] for seed in results]
         scales[arm] = noise_scale([n["trace"] for n in noise], [n["signal"] for n in noise])
     k, pairs, after = best_early_g2d(results)
-    reached, jumped = (over_seeds(np.subtract(values, trained).tolist(), sign=True) for values in (half, after))
+    reached, jumped = (
+        over_seeds(np.subtract(values, trained).tolist(), sign=True) for values in (half, after)
+    )
     rows = [
         ["the first direction holds 92 % of the variance", geometry("first")],
         ["the first two hold 96 %", geometry("first_two")],
-        ["the trajectory is a line, all else is noise",
-         f"drift to noise certainly above 1 in {lows} of {len(results)} runs"],
-        ["a line reaches far at equal quality",
-         f"RELEX from {steps // 2} to {steps}: {reached} greedy against the trained step"],
-        ["more directions or curves do not help",
-         "relative error of the weights: " + "; ".join(f"{name} {value}" for name, value in errors.items())],
+        [
+            "the trajectory is a line, all else is noise",
+            f"drift to noise certainly above 1 in {lows} of {len(results)} runs",
+        ],
+        [
+            "a line reaches far at equal quality",
+            f"RELEX from {steps // 2} to {steps}: {reached} greedy against the trained step",
+        ],
+        [
+            "more directions or curves do not help",
+            "relative error of the weights: "
+            + "; ".join(f"{name} {value}" for name, value in errors.items()),
+        ],
         ["shared tokens carry over 80 % of the update", f"{shared} is on token ids of both sides"],
-        ["pairwise advantages lower gradient variance",
-         "noise scale in prompts: " + ", ".join(f"{arm} {value:.0f}" for arm, value in scales.items())],
-        ["a few online steps, then DPO, beat many online steps",
-         f"{k} steps, then DPO on {pairs} pairs, against {steps} steps: {jumped} greedy"],
-    ]  # fmt: skip
+        [
+            "pairwise advantages lower gradient variance",
+            "noise scale in prompts: "
+            + ", ".join(f"{arm} {value:.0f}" for arm, value in scales.items()),
+        ],
+        [
+            "a few online steps, then DPO, beat many online steps",
+            f"{k} steps, then DPO on {pairs} pairs, against {steps} steps: {jumped} greedy",
+        ],
+    ]
     return table(("claimed", "measured"), rows)
 
 
@@ -181,11 +251,15 @@ def curves(results: list[Seed], folder: Path) -> None:
         axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
         for arm, colour in COLOURS.items():
             points = [seed["arms"][arm]["curve"] for seed in results]
-            stats = np.array([interval([p[row]["accuracy"] for p in points]) for row in range(len(points[0]))]).T
+            stats = np.array(
+                [interval([p[row]["accuracy"] for p in points]) for row in range(len(points[0]))]
+            ).T
             for place, (axis, scale) in zip(axes, (("step", 1.0), ("tokens", 1000.0)), strict=True):
                 x = np.mean([[entry[axis] / scale for entry in p] for p in points], axis=0)
                 dashed = "--" if arm.startswith("re-") else "-"
-                place.plot(x, stats[0], color=colour, linestyle=dashed, marker="o", markersize=3, label=arm)
+                place.plot(
+                    x, stats[0], color=colour, linestyle=dashed, marker="o", markersize=3, label=arm
+                )
                 if arm == "GRPO" or dashed == "--":
                     place.fill_between(x, stats[1], stats[2], color=colour, alpha=0.15, linewidth=0)
         axes[0].set(xlabel="optimizer step", ylabel="greedy accuracy", ylim=(0, 1))
@@ -207,13 +281,28 @@ def by_k(results: list[Seed], folder: Path) -> None:
             ("after", "fresh", "DPO on fresh pairs", style.RUN),
         ]
         for shift, (key, pairs, label, colour) in enumerate(shown):
-            values = [[r[key] for seed in results for r in seed["g2d"] if r["k"] == k and r["pairs"] == pairs] for k in ks]
+            values = [
+                [
+                    r[key]
+                    for seed in results
+                    for r in seed["g2d"]
+                    if r["k"] == k and r["pairs"] == pairs
+                ]
+                for k in ks
+            ]
             stats = np.array([interval(v) for v in values]).T
             x = np.array(ks) + 0.5 * (shift - 1)
             axes.errorbar(
-                x, stats[0], [stats[0] - stats[1], stats[2] - stats[0]], color=colour, marker="o", markersize=3.5, label=label,
-                capsize=2, linewidth=1,
-            )  # fmt: skip
+                x,
+                stats[0],
+                [stats[0] - stats[1], stats[2] - stats[0]],
+                color=colour,
+                marker="o",
+                markersize=3.5,
+                label=label,
+                capsize=2,
+                linewidth=1,
+            )
         axes.set(xlabel="K, steps of GRPO before DPO", ylabel="greedy accuracy", xticks=ks)
         axes.legend()
 
@@ -241,7 +330,9 @@ def write_report(results: list[Seed], folder: Path) -> None:
     text = "\n\n".join(pieces)
     page = folder.parent / "study.md"
     before, _, rest = page.read_text().partition(MARKS[0])
-    page.write_text(before + MARKS[0] + "\n\n" + text + "\n\n" + MARKS[1] + rest.partition(MARKS[1])[2])
+    page.write_text(
+        before + MARKS[0] + "\n\n" + text + "\n\n" + MARKS[1] + rest.partition(MARKS[1])[2]
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from relexkit.errors import CheckpointError
-from relexkit.safetensors_io import TensorInfo
+from relexkit.weights.safetensors_io import TensorInfo
 
 
 class Checkpoint(Protocol):
@@ -72,7 +72,9 @@ def open_run(source: Path, *, source_format: str | None = None, step_map: str | 
     from relexkit.checkpoints.runs import FolderRun, read_step_map
 
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; expected one with a sub-folder for each step")
+        raise CheckpointError(
+            f"{source}: no such folder; expected one with a sub-folder for each step"
+        )
     return FolderRun(source, source_format, None if step_map is None else read_step_map(step_map))
 
 

@@ -11,13 +11,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from relexkit.checkpoints import Checkpoint
-from relexkit.checkpoints.formats import FORMATS, Format
+from relexkit.checkpoints.formats.table import FORMATS, Format
 from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError
 
 _STEP = re.compile(r"(?:checkpoint-|global_steps?_?|step_?|step-|iter_|.+-step-)(\d{1,15})(_hf)?")
-_UNFINISHED = re.compile(r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)")
+_UNFINISHED = re.compile(
+    r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)"
+)
 _BELOW = ("_actor", "checkpoints")  # OpenRLHF and prime-rl keep the steps one level below the run
 _PRECISIONS = ("float32", "bfloat16", "float16")
 _ENOUGH = 0.5
@@ -52,7 +54,12 @@ class FolderRun:
         CheckpointError: no steps, none of them whole, two folders for one step, or no such format there.
     """
 
-    def __init__(self, source: Path, wanted: str | None = None, label_step: Callable[[int], int | None] | None = None):
+    def __init__(
+        self,
+        source: Path,
+        wanted: str | None = None,
+        label_step: Callable[[int], int | None] | None = None,
+    ):
         folders, self.left_out = step_folders(source)
         sources = _survey(folders)
         chosen = choose(sources, wanted, source)
@@ -67,7 +74,9 @@ class FolderRun:
         for label in sorted(folders.keys() - chosen.places.keys()):
             reason = f"has no {chosen.format.title}"
             if not any(label in s.places for s in others):
-                reason = next((s.failures[label] for s in (chosen, *sources) if label in s.failures), reason)
+                reason = next(
+                    (s.failures[label] for s in (chosen, *sources) if label in s.failures), reason
+                )
             self.left_out[f"step {label}"] = chosen.failures.get(label, reason)
         self._format = chosen.format
         self._mapped = label_step is not None
@@ -75,7 +84,9 @@ class FolderRun:
         self._places = chosen.places
         self.steps = sorted(self._labels)
         if not self.steps:
-            raise CheckpointError(f"{source}: the step map leaves no step; expected the labels {sorted(chosen.places)[:5]}")
+            raise CheckpointError(
+                f"{source}: the step map leaves no step; expected the labels {sorted(chosen.places)[:5]}"
+            )
 
     def folder(self, step: int) -> Path:
         """The folder that a trainer made for one step, with all that it saved there."""
@@ -89,14 +100,20 @@ class FolderRun:
             CheckpointError: it is damaged; the message names the step.
         """
         if step not in self._labels:
-            reason = self.left_out.get(f"step {step}", f"the run holds {len(self.steps)} steps, up to {self.steps[-1]}")
+            reason = self.left_out.get(
+                f"step {step}", f"the run holds {len(self.steps)} steps, up to {self.steps[-1]}"
+            )
             raise CheckpointError(f"step {step}: {reason}")
         label = self._labels[step]
         try:
             checkpoint = self._format.open(self._places[label])
         except CheckpointError as error:
             raise CheckpointError(f"step {step}: {error}") from None
-        return CheckpointView(checkpoint, metrics={"label": float(label)}) if self._mapped else checkpoint
+        return (
+            CheckpointView(checkpoint, metrics={"label": float(label)})
+            if self._mapped
+            else checkpoint
+        )
 
 
 def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
@@ -114,14 +131,19 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
             if _UNFINISHED.fullmatch(path.name) and path.is_dir():
                 unfinished[path.name] = "is the name of a checkpoint that is being written"
             continue
-        key = (int(match[1]), f"{path.parent.name}/{match[2]}" if path.parent != source else match[2] or "")
+        key = (
+            int(match[1]),
+            f"{path.parent.name}/{match[2]}" if path.parent != source else match[2] or "",
+        )
         if key in folders:
             raise CheckpointError(
                 f"step {key[0]} occurs twice in {source}: {folders[key].name} and {path.name}; remove or rename one"
             )
         folders[key] = path
     if not folders:
-        raise CheckpointError(f"{source}: holds no steps; expected sub-folders named {SUPPORTED_NAMES}")
+        raise CheckpointError(
+            f"{source}: holds no steps; expected sub-folders named {SUPPORTED_NAMES}"
+        )
     by_label: dict[int, list[Path]] = {}
     for (label, _), path in sorted(folders.items()):
         by_label.setdefault(label, []).append(path)
@@ -131,7 +153,9 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
 def has_steps(source: Path) -> bool:
     """True if a folder holds folders of steps."""
     places = [source, *(p for p in (source / name for name in _BELOW) if p.is_dir())]
-    return any(_STEP.fullmatch(path.name) and path.is_dir() for place in places for path in place.iterdir())
+    return any(
+        _STEP.fullmatch(path.name) and path.is_dir() for place in places for path in place.iterdir()
+    )
 
 
 def _survey(folders: dict[int, list[Path]]) -> list[Source]:
@@ -139,7 +163,13 @@ def _survey(folders: dict[int, list[Path]]) -> list[Source]:
     sources = {f.name: Source(f) for f in FORMATS}
     missing: dict[int, str] = {}
     for label, paths in folders.items():
-        found = [(f, folder, place) for folder in paths for f in FORMATS for place in [_find(f, folder)] if place is not None]
+        found = [
+            (f, folder, place)
+            for folder in paths
+            for f in FORMATS
+            for place in [_find(f, folder)]
+            if place is not None
+        ]
         if not found:
             missing[label] = (
                 f"{paths[0]}: holds no weights; expected model.safetensors, pytorch_model.bin, or files of another known format"
@@ -218,14 +248,22 @@ def choose(sources: list[Source], wanted: str | None, where: Path) -> Source:
             raise CheckpointError(f"--format {wanted} is unknown; choose one of {', '.join(names)}")
         sources = [s for s in sources if s.format.name == wanted]
         if not sources:
-            raise CheckpointError(f"{where}: holds no {wanted} checkpoints; leave --format out to see what is there")
+            raise CheckpointError(
+                f"{where}: holds no {wanted} checkpoints; leave --format out to see what is there"
+            )
     whole = [s for s in sources if s.places]
     if not whole:
-        label, reason = next((item for s in sources for item in sorted(s.failures.items())), (None, "it holds no weights"))
+        label, reason = next(
+            (item for s in sources for item in sorted(s.failures.items())),
+            (None, "it holds no weights"),
+        )
         raise CheckpointError(f"{where}: holds no whole checkpoint; step {label}: {reason}")
     most = max(len(s.places) for s in whole)
     enough = [s for s in whole if len(s.places) >= _ENOUGH * most]
-    return min(enough, key=lambda s: _PRECISIONS.index(s.dtype) if s.dtype in _PRECISIONS else len(_PRECISIONS))
+    return min(
+        enough,
+        key=lambda s: _PRECISIONS.index(s.dtype) if s.dtype in _PRECISIONS else len(_PRECISIONS),
+    )
 
 
 def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
@@ -236,7 +274,9 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected one with weights")
-    found = [Source(f, {0: place}) for f in FORMATS for place in [_find(f, folder)] if place is not None]
+    found = [
+        Source(f, {0: place}) for f in FORMATS for place in [_find(f, folder)] if place is not None
+    ]
     if len(found) == 1 and wanted is None:
         return found[0].format.open(found[0].places[0])
     for source in found:
@@ -264,12 +304,16 @@ def read_step_map(text: str) -> Callable[[int], int | None]:
     except (ValueError, ZeroDivisionError):
         return _step_map_file(Path(text))
     if factor <= 0:
-        raise CheckpointError(f"--step-map {text} is not positive; expected optimizer steps per label")
+        raise CheckpointError(
+            f"--step-map {text} is not positive; expected optimizer steps per label"
+        )
 
     def scaled(label: int) -> int:
         step = label * factor
         if step.denominator != 1:
-            raise CheckpointError(f"--step-map {text} makes step {float(step):g} of label {label}; expected whole steps")
+            raise CheckpointError(
+                f"--step-map {text} makes step {float(step):g} of label {label}; expected whole steps"
+            )
         return int(step)
 
     return scaled
@@ -277,13 +321,17 @@ def read_step_map(text: str) -> Callable[[int], int | None]:
 
 def _step_map_file(path: Path) -> Callable[[int], int | None]:
     if not path.is_file():
-        raise CheckpointError(f"--step-map {path} is neither a number nor a file; expected a factor or a JSON file")
+        raise CheckpointError(
+            f"--step-map {path} is neither a number nor a file; expected a factor or a JSON file"
+        )
     try:
         table = {int(label): step for label, step in json.loads(read_small(path)).items()}
         if any(type(step) is not int or step < 0 for step in table.values()):
             raise ValueError("a step is no whole number")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f'{path}: is no step map ({error}); expected JSON such as {{"50": 100}}') from None
+        raise CheckpointError(
+            f'{path}: is no step map ({error}); expected JSON such as {{"50": 100}}'
+        ) from None
     return table.get
 
 
@@ -299,7 +347,9 @@ def labels_by_step(
         if step is None:
             left_out[f"step {label}"] = "the step map does not name it"
         elif step in found:
-            raise CheckpointError(f"the step map makes step {step} of the labels {found[step]} and {label}; expected one each")
+            raise CheckpointError(
+                f"the step map makes step {step} of the labels {found[step]} and {label}; expected one each"
+            )
         else:
             found[step] = label
     return found

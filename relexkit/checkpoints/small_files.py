@@ -22,5 +22,7 @@ def read_small(path: Path, most: int = MAX_BYTES) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > most:
-        raise CheckpointError(f"{path}: has more than {most:,} bytes; expected a small file: remove or replace it")
+        raise CheckpointError(
+            f"{path}: has more than {most:,} bytes; expected a small file: remove or replace it"
+        )
     return content

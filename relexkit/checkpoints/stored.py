@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.safetensors_io import TensorInfo
 from relexkit.store import TrajectoryStore
+from relexkit.weights.safetensors_io import TensorInfo
 
 
 class StoredBase:
@@ -15,17 +15,24 @@ class StoredBase:
         self._store = store
         self._specs = {tensor.name: tensor for tensor in store.layout.tensors}
         self.description = f"the base in {store.path}"
-        self.tensors = {name: TensorInfo(spec.shape, spec.dtype) for name, spec in self._specs.items()}
+        self.tensors = {
+            name: TensorInfo(spec.shape, spec.dtype) for name, spec in self._specs.items()
+        }
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Raw bits of elements ``start:start+len(out)``."""
         spec = self._specs[name]
         spec = self._specs[spec.tied_to] if spec.tied_to else spec
         for segment in self._store.layout.segments_of(spec):
-            low, high = max(start, segment.start), min(start + len(out), segment.start + segment.numel)
+            low, high = (
+                max(start, segment.start),
+                min(start + len(out), segment.start + segment.numel),
+            )
             if low < high:
                 shift = segment.offset - segment.start
-                out[low - start : high - start] = self._store.read_base(segment.part, low + shift, high + shift)
+                out[low - start : high - start] = self._store.read_base(
+                    segment.part, low + shift, high + shift
+                )
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint
-from relexkit.safetensors_io import TensorInfo
+from relexkit.weights.safetensors_io import TensorInfo
 
 
 class CheckpointView:
@@ -18,7 +18,11 @@ class CheckpointView:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, metrics: Mapping[str, float] | None = None, stored: Mapping[str, str] | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        stored: Mapping[str, str] | None = None,
     ):
         self.inner = checkpoint
         self.further = dict(metrics or {})

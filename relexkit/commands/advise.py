@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.observe import add_pca, observer
-from relexkit.console import print_json
+from relexkit.assess.observed import add_pca, observer
+from relexkit.commands.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit advise``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--until", type=int, metavar="STEP", help="advise as if the run had ended here")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--until", type=int, metavar="STEP", help="advise as if the run had ended here"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
     add_pca(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the advice."""
-    from relexkit.advice import advise
+    from relexkit.assess.advice import advise
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(arguments.store)
@@ -32,7 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"steps": matrices.steps.tolist(), **advice.document()})
         return
     print(advice.headline)
-    for heading, sentences in (("Why", advice.reasons), ("What would change this", advice.would_change)):
+    for heading, sentences in (
+        ("Why", advice.reasons),
+        ("What would change this", advice.would_change),
+    ):
         print(f"\n{heading}:")
         for sentence in sentences:
             print(f"  - {sentence}")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.commands.observe import add_pca, observer
-from relexkit.console import console, number, print_json, say
+from relexkit.assess.observed import add_pca, observer
+from relexkit.commands.console import console, number, print_json, say
 
 if TYPE_CHECKING:
-    from relexkit.backtest import Backtest
-    from relexkit.forecast import Forecast
+    from relexkit.assess.backtest import Backtest
+    from relexkit.assess.forecast import Forecast
 
 _FORECAST_RATIOS = (1.25, 1.5, 2.0, 4.0)
 _SHOWN_GROUPS = 40
@@ -26,20 +26,34 @@ _SHOWN_GROUPS = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit backtest``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--method", nargs="+", metavar="M", help="only these (hold is always there)")
-    parser.add_argument("--until", type=int, nargs="+", metavar="STEP", help="prefixes to predict from (default: up to eight)")
-    parser.add_argument("--scope", choices=("global", "layer", "module", "tensor"), default="global",
-                        help="also each group's error and skill (default: only the whole model's)")  # fmt: skip
+    parser.add_argument(
+        "--method", nargs="+", metavar="M", help="only these (hold is always there)"
+    )
+    parser.add_argument(
+        "--until",
+        type=int,
+        nargs="+",
+        metavar="STEP",
+        help="prefixes to predict from (default: up to eight)",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=("global", "layer", "module", "tensor"),
+        default="global",
+        help="also each group's error and skill (default: only the whole model's)",
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
     add_pca(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the grid, the horizons and the forecast."""
-    from relexkit.backtest import CHEAP, backtest
-    from relexkit.forecast import forecast
-    from relexkit.metrics import learning_rates
+    from relexkit.assess.backtest import CHEAP, backtest
+    from relexkit.assess.forecast import forecast
+    from relexkit.assess.metrics import learning_rates
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(arguments.store)
@@ -53,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
         targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
         size = float(matrices.num_parameters.sum())
-        ahead = forecast(matrices.matrices.sum(axis=0), matrices.steps, targets, num_parameters=size, rates=rates)
+        ahead = forecast(
+            matrices.matrices.sum(axis=0), matrices.steps, targets, num_parameters=size, rates=rates
+        )
     if arguments.json:
         print_json(_document(result, ahead, arguments.scope))
     else:
@@ -61,7 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.scope != "global":
             _print_groups(result, arguments.scope)
     if arguments.plot:
-        for path in import_module("analysis.backtest_figures").plot_backtest(matrices, result, arguments.plot, rates=rates):
+        for path in import_module("analysis.backtest_figures").plot_backtest(
+            matrices, result, arguments.plot, rates=rates
+        ):
             say(f"wrote {path}")
 
 
@@ -70,11 +88,16 @@ def _document(result: Backtest, ahead: Forecast | None, scope: str) -> dict[str,
         "methods": result.methods,
         "grid": [asdict(row) for row in result.grid],
         "horizon": [asdict(h) for h in result.horizon],
-        "forecast": None if ahead is None else {
-            "targets": ahead.targets.tolist(), "coefficients": ahead.coefficients[:, 0].tolist(),
-            "low": ahead.low[:, 0].tolist(), "high": ahead.high[:, 0].tolist(), "level": ahead.level,
+        "forecast": None
+        if ahead is None
+        else {
+            "targets": ahead.targets.tolist(),
+            "coefficients": ahead.coefficients[:, 0].tolist(),
+            "low": ahead.low[:, 0].tolist(),
+            "high": ahead.high[:, 0].tolist(),
+            "level": ahead.level,
         },
-    }  # fmt: skip
+    }
     if scope != "global":
         groups = result.by_group(scope)
         document["groups"] = {name: [asdict(row) for row in rows] for name, rows in groups.items()}
@@ -88,7 +111,9 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
     for until in sorted({key[0] for key in errors}):
         later = sorted({key[1] for key in errors if key[0] == until})
         # the next recorded steps at 1.25, 1.5, 2, 4 times the prefix, and the last one
-        wanted = [next((s for s in later if s >= ratio * until), later[-1]) for ratio in (1.25, 1.5, 2, 4)]
+        wanted = [
+            next((s for s in later if s >= ratio * until), later[-1]) for ratio in (1.25, 1.5, 2, 4)
+        ]
         for target in sorted({*wanted, later[-1]}):
             found = [errors.get((until, target, method), math.nan) for method in result.methods]
             best = min((e for e in found if not math.isnan(e)), default=math.nan)
@@ -102,7 +127,13 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
     if ahead is not None:
         places = ", ".join(
             f"{c:.3g} ({low:.3g} to {high:.3g}) at {t:.0f}"
-            for t, c, low, high in zip(ahead.targets, ahead.coefficients[:, 0], ahead.low[:, 0], ahead.high[:, 0], strict=True)
+            for t, c, low, high in zip(
+                ahead.targets,
+                ahead.coefficients[:, 0],
+                ahead.low[:, 0],
+                ahead.high[:, 0],
+                strict=True,
+            )
         )
         print(
             f"First coefficient by the trajectory model, {100 * ahead.level:.0f} % intervals by {ahead.num_prefixes} checks in "
@@ -113,7 +144,10 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
 def _print_groups(result: Backtest, scope: str) -> None:
     """Each group's skill against hold, averaged over prefixes and later steps."""
     others = [method for method in result.methods if method != "hold"]
-    table = _table("Mean skill against hold over all prefixes and later steps", (scope, "hold's error", *others))
+    table = _table(
+        "Mean skill against hold over all prefixes and later steps",
+        (scope, "hold's error", *others),
+    )
     for name, rows in list(result.by_group(scope).items())[:_SHOWN_GROUPS]:
         held = _mean([row.relative_error for row in rows if row.method == "hold"])
         skills = [_mean([row.skill for row in rows if row.method == method]) for method in others]
@@ -126,7 +160,11 @@ def _table(title: str, headings: Sequence[str]) -> Any:
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("layer", "module", "tensor") else "right", no_wrap=True)
+        table.add_column(
+            heading,
+            justify="left" if heading in ("layer", "module", "tensor") else "right",
+            no_wrap=True,
+        )
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,8 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="RUN.zarr")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("-o", "--out", required=True, metavar="DIR")
-    parser.add_argument("--adapter", action="store_true", help="from a store of PEFT adapters: the adapter, not merged weights")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="from a store of PEFT adapters: the adapter, not merged weights",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.observe import add_pca, observer
-from relexkit.console import print_json
+from relexkit.assess.observed import add_pca, observer
+from relexkit.commands.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--until", type=int, metavar="STEP", help="randomized: only steps up to this one")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--until", type=int, metavar="STEP", help="randomized: only steps up to this one"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
     add_pca(parser)
 
 
@@ -27,6 +31,15 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.json:
         steps, sizes = found.steps.tolist(), int(found.num_parameters.sum())
-        print_json({"path": store.path, "steps": steps, "num_tensors": len(found.names), "num_parameters": sizes})
+        print_json(
+            {
+                "path": store.path,
+                "steps": steps,
+                "num_tensors": len(found.names),
+                "num_parameters": sizes,
+            }
+        )
     else:
-        print(f"{store.path}: Gram matrices of {len(found.names)} tensors, {describe_steps(found.steps)}")
+        print(
+            f"{store.path}: Gram matrices of {len(found.names)} tensors, {describe_steps(found.steps)}"
+        )

@@ -5,42 +5,79 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+from relexkit.commands.console import progress_bar, say
 from relexkit.commands.info import print_info
-from relexkit.console import progress_bar, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit import``."""
     parser.add_argument(
-        "source", metavar="SRC", help="folder with checkpoint-N, global_step_N or step_N inside, or hf://OWNER/NAME"
+        "source",
+        metavar="SRC",
+        help="folder with checkpoint-N, global_step_N or step_N inside, or hf://OWNER/NAME",
     )
-    parser.add_argument("--format", metavar="F", help="peft, huggingface, verl, dcp or deepspeed (default: the most precise)")
-    parser.add_argument("--step-map", metavar="MAP",
-                        help="optimizer steps per label (2, 1/4), or a JSON file {label: step}")  # fmt: skip
-    parser.add_argument("-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue")
-    parser.add_argument("--base", metavar="DIR", help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)")
-    parser.add_argument("--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C")
-    parser.add_argument("--encoding", choices=("auto", "exact", "float"), default="auto",
-                        help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32")  # fmt: skip
-    parser.add_argument("--mantissa-bits", type=int, metavar="N", help="precision of float deltas, 1 to 23 (default: 10)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="write nothing; say what would be written, and how long it takes"
+        "--format",
+        metavar="F",
+        help="peft, huggingface, verl, dcp or deepspeed (default: the most precise)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--step-map",
+        metavar="MAP",
+        help="optimizer steps per label (2, 1/4), or a JSON file {label: step}",
+    )
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)",
+    )
+    parser.add_argument(
+        "--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C"
+    )
+    parser.add_argument(
+        "--encoding",
+        choices=("auto", "exact", "float"),
+        default="auto",
+        help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32",
+    )
+    parser.add_argument(
+        "--mantissa-bits",
+        type=int,
+        metavar="N",
+        help="precision of float deltas, 1 to 23 (default: 10)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; say what would be written, and how long it takes",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Import, and print what the store then holds."""
-    from relexkit.importer import import_checkpoints
+    from relexkit.ingest.importer import import_checkpoints
 
     if parsed.dry_run:
         import_module("relexkit.commands.dry_run").print_estimate(parsed)
         return
     with progress_bar() as progress:
         result = import_checkpoints(
-            parsed.source, parsed.out, base=parsed.base, steps=parsed.steps, encoding=parsed.encoding,
-            mantissa_bits=parsed.mantissa_bits, source_format=parsed.format, step_map=parsed.step_map, progress=progress,
-        )  # fmt: skip
+            parsed.source,
+            parsed.out,
+            base=parsed.base,
+            steps=parsed.steps,
+            encoding=parsed.encoding,
+            mantissa_bits=parsed.mantissa_bits,
+            source_format=parsed.format,
+            step_map=parsed.step_map,
+            progress=progress,
+        )
     for note in result.notes:
         say(note)
     for what, reason in result.left_out.items():
@@ -48,5 +85,7 @@ def run(parsed: argparse.Namespace) -> None:
     if result.already:
         say(f"{len(result.already)} steps were recorded already")
     if "config.json" not in result.store.attributes["files"]:
-        say("no config.json was found: written checkpoints will need one before they load with from_pretrained")
+        say(
+            "no config.json was found: written checkpoints will need one before they load with from_pretrained"
+        )
     print_info(result.store, parsed.json)

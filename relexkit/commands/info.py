@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit.console import print_json, print_pairs, size_text
+from relexkit.commands.console import print_json, print_pairs, size_text
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit info``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -69,9 +71,15 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
     rows = [
         ("steps", describe_steps(store.steps)),
         ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
-        ("recorded as", f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})"),
+        (
+            "recorded as",
+            f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})",
+        ),
         ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
-        ("on disk", f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}"),
+        (
+            "on disk",
+            f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}",
+        ),
         (
             "instead of",
             f"{size_text(whole)} of {merged}checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)",

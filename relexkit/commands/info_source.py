@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from relexkit.checkpoints import open_checkpoint, open_run
-from relexkit.checkpoints.formats import FORMATS
+from relexkit.checkpoints.formats.table import FORMATS
 from relexkit.checkpoints.runs import has_steps, main_dtype
-from relexkit.console import print_json, print_pairs, size_text
+from relexkit.commands.console import print_json, print_pairs, size_text
 from relexkit.errors import CheckpointError
 
 _SHOWN = 20
@@ -32,8 +32,13 @@ def print_source(path: Path, as_json: bool) -> None:
         from relexkit.store import describe_steps
 
         rows.append(("steps", describe_steps(np.asarray(document["steps"]))))
-    rows.append(("each", f"{document['num_elements']:,} elements in {document['num_tensors']} tensors, "
-                 f"{size_text(document['checkpoint_bytes'])}"))  # fmt: skip
+    rows.append(
+        (
+            "each",
+            f"{document['num_elements']:,} elements in {document['num_tensors']} tensors, "
+            f"{size_text(document['checkpoint_bytes'])}",
+        )
+    )
     rows += [("note", note) for note in document.get("notes", [])]
     left_out = list(document.get("left_out", {}).items())
     rows += [("left out", f"{what}: {reason}") for what, reason in left_out[:_SHOWN]]
@@ -44,15 +49,24 @@ def print_source(path: Path, as_json: bool) -> None:
 
 def _describe(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such store or folder; expected a trajectory store, a run's folder or a checkpoint")
+        raise CheckpointError(
+            f"{path}: no such store or folder; expected a trajectory store, a run's folder or a checkpoint"
+        )
     document: dict[str, Any] = {"path": str(path)}
     if has_steps(path):
         run = open_run(path)
-        document |= {"format": run.description, "steps": run.steps, "notes": run.notes, "left_out": run.left_out}
+        document |= {
+            "format": run.description,
+            "steps": run.steps,
+            "notes": run.notes,
+            "left_out": run.left_out,
+        }
         checkpoint = run.checkpoint(run.steps[0])
     else:
         if not any(f.find(path) for f in FORMATS):
-            raise CheckpointError(f"{path}: is not a trajectory store, and holds neither folders of steps nor a checkpoint")
+            raise CheckpointError(
+                f"{path}: is not a trajectory store, and holds neither folders of steps nor a checkpoint"
+            )
         checkpoint = open_checkpoint(path)
         document["format"] = checkpoint.description
     with closing(checkpoint):

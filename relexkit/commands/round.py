@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add_rounding(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -22,10 +24,22 @@ def run(parsed: argparse.Namespace) -> None:
 
     with progress_bar() as progress:
         folder = round_checkpoint(
-            parsed.source, parsed.out, dtype=parsed.dtype, rounding=parsed.rounding, seed=parsed.seed, progress=progress
+            parsed.source,
+            parsed.out,
+            dtype=parsed.dtype,
+            rounding=parsed.rounding,
+            seed=parsed.seed,
+            progress=progress,
         )
     if parsed.json:
-        print_json({"folder": str(folder), "dtype": parsed.dtype, "rounding": parsed.rounding, "seed": parsed.seed})
+        print_json(
+            {
+                "folder": str(folder),
+                "dtype": parsed.dtype,
+                "rounding": parsed.rounding,
+                "seed": parsed.seed,
+            }
+        )
     else:
         print(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
 
@@ -33,4 +47,6 @@ def run(parsed: argparse.Namespace) -> None:
 def add_rounding(parser: argparse.ArgumentParser) -> None:
     """``--rounding`` and ``--seed``."""
     parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument("--seed", type=int, default=0, help="of the stochastic rounding (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the stochastic rounding (default: 0)"
+    )

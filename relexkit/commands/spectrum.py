@@ -9,13 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit.commands.observe import add_pca, observer
-from relexkit.console import console, number, percent, print_json, progress_bar, say
+from relexkit.assess.observed import add_pca, observer
+from relexkit.commands.console import console, number, percent, print_json, progress_bar, say
 
 if TYPE_CHECKING:
-    from relexkit.metrics import Informative
-    from relexkit.null import WalkNull
-    from relexkit.spectrum import ScopeSpectrum, Spectrum
+    from relexkit.assess.metrics import Informative
+    from relexkit.geometry.null import WalkNull
+    from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum
 
 _SHOWN_ROWS = 40
 
@@ -23,24 +23,42 @@ _SHOWN_ROWS = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit spectrum``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--scope", choices=("tensor", "layer", "module", "global"), default="tensor")
+    parser.add_argument(
+        "--scope", choices=("tensor", "layer", "module", "global"), default="tensor"
+    )
     parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument("--centered", action="store_true", help="PCA about the mean checkpoint instead of the base")
-    parser.add_argument("--momentum", type=float, metavar="BETA",
-                        help="of the walk to compare with: Adam's first beta (default: fitted)")  # fmt: skip
-    parser.add_argument("--all", action="store_true", help=f"print every row, not only the {_SHOWN_ROWS} with most energy")
+    parser.add_argument(
+        "--centered", action="store_true", help="PCA about the mean checkpoint instead of the base"
+    )
+    parser.add_argument(
+        "--momentum",
+        type=float,
+        metavar="BETA",
+        help="of the walk to compare with: Adam's first beta (default: fitted)",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help=f"print every row, not only the {_SHOWN_ROWS} with most energy",
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
-    parser.add_argument("--directions", type=Path, metavar="DIR",
-                        help="also write the first 2 (or --components) directions there as safetensors")  # fmt: skip
+    parser.add_argument(
+        "--directions",
+        type=Path,
+        metavar="DIR",
+        help="also write the first 2 (or --components) directions there as safetensors",
+    )
     add_pca(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Print the table, and write what was asked for."""
-    from relexkit.metrics import informative_steps, learning_rates
-    from relexkit.spectrum import spectrum
+    from relexkit.assess.metrics import informative_steps, learning_rates
+    from relexkit.geometry.spectrum import spectrum
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
@@ -50,10 +68,16 @@ def run(parsed: argparse.Namespace) -> None:
         return
     metrics = store.metrics()
     result = spectrum(
-        matrices, scope=parsed.scope, until=parsed.until, centered=parsed.centered, momentum=parsed.momentum,
+        matrices,
+        scope=parsed.scope,
+        until=parsed.until,
+        centered=parsed.centered,
+        momentum=parsed.momentum,
         rates=learning_rates(store.steps, metrics),
-    )  # fmt: skip
-    informative = informative_steps({name: values[: len(result.steps)] for name, values in metrics.items()})
+    )
+    informative = informative_steps(
+        {name: values[: len(result.steps)] for name, values in metrics.items()}
+    )
     if parsed.json:
         print_json(_spectrum_document(result, informative))
     else:
@@ -63,7 +87,7 @@ def run(parsed: argparse.Namespace) -> None:
         for path in figures.plot_spectra(matrices, parsed.plot, centered=parsed.centered):
             say(f"wrote {path}")
     if parsed.csv:
-        from relexkit.variance import write_csv
+        from relexkit.geometry.variance import write_csv
 
         write_csv(result, parsed.csv)
         say(f"wrote {parsed.csv}")
@@ -72,9 +96,14 @@ def run(parsed: argparse.Namespace) -> None:
 
         with progress_bar() as progress:
             paths = write_directions(
-                store, matrices, parsed.directions, count=parsed.components or min(2, len(matrices.steps)), scope=parsed.scope,
-                centered=parsed.centered, progress=progress,
-            )  # fmt: skip
+                store,
+                matrices,
+                parsed.directions,
+                count=parsed.components or min(2, len(matrices.steps)),
+                scope=parsed.scope,
+                centered=parsed.centered,
+                progress=progress,
+            )
         for path in paths:
             say(f"wrote {path}")
 
@@ -101,7 +130,10 @@ def _spectrum_document(result: Spectrum, informative: Informative | None) -> dic
         }
         for s in result.scopes
     ]
-    null = {"explained_variance_ratio": result.null.explained_variance_ratio.tolist(), "r2": result.null.r2.tolist()}
+    null = {
+        "explained_variance_ratio": result.null.explained_variance_ratio.tolist(),
+        "r2": result.null.r2.tolist(),
+    }
     return {
         "steps": result.steps.tolist(),
         "centered": result.centered,
@@ -134,18 +166,36 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
 
     from relexkit.store import describe_steps
 
-    about = "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
+    about = (
+        "centered: about the mean checkpoint" if result.centered else "uncentered: about the base"
+    )
     title = f"Spectrum of {describe_steps(result.steps)} ({about})"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, header_style="bold"
+    )
     table.add_column(result.scope, overflow="fold")
-    for heading in ("parameters", "energy", "1st % (walk)", "1st-2nd % (walk)", "90/95/99 %", "R² (walk)", "cos (walk)",
-                    "straight (walk)", "drift (walk)", "changed/step", "ever"):  # fmt: skip
+    for heading in (
+        "parameters",
+        "energy",
+        "1st % (walk)",
+        "1st-2nd % (walk)",
+        "90/95/99 %",
+        "R² (walk)",
+        "cos (walk)",
+        "straight (walk)",
+        "drift (walk)",
+        "changed/step",
+        "ever",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
 
     def cells(s: ScopeSpectrum) -> list[str]:
         null = s.null
         assert null is not None
-        shown = [_with_null(null, name) for name in ("first", "first_two", "r2", "cosine", "straightness", "drift")]
+        shown = [
+            _with_null(null, name)
+            for name in ("first", "first_two", "r2", "cosine", "straightness", "drift")
+        ]
         return [
             escape(s.name),
             f"{s.num_parameters:,}",
@@ -157,9 +207,14 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
             percent(float(s.moved[-1])),
         ]
 
-    ordered = result.scopes if result.scope in ("global", "layer") else sorted(
-        result.scopes, key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0
-    )  # fmt: skip
+    ordered = (
+        result.scopes
+        if result.scope in ("global", "layer")
+        else sorted(
+            result.scopes,
+            key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0,
+        )
+    )
     shown = ordered if show_all else ordered[:_SHOWN_ROWS]
     for s in shown:
         table.add_row(*cells(s))
@@ -175,7 +230,9 @@ def _with_null(null: WalkNull, name: str) -> str:
     value, walk = null.observed[name], null.expected[name]
     if math.isnan(value):
         return "-"
-    text, beside = (f"{100 * v:.1f}" if name.startswith("first") else number(v) for v in (value, walk))
+    text, beside = (
+        f"{100 * v:.1f}" if name.startswith("first") else number(v) for v in (value, walk)
+    )
     return f"{text} [dim]({beside})[/dim]"
 
 
@@ -197,12 +254,22 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
     if still:
         shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
         notes.append(f"Never moved, so there is no variance to explain: {shown}.")
-    doubtful = max((s.ratio_error for s in result.scopes if s.ratio_error == s.ratio_error), default=0.0)
+    doubtful = max(
+        (s.ratio_error for s in result.scopes if s.ratio_error == s.ratio_error), default=0.0
+    )
     if doubtful > 1e-5:
-        notes.append(f"Approximate (randomized PCA): the first two ratios are off by at most about {doubtful:.1g}.")
+        notes.append(
+            f"Approximate (randomized PCA): the first two ratios are off by at most about {doubtful:.1g}."
+        )
     if len(result.steps) == 1:
-        notes.append("One recorded step: there is one direction by definition; record more steps to learn anything.")
-    changes = [(float(s.changed.sum()) * s.num_parameters, s.unit_moves) for s in result.scopes if not math.isnan(s.unit_moves)]
+        notes.append(
+            "One recorded step: there is one direction by definition; record more steps to learn anything."
+        )
+    changes = [
+        (float(s.changed.sum()) * s.num_parameters, s.unit_moves)
+        for s in result.scopes
+        if not math.isnan(s.unit_moves)
+    ]
     total = sum(count for count, _ in changes)
     if total and total < 0.5 * sum(s.num_parameters for s in result.scopes) * len(result.steps):
         share = sum(count * unit for count, unit in changes) / total

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit verify``."""
     parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -23,4 +25,6 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print_json({"path": store.path, "steps": [int(s) for s in store.steps], "verified": True})
     else:
-        print(f"{store.path}: every chunk of {describe_steps(store.steps)} and of the base is intact")
+        print(
+            f"{store.path}: every chunk of {describe_steps(store.steps)} and of the base is intact"
+        )

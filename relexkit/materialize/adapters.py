@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.peft import CONFIG, PREFIX, WEIGHTS
-from relexkit.encoding import BLOCK, content_checksum
+from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, WEIGHTS
 from relexkit.errors import RelexkitError, StoreError
-from relexkit.extrapolators import Options, step_text
-from relexkit.gram.factors import compress, singular_values, stacked_sum
-from relexkit.layout import Factors, TensorSpec
+from relexkit.gram_matrix.factors import compress, singular_values, stacked_sum
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.planning import plan
 from relexkit.materialize.sums import stream_sums
-from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
+from relexkit.predict.extrapolators import Options, step_text
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
+from relexkit.store.encodings.bits import BLOCK, content_checksum
+from relexkit.weights.layout import Factors, TensorSpec
+from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 LARGEST_ERROR = 1e-3
 """Relative error of the whole delta that a rank chosen by itself may leave."""
@@ -56,23 +56,32 @@ def checkout_adapter(store: TrajectoryStore, step: int, out: str | Path) -> Path
     _refuse_without_factors(store)
     row = store.row_of(step)
     provenance = {
-        "relexkit": store.attributes["relexkit_version"], "kind": "recorded adapter", "step": step,
-        "content": f"{content_checksum(store.checksums()[row].tolist()):08x}", "base": store.attributes["base"],
+        "relexkit": store.attributes["relexkit_version"],
+        "kind": "recorded adapter",
+        "step": step,
+        "content": f"{content_checksum(store.checksums()[row].tolist()):08x}",
+        "base": store.attributes["base"],
         "source": store.attributes["source"],
-    }  # fmt: skip
+    }
     folder = Path(out)
     if is_finished(folder, provenance):
         return folder
     adapted, whole = _adapted(store), _whole_tensors(store)
     tensors = {_whole_key(t.name, store): TensorInfo(t.shape, t.dtype) for t in whole}
     for tensor, spec in adapted:
-        tensors |= {key: TensorInfo(shape, spec.dtype) for key, shape in zip(*_stored_as(tensor, spec), strict=True)}
+        tensors |= {
+            key: TensorInfo(shape, spec.dtype)
+            for key, shape in zip(*_stored_as(tensor, spec), strict=True)
+        }
 
     def write(writer: SafetensorsFolderWriter) -> None:
         for tensor, spec in adapted:
             bits = store.read_factor_bits(tensor.part, row)
             cut = spec.rows * spec.rank
-            left, right = bits[:cut].reshape(spec.rows, spec.rank), bits[cut:].reshape(spec.rank, spec.columns)
+            left, right = (
+                bits[:cut].reshape(spec.rows, spec.rank),
+                bits[cut:].reshape(spec.rank, spec.columns),
+            )
             _write_pair(writer, tensor, spec, left, right)
         for tensor in whole:
             for start, state in _recorded(store, tensor, row):
@@ -112,9 +121,16 @@ def extrapolate_adapter(
     if rank is not None and rank < 1:
         raise RelexkitError(f"--adapter {rank} is not a rank; expected 1 or more")
     plans = plan(
-        store, to, until=until, method=method, options=options, scope=scope, scale=scale,
-        memory_budget_bytes=memory_budget_bytes, progress=progress,
-    )  # fmt: skip
+        store,
+        to,
+        until=until,
+        method=method,
+        options=options,
+        scope=scope,
+        scale=scale,
+        memory_budget_bytes=memory_budget_bytes,
+        progress=progress,
+    )
     written = []
     for planned in plans:
         folder = Path(out) / f"step-{step_text(planned.target)}"
@@ -127,18 +143,23 @@ def extrapolate_adapter(
         }
         already = is_finished(folder, provenance)
         if not already:
-            _write_predicted(store, folder, planned.weights, chosen, provenance, memory_budget_bytes)
+            _write_predicted(
+                store, folder, planned.weights, chosen, provenance, memory_budget_bytes
+            )
         written.append(AdapterPrediction(planned.target, folder, chosen, error, already))
         if progress:
             progress("adapters", len(written), len(to))
     return written
 
 
-def _choose_rank(store: TrajectoryStore, weights: np.ndarray, rank: int | None) -> tuple[int, float]:
+def _choose_rank(
+    store: TrajectoryStore, weights: np.ndarray, rank: int | None
+) -> tuple[int, float]:
     """The wanted rank, or the smallest one whose error is small; and its relative error over all adapted tensors."""
     row_of = _rows(store)
     squares = [
-        singular_values(*stacked_sum(store, tensor.part, weights[row_of[tensor.name]])) ** 2 for tensor, _ in _adapted(store)
+        singular_values(*stacked_sum(store, tensor.part, weights[row_of[tensor.name]])) ** 2
+        for tensor, _ in _adapted(store)
     ]
     most = max(len(s) for s in squares)
     total = sum(float(s.sum()) for s in squares)
@@ -150,43 +171,78 @@ def _choose_rank(store: TrajectoryStore, weights: np.ndarray, rank: int | None) 
 
 
 def _write_predicted(
-    store: TrajectoryStore, folder: Path, weights: np.ndarray, rank: int, provenance: Mapping[str, Any], budget: int
+    store: TrajectoryStore,
+    folder: Path,
+    weights: np.ndarray,
+    rank: int,
+    provenance: Mapping[str, Any],
+    budget: int,
 ) -> None:
     adapted, whole, row_of = _adapted(store), _whole_tensors(store), _rows(store)
     specs = {
-        t.name: Factors(rows=s.rows, columns=s.columns, rank=rank, scale=1.0, dtype="float32", kind=s.kind) for t, s in adapted
+        t.name: Factors(
+            rows=s.rows, columns=s.columns, rank=rank, scale=1.0, dtype="float32", kind=s.kind
+        )
+        for t, s in adapted
     }
     tensors = {_whole_key(t.name, store): TensorInfo(t.shape, "float32") for t in whole}
     for tensor, _ in adapted:
         keys, shapes = _stored_as(tensor, specs[tensor.name])
-        tensors |= {key: TensorInfo(shape, "float32") for key, shape in zip(keys, shapes, strict=True)}
+        tensors |= {
+            key: TensorInfo(shape, "float32") for key, shape in zip(keys, shapes, strict=True)
+        }
 
     def write(writer: SafetensorsFolderWriter) -> None:
         for tensor, _ in adapted:
-            left, right = compress(*stacked_sum(store, tensor.part, weights[row_of[tensor.name]]), rank)
+            left, right = compress(
+                *stacked_sum(store, tensor.part, weights[row_of[tensor.name]]), rank
+            )
             padding = rank - left.shape[1]
-            left, right = np.pad(left, ((0, 0), (0, padding))), np.pad(right, ((0, padding), (0, 0)))
-            bits = [np.ascontiguousarray(factor, np.float32).view(np.uint32) for factor in (left, right)]
+            left, right = (
+                np.pad(left, ((0, 0), (0, padding))),
+                np.pad(right, ((0, padding), (0, 0))),
+            )
+            bits = [
+                np.ascontiguousarray(factor, np.float32).view(np.uint32) for factor in (left, right)
+            ]
             _write_pair(writer, tensor, specs[tensor.name], *bits)
         names = {t.name for t in whole}
         if names:
             stream_sums(
-                store, weights[None],
-                lambda _, segment, values: writer.write(
-                    _whole_key(segment.tensor.name, store), segment.start, values.view(np.uint32)
-                ) if segment.tensor.name in names else None,
-                budget, None,
-            )  # fmt: skip
+                store,
+                weights[None],
+                lambda _, segment, values: (
+                    writer.write(
+                        _whole_key(segment.tensor.name, store),
+                        segment.start,
+                        values.view(np.uint32),
+                    )
+                    if segment.tensor.name in names
+                    else None
+                ),
+                budget,
+                None,
+            )
 
     config = json.loads(store.files()[CONFIG])
-    config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
     config["init_lora_weights"] = True
-    _write_folder(folder, tensors, write, (json.dumps(config, indent=2) + "\n").encode(), provenance)
+    _write_folder(
+        folder, tensors, write, (json.dumps(config, indent=2) + "\n").encode(), provenance
+    )
 
 
 def _refuse_without_factors(store: TrajectoryStore) -> None:
     if not store.has_factors:
-        raise StoreError(f"{store.path}: holds whole checkpoints, no adapters; expected a store of PEFT adapters")
+        raise StoreError(
+            f"{store.path}: holds whole checkpoints, no adapters; expected a store of PEFT adapters"
+        )
 
 
 def _rows(store: TrajectoryStore) -> dict[str, int]:
@@ -203,10 +259,16 @@ def _whole_tensors(store: TrajectoryStore) -> list[TensorSpec]:
 
     def moved(part: int) -> bool:
         encoding = store.layout.parts[part].encoding
-        return encoding in ("exact", "float") or (encoding == "sparse" and bool(store.entries(part, len(store.steps)).any()))
+        return encoding in ("exact", "float") or (
+            encoding == "sparse" and bool(store.entries(part, len(store.steps)).any())
+        )
 
     touched = {part for part in range(len(store.layout.parts)) if moved(part)}
-    return [t for t in store.layout.moving_tensors if any(s.part in touched for s in store.layout.segments_of(t))]
+    return [
+        t
+        for t in store.layout.moving_tensors
+        if any(s.part in touched for s in store.layout.segments_of(t))
+    ]
 
 
 def _whole_key(name: str, store: TrajectoryStore) -> str:
@@ -220,7 +282,10 @@ def _stored_as(tensor: TensorSpec, spec: Factors) -> tuple[list[str], list[tuple
     """Names and shapes in the file of the ``A`` and the ``B`` of a tensor."""
     module = PREFIX + tensor.name.removesuffix(".weight")
     if spec.kind == "embedding":
-        return [f"{module}.lora_embedding_{side}" for side in "AB"], [(spec.rank, spec.rows), (spec.columns, spec.rank)]
+        return [f"{module}.lora_embedding_{side}" for side in "AB"], [
+            (spec.rank, spec.rows),
+            (spec.columns, spec.rank),
+        ]
     keys = [f"{module}.lora_{side}.weight" for side in "AB"]
     if spec.kind == "transposed":
         return keys, [(spec.rank, spec.rows), (spec.columns, spec.rank)]
@@ -229,14 +294,20 @@ def _stored_as(tensor: TensorSpec, spec: Factors) -> tuple[list[str], list[tuple
 
 
 def _write_pair(
-    writer: SafetensorsFolderWriter, tensor: TensorSpec, spec: Factors, left: np.ndarray, right: np.ndarray
+    writer: SafetensorsFolderWriter,
+    tensor: TensorSpec,
+    spec: Factors,
+    left: np.ndarray,
+    right: np.ndarray,
 ) -> None:
     a, b = (left.T, right.T) if spec.kind in ("embedding", "transposed") else (right, left)
     for key, factor in zip(_stored_as(tensor, spec)[0], (a, b), strict=True):
         writer.write(key, 0, np.ascontiguousarray(factor).ravel())
 
 
-def _recorded(store: TrajectoryStore, tensor: TensorSpec, row: int) -> Iterator[tuple[int, np.ndarray]]:
+def _recorded(
+    store: TrajectoryStore, tensor: TensorSpec, row: int
+) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces of a recorded tensor: index of the first element, bits."""
     for segment in store.layout.segments_of(tensor):
         numel = store.layout.parts[segment.part].numel

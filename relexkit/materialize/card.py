@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from relexkit.extrapolators import Options, step_text
+from relexkit.predict.extrapolators import Options, step_text
 
 
 def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
     """README.md of a predicted checkpoint: what it is and how it was made."""
     steps, base = provenance["steps"], provenance["base"]
     options = [f.name for f in fields(Options) if provenance.get(f.name) is not None]
-    said = ", ".join(f"{name} {provenance[name]}" for name in options if name != "degree" or provenance["fit"] == "polynomial")
+    said = ", ".join(
+        f"{name} {provenance[name]}"
+        for name in options
+        if name != "degree" or provenance["fit"] == "polynomial"
+    )
     rows = {
         "base": f"{base['description']} (sha256 `{base['sha256']}`)",
         "source": provenance["source"],

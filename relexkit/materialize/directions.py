@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.gram import Gram
-from relexkit.gram.randomized import wanted_components
-from relexkit.layout import Segment
-from relexkit.linalg import single_threaded_blas
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.spectrum import center, decompose
+from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.lowrank.randomized import wanted_components
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.sums import stream_sums
-from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
-from relexkit.spectrum import center, decompose
 from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.version import __version__
+from relexkit.weights.layout import Segment
+from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 
 def write_directions(
@@ -56,9 +56,15 @@ def write_directions(
     folder, names = Path(out), [f"direction-{k + 1}" for k in range(count)]
     weights, groups = _weights(gram, count, scope, centered)
     provenance = {
-        "relexkit": __version__, "kind": "principal update directions", "scope": scope, "centered": centered,
-        "steps": gram.steps.tolist(), "base": store.attributes["base"], "source": store.attributes["source"], "groups": groups,
-    }  # fmt: skip
+        "relexkit": __version__,
+        "kind": "principal update directions",
+        "scope": scope,
+        "centered": centered,
+        "steps": gram.steps.tolist(),
+        "base": store.attributes["base"],
+        "source": store.attributes["source"],
+        "groups": groups,
+    }
     paths = [folder / f"{name}.safetensors" for name in names]
     if is_finished(folder, provenance):
         return paths
@@ -66,8 +72,17 @@ def write_directions(
     with temporary_folder(folder) as temporary, ExitStack() as stack:
         writers = []
         for name in names:
-            told = {"kind": provenance["kind"], "direction": name, "scope": scope, "relexkit": __version__}
-            writers.append(stack.enter_context(closing(SafetensorsFolderWriter(temporary, tensors, 2**62, name, told))))
+            told = {
+                "kind": provenance["kind"],
+                "direction": name,
+                "scope": scope,
+                "relexkit": __version__,
+            }
+            writers.append(
+                stack.enter_context(
+                    closing(SafetensorsFolderWriter(temporary, tensors, 2**62, name, told))
+                )
+            )
 
         def consume(index: int, segment: Segment, values: np.ndarray) -> None:
             writers[index].write(segment.tensor.name, segment.start, values)
@@ -77,7 +92,9 @@ def write_directions(
     return paths
 
 
-def _weights(gram: Gram, count: int, scope: str, centered: bool) -> tuple[np.ndarray, dict[str, Any]]:
+def _weights(
+    gram: Gram, count: int, scope: str, centered: bool
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Weights ``[count, N, T]`` over the deltas, ``u_k`` times its last entry, and what to say about every group."""
     scoped, group_of = gram.scoped(scope), gram.groups(scope)
     weights = np.zeros((count, len(gram.names), len(gram.steps)))

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.hub import REVISIONS_FILE
-from relexkit.checkpoints.peft import CONFIG
-from relexkit.dtypes import FLOAT_DTYPES, ROUNDINGS
+from relexkit.checkpoints.formats.hub import REVISIONS_FILE
+from relexkit.checkpoints.formats.peft import CONFIG
 from relexkit.errors import RelexkitError, StoreError
-from relexkit.layout import Segment
-from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.store import TrajectoryStore, WriterLock, blocks
+from relexkit.weights.dtypes import FLOAT_DTYPES, ROUNDINGS
+from relexkit.weights.layout import Segment
+from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 PROVENANCE = "relexkit.json"
 """File in a written folder that says exactly how it was made; a rerun skips a folder that already says the same."""
@@ -48,12 +48,19 @@ class PendingFolders:
 
     def __enter__(self) -> PendingFolders:
         tensors = {
-            t.name: TensorInfo(t.shape, (self._dtype or t.dtype) if t.dtype in FLOAT_DTYPES else t.dtype)
+            t.name: TensorInfo(
+                t.shape, (self._dtype or t.dtype) if t.dtype in FLOAT_DTYPES else t.dtype
+            )
             for t in self._store.layout.tensors
         }
         with ExitStack() as stack:
-            self._folders = [stack.enter_context(temporary_folder(job.folder)) for job in self._jobs]
-            self._writers = [stack.enter_context(closing(SafetensorsFolderWriter(f, tensors))) for f in self._folders]
+            self._folders = [
+                stack.enter_context(temporary_folder(job.folder)) for job in self._jobs
+            ]
+            self._writers = [
+                stack.enter_context(closing(SafetensorsFolderWriter(f, tensors)))
+                for f in self._folders
+            ]
             self._stack = stack.pop_all()
         return self
 
@@ -74,7 +81,9 @@ class PendingFolders:
                     for index in range(len(self._jobs)):
                         self.write(index, segment, raw[low : low + segment.numel])
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         if kind is not None:
             self._stack.__exit__(kind, error, trace)
             return
@@ -120,11 +129,17 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
         found = None
     if found == json.loads(json.dumps(provenance)):
         return True
-    raise RelexkitError(f"{folder}: exists and holds something else; remove it or choose another -o")
+    raise RelexkitError(
+        f"{folder}: exists and holds something else; remove it or choose another -o"
+    )
 
 
 def write_files(
-    folder: Path, files: Mapping[str, bytes], dtypes: list[str], provenance: Mapping[str, Any], card: str | None
+    folder: Path,
+    files: Mapping[str, bytes],
+    dtypes: list[str],
+    provenance: Mapping[str, Any],
+    card: str | None,
 ) -> None:
     """Write configuration, tokenizer, provenance and README into a checkpoint folder.
 
@@ -147,7 +162,9 @@ def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:
         if not isinstance(value, dict):
             return value
         return {
-            key: dtypes[0] if key in ("dtype", "torch_dtype") and inner not in dtypes else corrected(inner)
+            key: dtypes[0]
+            if key in ("dtype", "torch_dtype") and inner not in dtypes
+            else corrected(inner)
             for key, inner in value.items()
         }
 
@@ -156,7 +173,11 @@ def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:
     except ValueError:
         return config
     changed = corrected(document)
-    return config if changed == document or not dtypes else (json.dumps(changed, indent=2) + "\n").encode()
+    return (
+        config
+        if changed == document or not dtypes
+        else (json.dumps(changed, indent=2) + "\n").encode()
+    )
 
 
 def check_output(dtype: str | None, rounding: str) -> None:

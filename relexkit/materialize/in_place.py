@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relexkit.dtypes import FLOAT_DTYPES, Rounding, round_bits
 from relexkit.errors import RelexkitError
-from relexkit.layout import Layout, Segment
 from relexkit.materialize.sums import stream_sums
 from relexkit.store import TrajectoryStore
+from relexkit.weights.dtypes import FLOAT_DTYPES, Rounding, round_bits
+from relexkit.weights.layout import Layout, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,9 @@ def apply(
 
     expected = (len(store.layout.moving_tensors), len(store.steps))
     if weights.shape[:1] != expected[:1] or weights.ndim != 2 or weights.shape[1] > expected[1]:
-        raise RelexkitError(f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of predict_weights")
+        raise RelexkitError(
+            f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of predict_weights"
+        )
     flat = _flat_tensors(store.layout, model.state_dict())
 
     def consume(_: int, segment: Segment, values: np.ndarray) -> None:
@@ -64,13 +66,18 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
         found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
         for name in found:
-            if str(state[name].dtype).removeprefix("torch.") not in FLOAT_DTYPES or not state[name].is_contiguous():
+            if (
+                str(state[name].dtype).removeprefix("torch.") not in FLOAT_DTYPES
+                or not state[name].is_contiguous()
+            ):
                 raise RelexkitError(
                     f"tensor {name!r} of the model is {state[name].dtype}, contiguous {state[name].is_contiguous()}; "
                     f"expected contiguous {', '.join(FLOAT_DTYPES)}"
                 )
         if wrong or not found:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
-            raise RelexkitError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}")
+            raise RelexkitError(
+                f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}"
+            )
         flat[tensor.name] = [state[name].detach().view(-1) for name in found]
     return flat

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.encoding import content_checksum
+from relexkit.assess.metrics import learning_rates
 from relexkit.errors import StoreError
-from relexkit.extrapolators import METHODS, Options, check_request, predict_weights
-from relexkit.gram import Gram
-from relexkit.gram.distributed import ALONE, Team
-from relexkit.gram.pca import pca_gram
-from relexkit.linalg import single_threaded_blas
-from relexkit.metrics import learning_rates
-from relexkit.spectrum import decompose
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.spectrum import decompose
+from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.pca import pca_gram
+from relexkit.predict.extrapolators import METHODS, Options, check_request, predict_weights
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
 
 
@@ -55,25 +55,48 @@ def plan(
     observed = _shape_only(store).until(until)
     if needs_gram:
         observed = pca_gram(
-            store, pca=pca, until=until, components=components, device=device, team=team,
-            memory_budget_bytes=memory_budget_bytes, progress=progress,
-        )  # fmt: skip
+            store,
+            pca=pca,
+            until=until,
+            components=components,
+            device=device,
+            team=team,
+            memory_budget_bytes=memory_budget_bytes,
+            progress=progress,
+        )
     if team.rank:
         return []
     rates = learning_rates(store.steps, store.metrics())
-    weights = predict_weights(observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates)
-    settings = {"method": method, **_used_options(method, options), "scope": scope or METHODS[method].scope, "scale": scale}
+    weights = predict_weights(
+        observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates
+    )
+    settings = {
+        "method": method,
+        **_used_options(method, options),
+        "scope": scope or METHODS[method].scope,
+        "scale": scale,
+    }
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     with single_threaded_blas():
         variance = _variance(observed) if needs_gram else None
     return [
-        Plan(target, weight, {
-            "relexkit": __version__, "kind": "extrapolated", "target": target, **settings,
-            "steps": [int(s) for s in store.steps[:num_used]], "content": content, "base": store.attributes["base"],
-            "source": store.attributes["source"],
-        }, variance)
+        Plan(
+            target,
+            weight,
+            {
+                "relexkit": __version__,
+                "kind": "extrapolated",
+                "target": target,
+                **settings,
+                "steps": [int(s) for s in store.steps[:num_used]],
+                "content": content,
+                "base": store.attributes["base"],
+                "source": store.attributes["source"],
+            },
+            variance,
+        )
         for target, weight in zip(targets, weights, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
@@ -85,7 +108,11 @@ def _used_steps(store: TrajectoryStore, until: int | None) -> np.ndarray:
     used = store.steps if until is None else store.steps[store.steps <= until]
     if not len(used):
         held = f"the store holds {describe_steps(store.steps)}"
-        raise StoreError(f"{store.path}: holds no steps" if until is None else f"--until {until} keeps no step; {held}")
+        raise StoreError(
+            f"{store.path}: holds no steps"
+            if until is None
+            else f"--until {until} keeps no step; {held}"
+        )
     return used
 
 
@@ -95,15 +122,23 @@ def _shape_only(store: TrajectoryStore) -> Gram:
     identity = np.broadcast_to(np.eye(num_steps), (len(tensors), num_steps, num_steps))
     counts = np.zeros((len(tensors), num_steps), np.int64)
     sizes = np.array([t.numel for t in tensors], np.int64)
-    return Gram(store.steps, tuple(t.name for t in tensors), sizes, identity, counts, counts, counts)
+    return Gram(
+        store.steps, tuple(t.name for t in tensors), sizes, identity, counts, counts, counts
+    )
 
 
 def _used_options(method: str, options: Options) -> dict[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name in METHODS[method].options}
+    return {
+        name: value for name, value in asdict(options).items() if name in METHODS[method].options
+    }
 
 
 def _variance(observed: Gram) -> float:
     """Share of the energy on each tensor's own first direction, over the whole model; NaN if nothing moved."""
     total = np.trace(observed.matrices, axis1=1, axis2=2)
-    first = sum(float(decompose(m).singular_values[0] ** 2) for m, t in zip(observed.matrices, total, strict=True) if t > 0)
+    first = sum(
+        float(decompose(m).singular_values[0] ** 2)
+        for m, t in zip(observed.matrices, total, strict=True)
+        if t > 0
+    )
     return first / float(total.sum()) if total.sum() > 0 else float("nan")

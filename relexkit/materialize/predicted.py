@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.dtypes import Rounding, round_bits
-from relexkit.extrapolators import Options, step_text
-from relexkit.gram.distributed import ALONE, Team
-from relexkit.layout import Segment
+from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished
 from relexkit.materialize.planning import plan
 from relexkit.materialize.sums import stream_sums
+from relexkit.predict.extrapolators import Options, step_text
 from relexkit.store import ProgressCallback, TrajectoryStore
+from relexkit.weights.dtypes import Rounding, round_bits
+from relexkit.weights.layout import Segment
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,28 @@ def extrapolate(
     """
     check_output(dtype, rounding)
     plans = plan(
-        store, to, until=until, method=method, options=options, scope=scope, scale=scale, pca=pca, components=components,
-        device=device, team=team, memory_budget_bytes=memory_budget_bytes, progress=progress,
-    )  # fmt: skip
+        store,
+        to,
+        until=until,
+        method=method,
+        options=options,
+        scope=scope,
+        scale=scale,
+        pca=pca,
+        components=components,
+        device=device,
+        team=team,
+        memory_budget_bytes=memory_budget_bytes,
+        progress=progress,
+    )
     weights, jobs, predictions = [], [], []
     for planned in plans:
-        provenance = {**planned.provenance, "dtype": dtype or "as recorded", "rounding": rounding, "seed": seed}
+        provenance = {
+            **planned.provenance,
+            "dtype": dtype or "as recorded",
+            "rounding": rounding,
+            "seed": seed,
+        }
         folder = Path(out) / f"step-{step_text(planned.target)}"
         already = is_finished(folder, provenance)
         predictions.append(Prediction(planned.target, folder, already))
@@ -85,7 +101,14 @@ def extrapolate(
 
             def consume(index: int, segment: Segment, values: np.ndarray) -> None:
                 name, start = segment.tensor.name, segment.start
-                bits = round_bits(values, dtype or segment.tensor.dtype, rounding, seed=seed, tensor=name, start=start)
+                bits = round_bits(
+                    values,
+                    dtype or segment.tensor.dtype,
+                    rounding,
+                    seed=seed,
+                    tensor=name,
+                    start=start,
+                )
                 writers.write(index, segment, bits)
 
             stream_sums(store, np.stack(weights), consume, memory_budget_bytes, progress)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.dtypes import round_bits, to_float32
-from relexkit.encoding import content_checksum
 from relexkit.materialize.folders import FolderJob, PendingFolders, is_finished
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
+from relexkit.weights.dtypes import round_bits, to_float32
 
 
-def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None) -> Path:
+def checkout(
+    store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None
+) -> Path:
     """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
 
     Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype. From a store of
@@ -25,11 +27,20 @@ def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: Pr
     """
     row = -1 if step == 0 else store.row_of(step)
     content = f"{content_checksum(store.checksums()[row].tolist()):08x}" if row >= 0 else "base"
-    exact = "bit for bit" if store.exact or step == 0 else f"to {store.mantissa_bits} mantissa bits of the delta"
+    exact = (
+        "bit for bit"
+        if store.exact or step == 0
+        else f"to {store.mantissa_bits} mantissa bits of the delta"
+    )
     provenance = {
-        "relexkit": __version__, "kind": "recorded", "step": step, "exact": exact, "content": content,
-        "base": store.attributes["base"], "source": store.attributes["source"],
-    }  # fmt: skip
+        "relexkit": __version__,
+        "kind": "recorded",
+        "step": step,
+        "exact": exact,
+        "content": content,
+        "base": store.attributes["base"],
+        "source": store.attributes["source"],
+    }
     folder = Path(out)
     if is_finished(folder, provenance):
         return folder
@@ -54,5 +65,7 @@ def checkout(store: TrajectoryStore, step: int, out: str | Path, *, progress: Pr
 def _merged(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
     """Bits of base plus delta of a part with factors; such a part is one tensor."""
     dtype, name = store.layout.parts[part].dtype, store.layout.segments_in(part)[0].tensor.name
-    values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(part, row, begin, end)
+    values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(
+        part, row, begin, end
+    )
     return round_bits(values, dtype, "stochastic", tensor=name, start=begin)

@@ -8,12 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint, open_checkpoint
-from relexkit.dtypes import FLOAT_DTYPES, Rounding, bits_dtype, nonfinite_index, round_bits, to_float32
 from relexkit.errors import CheckpointError
 from relexkit.materialize.folders import check_output, is_finished, temporary_folder, write_files
-from relexkit.safetensors_io import SafetensorsFolderWriter, TensorInfo
 from relexkit.store import ProgressCallback, blocks
 from relexkit.version import __version__
+from relexkit.weights.dtypes import (
+    FLOAT_DTYPES,
+    Rounding,
+    bits_dtype,
+    nonfinite_index,
+    round_bits,
+    to_float32,
+)
+from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 
 def round_checkpoint(
@@ -37,9 +44,14 @@ def round_checkpoint(
     folder, source = Path(out), Path(source).resolve()
     with closing(open_checkpoint(source)) as checkpoint:
         provenance = {
-            "relexkit": __version__, "kind": "rounded", "source": str(source), "dtype": dtype,
-            "rounding": rounding, "seed": seed, "weights": _weight_files(source),
-        }  # fmt: skip
+            "relexkit": __version__,
+            "kind": "rounded",
+            "source": str(source),
+            "dtype": dtype,
+            "rounding": rounding,
+            "seed": seed,
+            "weights": _weight_files(source),
+        }
         if is_finished(folder, provenance):
             return folder
         _refuse_other_floats(source, checkpoint)
@@ -58,7 +70,9 @@ def round_checkpoint(
                             _refuse_nonfinite(source, name, begin, bits, info.dtype)
                         if moving and info.dtype != dtype:
                             values = to_float32(bits, info.dtype)
-                            bits = round_bits(values, dtype, rounding, seed=seed, tensor=name, start=begin)
+                            bits = round_bits(
+                                values, dtype, rounding, seed=seed, tensor=name, start=begin
+                            )
                         writer.write(name, begin, bits)
                     if progress:
                         progress("rounding", done, len(tensors))
@@ -77,10 +91,14 @@ def _refuse_other_floats(source: Path, checkpoint: Checkpoint) -> None:
 def _refuse_nonfinite(source: Path, name: str, begin: int, bits: np.ndarray, dtype: str) -> None:
     bad = nonfinite_index(bits, dtype)
     if bad is not None:
-        raise CheckpointError(f"{source}: tensor {name!r} is NaN or infinite at element {begin + bad}; expected finite weights")
+        raise CheckpointError(
+            f"{source}: tensor {name!r} is NaN or infinite at element {begin + bad}; expected finite weights"
+        )
 
 
 def _weight_files(source: Path) -> list[list[str | int]]:
     """Name, size and time of every weight file below a folder: what tells a changed source from the same one."""
-    found = sorted(p for kind in ("*.safetensors", "*.bin", "*.pt", "*.distcp") for p in source.rglob(kind))
+    found = sorted(
+        p for kind in ("*.safetensors", "*.bin", "*.pt", "*.distcp") for p in source.rglob(kind)
+    )
     return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]

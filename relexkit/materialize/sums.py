@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from relexkit.dtypes import to_float32
-from relexkit.encoding import Update, apply_update, clip_update
-from relexkit.gram.factors import FactorSums
-from relexkit.layout import Segment
+from relexkit.gram_matrix.factors import FactorSums
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.store.encodings.bits import Update, apply_update, clip_update
+from relexkit.weights.dtypes import to_float32
+from relexkit.weights.layout import Segment
 
 _WORKERS = min(2, os.cpu_count() or 1)
 
@@ -25,9 +25,14 @@ Consume = Callable[[int, Segment, np.ndarray], None]
 
 
 def stream_sums(
-    store: TrajectoryStore, weights: np.ndarray, consume: Consume, budget: int, progress: ProgressCallback | None,
-    *, onto_base: bool = True,
-) -> None:  # fmt: skip
+    store: TrajectoryStore,
+    weights: np.ndarray,
+    consume: Consume,
+    budget: int,
+    progress: ProgressCallback | None,
+    *,
+    onto_base: bool = True,
+) -> None:
     """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights [P, N, T]`` to ``consume``.
 
     It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight are not read.
@@ -39,7 +44,12 @@ def stream_sums(
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
     used = np.flatnonzero(weights.any(axis=(0, 1)))
     num_rows = int(used[-1]) + 1 if len(used) else 0
-    width = max(2**18, min(READ_WINDOW["float"], budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16))
+    width = max(
+        2**18,
+        min(
+            READ_WINDOW["float"], budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16
+        ),
+    )
 
     def predict(part: int, begin: int, end: int, updates: list[Update] | FactorSums | None) -> None:
         segments = layout.segments_in(part, begin, end)
@@ -50,11 +60,15 @@ def stream_sums(
         elif updates is None:
             sums = _dense_sums(store, part, begin, end, base, segments, weight)
         else:
-            sums = _sparse_sums(layout.parts[part].dtype, begin, end, base, updates, segments, weight)
+            sums = _sparse_sums(
+                layout.parts[part].dtype, begin, end, base, updates, segments, weight
+            )
         original = to_float32(base, layout.parts[part].dtype)
         for index, values in enumerate(sums):
             if onto_base:
-                values = np.where(values == 0, original, values + original)  # a -0.0 that does not move stays one
+                values = np.where(
+                    values == 0, original, values + original
+                )  # a -0.0 that does not move stays one
             for segment in segments:
                 low = segment.offset - begin
                 consume(index, segment, values[low : low + segment.numel])
@@ -63,22 +77,35 @@ def stream_sums(
         for part, spec in enumerate(layout.parts):
             if spec.encoding == "fixed":
                 continue
-            stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [(0, spec.numel, None)]
+            stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [
+                (0, spec.numel, None)
+            ]
             if spec.encoding == "sparse":
                 stretches = store.read_log(part, num_rows, budget // 2, pool)
             elif spec.encoding == "factors":
                 weight = weights[:, row_of[layout.segments_in(part)[0].tensor.name]]
                 stretches = [(0, spec.numel, FactorSums(store, part, weight, budget // 2))]
             for begin, end, updates in stretches:
-                spans = [(part, begin + low, begin + high, updates) for low, high in blocks(end - begin, width)]
+                spans = [
+                    (part, begin + low, begin + high, updates)
+                    for low, high in blocks(end - begin, width)
+                ]
                 list(pool.map(lambda span: predict(*span), spans))
                 if progress:
-                    progress("predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100)
+                    progress(
+                        "predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
+                    )
     store.check_unchanged()
 
 
 def _sparse_sums(
-    dtype: str, begin: int, end: int, base: np.ndarray, updates: list[Update], segments: list[Segment], weights: np.ndarray
+    dtype: str,
+    begin: int,
+    end: int,
+    base: np.ndarray,
+    updates: list[Update],
+    segments: list[Segment],
+    weights: np.ndarray,
 ) -> np.ndarray:
     """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a sparse part; ``weights [P, S, T]``."""
     suffix = weights[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].astype(np.float32)
@@ -96,7 +123,13 @@ def _sparse_sums(
 
 
 def _dense_sums(
-    store: TrajectoryStore, part: int, begin: int, end: int, base: np.ndarray, segments: list[Segment], weights: np.ndarray
+    store: TrajectoryStore,
+    part: int,
+    begin: int,
+    end: int,
+    base: np.ndarray,
+    segments: list[Segment],
+    weights: np.ndarray,
 ) -> np.ndarray:
     """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a dense part; ``weights [P, S, T]``."""
     sums = np.zeros((len(weights), end - begin), np.float32)
@@ -105,5 +138,7 @@ def _dense_sums(
         for index, segment in enumerate(segments):
             low = segment.offset - begin
             for target, total in enumerate(sums):
-                total[low : low + segment.numel] += np.float32(weights[target, index, row]) * delta[low : low + segment.numel]
+                total[low : low + segment.numel] += (
+                    np.float32(weights[target, index, row]) * delta[low : low + segment.numel]
+                )
     return sums

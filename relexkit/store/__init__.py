@@ -13,8 +13,8 @@ The layer above layout and encoding, whose names other modules take from here. I
 """
 
 from relexkit.store.base import base_sha256
-from relexkit.store.chunk_files import Encoded
 from relexkit.store.create import create_store
+from relexkit.store.fastpath.chunk_files import Encoded
 from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME, create_array
 from relexkit.store.lock import WriterLock
 from relexkit.store.opening import NotAStoreError

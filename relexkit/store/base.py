@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import zarr
 
-from relexkit.dtypes import bits_dtype
-from relexkit.layout import Layout
 from relexkit.store.format import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, create_array
 from relexkit.store.passes import ProgressCallback, blocks
+from relexkit.weights.dtypes import bits_dtype
+from relexkit.weights.layout import Layout
 
 
 def write_base(
@@ -28,7 +28,13 @@ def write_base(
             chunk = min(BASE_CHUNK, max(1, spec.numel))
             shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
             array = create_array(
-                group, f"base/{part}", (spec.numel,), bits_dtype(spec.dtype), (chunk,), shards=(shard,), codecs=DENSE_CODECS
+                group,
+                f"base/{part}",
+                (spec.numel,),
+                bits_dtype(spec.dtype),
+                (chunk,),
+                shards=(shard,),
+                codecs=DENSE_CODECS,
             )
             for begin in range(0, spec.numel, shard):
                 end = min(begin + shard, spec.numel)

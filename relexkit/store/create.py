@@ -13,12 +13,18 @@ import zarr
 from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
-from relexkit.layout import Layout
 from relexkit.store.base import write_base
-from relexkit.store.format import DENSE_CODECS, create_array, create_step_arrays, format_version, json_checksum
+from relexkit.store.format import (
+    DENSE_CODECS,
+    create_array,
+    create_step_arrays,
+    format_version,
+    json_checksum,
+)
 from relexkit.store.lock import WriterLock
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
 from relexkit.store.passes import ProgressCallback
+from relexkit.weights.layout import Layout
 
 
 def create_store(
@@ -60,7 +66,14 @@ def create_store(
             create_step_arrays(group, layout)
             for name, content in files.items():
                 data = np.frombuffer(content, np.uint8)
-                create_array(group, f"files/{name}", data.shape, "uint8", (max(1, len(data)),), codecs=DENSE_CODECS)[:] = data
+                create_array(
+                    group,
+                    f"files/{name}",
+                    data.shape,
+                    "uint8",
+                    (max(1, len(data)),),
+                    codecs=DENSE_CODECS,
+                )[:] = data
             attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
             group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
         except OSError as error:
@@ -92,7 +105,9 @@ def _clear_for_creation(path: str) -> None:
         (folder / "zarr.json").unlink()
         return
     except NotAStoreError:
-        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+        raise StoreError(
+            f"{path}: exists and is not a trajectory store; choose another -o"
+        ) from None
     raise StoreError(f"{path}: a store exists there; choose another -o")
 
 
@@ -111,5 +126,7 @@ def _clear_remote(path: str) -> None:
         sync((writable.store_path / "zarr.json").delete())  # last: it says what this is
         return
     except NotAStoreError:
-        raise StoreError(f"{path}: exists and is not a trajectory store; choose another -o") from None
+        raise StoreError(
+            f"{path}: exists and is not a trajectory store; choose another -o"
+        ) from None
     raise StoreError(f"{path}: a store exists there; choose another -o")

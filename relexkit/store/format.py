@@ -12,15 +12,17 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from relexkit.dtypes import bits_dtype
-from relexkit.encoding import num_blocks
-from relexkit.layout import Layout
+from relexkit.store.encodings.bits import num_blocks
+from relexkit.weights.dtypes import bits_dtype
+from relexkit.weights.layout import Layout
 
 FORMAT_VERSION = 1
 FACTORS_FORMAT_VERSION = 2
 """Of stores that keep factors, which readers of version 1 do not know."""
 
-SAFE_FILE_NAME = re.compile(r"(?!relexkit\.json|model|pytorch_model|adapter_model|README)[A-Za-z0-9][A-Za-z0-9_.-]*")
+SAFE_FILE_NAME = re.compile(
+    r"(?!relexkit\.json|model|pytorch_model|adapter_model|README)[A-Za-z0-9][A-Za-z0-9_.-]*"
+)
 """Files that a store may hold and write beside weights: plain names that replace no weights and no record of ours."""
 
 LOG_CHUNK = 2**17  # steps that a store can hold: the commit log is one chunk, replaced as a whole
@@ -32,7 +34,9 @@ _ENTRY_CHUNK = 2**17
 _ROW_CHUNK = 2**15  # a pass holds all steps of a chunk at once: 128 MiB of float32 for 1000 steps
 _SPARSE_CODECS = (BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
 DENSE_CODECS = (BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"), Crc32cCodec())
-WRITE_ALL: Any = {"write_empty_chunks": True}  # so that a missing chunk is always damage, never a chunk of fill values
+WRITE_ALL: Any = {
+    "write_empty_chunks": True
+}  # so that a missing chunk is always damage, never a chunk of fill values
 _UNWRITTEN_INDPTR = 0xFFFFFFFF
 _UNWRITTEN_GAP = 0xFFFF
 _UNWRITTEN_INTEGER = -1
@@ -40,7 +44,11 @@ _UNWRITTEN_INTEGER = -1
 
 def format_version(layout: Layout) -> int:
     """The oldest version whose readers understand a store with this layout."""
-    return FACTORS_FORMAT_VERSION if any(part.encoding == "factors" for part in layout.parts) else FORMAT_VERSION
+    return (
+        FACTORS_FORMAT_VERSION
+        if any(part.encoding == "factors" for part in layout.parts)
+        else FORMAT_VERSION
+    )
 
 
 def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
@@ -54,26 +62,59 @@ def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
             shape = (_ROWS, spec.numel)
             for leaf, dtype, fill in (("indices", np.uint16, _UNWRITTEN_GAP), ("data", signed, 0)):
                 name = f"updates/{part}/{leaf}"
-                create_array(group, name, shape, dtype, (1, entries), shards=shards, codecs=_SPARSE_CODECS, fill_value=fill)
+                create_array(
+                    group,
+                    name,
+                    shape,
+                    dtype,
+                    (1, entries),
+                    shards=shards,
+                    codecs=_SPARSE_CODECS,
+                    fill_value=fill,
+                )
             shape = (_ROWS, num_blocks(spec.numel) + 1)
-            create_array(group, f"updates/{part}/indptr", shape, "uint32", (1, shape[1]), fill_value=_UNWRITTEN_INDPTR)
+            create_array(
+                group,
+                f"updates/{part}/indptr",
+                shape,
+                "uint32",
+                (1, shape[1]),
+                fill_value=_UNWRITTEN_INDPTR,
+            )
         elif spec.factors is not None:
             numel, bits = spec.factors.numel, bits_dtype(spec.factors.dtype)
             chunk = min(_ROW_CHUNK, max(1, numel))
             create_array(
-                group, f"factors/{part}", (_ROWS, numel), bits, (1, chunk), shards=(1, -(-max(1, numel) // chunk) * chunk),
-                codecs=DENSE_CODECS, fill_value=int(np.iinfo(bits).max),
-            )  # fmt: skip
+                group,
+                f"factors/{part}",
+                (_ROWS, numel),
+                bits,
+                (1, chunk),
+                shards=(1, -(-max(1, numel) // chunk) * chunk),
+                codecs=DENSE_CODECS,
+                fill_value=int(np.iinfo(bits).max),
+            )
         elif spec.encoding != "fixed":
             chunk = min(_ROW_CHUNK, max(1, spec.numel))
             is_float = spec.encoding == "float"
             create_array(
-                group, f"deltas/{part}", (_ROWS, spec.numel), np.float32 if is_float else signed, (1, chunk),
-                shards=(1, -(-max(1, spec.numel) // chunk) * chunk), codecs=DENSE_CODECS,
+                group,
+                f"deltas/{part}",
+                (_ROWS, spec.numel),
+                np.float32 if is_float else signed,
+                (1, chunk),
+                shards=(1, -(-max(1, spec.numel) // chunk) * chunk),
+                codecs=DENSE_CODECS,
                 fill_value=float("nan") if is_float else _UNWRITTEN_INTEGER,
-            )  # fmt: skip
+            )
     group.create_group("metrics", attributes={"names": [], "checksum": json_checksum([])})
-    create_array(group, "checksums", (_ROWS, max(1, len(layout.parts))), "uint32", (1, max(1, len(layout.parts))))
+    create_array(
+        group,
+        "checksums",
+        (_ROWS, max(1, len(layout.parts))),
+        "uint32",
+        (1, max(1, len(layout.parts))),
+    )
     create_array(group, "steps", (_ROWS,), "int64", (LOG_CHUNK,), fill_value=-1)[:] = -1
 
 

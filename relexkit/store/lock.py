@@ -22,7 +22,9 @@ class WriterLock(contextlib.AbstractContextManager):
         try:
             Path(lock_path).parent.mkdir(parents=True, exist_ok=True)
             while True:
-                fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+                fd = os.open(
+                    lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+                )
                 file = os.fdopen(fd, "r+")  # held until close()
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,8 +32,12 @@ class WriterLock(contextlib.AbstractContextManager):
                     file.seek(0)
                     owner = file.read().strip() or "another process"
                     file.close()
-                    raise StoreError(f"{path}: is being written by {owner}; wait until it ends") from None
-                if os.path.exists(lock_path) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                    raise StoreError(
+                        f"{path}: is being written by {owner}; wait until it ends"
+                    ) from None
+                if os.path.exists(lock_path) and os.path.samestat(
+                    os.fstat(file.fileno()), os.stat(lock_path)
+                ):
                     break
                 file.close()  # its owner removed it between our open and our lock
             file.truncate(0)

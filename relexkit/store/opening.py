@@ -27,15 +27,23 @@ def open_group(path: str) -> zarr.Group:
         StoreError: it is damaged, or needs a package that is not installed.
     """
     if "://" not in path and not os.path.isdir(path):
-        raise NotAStoreError(f"{path}: no such store; expected a folder written by `relexkit import`")
+        raise NotAStoreError(
+            f"{path}: no such store; expected a folder written by `relexkit import`"
+        )
     try:
         return zarr.open_group(path, mode="r")
     except ImportError as error:
-        raise StoreError(f"{path}: cannot be opened ({error}); install the fsspec package for it, such as s3fs") from error
+        raise StoreError(
+            f"{path}: cannot be opened ({error}); install the fsspec package for it, such as s3fs"
+        ) from error
     except FileNotFoundError:
-        raise NotAStoreError(f"{path}: is not a trajectory store; expected a folder written by `relexkit import`") from None
+        raise NotAStoreError(
+            f"{path}: is not a trajectory store; expected a folder written by `relexkit import`"
+        ) from None
     except Exception as error:
-        raise StoreError(f"{path}: is not a readable Zarr group ({error}); restore the store from a copy") from error
+        raise StoreError(
+            f"{path}: is not a readable Zarr group ({error}); restore the store from a copy"
+        ) from error
 
 
 def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
@@ -47,15 +55,21 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
     """
     attributes = dict(group.attrs).get("relexkit")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
-        raise NotAStoreError(f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`")
+        raise NotAStoreError(
+            f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`"
+        )
     if attributes["format_version"] not in (FORMAT_VERSION, FACTORS_FORMAT_VERSION):
         raise StoreError(
             f"{path}: has format version {attributes['format_version']!r}; this relexkit reads versions {FORMAT_VERSION} "
             f"and {FACTORS_FORMAT_VERSION}: install the release that wrote it"
         )
     if attributes.get("state") != "ready":
-        raise CreationInterrupted(f"{path}: its creation was interrupted; run the same `relexkit import` again")
+        raise CreationInterrupted(
+            f"{path}: its creation was interrupted; run the same `relexkit import` again"
+        )
     content = {key: value for key, value in attributes.items() if key != "checksum"}
     if attributes.get("checksum") != json_checksum(content):
-        raise StoreError(f"{path}: its description (zarr.json) is damaged; restore the store from a copy")
+        raise StoreError(
+            f"{path}: its description (zarr.json) is damaged; restore the store from a copy"
+        )
     return content

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from relexkit.encoding import BLOCK, CHECKSUM_BLOCK
+from relexkit.store.encodings.bits import BLOCK, CHECKSUM_BLOCK
 
 READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "factors": 2**22, "fixed": 2**22}
 """Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
@@ -26,14 +26,18 @@ def stretches(span: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + size, span[1])
 
 
-def column_windows(entries: np.ndarray, numel: int, most_entries: int, most_columns: int) -> Iterator[tuple[int, int]]:
+def column_windows(
+    entries: np.ndarray, numel: int, most_entries: int, most_columns: int
+) -> Iterator[tuple[int, int]]:
     """Cut ``numel`` columns between blocks so that no window has more entries or columns (but at least one block).
 
     ``entries`` counts the entries of each block over all steps.
     """
     first, filled = 0, 0
     for block, count in enumerate(entries):
-        if block > first and (filled + count > most_entries or (block + 1 - first) * BLOCK > most_columns):
+        if block > first and (
+            filled + count > most_entries or (block + 1 - first) * BLOCK > most_columns
+        ):
             yield first * BLOCK, block * BLOCK
             first, filled = block, 0
         filled += int(count)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from zarr.core.sync import sync
 
-from relexkit.dtypes import round_bits, to_float32
-from relexkit.encoding import (
+from relexkit.errors import StoreError
+from relexkit.store.encodings.bits import (
     BLOCK,
     Update,
     apply_update,
@@ -24,12 +24,12 @@ from relexkit.encoding import (
     factor_product,
     num_blocks,
 )
-from relexkit.errors import StoreError
-from relexkit.layout import Factors, Layout
-from relexkit.store.arrays import ReadableArrays
+from relexkit.store.fastpath.arrays import ReadableArrays
 from relexkit.store.format import SAFE_FILE_NAME, json_checksum
 from relexkit.store.opening import open_group, read_attributes
 from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows
+from relexkit.weights.dtypes import round_bits, to_float32
+from relexkit.weights.layout import Factors, Layout
 
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 
@@ -90,7 +90,9 @@ class TrajectoryStore:
         """
         found = np.flatnonzero(self.steps == step)
         if not len(found):
-            raise StoreError(f"step {step} is not recorded in {self.path}; it holds {describe_steps(self.steps)}")
+            raise StoreError(
+                f"step {step} is not recorded in {self.path}; it holds {describe_steps(self.steps)}"
+            )
         return int(found[0])
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -106,9 +108,13 @@ class TrajectoryStore:
         """Entries of the sparse log before each block, ``uint32 [T, num_blocks + 1]``; cached."""
         if part not in self._indptr:
             table = self._read_indptr(part)
-            for row in np.flatnonzero((table[:, 0] != 0) | (np.diff(table.astype(np.int64), axis=1) < 0).any(axis=1)):
+            for row in np.flatnonzero(
+                (table[:, 0] != 0) | (np.diff(table.astype(np.int64), axis=1) < 0).any(axis=1)
+            ):
                 self._damaged(int(row), part, 0, "its index is missing or not ascending")
-            self._indptr = {part: table}  # passes go part by part; all parts of a large run would take much
+            self._indptr = {
+                part: table
+            }  # passes go part by part; all parts of a large run would take much
         return self._indptr[part]
 
     def _read_indptr(self, part: int) -> np.ndarray:
@@ -118,10 +124,15 @@ class TrajectoryStore:
         try:
             return read(slice(len(self.steps)))
         except Exception:  # a damaged chunk belongs to one step: find and name it
-            rows = [self._arrays.guard(self._where(row, part, 0), partial(read, row)) for row in range(len(self.steps))]
+            rows = [
+                self._arrays.guard(self._where(row, part, 0), partial(read, row))
+                for row in range(len(self.steps))
+            ]
             return np.stack(rows)
 
-    def read_update(self, part: int, row: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_update(
+        self, part: int, row: int, begin: int, end: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One step's entries of the sparse log in columns ``begin:end`` of a part.
 
         ``begin`` is a multiple of ``BLOCK``, ``end`` too unless it is the end of the part. Returns ascending columns
@@ -136,8 +147,12 @@ class TrajectoryStore:
             return np.empty(0, np.int32), np.empty(
                 0, self._arrays.guard(where, lambda: self._arrays.array(f"{name}/data").dtype)
             )
-        gaps = self._arrays.guard(where, lambda: self._arrays.read(f"{name}/indices", row, low, high))
-        differences = self._arrays.guard(where, lambda: self._arrays.read(f"{name}/data", row, low, high))
+        gaps = self._arrays.guard(
+            where, lambda: self._arrays.read(f"{name}/indices", row, low, high)
+        )
+        differences = self._arrays.guard(
+            where, lambda: self._arrays.read(f"{name}/data", row, low, high)
+        )
         if not differences.all():
             self._damaged(row, part, begin, "a chunk is missing")
         columns = self._arrays.guard(where, lambda: decode_columns(gaps, indptr, first))
@@ -146,7 +161,12 @@ class TrajectoryStore:
         return columns, differences
 
     def read_log(
-        self, part: int, num_rows: int, budget: int, pool: ThreadPoolExecutor, span: tuple[int, int] | None = None
+        self,
+        part: int,
+        num_rows: int,
+        budget: int,
+        pool: ThreadPoolExecutor,
+        span: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, int, list[Update]]]:
         """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that fit ``budget`` bytes.
 
@@ -156,9 +176,20 @@ class TrajectoryStore:
         """
         first, last = span or (0, self.layout.parts[part].numel)
         entries = self.entries(part, num_rows)[first // BLOCK : num_blocks(last)]
-        for low, high in column_windows(entries, last - first, budget // _ENTRY_BYTES, last - first):
+        for low, high in column_windows(
+            entries, last - first, budget // _ENTRY_BYTES, last - first
+        ):
             begin, end = first + low, first + high
-            yield begin, end, list(pool.map(lambda row, b=begin, e=end: self.read_update(part, row, b, e), range(num_rows)))
+            yield (
+                begin,
+                end,
+                list(
+                    pool.map(
+                        lambda row, b=begin, e=end: self.read_update(part, row, b, e),
+                        range(num_rows),
+                    )
+                ),
+            )
 
     def entries(self, part: int, num_rows: int) -> np.ndarray:
         """Entries of the sparse log in each block over the first ``num_rows`` steps, ``int64 [num_blocks]``."""
@@ -168,9 +199,14 @@ class TrajectoryStore:
         """Columns of a dense part that are compressed together: reading fewer decodes as many."""
         if self.layout.parts[part].encoding == "factors":
             return READ_WINDOW["factors"]
-        return self._arrays.guard(f"the deltas of part {part}", lambda: int(self._arrays.array(f"deltas/{part}").chunks[-1]))
+        return self._arrays.guard(
+            f"the deltas of part {part}",
+            lambda: int(self._arrays.array(f"deltas/{part}").chunks[-1]),
+        )
 
-    def read_row(self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None) -> np.ndarray:
+    def read_row(
+        self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base.
 
         From factors the float32 delta is computed. ``out``: an array of the row's dtype to decode into.
@@ -180,10 +216,20 @@ class TrajectoryStore:
             scale = np.float32(self._factors_of(part).scale)
             return np.multiply(factor_product(left, right, begin, end), scale, out=out)
         name = f"deltas/{part}"
-        return self._arrays.guard(partial(self._where, row, part, begin), lambda: self._arrays.read(name, row, begin, end, out))
+        return self._arrays.guard(
+            partial(self._where, row, part, begin),
+            lambda: self._arrays.read(name, row, begin, end, out),
+        )
 
     def read_delta(
-        self, part: int, row: int, begin: int, end: int, base: np.ndarray, *, out: np.ndarray | None = None
+        self,
+        part: int,
+        row: int,
+        begin: int,
+        end: int,
+        base: np.ndarray,
+        *,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there.
 
@@ -192,24 +238,32 @@ class TrajectoryStore:
         if self.layout.parts[part].encoding in ("float", "factors"):
             return self.read_row(part, row, begin, end, out=out)
         values, dtype = self.read_row(part, row, begin, end), self.layout.parts[part].dtype
-        return np.subtract(to_float32(base + values.view(base.dtype), dtype), to_float32(base, dtype), out=out)
+        return np.subtract(
+            to_float32(base + values.view(base.dtype), dtype), to_float32(base, dtype), out=out
+        )
 
     def read_factors(self, part: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         """One step's factors as float32: ``left [rows, rank]`` and ``right [rank, columns]``, without the scale."""
         spec = self._factors_of(part)
         values = to_float32(self.read_factor_bits(part, row), spec.dtype)
         cut = spec.rows * spec.rank
-        return values[:cut].reshape(spec.rows, spec.rank), values[cut:].reshape(spec.rank, spec.columns)
+        return values[:cut].reshape(spec.rows, spec.rank), values[cut:].reshape(
+            spec.rank, spec.columns
+        )
 
     def read_factor_bits(self, part: int, row: int) -> np.ndarray:
         """Raw bits of one step's factors, ``left`` before ``right``, flat."""
         numel = self._factors_of(part).numel
-        return self._arrays.guard(self._where(row, part, 0), lambda: self._arrays.read(f"factors/{part}", row, 0, numel))
+        return self._arrays.guard(
+            self._where(row, part, 0), lambda: self._arrays.read(f"factors/{part}", row, 0, numel)
+        )
 
     def _factors_of(self, part: int) -> Factors:
         spec = self.layout.parts[part].factors
         if spec is None:
-            raise StoreError(f"{self.path}: part {part} has factors without a description; restore the store from a copy")
+            raise StoreError(
+                f"{self.path}: part {part} has factors without a description; restore the store from a copy"
+            )
         return spec
 
     def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
@@ -230,14 +284,17 @@ class TrajectoryStore:
         values = self.read_row(part, row, begin, end)
         if encoding == "exact":
             return state + values.view(state.dtype)
-        return round_bits(to_float32(state, dtype) + values, dtype, "nearest", tensor=self._tensor_at(part, begin))
+        return round_bits(
+            to_float32(state, dtype) + values, dtype, "nearest", tensor=self._tensor_at(part, begin)
+        )
 
     def sketches(self) -> np.ndarray | None:
         """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None if there are none."""
         if not self._arrays.guard("the sketches", lambda: "sketches" in self._group):
             return None
         rows = [
-            self._arrays.guard(f"the sketch of step {s}", partial(self._read_sketch, row)) for row, s in enumerate(self.steps)
+            self._arrays.guard(f"the sketch of step {s}", partial(self._read_sketch, row))
+            for row, s in enumerate(self.steps)
         ]
         return np.stack(rows) if rows else None
 
@@ -251,22 +308,34 @@ class TrajectoryStore:
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
         names = self.metric_names()
-        return {name: self._arrays.read_rows(f"metric {name!r}", f"metrics/{name}", len(self.steps)) for name in names}
+        return {
+            name: self._arrays.read_rows(f"metric {name!r}", f"metrics/{name}", len(self.steps))
+            for name in names
+        }
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
         names = self.attributes["files"]
         for name in names:
             if not SAFE_FILE_NAME.fullmatch(name):
-                raise StoreError(f"{self.path}: holds a file named {name!r}; expected plain names such as tokenizer.json")
-        return {name: self._arrays.read_rows(f"file {name!r}", f"files/{name}", None).tobytes() for name in names}
+                raise StoreError(
+                    f"{self.path}: holds a file named {name!r}; expected plain names such as tokenizer.json"
+                )
+        return {
+            name: self._arrays.read_rows(f"file {name!r}", f"files/{name}", None).tobytes()
+            for name in names
+        }
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that were logged."""
-        attributes = self._arrays.guard("the list of metrics", lambda: dict(self._group["metrics"].attrs))
+        attributes = self._arrays.guard(
+            "the list of metrics", lambda: dict(self._group["metrics"].attrs)
+        )
         names = attributes.get("names")
         if not isinstance(names, list) or attributes.get("checksum") != json_checksum(names):
-            raise StoreError(f"{self.path}: the list of metrics is damaged; restore the store from a copy")
+            raise StoreError(
+                f"{self.path}: the list of metrics is damaged; restore the store from a copy"
+            )
         return [str(name) for name in names]
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
@@ -284,7 +353,9 @@ class TrajectoryStore:
             for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
                 state = self.read_base(part, begin, end)
                 digest.update(state.data.cast("B"))
-                for row in range(len(self.steps) if spec.encoding not in ("fixed", "factors") else 0):
+                for row in range(
+                    len(self.steps) if spec.encoding not in ("fixed", "factors") else 0
+                ):
                     if spec.encoding == "sparse":
                         columns, differences = self.read_update(part, row, begin, end)
                         apply_update(state, columns - begin, differences)
@@ -292,14 +363,19 @@ class TrajectoryStore:
                         state = self.read_row(part, row, begin, end)
                     contents[row] += block_checksums(state)
             if spec.encoding == "factors":
-                contents = [block_checksums(self.read_factor_bits(part, row)) for row in range(len(self.steps))]
+                contents = [
+                    block_checksums(self.read_factor_bits(part, row))
+                    for row in range(len(self.steps))
+                ]
             for row, content in enumerate(contents):
                 if content and content_checksum(content) != checksums[row, part]:
                     self._damaged(row, part, 0, "its content does not match its checksum")
             if progress:
                 progress("verifying", part + 1, len(self.layout.parts))
         if digest.hexdigest() != self.attributes["base"]["sha256"]:
-            raise StoreError(f"{self.path}: the base does not match its sha256; restore the store from a copy")
+            raise StoreError(
+                f"{self.path}: the base does not match its sha256; restore the store from a copy"
+            )
 
     def check_unchanged(self) -> None:
         """Refuse results of a pass during which the store was replaced; steps that were added do not matter.
@@ -309,18 +385,24 @@ class TrajectoryStore:
         """
         try:
             now = TrajectoryStore(self.path)
-            same = now.attributes == self.attributes and np.array_equal(now.steps[: len(self.steps)], self.steps)
+            same = now.attributes == self.attributes and np.array_equal(
+                now.steps[: len(self.steps)], self.steps
+            )
         except StoreError:
             same = False
         if not same:
-            raise StoreError(f"{self.path}: was replaced while it was read; run the command again when nothing writes it")
+            raise StoreError(
+                f"{self.path}: was replaced while it was read; run the command again when nothing writes it"
+            )
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...)."""
         sizes: dict[str, int] = {}
         if "://" in self.path:
             for name in self._group.keys():  # noqa: SIM118, a group is not a mapping
-                sizes[name] = sync(self._group.store.getsize_prefix((self._group.store_path / name).path))
+                sizes[name] = sync(
+                    self._group.store.getsize_prefix((self._group.store_path / name).path)
+                )
             return sizes
         for folder, _, names in os.walk(self.path):
             top = Path(folder).relative_to(self.path).parts[:1]
@@ -340,7 +422,9 @@ class TrajectoryStore:
         return f"step {self.steps[row]}, tensor {self._tensor_at(part, begin)!r}"
 
     def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
-        raise StoreError(f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy")
+        raise StoreError(
+            f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy"
+        )
 
 
 def describe_steps(steps: np.ndarray) -> str:

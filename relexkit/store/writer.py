@@ -11,10 +11,10 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from relexkit.encoding import encode_columns
 from relexkit.errors import StoreError
-from relexkit.store.arrays import WritableArrays
-from relexkit.store.chunk_files import Encoded, RowWriter, ZarrRow
+from relexkit.store.encodings.bits import encode_columns
+from relexkit.store.fastpath.arrays import WritableArrays
+from relexkit.store.fastpath.chunk_files import Encoded, RowWriter, ZarrRow
 from relexkit.store.format import LOG_CHUNK, METRIC_CHUNK, create_array, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.store.reader import TrajectoryStore
@@ -65,10 +65,14 @@ class StoreWriter:
         """Start a step; it must be larger than every recorded one."""
         last = int(self.store.steps[-1]) if self._row else 0
         if step <= last:
-            raise StoreError(f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a new store")
+            raise StoreError(
+                f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a new store"
+            )
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
-        self._missing = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
+        self._missing = {
+            p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"
+        }
         for row in self._rows.values():
             row.discard()
         self._rows.clear()
@@ -109,7 +113,9 @@ class StoreWriter:
         self.store.refresh()
         self._row = keep
 
-    def write_sparse(self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int) -> None:
+    def write_sparse(
+        self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int
+    ) -> None:
         """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits after the update."""
         gaps, indptr = encode_columns(columns, self.store.layout.parts[part].numel)
         with self._writing():
@@ -134,7 +140,11 @@ class StoreWriter:
         if part not in self._rows:
             name = f"deltas/{part}"
             found = self._arrays.direct(name)
-            self._rows[part] = ZarrRow(self._arrays.array(name), self._row) if found is None else found.open_row(self._row)
+            self._rows[part] = (
+                ZarrRow(self._arrays.array(name), self._row)
+                if found is None
+                else found.open_row(self._row)
+            )
         with self._writing():
             self._rows[part].append(chunks)
 
@@ -150,7 +160,9 @@ class StoreWriter:
         with self._writing():
             if "sketches" not in self._group:
                 shape, nothing = (self._arrays.array("steps").shape[0], len(row)), float("nan")
-                create_array(self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing)
+                create_array(
+                    self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing
+                )
             self._arrays.set_row("sketches", self._row, row.astype(np.float32))
 
     def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
@@ -163,7 +175,9 @@ class StoreWriter:
         self._checksums[part] = checksum
         self._missing.discard(part)
 
-    def commit(self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None) -> None:
+    def commit(
+        self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None
+    ) -> None:
         """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
 
         Args:
@@ -195,10 +209,19 @@ class StoreWriter:
         for name in given:
             if name not in names:
                 shape, nothing = self._arrays.array("steps").shape, float("nan")
-                array = create_array(self._group, f"metrics/{name}", shape, "float64", (METRIC_CHUNK,), fill_value=nothing)
+                array = create_array(
+                    self._group,
+                    f"metrics/{name}",
+                    shape,
+                    "float64",
+                    (METRIC_CHUNK,),
+                    fill_value=nothing,
+                )
                 array[:] = nothing
                 names.append(name)
-                group.update_attributes({"names": names, "checksum": json_checksum(names)})  # one write: a crash leaves either
+                group.update_attributes(
+                    {"names": names, "checksum": json_checksum(names)}
+                )  # one write: a crash leaves either
         for name in names:
             self._arrays.set_entry(f"metrics/{name}", self._row, given.get(name, float("nan")))
 
@@ -218,7 +241,9 @@ class StoreWriter:
         if self._row < self._arrays.array("steps").shape[0]:
             return
         if self._row >= LOG_CHUNK:
-            raise StoreError(f"{self.store.path}: is full with {self._row} steps; import into a new store")
+            raise StoreError(
+                f"{self.store.path}: is full with {self._row} steps; import into a new store"
+            )
         with self._writing():
             for name in self._per_step_arrays():
                 array = self._arrays.array(name)

@@ -57,7 +57,9 @@ def line_at(values: np.ndarray, steps: np.ndarray, target: float) -> np.ndarray:
     return slope * target + intercept
 
 
-def oracle_weights(base: Weights, run: list[Weights], name: str, steps: np.ndarray, target: float) -> np.ndarray:
+def oracle_weights(
+    base: Weights, run: list[Weights], name: str, steps: np.ndarray, target: float
+) -> np.ndarray:
     """Rank-1 weights over the recorded deltas of a tensor, everything in float64."""
     gram = np.zeros((len(run), len(run)))
     for rows in row_blocks(base.shape(name)):
@@ -83,7 +85,9 @@ class Differences:
 
     def summary(self) -> dict[str, float | str]:
         """Relative errors of the delta: over all weights, and by tensor (those that moved)."""
-        by_tensor = {n: (self._error[n] / self._length[n]) ** 0.5 for n in self._error if self._length[n] > 0}
+        by_tensor = {
+            n: (self._error[n] / self._length[n]) ** 0.5 for n in self._error if self._length[n] > 0
+        }
         worst = max(by_tensor, key=lambda n: by_tensor[n])
         return {
             "global": (sum(self._error.values()) / sum(self._length.values())) ** 0.5,
@@ -94,7 +98,10 @@ class Differences:
 
 
 def compare(
-    run: Path, ours: dict[str, tuple[Path, Path]], reference: tuple[Path, Path] | None, target: float
+    run: Path,
+    ours: dict[str, tuple[Path, Path]],
+    reference: tuple[Path, Path] | None,
+    target: float,
 ) -> dict[str, dict[str, float | str]]:
     """Relative errors of predicted deltas for every pair, and the share of equal bfloat16 weights."""
     folders = sorted((run / "bfloat16").iterdir(), key=lambda p: int(p.name.rpartition("-")[2]))
@@ -116,12 +123,19 @@ def compare(
             for rows in row_blocks(base.shape(name)):
                 origin = base.rows(name, rows)
                 oracle = a @ (np.stack([step.rows(name, rows) for step in recorded]) - origin)
-                deltas = {f"{label}, float32": folder.rows(name, rows) - origin for label, folder in precise.items()}
+                deltas = {
+                    f"{label}, float32": folder.rows(name, rows) - origin
+                    for label, folder in precise.items()
+                }
                 if direction is not None:
                     theirs = direction[first : first + len(origin)]
-                    pairs.setdefault("released scripts, before rounding | float64 SVD", Differences()).add(name, theirs, oracle)
+                    pairs.setdefault(
+                        "released scripts, before rounding | float64 SVD", Differences()
+                    ).add(name, theirs, oracle)
                 for label, delta in deltas.items():
-                    pairs.setdefault(f"{label} | float64 SVD", Differences()).add(name, delta, oracle)
+                    pairs.setdefault(f"{label} | float64 SVD", Differences()).add(
+                        name, delta, oracle
+                    )
                     if direction is not None:
                         against = f"{label} | released scripts, before rounding"
                         pairs.setdefault(against, Differences()).add(name, delta, theirs)
@@ -130,7 +144,10 @@ def compare(
                     continue
                 for label, folder in rounded.items():
                     key = f"{label}, bfloat16 | released scripts, bfloat16"
-                    delta, theirs_rounded = folder.rows(name, rows) - origin, released.rows(name, rows) - origin
+                    delta, theirs_rounded = (
+                        folder.rows(name, rows) - origin,
+                        released.rows(name, rows) - origin,
+                    )
                     pairs.setdefault(key, Differences()).add(name, delta, theirs_rounded)
                     equal = folder.bits(name, rows) == released.bits(name, rows)
                     counts = same.setdefault(key, [0, 0])
@@ -147,7 +164,9 @@ def _direction(cache: Path, name: str, steps: np.ndarray, target: float) -> np.n
     with np.load(cache / f"{name.replace('.', '_')}.npz") as kept:
         # It fits against row numbers and counts the target from the last row.
         ahead = len(steps) - 1 + target - steps[-1]
-        coefficient = line_at(kept["C"].astype(np.float64), np.arange(len(steps), dtype=np.float64), ahead)
+        coefficient = line_at(
+            kept["C"].astype(np.float64), np.arange(len(steps), dtype=np.float64), ahead
+        )
         return kept["V_r"].astype(np.float64) @ coefficient
 
 

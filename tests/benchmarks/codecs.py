@@ -20,11 +20,22 @@ from measure import remove, size_of
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from relexkit import TrajectoryStore
-from relexkit.store.shards import shard_reader
+from relexkit.store.fastpath.shards import shard_reader
 
 COLUMNS, ROWS = 2**22, 4
-SETTINGS = [("lz4", 1, 15), ("lz4", 1, 17), ("lz4", 1, 20), ("lz4", 5, 15), ("zstd", 1, 15), ("zstd", 1, 17), ("zstd", 5, 15)]
-PIPELINES = {"zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs": "zarrs.ZarrsCodecPipeline"}
+SETTINGS = [
+    ("lz4", 1, 15),
+    ("lz4", 1, 17),
+    ("lz4", 1, 20),
+    ("lz4", 5, 15),
+    ("zstd", 1, 15),
+    ("zstd", 1, 17),
+    ("zstd", 5, 15),
+]
+PIPELINES = {
+    "zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline",
+    "zarrs": "zarrs.ZarrsCodecPipeline",
+}
 
 
 def write(work: Path, rows: np.ndarray, setting: tuple[str, int, int]) -> tuple[Path, float]:
@@ -33,8 +44,15 @@ def write(work: Path, rows: np.ndarray, setting: tuple[str, int, int]) -> tuple[
     path = work / f"{codec}-{level}-{chunk}"
     codecs = (BloscCodec(cname=codec, clevel=level, shuffle="bitshuffle"), Crc32cCodec())
     began = time.process_time()
-    array = zarr.create_array(path, shape=rows.shape, dtype=rows.dtype, chunks=(1, 2**chunk), shards=(1, COLUMNS),
-                              compressors=codecs, fill_value=0)  # fmt: skip
+    array = zarr.create_array(
+        path,
+        shape=rows.shape,
+        dtype=rows.dtype,
+        chunks=(1, 2**chunk),
+        shards=(1, COLUMNS),
+        compressors=codecs,
+        fill_value=0,
+    )
     array[:] = rows
     return path, time.process_time() - began
 
@@ -75,7 +93,9 @@ def main() -> None:
                 assert np.array_equal(out, rows), (setting, pipeline)
                 if repeat:
                     seconds.setdefault((setting, pipeline), []).append(found)
-    print("| codec | level | chunk | size | write CPU s/GB | relexkit GB/s | zarr GB/s | zarrs GB/s | CPU s/GB of the three |")
+    print(
+        "| codec | level | chunk | size | write CPU s/GB | relexkit GB/s | zarr GB/s | zarrs GB/s | CPU s/GB of the three |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     size = rows.nbytes / 1e9
     for setting, (path, writing) in written.items():
@@ -84,7 +104,9 @@ def main() -> None:
         used = " / ".join(f"{statistics.median(c for _, c in found) / size:.2f}" for found in both)
         codec, level, chunk = setting
         share = size_of(path) / rows.nbytes
-        print(f"| {codec} | {level} | 2^{chunk} | {share:.3f} | {writing / size:.1f} | {' | '.join(speeds)} | {used} |")
+        print(
+            f"| {codec} | {level} | 2^{chunk} | {share:.3f} | {writing / size:.1f} | {' | '.join(speeds)} | {used} |"
+        )
     remove(*(path for path, _ in written.values()))
 
 

@@ -35,24 +35,36 @@ def open_run(options: argparse.Namespace, rollouts: int) -> Any:
 
     from relexkit.processes import Processes
     from trainer.config import GRPOConfig
-    from trainer.generation import roll_out
-    from trainer.setup import Policy, build_optimizer, load_model
-    from trainer.small_model import FOLDER
-    from trainer.step import optimizer_step
+    from trainer.loop.generation import roll_out
+    from trainer.loop.step import optimizer_step
+    from trainer.policy.setup import Policy, build_optimizer, load_model
+    from trainer.policy.small_model import FOLDER
     from trainer.tasks import load_task
 
     torch.set_num_threads(1)
     place = options.model or str(FOLDER)
     common: dict[str, Any] = {
-        "model": place, "task": "arithmetic", "output": "unused", "generation_batch_size": rollouts, "num_generations": 8,
-        "max_completion_length": options.length, "generation_rows": 128, "micro_batch_tokens": 4096, "device": "cpu",
-    }  # fmt: skip
+        "model": place,
+        "task": "arithmetic",
+        "output": "unused",
+        "generation_batch_size": rollouts,
+        "num_generations": 8,
+        "max_completion_length": options.length,
+        "generation_rows": 128,
+        "micro_batch_tokens": 4096,
+        "device": "cpu",
+    }
     configs = {arm: GRPOConfig(**common, **more) for arm, more in ARMS.items()}
     model, tokenizer = load_model(place, torch.device("cpu"))
     optimizer = build_optimizer(model.train(), configs["GRPO"])
     policy = Policy(
-        model=model, reference=None, tokenizer=tokenizer, optimizer=optimizer, autocast=False, processes=Processes()
-    )  # fmt: skip
+        model=model,
+        reference=None,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        autocast=False,
+        processes=Processes(),
+    )
     task = load_task("arithmetic")
     problems = list(task.problems("train"))
 
@@ -78,9 +90,20 @@ def speed(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def peak(arm: str, rollouts: int, options: argparse.Namespace) -> int:
     """Peak bytes of a process that takes one step."""
-    command = [sys.executable, __file__, "--part", arm, "--rollouts", str(rollouts), "--length", str(options.length)]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        arm,
+        "--rollouts",
+        str(rollouts),
+        "--length",
+        str(options.length),
+    ]
     command += ["--model", options.model] if options.model else []
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def main() -> None:
@@ -89,7 +112,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rollouts", type=int, default=128)
     parser.add_argument("--length", type=int, default=10, help="longest completion")
-    parser.add_argument("--memory", type=int, nargs="*", default=[128, 1024, 4096], help="numbers of rollouts")
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[128, 1024, 4096], help="numbers of rollouts"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -104,11 +129,17 @@ def main() -> None:
             f"{arm:24} {statistics.median(values):.3f} CPU s a step, {statistics.median(ratios):.3f} times GRPO "
             f"({min(ratios):.3f} to {max(ratios):.3f})"
         )
-    memory = {str(n): {arm: peak(arm, n, options) for arm in ("GRPO", "DelTA")} for n in options.memory}
+    memory = {
+        str(n): {arm: peak(arm, n, options) for arm in ("GRPO", "DelTA")} for n in options.memory
+    }
     for count, peaks in memory.items():
-        print(f"{count:>6} rollouts: peak {peaks['GRPO'] / 1e6:.0f} MB, with DelTA {peaks['DelTA'] / 1e6:.0f} MB")
+        print(
+            f"{count:>6} rollouts: peak {peaks['GRPO'] / 1e6:.0f} MB, with DelTA {peaks['DelTA'] / 1e6:.0f} MB"
+        )
     if options.json:
-        options.json.write_text(json.dumps({"seconds": seconds, "peak_bytes": memory}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"seconds": seconds, "peak_bytes": memory}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -12,23 +12,31 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import TrajectoryStore, __version__
-from relexkit.dtypes import round_to_mantissa_bits
-from relexkit.encoding import block_checksums, content_checksum
-from relexkit.layout import build_layout
 from relexkit.store import StoreWriter, blocks, create_store
+from relexkit.store.encodings.bits import block_checksums, content_checksum
+from relexkit.weights.dtypes import round_to_mantissa_bits
+from relexkit.weights.layout import build_layout
 
 _CUT = 2**18
 
 
 def make_store(
-    path: Path, num_parameters: int, num_steps: int, *, dtype: str = "float32", largest: int = 2**24, density: float = 0.005,
+    path: Path,
+    num_parameters: int,
+    num_steps: int,
+    *,
+    dtype: str = "float32",
+    largest: int = 2**24,
+    density: float = 0.005,
     seed: int = 0,
-) -> TrajectoryStore:  # fmt: skip
+) -> TrajectoryStore:
     """Write a store of tensors of at most ``largest`` elements; returns it. Memory: one part and one row of it."""
     shutil.rmtree(path, ignore_errors=True)
     sizes = [min(largest, num_parameters - begin) for begin in range(0, num_parameters, largest)]
     encoding = "float" if dtype == "float32" else "sparse"
-    names = [(f"model.layers.{i}.mlp.up_proj.weight", (size,), dtype) for i, size in enumerate(sizes)]
+    names = [
+        (f"model.layers.{i}.mlp.up_proj.weight", (size,), dtype) for i, size in enumerate(sizes)
+    ]
     layout = build_layout(names, {dtype: encoding})
     scale = {"float32": np.uint32, "bfloat16": np.uint16}[dtype]
 
@@ -37,10 +45,22 @@ def make_store(
         offset = begin - begin // _CUT * _CUT
         return np.concatenate(cuts)[offset : offset + end - begin].astype(scale)
 
-    create_store(path, layout, base, files={}, source="made up", base="made up",
-                 mantissa_bits=10 if encoding == "float" else None, version=__version__)  # fmt: skip
+    create_store(
+        path,
+        layout,
+        base,
+        files={},
+        source="made up",
+        base="made up",
+        mantissa_bits=10 if encoding == "float" else None,
+        version=__version__,
+    )
     with StoreWriter(path) as writer:
-        states = {} if encoding == "float" else {p: base(p, 0, part.numel) for p, part in enumerate(layout.parts)}
+        states = (
+            {}
+            if encoding == "float"
+            else {p: base(p, 0, part.numel) for p, part in enumerate(layout.parts)}
+        )
         for step in range(1, num_steps + 1):
             writer.begin(step)
             for part, spec in enumerate(layout.parts):
@@ -56,11 +76,15 @@ def make_store(
 
 
 def _checksum(values: np.ndarray) -> int:
-    return content_checksum([c for begin, end in blocks(len(values)) for c in block_checksums(values[begin:end])])
+    return content_checksum(
+        [c for begin, end in blocks(len(values)) for c in block_checksums(values[begin:end])]
+    )
 
 
 def _base_bits(seed: int, part: int, cut: int) -> np.ndarray:
-    return np.random.default_rng([seed, part, cut, 0]).integers(0x3C00, 0x3D00, _CUT, dtype=np.uint16)
+    return np.random.default_rng([seed, part, cut, 0]).integers(
+        0x3C00, 0x3D00, _CUT, dtype=np.uint16
+    )
 
 
 def float_row(seed: int, part: int, numel: int, step: int, num_steps: int) -> np.ndarray:
@@ -90,9 +114,13 @@ def _normal(*place: int) -> np.ndarray:
     return _TABLE[begin : begin + place[-1]]
 
 
-def _sparse_step(seed: int, part: int, numel: int, step: int, density: float) -> tuple[np.ndarray, np.ndarray]:
+def _sparse_step(
+    seed: int, part: int, numel: int, step: int, density: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights that hover at a rounding boundary move most, as in real runs: every column has a rate of its own."""
     random = np.random.default_rng([seed, part, step])
-    restless = np.random.default_rng([seed, part]).integers(0, numel, max(1, int(10 * density * numel)))
+    restless = np.random.default_rng([seed, part]).integers(
+        0, numel, max(1, int(10 * density * numel))
+    )
     columns = np.unique(random.choice(restless, max(1, int(density * numel)), replace=False))
     return columns.astype(np.int32), random.choice(np.array([-1, 1], np.int16), len(columns))

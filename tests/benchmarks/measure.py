@@ -43,7 +43,9 @@ class Cost:
 
     def then(self, other: Cost) -> Cost:
         """The cost of this and then the other: times and bytes add, peaks do not."""
-        anonymous = [c.peak_anonymous_bytes for c in (self, other) if c.peak_anonymous_bytes is not None]
+        anonymous = [
+            c.peak_anonymous_bytes for c in (self, other) if c.peak_anonymous_bytes is not None
+        ]
         return Cost(
             self.wall_seconds + other.wall_seconds,
             self.cpu_seconds + other.cpu_seconds,
@@ -54,7 +56,9 @@ class Cost:
         )
 
 
-def run(command: Sequence[str | Path], log: Path, leaves: Iterable[Path] = (), cwd: Path | None = None) -> Cost:
+def run(
+    command: Sequence[str | Path], log: Path, leaves: Iterable[Path] = (), cwd: Path | None = None
+) -> Cost:
     """Run ``command`` to its end, output appended to ``log``; ``leaves`` are the files or folders that it makes.
 
     Raises:
@@ -64,7 +68,14 @@ def run(command: Sequence[str | Path], log: Path, leaves: Iterable[Path] = (), c
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("ab") as output:
         began = time.perf_counter()
-        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=cwd)
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=cwd,
+        )
         sampler = _AnonymousMemory(process.pid)
         sampler.start()
         _, status, usage = os.wait4(process.pid, 0)
@@ -92,7 +103,13 @@ def output_of(command: Sequence[str | Path], log: Path) -> str:
         SystemExit: the command failed.
     """
     with log.open("ab") as errors:
-        done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+        done = subprocess.run(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise SystemExit(f"exit status {done.returncode}: {' '.join(map(str, command))}\n{tail}")
@@ -113,7 +130,9 @@ class _AnonymousMemory(threading.Thread):
                 lines = self._status.read_text().splitlines()
             except OSError:
                 return
-            now = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+            now = next(
+                (int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None
+            )
             if now is None:
                 return
             self.peak_bytes = max(now, self.peak_bytes or 0)
@@ -124,7 +143,11 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of every file below a folder."""
     if path.is_file():
         return path.stat().st_size
-    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_size
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
 
 
 def read_once(files: Iterable[Path]) -> float:
@@ -170,9 +193,15 @@ def machine() -> dict[str, str | int]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     packages = ("numpy", "scipy", "torch", "transformers", "safetensors", "zarr", "relexkit")
     return {
         "processor": model,

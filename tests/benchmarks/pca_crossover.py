@@ -18,8 +18,8 @@ from pathlib import Path
 from made_store import make_store
 
 from relexkit import TrajectoryStore, gram
-from relexkit.gram.pca import estimated_seconds
-from relexkit.gram.randomized import randomized_gram
+from relexkit.gram_matrix.lowrank.randomized import randomized_gram
+from relexkit.gram_matrix.pca import estimated_seconds
 
 PASSES: dict[str, Callable] = {"exact": gram, "randomized": randomized_gram}
 
@@ -44,7 +44,9 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / "made.zarr"
-    print("| T | exact CPU s | estimated | randomized CPU s | estimated | randomized / exact | estimated |")
+    print(
+        "| T | exact CPU s | estimated | randomized CPU s | estimated | randomized / exact | estimated |"
+    )
     print("|---|---|---|---|---|---|---|")
     for count in given.steps:
         store = make_store(path, int(given.parameters), count)
@@ -54,7 +56,10 @@ def main() -> None:
             for name in PASSES if repeat % 2 else reversed(PASSES):
                 found[name].append(seconds(path, name))
         middle = {name: statistics.median(values[1:]) for name, values in found.items()}
-        cells = [f"{middle[n]:.2f} ({min(found[n][1:]):.2f} to {max(found[n][1:]):.2f}) | {estimates[n]:.2f}" for n in PASSES]
+        cells = [
+            f"{middle[n]:.2f} ({min(found[n][1:]):.2f} to {max(found[n][1:]):.2f}) | {estimates[n]:.2f}"
+            for n in PASSES
+        ]
         ratios = f"{middle['randomized'] / middle['exact']:.2f} | {estimates['randomized'] / estimates['exact']:.2f}"
         print(f"| {count} | {' | '.join(cells)} | {ratios} |", flush=True)
         shutil.rmtree(path)

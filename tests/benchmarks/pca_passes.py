@@ -27,7 +27,7 @@ def spectrum_of(values: np.ndarray, total: float) -> list[float]:
 def limit(path: Path) -> dict:
     """Read and decompress every dense row, and do nothing."""
     from relexkit import TrajectoryStore
-    from relexkit.gram.device import WORKERS
+    from relexkit.gram_matrix.compute.device import WORKERS
     from relexkit.store import blocks
 
     store = TrajectoryStore(path)
@@ -53,14 +53,17 @@ def ours(method: str) -> Callable[[Path], dict]:
 
     def run(path: Path) -> dict:
         from relexkit import TrajectoryStore, gram, spectrum
-        from relexkit.gram.randomized import randomized_gram
+        from relexkit.gram_matrix.lowrank.randomized import randomized_gram
 
         for name in ("gram", "randomized"):
             shutil.rmtree(path / name, ignore_errors=True)
         store = TrajectoryStore(path)
         found = gram(store) if method == "exact" else randomized_gram(store)
         [scope] = spectrum(found, scope="global").scopes
-        return {"ratios": scope.explained_variance_ratio[:2].tolist(), "stated_error": scope.ratio_error}
+        return {
+            "ratios": scope.explained_variance_ratio[:2].tolist(),
+            "stated_error": scope.ratio_error,
+        }
 
     return run
 
@@ -82,7 +85,9 @@ def sklearn_randomized(path: Path) -> dict:
 
     matrix = np.asarray(deltas(path))
     _, values, _ = randomized_svd(matrix, n_components=8, random_state=0)
-    return {"ratios": spectrum_of(values, float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64)))}
+    return {
+        "ratios": spectrum_of(values, float(np.einsum("ij,ij->", matrix, matrix, dtype=np.float64)))
+    }
 
 
 def dask_compressed(path: Path) -> dict:
@@ -135,8 +140,12 @@ def main() -> None:
 
         store = make_store(path, int(float(sys.argv[3])), int(sys.argv[4]))
         if "matrix" in sys.argv:
-            rows = [np.concatenate([store.read_row(p, r, 0, s.numel) for p, s in enumerate(store.layout.parts)])
-                    for r in range(len(store.steps))]  # fmt: skip
+            rows = [
+                np.concatenate(
+                    [store.read_row(p, r, 0, s.numel) for p, s in enumerate(store.layout.parts)]
+                )
+                for r in range(len(store.steps))
+            ]
             np.save(path.with_suffix(".npy"), np.stack(rows))
         return
     if job == "truth":
@@ -147,12 +156,20 @@ def main() -> None:
             document[name] = spectrum_of(values, float((values**2).sum()))
         print(json.dumps(document))
         return
-    for module in {"IncrementalPCA": ["sklearn.decomposition"], "randomized_svd": ["sklearn.utils.extmath"],
-                   "svd_compressed": ["dask.array"], "pca_lowrank": ["torch"]}.get(job, ["relexkit"]):  # fmt: skip
+    for module in {
+        "IncrementalPCA": ["sklearn.decomposition"],
+        "randomized_svd": ["sklearn.utils.extmath"],
+        "svd_compressed": ["dask.array"],
+        "pca_lowrank": ["torch"],
+    }.get(job, ["relexkit"]):
         __import__(module)
     began, used = time.perf_counter(), time.process_time()
     document = JOBS[job](path)
-    document = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used, **document}
+    document = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - used,
+        **document,
+    }
     print(json.dumps(document))
 
 

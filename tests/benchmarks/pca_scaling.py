@@ -34,16 +34,16 @@ def job(work: Path, *words: str | Path) -> dict[str, Any]:
     out, log = work / "job.json", work / "jobs.log"
     remove(out)
     out.touch()
-    code = (
-        f"import sys, runpy; sys.argv = {[str(HERE / 'pca_passes.py'), *map(str, words)]!r}; sys.path.insert(0, {str(HERE)!r});"
-    )
+    code = f"import sys, runpy; sys.argv = {[str(HERE / 'pca_passes.py'), *map(str, words)]!r}; sys.path.insert(0, {str(HERE)!r});"
     code += f" sys.stdout = open({str(out)!r}, 'w'); runpy.run_path(sys.argv[0], run_name='__main__'); sys.stdout.close()"
     cost = run([sys.executable, "-c", code], log)
     text = out.read_text().strip()
     return {**(json.loads(text) if text else {}), "peak_bytes": cost.peak_anonymous_bytes}
 
 
-def rounds(work: Path, names: tuple[str, ...], store: Path, repeats: int) -> dict[str, list[dict[str, Any]]]:
+def rounds(
+    work: Path, names: tuple[str, ...], store: Path, repeats: int
+) -> dict[str, list[dict[str, Any]]]:
     """Every job in turn, ``repeats`` times, with one more before that fills the page cache."""
     job(work, names[0], store)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -53,11 +53,24 @@ def rounds(work: Path, names: tuple[str, ...], store: Path, repeats: int) -> dic
     return found
 
 
-def measure(work: Path, num_parameters: float, num_steps: int, names: tuple[str, ...], repeats: int) -> dict[str, Any]:
+def measure(
+    work: Path, num_parameters: float, num_steps: int, names: tuple[str, ...], repeats: int
+) -> dict[str, Any]:
     """A store of that size, the jobs on it, and the store gone."""
     store = work / "made.zarr"
-    job(work, "make", store, str(num_parameters), str(num_steps), *(["matrix"] if set(names) & set(PEERS) else []))
-    result = {"parameters": num_parameters, "steps": num_steps, "jobs": rounds(work, names, store, repeats)}
+    job(
+        work,
+        "make",
+        store,
+        str(num_parameters),
+        str(num_steps),
+        *(["matrix"] if set(names) & set(PEERS) else []),
+    )
+    result = {
+        "parameters": num_parameters,
+        "steps": num_steps,
+        "jobs": rounds(work, names, store, repeats),
+    }
     if set(names) & set(PEERS):
         result["truth"] = job(work, "truth", store)
     remove(store, store.with_suffix(".npy"))
@@ -75,7 +88,9 @@ def report(results: dict[str, Any]) -> None:
     for part in ("limit", "size", "steps", "peers"):
         if part not in results:
             continue
-        print(f"\n## {part}\n\n| D | T | job | wall s | CPU s | peak MB | error of the first two ratios |")
+        print(
+            f"\n## {part}\n\n| D | T | job | wall s | CPU s | peak MB | error of the first two ratios |"
+        )
         print("|---|---|---|---|---|---|---|")
         for case in results[part]:
             for name, rows in case["jobs"].items():
@@ -84,8 +99,10 @@ def report(results: dict[str, Any]) -> None:
                     truth = case["truth"]["centered" if rows[0].get("centered") else "uncentered"]
                     error = f"{max(abs(a - b) for a, b in zip(rows[0]['ratios'], truth, strict=True)):.1e}"
                 peak = max(row["peak_bytes"] or 0 for row in rows) / 1e6
-                print(f"| {case['parameters']:.0e} | {case['steps']} | {name} | {middle(rows, 'seconds')} | "
-                      f"{middle(rows, 'cpu_seconds')} | {peak:.0f} | {error} |")  # fmt: skip
+                print(
+                    f"| {case['parameters']:.0e} | {case['steps']} | {name} | {middle(rows, 'seconds')} | "
+                    f"{middle(rows, 'cpu_seconds')} | {peak:.0f} | {error} |"
+                )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -97,21 +114,39 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     from analysis.style import DOTS_PER_INCH, MUTED, RUN, SECOND, WIDTH_INCHES, styled
 
-    looks = {"exact": (RUN, "o", "exact"), "randomized": (SECOND, "s", "randomized"), "limit": (MUTED, "^", "reading alone")}
+    looks = {
+        "exact": (RUN, "o", "exact"),
+        "randomized": (SECOND, "s", "randomized"),
+        "limit": (MUTED, "^", "reading alone"),
+    }
     with styled():
-        views = [("size", "parameters", "cpu_seconds"), ("steps", "steps", "cpu_seconds"), ("size", "parameters", "peak_bytes")]
+        views = [
+            ("size", "parameters", "cpu_seconds"),
+            ("steps", "steps", "cpu_seconds"),
+            ("size", "parameters", "peak_bytes"),
+        ]
         views = [view for view in views if results.get(view[0])]
-        figure, panels = plt.subplots(1, len(views), figsize=(WIDTH_INCHES, 2.2), layout="constrained")
+        figure, panels = plt.subplots(
+            1, len(views), figsize=(WIDTH_INCHES, 2.2), layout="constrained"
+        )
         for axes, (part, key, field) in zip(panels, views, strict=True):
             for name, (colour, marker, word) in looks.items():
                 cases, unit = results[part], 1e-6 if field == "peak_bytes" else 1.0
-                values = [statistics.median(r[field] for r in c["jobs"][name]) * unit for c in cases]
+                values = [
+                    statistics.median(r[field] for r in c["jobs"][name]) * unit for c in cases
+                ]
                 axes.plot([c[key] for c in cases], values, marker=marker, color=colour, label=word)
             steps, numel = results[part][0]["steps"], results[part][0]["parameters"]
             rest = f"{steps} steps" if key == "parameters" else f"{numel / 1e6:g}M parameters"
-            axes.set(xscale="log", xlabel=f"{key} ({rest})", title="Peak memory, MB" if unit < 1 else "Processor seconds")
+            axes.set(
+                xscale="log",
+                xlabel=f"{key} ({rest})",
+                title="Peak memory, MB" if unit < 1 else "Processor seconds",
+            )
             axes.set(**({"ylim": (0, None)} if unit < 1 else {"yscale": "log"}))
-            axes.xaxis.set_major_formatter(lambda at, _: f"{at / 1e6:g}M" if at >= 1e6 else f"{at:g}")
+            axes.xaxis.set_major_formatter(
+                lambda at, _: f"{at / 1e6:g}M" if at >= 1e6 else f"{at:g}"
+            )
             axes.yaxis.set_major_formatter(lambda at, _: f"{at:g}")
             axes.minorticks_off()
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -124,7 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument(
-        "--only", nargs="*", choices=("limit", "size", "steps", "peers"), default=["limit", "size", "steps", "peers"]
+        "--only",
+        nargs="*",
+        choices=("limit", "size", "steps", "peers"),
+        default=["limit", "size", "steps", "peers"],
     )
     parser.add_argument("--sizes", type=float, nargs="+", default=[3e6, 1e7, 3e7, 1e8])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100, 300, 1000])
@@ -136,7 +174,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    results = json.loads(given.json.read_text()) if given.json and given.json.exists() else {"machine": machine()}
+    results = (
+        json.loads(given.json.read_text())
+        if given.json and given.json.exists()
+        else {"machine": machine()}
+    )
     both = ("limit", "exact", "randomized")
     cases = {
         "limit": [(1.6e7, count, both[:2]) for count in (10, 20, 40)],

@@ -22,7 +22,16 @@ from relexkit import METHODS, Gram, Options, TrajectoryStore, predict_weights, s
 from relexkit.cli import main as relexkit
 from relexkit.errors import ExtrapolationError
 
-READERS = ("read_base", "indptr", "read_update", "read_log", "entries", "read_row", "read_delta", "read_state")
+READERS = (
+    "read_base",
+    "indptr",
+    "read_update",
+    "read_log",
+    "entries",
+    "read_row",
+    "read_delta",
+    "read_state",
+)
 DIMENSIONS = 200
 
 
@@ -30,17 +39,36 @@ def made_up_gram(num_tensors: int, num_steps: int, seed: int) -> Gram:
     """Gram matrices of trajectories with some drift, some swing and much noise, for a model of 400 tensors or so."""
     rng = np.random.default_rng(seed)
     steps = np.cumsum(rng.integers(1, 4, num_steps)).astype(np.int64)
-    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    names = tuple(f"model.layers.{i // len(kinds)}.{kinds[i % len(kinds)]}.weight" for i in range(num_tensors))
+    kinds = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    names = tuple(
+        f"model.layers.{i // len(kinds)}.{kinds[i % len(kinds)]}.weight" for i in range(num_tensors)
+    )
     matrices = np.empty((num_tensors, num_steps, num_steps))
     for matrix in matrices:
         walk = np.cumsum(rng.standard_normal((num_steps, DIMENSIONS)), axis=0)
         line = np.outer(steps, rng.standard_normal(DIMENSIONS))
-        swing = np.outer(np.sin(steps * rng.uniform(0.03, 0.2)), 10 * rng.standard_normal(DIMENSIONS))
+        swing = np.outer(
+            np.sin(steps * rng.uniform(0.03, 0.2)), 10 * rng.standard_normal(DIMENSIONS)
+        )
         delta = walk + 0.3 * line + swing
         matrix[:] = delta @ delta.T
     counts = rng.integers(0, 1000, (num_tensors, num_steps))
-    return Gram(steps, names, np.full(num_tensors, 10**6, np.int64), matrices, counts, counts.cumsum(axis=1), counts // 2)
+    return Gram(
+        steps,
+        names,
+        np.full(num_tensors, 10**6, np.int64),
+        matrices,
+        counts,
+        counts.cumsum(axis=1),
+        counts // 2,
+    )
 
 
 def asked(observed: Gram) -> Iterator[tuple[str, float, dict[str, Any]]]:
@@ -50,9 +78,13 @@ def asked(observed: Gram) -> Iterator[tuple[str, float, dict[str, Any]]]:
     for method in METHODS:
         yield method, recorded if method == "reconstruct" else future, {"method": method}
     for label, options in (
-        ("rank 5", Options(rank=5)), ("polynomial", Options(fit="polynomial")), ("sinusoid", Options(fit="sinusoid")),
-        ("window 20", Options(window=20)), ("refit every 10", Options(refit_every=10)), ("row axis", Options(axis="row")),
-    ):  # fmt: skip
+        ("rank 5", Options(rank=5)),
+        ("polynomial", Options(fit="polynomial")),
+        ("sinusoid", Options(fit="sinusoid")),
+        ("window 20", Options(window=20)),
+        ("refit every 10", Options(refit_every=10)),
+        ("row axis", Options(axis="row")),
+    ):
         yield f"relex, {label}", future, {"options": options}
     for scope in ("layer", "module", "global"):
         yield f"relex, {scope} scope", future, {"scope": scope}
@@ -91,7 +123,9 @@ def main() -> None:
             began = time.perf_counter()
             try:
                 weights = predict_weights(observed, [target], **arguments)
-            except ExtrapolationError as error:  # a curve that does not converge is an answer too; it is reported as such
+            except (
+                ExtrapolationError
+            ) as error:  # a curve that does not converge is an answer too; it is reported as such
                 failed[f"predict: {name}"] = str(error)
             else:
                 assert np.isfinite(weights).all(), name
@@ -105,7 +139,16 @@ def main() -> None:
         if given.store:
             last = int(TrajectoryStore(given.store).steps[-1])
             for scope in ("tensor", "layer", "module", "global"):
-                command = ["spectrum", given.store, "--scope", scope, "--until", str(max(1, last // 2)), "--centered", "--json"]
+                command = [
+                    "spectrum",
+                    given.store,
+                    "--scope",
+                    scope,
+                    "--until",
+                    str(max(1, last // 2)),
+                    "--centered",
+                    "--json",
+                ]
                 began = time.perf_counter()
                 with contextlib.redirect_stdout(io.StringIO()):
                     status = relexkit(command)

@@ -59,7 +59,9 @@ def write(kind: str, folder: str, num_parameters: float) -> None:
     def whole(shape: tuple[int, ...], part: torch.Tensor) -> DTensor:
         mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("fsdp",))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
 
     if kind == "safetensors":
         names = list(shapes)
@@ -68,22 +70,33 @@ def write(kind: str, folder: str, num_parameters: float) -> None:
         for file, group in zip(files, cut, strict=True):
             save_file({n: torch.randn(shapes[n]) for n in group}, out / file)
         weight_map = {n: file for file, group in zip(files, cut, strict=True) for n in group}
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     elif kind == "verl":
         for rank in range(WORLD):
             with rank_of(rank, WORLD):
                 state = {n: whole(s, local(s)) for n, s in shapes.items()}
                 torch.save(state, out / f"model_world_size_{WORLD}_rank_{rank}.pt")
     elif kind == "dcp":
-        parts = {s: local(s) for s in set(shapes.values())}  # every chunk is saved apart, so they may share memory
+        parts = {
+            s: local(s) for s in set(shapes.values())
+        }  # every chunk is saved apart, so they may share memory
         write_dcp_states(out, WORLD, lambda: {n: whole(s, parts[s]) for n, s in shapes.items()})
     else:
         numel = {n: torch.Size(s).numel() for n, s in shapes.items()}
         for rank in range(WORLD):
             flat = torch.randn(sum(-(-count // WORLD) for count in numel.values()))
             state = {"zero_stage": 3, "partition_count": WORLD, "fp32_flat_groups": [flat]}
-            torch.save({"optimizer_state_dict": state}, out / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-            described = {"module": {}, "buffer_names": [], "param_shapes": [{n: torch.Size(s) for n, s in shapes.items()}]}
+            torch.save(
+                {"optimizer_state_dict": state},
+                out / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+            )
+            described = {
+                "module": {},
+                "buffer_names": [],
+                "param_shapes": [{n: torch.Size(s) for n, s in shapes.items()}],
+            }
             torch.save(described, out / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
 
 
@@ -100,15 +113,33 @@ def main() -> None:
     for kind in given.formats:
         for count in given.parameters:
             folder = given.folder / f"{kind}-{count:g}"
-            measure.run([sys.executable, "-W", "ignore", "-c", WRITE, here, here.parent, kind, folder, str(count)], log)
+            measure.run(
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-c",
+                    WRITE,
+                    here,
+                    here.parent,
+                    kind,
+                    folder,
+                    str(count),
+                ],
+                log,
+            )
             size = measure.size_of(folder)
             cost = measure.run([sys.executable, "-c", READ, folder], log)
             shutil.rmtree(folder)
             line = {
-                "format": kind, "parameters": count, "checkpoint_bytes": size, "seconds": round(cost.wall_seconds, 1),
-                "peak_mb": round(cost.peak_bytes / 1e6), "anonymous_mb": round((cost.peak_anonymous_bytes or 0) / 1e6),
+                "format": kind,
+                "parameters": count,
+                "checkpoint_bytes": size,
+                "seconds": round(cost.wall_seconds, 1),
+                "peak_mb": round(cost.peak_bytes / 1e6),
+                "anonymous_mb": round((cost.peak_anonymous_bytes or 0) / 1e6),
                 "package_alone_mb": round(empty.peak_bytes / 1e6),
-            }  # fmt: skip
+            }
             print(json.dumps(line), flush=True)
 
 

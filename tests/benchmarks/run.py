@@ -19,7 +19,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from measure import Cost, forget, machine, memory_bytes, output_of, read_once, remove, run, size_of, write_once
+from measure import (
+    Cost,
+    forget,
+    machine,
+    memory_bytes,
+    output_of,
+    read_once,
+    remove,
+    run,
+    size_of,
+    write_once,
+)
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -107,7 +118,9 @@ def measure_pipeline(bench: Bench) -> dict[str, Any]:
                 sides.append(("released", _released))
             for side, stages in sides if repeat % 2 == 0 else reversed(sides):
                 bench.prepare_cache(source)
-                rounds[side].append({name: asdict(cost) for name, cost in stages(bench, source).items()})
+                rounds[side].append(
+                    {name: asdict(cost) for name, cost in stages(bench, source).items()}
+                )
     for source in bench.sources():
         result[source]["disk"] = _disk(bench, source)
     return result
@@ -121,9 +134,15 @@ def _ours(bench: Bench, source: str) -> dict[str, Cost]:
     store, out = _store(bench, source), bench.work / f"predicted-{source}"
     remove(store, out)
     stages = {
-        "import": bench.relexkit("import", bench.run / source, "-o", store, "--base", bench.base, leaves=[store]),
-        "Gram": bench.relexkit("spectrum", store, "--scope", "global", "--json", leaves=[store / "gram"]),
-        "extrapolate": bench.relexkit("extrapolate", store, "--to", str(bench.target), "-o", out, leaves=[out]),
+        "import": bench.relexkit(
+            "import", bench.run / source, "-o", store, "--base", bench.base, leaves=[store]
+        ),
+        "Gram": bench.relexkit(
+            "spectrum", store, "--scope", "global", "--json", leaves=[store / "gram"]
+        ),
+        "extrapolate": bench.relexkit(
+            "extrapolate", store, "--to", str(bench.target), "-o", out, leaves=[out]
+        ),
     }
     remove(out)
     return {**stages, "all": stages["import"].then(stages["Gram"]).then(stages["extrapolate"])}
@@ -151,7 +170,14 @@ def _released_deltas(bench: Bench, source: str) -> list[str | Path]:
         if not link.exists():
             link.symlink_to(path.parent.resolve(), target_is_directory=True)
     script = bench.reference / "scripts" / "precompute_deltas.py"
-    words: list[str | Path] = [sys.executable, script, "--base_model", bench.base, "--checkpoint_dir", links]
+    words: list[str | Path] = [
+        sys.executable,
+        script,
+        "--base_model",
+        bench.base,
+        "--checkpoint_dir",
+        links,
+    ]
     return [*words, "--output_dir", bench.work / "released-deltas"]
 
 
@@ -160,11 +186,27 @@ def _released_svd(bench: Bench, cache: Path | None = None) -> list[str | Path]:
     assert bench.reference is not None
     script = bench.reference / "scripts" / "svd_extrapolation.py"
     words: list[str | Path] = [
-        sys.executable, script, "--delta_dir", bench.work / "released-deltas", "--base_model", bench.base,
-        "--output_dir", bench.work / "released-predicted", "--history_steps", str(bench.last_step()), "--rank", "1",
-        "--target_steps", str(bench.target), "--target_step_scaling_factor", "1", "--mode", "extrapolate",
-        "--fit_method", "linear",
-    ]  # fmt: skip
+        sys.executable,
+        script,
+        "--delta_dir",
+        bench.work / "released-deltas",
+        "--base_model",
+        bench.base,
+        "--output_dir",
+        bench.work / "released-predicted",
+        "--history_steps",
+        str(bench.last_step()),
+        "--rank",
+        "1",
+        "--target_steps",
+        str(bench.target),
+        "--target_step_scaling_factor",
+        "1",
+        "--mode",
+        "extrapolate",
+        "--fit_method",
+        "linear",
+    ]
     return [*words, "--svd_cache_dir", cache] if cache else words
 
 
@@ -208,11 +250,16 @@ def measure_questions(bench: Bench, num_tensors: int, num_steps: int) -> dict[st
         ("spectrum", store, "--scope", "global", "--centered", "--json"),
     )
     commands = {
-        " ".join(str(w) for w in words if w != store): [asdict(bench.relexkit(*words)) for _ in range(bench.repeats)]
+        " ".join(str(w) for w in words if w != store): [
+            asdict(bench.relexkit(*words)) for _ in range(bench.repeats)
+        ]
         for words in asked
     }
     sizes = ("--tensors", str(num_tensors), "--steps", str(num_steps))
-    inside = [bench.json_of(sys.executable, HERE / "questions.py", store, *sizes) for _ in range(bench.repeats)]
+    inside = [
+        bench.json_of(sys.executable, HERE / "questions.py", store, *sizes)
+        for _ in range(bench.repeats)
+    ]
     seconds = {name: [one["seconds"][name] for one in inside] for name in inside[0]["seconds"]}
     return {"commands": commands, "inside": {**inside[0], "seconds": seconds}}
 
@@ -229,10 +276,19 @@ def measure_targets(bench: Bench) -> dict[str, Any]:
             for count in counts:
                 remove(out)
                 targets = [str(bench.target + 10 * i) for i in range(count)]
-                costs[count].append(asdict(bench.relexkit("extrapolate", store, "--to", *targets, "-o", out, leaves=[out])))
+                costs[count].append(
+                    asdict(
+                        bench.relexkit(
+                            "extrapolate", store, "--to", *targets, "-o", out, leaves=[out]
+                        )
+                    )
+                )
             remove(out)
             writing.append(write_once(bench.work / "written", costs[1][-1]["left_bytes"]))
-        more = [(four["wall_seconds"] - one["wall_seconds"]) / 3 for one, four in zip(costs[1], costs[4], strict=True)]
+        more = [
+            (four["wall_seconds"] - one["wall_seconds"]) / 3
+            for one, four in zip(costs[1], costs[4], strict=True)
+        ]
         result[source] = {"costs": costs, "further_target_seconds": more, "write_seconds": writing}
     return result
 
@@ -249,15 +305,34 @@ def measure_agreement(bench: Bench) -> dict[str, Any]:
         for dtype in ("bfloat16", "float32"):
             out = bench.work / f"agreement-{axis}-{dtype}"
             remove(out)
-            words = ("--to", str(bench.target), "--axis", axis, "--dtype", dtype, "--rounding", "nearest")
+            words = (
+                "--to",
+                str(bench.target),
+                "--axis",
+                axis,
+                "--dtype",
+                dtype,
+                "--rounding",
+                "nearest",
+            )
             bench.relexkit("extrapolate", store, *words, "-o", out)
             made.append(out)
             folders.append(str(out / f"step-{bench.target}"))
         pairs.append(f"relexkit {axis} axis={','.join(folders)}")
-    command: list[str | Path] = [sys.executable, HERE / "agreement.py", bench.run, "--target", str(bench.target)]
+    command: list[str | Path] = [
+        sys.executable,
+        HERE / "agreement.py",
+        bench.run,
+        "--target",
+        str(bench.target),
+    ]
     command += ["--ours", *pairs]
     if bench.reference:
-        cache, deltas, out = bench.work / "released-cache", bench.work / "released-deltas", bench.work / "released-predicted"
+        cache, deltas, out = (
+            bench.work / "released-cache",
+            bench.work / "released-deltas",
+            bench.work / "released-predicted",
+        )
         remove(cache, deltas, out)
         made += [cache, deltas, out]
         run(_released_deltas(bench, "bfloat16"), bench.log)
@@ -281,7 +356,13 @@ def measure_memory(bench: Bench, sizes: list[float], steps: list[int]) -> list[d
     for source in bench.wanted:
         for size in sizes:
             for count in steps:
-                if source == "float32" and len(sizes) > 1 and len(steps) > 1 and size == max(sizes) and count == max(steps):
+                if (
+                    source == "float32"
+                    and len(sizes) > 1
+                    and len(steps) > 1
+                    and size == max(sizes)
+                    and count == max(steps)
+                ):
                     continue
                 rows.append(_memory_of(bench, source, size, count))
     return rows
@@ -291,17 +372,29 @@ def _memory_of(bench: Bench, source: str, size: float, count: int) -> dict[str, 
     made, store, out = bench.work / "made", bench.work / "made.zarr", bench.work / "made-predicted"
     remove(made, store, out)
     words = ("--parameters", str(size), "--steps", str(count), "--shards", "16", "--dtypes", source)
-    num_parameters = int(output_of([sys.executable, HERE / "synthetic.py", made, *words], bench.log).split()[-1])
+    num_parameters = int(
+        output_of([sys.executable, HERE / "synthetic.py", made, *words], bench.log).split()[-1]
+    )
     encoding = ("--encoding", "float" if source == "float32" else "exact")
     stages = {
-        "import": bench.relexkit("import", made / source, "-o", store, "--base", made / "base", *encoding, leaves=[store]),
+        "import": bench.relexkit(
+            "import", made / source, "-o", store, "--base", made / "base", *encoding, leaves=[store]
+        ),
         "Gram": bench.relexkit("spectrum", store, "--scope", "global", "--json"),
-        "extrapolate": bench.relexkit("extrapolate", store, "--to", str(2 * count), "-o", out, leaves=[out]),
+        "extrapolate": bench.relexkit(
+            "extrapolate", store, "--to", str(2 * count), "-o", out, leaves=[out]
+        ),
     }
     encodings = bench.json_of(*RELEXKIT, "info", store, "--json")["encodings"]
     remove(made, store, out)
     costs = {name: asdict(cost) for name, cost in stages.items()}
-    return {"source": source, "encodings": encodings, "parameters": num_parameters, "steps": count, **costs}
+    return {
+        "source": source,
+        "encodings": encodings,
+        "parameters": num_parameters,
+        "steps": count,
+        **costs,
+    }
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -311,12 +404,22 @@ def spread(values: Iterable[float], digits: str = ".2f") -> str:
     """``median (min to max)``, or the one value."""
     ordered = sorted(values)
     middle = format(statistics.median(ordered), digits)
-    return middle if len(ordered) == 1 else f"{middle} ({ordered[0]:{digits}} to {ordered[-1]:{digits}})"
+    return (
+        middle
+        if len(ordered) == 1
+        else f"{middle} ({ordered[0]:{digits}} to {ordered[-1]:{digits}})"
+    )
 
 
 def mega(num_bytes: float | None) -> str:
     """Bytes in MB."""
-    return "-" if num_bytes is None else f"{num_bytes / 1e6:,.0f}" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f}"
+    return (
+        "-"
+        if num_bytes is None
+        else f"{num_bytes / 1e6:,.0f}"
+        if num_bytes >= 1e7
+        else f"{num_bytes / 1e6:.2f}"
+    )
 
 
 def table(console: Console, title: str, headings: list[str], rows: list[list[str]]) -> None:
@@ -335,7 +438,12 @@ def _cost_cells(costs: list[dict[str, Any]]) -> list[str]:
         spread(c["wall_seconds"] for c in costs),
         spread(c["cpu_seconds"] for c in costs),
         mega(max(c["peak_bytes"] for c in costs)),
-        mega(max((c["peak_anonymous_bytes"] for c in costs if c["peak_anonymous_bytes"] is not None), default=None)),
+        mega(
+            max(
+                (c["peak_anonymous_bytes"] for c in costs if c["peak_anonymous_bytes"] is not None),
+                default=None,
+            )
+        ),
         mega(max(c["left_bytes"] for c in costs)),
     ]
 
@@ -347,19 +455,27 @@ def report_pipeline(console: Console, result: dict[str, Any]) -> None:
     """Costs of each stage, the ratios within each repeat, and the disk."""
     for source in (s for s in SOURCES if s in result):
         rounds = result[source]
-        rows = [["reading the checkpoints once", spread(rounds["limit_seconds"]), "-", "8", "8", "-"]]
+        rows = [
+            ["reading the checkpoints once", spread(rounds["limit_seconds"]), "-", "8", "8", "-"]
+        ]
         for side in ("relexkit", "released"):
             for stage in rounds[side][0] if rounds[side] else ():
-                rows.append([f"{side}: {stage}", *_cost_cells([one[stage] for one in rounds[side]])])
+                rows.append(
+                    [f"{side}: {stage}", *_cost_cells([one[stage] for one in rounds[side]])]
+                )
         state = "in the page cache" if rounds["cached"] else "not (or not all) in the page cache"
         table(console, f"{source} checkpoints, {state}", ["", *COST_HEADINGS], rows)
         ours = [one["all"]["wall_seconds"] for one in rounds["relexkit"]]
         times = [o / limit for o, limit in zip(ours, rounds["limit_seconds"], strict=True)]
-        console.print(f"\nrelexkit takes {spread(times)} times the reading.", highlight=False, soft_wrap=True)
+        console.print(
+            f"\nrelexkit takes {spread(times)} times the reading.", highlight=False, soft_wrap=True
+        )
         theirs = [one["all"]["wall_seconds"] for one in rounds["released"]]
         if theirs:
             share = [t / o for t, o in zip(theirs, ours, strict=True)]
-            message = f"The released scripts take {spread(share)} times relexkit (budget: at least 8)."
+            message = (
+                f"The released scripts take {spread(share)} times relexkit (budget: at least 8)."
+            )
             console.print(message, highlight=False, soft_wrap=True)
     rows = []
     for source in (s for s in SOURCES if s in result):
@@ -368,15 +484,25 @@ def report_pipeline(console: Console, result: dict[str, Any]) -> None:
         sizes = [mega(disk[key]) for key in ("checkpoints", "steps", "base", "gram", "rest")]
         kept = "every bit" if disk["exact"] else "rounded deltas"
         rows.append([source, f"{' '.join(disk['encodings'])}, {kept}", *sizes, f"1/{ratio:.1f}"])
-    table(console, "Disk, MB", ["source", "store", "checkpoints", "steps", "base", "Gram", "rest", "steps / checkpoints"], rows)
+    table(
+        console,
+        "Disk, MB",
+        ["source", "store", "checkpoints", "steps", "base", "Gram", "rest", "steps / checkpoints"],
+        rows,
+    )
 
 
 def report_questions(console: Console, result: dict[str, Any]) -> None:
     """Commands on a finished store, and calls on made-up Gram matrices."""
     rows = [[name, *_cost_cells(costs)[:4]] for name, costs in result["commands"].items()]
-    table(console, "Further questions as commands (start-up included)", ["", *COST_HEADINGS[:4]], rows)
+    table(
+        console, "Further questions as commands (start-up included)", ["", *COST_HEADINGS[:4]], rows
+    )
     inside = result["inside"]
-    rows = [[name, spread(seconds, ".3f"), inside["failed"].get(name, "")] for name, seconds in inside["seconds"].items()]
+    rows = [
+        [name, spread(seconds, ".3f"), inside["failed"].get(name, "")]
+        for name, seconds in inside["seconds"].items()
+    ]
     title = f"Further questions inside one process, {inside['tensors']} tensors and {inside['steps']} steps, no weights read"
     table(console, title + " (budget: 1 s)", ["", "s", "failed with"], rows)
 
@@ -385,7 +511,10 @@ def report_targets(console: Console, result: dict[str, Any]) -> None:
     """Several targets at once."""
     rows = []
     for source, found in result.items():
-        rows += [[f"{source}, {count} targets", *_cost_cells(costs)] for count, costs in found["costs"].items()]
+        rows += [
+            [f"{source}, {count} targets", *_cost_cells(costs)]
+            for count, costs in found["costs"].items()
+        ]
     table(console, "Several targets in one command", ["", *COST_HEADINGS], rows)
     for source, found in result.items():
         more, writing = spread(found["further_target_seconds"]), spread(found["write_seconds"])
@@ -401,17 +530,44 @@ def report_agreement(console: Console, result: dict[str, Any]) -> None:
         errors = [f"{found[key]:.1e}" for key in ("global", "median", "worst")]
         rows.append([pair.replace("|", "against"), *errors, str(found["worst_tensor"]), equal])
     headings = ["", "all weights", "median tensor", "worst tensor", "which", "equal weights"]
-    table(console, "Relative error of the predicted delta, rounded to nearest (budget: 1e-3)", headings, rows)
+    table(
+        console,
+        "Relative error of the predicted delta, rounded to nearest (budget: 1e-3)",
+        headings,
+        rows,
+    )
 
 
 def report_memory(console: Console, rows: list[dict[str, Any]]) -> None:
     """Peak memory by size."""
     cells = []
     for row in rows:
-        size = [row["source"], " ".join(row["encodings"]), f"{row['parameters'] / 1e6:.1f}", str(row["steps"])]
+        size = [
+            row["source"],
+            " ".join(row["encodings"]),
+            f"{row['parameters'] / 1e6:.1f}",
+            str(row["steps"]),
+        ]
         peaks = [mega(row[stage]["peak_bytes"]) for stage in ("import", "Gram", "extrapolate")]
-        cells.append([*size, *peaks, *(f"{row[stage]['wall_seconds']:.1f}" for stage in ("import", "Gram", "extrapolate"))])
-    headings = ["source", "store", "million parameters", "steps", "import MB", "Gram MB", "extrapolate MB"]
+        cells.append(
+            [
+                *size,
+                *peaks,
+                *(
+                    f"{row[stage]['wall_seconds']:.1f}"
+                    for stage in ("import", "Gram", "extrapolate")
+                ),
+            ]
+        )
+    headings = [
+        "source",
+        "store",
+        "million parameters",
+        "steps",
+        "import MB",
+        "Gram MB",
+        "extrapolate MB",
+    ]
     headings += ["import s", "Gram s", "extrapolate s"]
     table(console, "Peak memory as model and run grow (budget: 1,074 MB, flat)", headings, cells)
 
@@ -436,18 +592,27 @@ def main() -> None:
         work = Path(temporary)
         source = given.run.resolve() if given.run else _make_run(work, given)
         bench = Bench(
-            run=source, work=work, reference=given.reference.resolve() if given.reference else None, repeats=given.repeats,
-            target=given.target or 0, cold=given.cold, wanted=tuple(given.sources),
-        )  # fmt: skip
+            run=source,
+            work=work,
+            reference=given.reference.resolve() if given.reference else None,
+            repeats=given.repeats,
+            target=given.target or 0,
+            cold=given.cold,
+            wanted=tuple(given.sources),
+        )
         if not bench.sources():
             wanted = " or ".join(f"{name}/" for name in bench.wanted)
-            raise SystemExit(f"{bench.run}: has no {wanted} inside; expected what docs/smollm2-run/make_run.py writes")
+            raise SystemExit(
+                f"{bench.run}: has no {wanted} inside; expected what docs/smollm2-run/make_run.py writes"
+            )
         bench = replace(bench, target=given.target or 2 * bench.last_step())
         results: dict[str, Any] = {"machine": machine(), "run": _describe(bench, bool(given.run))}
         _print_machine(console, results)
         measures: dict[str, Callable[[], Any]] = {
             "pipeline": lambda: measure_pipeline(bench),
-            "questions": lambda: measure_questions(bench, given.question_tensors, given.question_steps),
+            "questions": lambda: measure_questions(
+                bench, given.question_tensors, given.question_steps
+            ),
             "targets": lambda: measure_targets(bench),
             "agreement": lambda: measure_agreement(bench),
             "memory": lambda: measure_memory(bench, given.memory_parameters, given.memory_steps),
@@ -459,37 +624,104 @@ def main() -> None:
             print(f"measuring: {part}", file=sys.stderr)
             results[part] = measures[part]()
             REPORTS[part](console, results[part])
-            if given.json:  # after every part, so that an interrupted run keeps what it has measured
+            if (
+                given.json
+            ):  # after every part, so that an interrupted run keeps what it has measured
                 given.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure relexkit against its budgets and the released RELEX scripts.")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="base/, bfloat16/ and float32/ (default: a synthetic run)")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="clone of weizhepei/RELEX, to measure side by side")
+    parser = argparse.ArgumentParser(
+        description="Measure relexkit against its budgets and the released RELEX scripts."
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="base/, bfloat16/ and float32/ (default: a synthetic run)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="clone of weizhepei/RELEX, to measure side by side",
+    )
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="precisions to measure (default: both)")
-    parser.add_argument("--target", type=int, metavar="STEP", help="step to predict (default: twice the last one)")
-    parser.add_argument("--cold", action="store_true", help="drop checkpoints from the page cache before each measurement")
-    parser.add_argument("--only", nargs="+", choices=tuple(REPORTS), metavar="PART", help=f"of {', '.join(REPORTS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured number there")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="existing folder for temporary files (default: the system's)")
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        choices=SOURCES,
+        default=SOURCES,
+        help="precisions to measure (default: both)",
+    )
+    parser.add_argument(
+        "--target", type=int, metavar="STEP", help="step to predict (default: twice the last one)"
+    )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="drop checkpoints from the page cache before each measurement",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(REPORTS), metavar="PART", help=f"of {', '.join(REPORTS)}"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every measured number there"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="existing folder for temporary files (default: the system's)",
+    )
     group = parser.add_argument_group("synthetic runs")
-    group.add_argument("--parameters", type=float, default=8e6, help="of the run made without --run (default: 8e6)")
-    group.add_argument("--steps", type=int, default=12, help="of the run made without --run (default: 12)")
-    group.add_argument("--layers", type=int, default=30, help="of the run made without --run (default: 30)")
-    group.add_argument("--question-tensors", type=int, default=400, help="of the made-up Gram matrices (default: 400)")
-    group.add_argument("--question-steps", type=int, default=75, help="of the made-up Gram matrices (default: 75)")
-    group.add_argument("--memory-parameters", type=float, nargs="+", metavar="D", default=[10e6, 40e6, 135e6],
-                       help="model sizes of the memory part (default: 10e6 40e6 135e6)")  # fmt: skip
-    group.add_argument("--memory-steps", type=int, nargs="+", metavar="T", default=[5, 20, 75],
-                       help="run lengths of the memory part (default: 5 20 75)")  # fmt: skip
+    group.add_argument(
+        "--parameters", type=float, default=8e6, help="of the run made without --run (default: 8e6)"
+    )
+    group.add_argument(
+        "--steps", type=int, default=12, help="of the run made without --run (default: 12)"
+    )
+    group.add_argument(
+        "--layers", type=int, default=30, help="of the run made without --run (default: 30)"
+    )
+    group.add_argument(
+        "--question-tensors",
+        type=int,
+        default=400,
+        help="of the made-up Gram matrices (default: 400)",
+    )
+    group.add_argument(
+        "--question-steps", type=int, default=75, help="of the made-up Gram matrices (default: 75)"
+    )
+    group.add_argument(
+        "--memory-parameters",
+        type=float,
+        nargs="+",
+        metavar="D",
+        default=[10e6, 40e6, 135e6],
+        help="model sizes of the memory part (default: 10e6 40e6 135e6)",
+    )
+    group.add_argument(
+        "--memory-steps",
+        type=int,
+        nargs="+",
+        metavar="T",
+        default=[5, 20, 75],
+        help="run lengths of the memory part (default: 5 20 75)",
+    )
     return parser
 
 
 def _make_run(work: Path, given: argparse.Namespace) -> Path:
     made = work / "run"
-    words = ("--parameters", str(given.parameters), "--steps", str(given.steps), "--layers", str(given.layers))
+    words = (
+        "--parameters",
+        str(given.parameters),
+        "--steps",
+        str(given.steps),
+        "--layers",
+        str(given.layers),
+    )
     output_of([sys.executable, HERE / "synthetic.py", made, *words], work / "commands.log")
     return made
 
@@ -497,16 +729,25 @@ def _make_run(work: Path, given: argparse.Namespace) -> Path:
 def _describe(bench: Bench, real: bool) -> dict[str, Any]:
     sizes = {source: sum(map(size_of, bench.files(source))) for source in bench.sources()}
     return {
-        "folder": bench.run.name if real else "synthetic", "last_step": bench.last_step(), "target": bench.target,
-        "repeats": bench.repeats, "checkpoint_bytes": sizes, "page_cache": "cold" if bench.cold else "warm",
+        "folder": bench.run.name if real else "synthetic",
+        "last_step": bench.last_step(),
+        "target": bench.target,
+        "repeats": bench.repeats,
+        "checkpoint_bytes": sizes,
+        "page_cache": "cold" if bench.cold else "warm",
         "reference": bench.reference is not None,
-    }  # fmt: skip
+    }
 
 
 def _print_machine(console: Console, results: dict[str, Any]) -> None:
     about, described = results["machine"], results["run"]
-    packages = ", ".join(f"{name} {about[name]}" for name in ("python", "numpy", "scipy", "torch", "transformers", "zarr"))
-    sizes = ", ".join(f"{mega(size)} MB in {source}" for source, size in described["checkpoint_bytes"].items())
+    packages = ", ".join(
+        f"{name} {about[name]}"
+        for name in ("python", "numpy", "scipy", "torch", "transformers", "zarr")
+    )
+    sizes = ", ".join(
+        f"{mega(size)} MB in {source}" for source, size in described["checkpoint_bytes"].items()
+    )
     lines = (
         f"{about['processor']}, {about['cores']} cores, {mega(about['memory_bytes'])} MB of memory, {about['system']}, "
         f"load {about['load_before']} at the start",

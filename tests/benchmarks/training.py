@@ -37,9 +37,17 @@ def make_model(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=160, intermediate_size=440, num_hidden_layers=4, num_attention_heads=5,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=160,
+        intermediate_size=440,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -47,7 +55,10 @@ def make_model(folder: Path) -> Path:
 
 def prompts(chat: bool) -> list[str]:
     """Sums of two numbers."""
-    return [f"What is {n} + {2 * n}? Answer with just the number." if chat else f"{n}+{2 * n}=" for n in range(10, 74)]
+    return [
+        f"What is {n} + {2 * n}? Answer with just the number." if chat else f"{n}+{2 * n}="
+        for n in range(10, 74)
+    ]
 
 
 def reward(number: int, completion: str, mixed: float) -> float:
@@ -83,21 +94,33 @@ def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:
     import resource
 
     from trainer.config import GRPOConfig
-    from trainer.run_log import read_log
-    from trainer.train import train
+    from trainer.loop.run_log import read_log
+    from trainer.loop.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            model=options.model, output=f"{folder}/run", max_steps=options.steps + 1, generation_batch_size=options.rollouts,
-            task={"name": f"{__file__}:make_task", "chat": options.chat, "mixed": options.mixed}, save_steps=0,
-            max_completion_length=options.length, learning_rate=1e-6, micro_batch_tokens=10**9, device="cpu",
-            generation_rows=options.rollouts, record_every=int(record),
-        )  # fmt: skip
+            model=options.model,
+            output=f"{folder}/run",
+            max_steps=options.steps + 1,
+            generation_batch_size=options.rollouts,
+            task={"name": f"{__file__}:make_task", "chat": options.chat, "mixed": options.mixed},
+            save_steps=0,
+            max_completion_length=options.length,
+            learning_rate=1e-6,
+            micro_batch_tokens=10**9,
+            device="cpu",
+            generation_rows=options.rollouts,
+            record_every=int(record),
+        )
         entries = read_log(train(config))[1:]
     seconds = [entry["step_seconds"] for entry in entries]
     tokens = [entry["completions/mean_length"] * options.rollouts for entry in entries]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": statistics.median(seconds), "tokens_per_second": sum(tokens) / sum(seconds), "peak_bytes": peak}
+    return {
+        "seconds": statistics.median(seconds),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "peak_bytes": peak,
+    }
 
 
 def theirs(options: argparse.Namespace) -> dict[str, float]:
@@ -129,25 +152,57 @@ def theirs(options: argparse.Namespace) -> dict[str, float]:
         shown = [[{"role": "user", "content": text}] for text in texts] if options.chat else texts
         rows = Dataset.from_dict({"prompt": shown, "number": list(range(len(texts)))})
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32), reward_funcs=scores,
-            processing_class=AutoTokenizer.from_pretrained(options.model), train_dataset=rows, callbacks=[Clock()],
+            model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
+            reward_funcs=scores,
+            processing_class=AutoTokenizer.from_pretrained(options.model),
+            train_dataset=rows,
+            callbacks=[Clock()],
             args=GRPOConfig(
-                output_dir=folder, max_steps=options.steps + 1, per_device_train_batch_size=options.rollouts, num_generations=8,
-                max_completion_length=options.length, learning_rate=1e-6, beta=0.0, save_strategy="no", logging_steps=1,
-                report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+                output_dir=folder,
+                max_steps=options.steps + 1,
+                per_device_train_batch_size=options.rollouts,
+                num_generations=8,
+                max_completion_length=options.length,
+                learning_rate=1e-6,
+                beta=0.0,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                disable_tqdm=True,
             ),
-        )  # fmt: skip
+        )
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "seconds": statistics.median(seconds[1:]), "tokens_per_second": sum(lengths[1:]) / sum(seconds[1:]), "peak_bytes": peak,
-    }  # fmt: skip
+        "seconds": statistics.median(seconds[1:]),
+        "tokens_per_second": sum(lengths[1:]) / sum(seconds[1:]),
+        "peak_bytes": peak,
+    }
 
 
 def run_part(part: str, options: argparse.Namespace) -> dict[str, float]:
     """One part in a process of its own; the last line that it prints is its result."""
-    command = [sys.executable, __file__, "--part", part, "--model", options.model, "--steps", str(options.steps)]
-    command += ["--rollouts", str(options.rollouts), "--length", str(options.length), "--mixed", str(options.mixed)]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        part,
+        "--model",
+        options.model,
+        "--steps",
+        str(options.steps),
+    ]
+    command += [
+        "--rollouts",
+        str(options.rollouts),
+        "--length",
+        str(options.length),
+        "--mixed",
+        str(options.mixed),
+    ]
     command += ["--chat"] if options.chat else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -162,13 +217,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--length", type=int, default=16, help="longest completion")
-    parser.add_argument("--chat", action="store_true", help="prompts in words, for a model with a chat template")
-    parser.add_argument("--mixed", type=float, default=1.0, help="share of prompts with different rewards, in tenths")
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts in words, for a model with a chat template"
+    )
+    parser.add_argument(
+        "--mixed",
+        type=float,
+        default=1.0,
+        help="share of prompts with different rewards, in tenths",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(theirs(options) if options.part == "TRL" else ours(options, options.part == "relexkit")))
+        print(
+            json.dumps(
+                theirs(options)
+                if options.part == "TRL"
+                else ours(options, options.part == "relexkit")
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         options.model = options.model or str(make_model(Path(folder) / "model"))
@@ -183,9 +251,17 @@ def main() -> None:
             f"{statistics.median(times):.3f} s a step ({min(times):.3f} to {max(times):.3f}), "
             f"peak {max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"
         )
-    for name, first, second in (("against TRL", PARTS[0], PARTS[2]), ("not recording against recording", PARTS[1], PARTS[0])):
-        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(found[first], found[second], strict=True)]
-        print(f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) times the tokens a second")
+    for name, first, second in (
+        ("against TRL", PARTS[0], PARTS[2]),
+        ("not recording against recording", PARTS[1], PARTS[0]),
+    ):
+        ratios = [
+            a["tokens_per_second"] / b["tokens_per_second"]
+            for a, b in zip(found[first], found[second], strict=True)
+        ]
+        print(
+            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) times the tokens a second"
+        )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

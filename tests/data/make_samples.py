@@ -36,8 +36,14 @@ def main() -> None:
             run = write_run(Path("sample"), steps=(1, 2, 5), **run_options)
             store = import_checkpoints(run.source, path, base=run.base, **import_options).store
             gram(store)
-            tensors = {f"{step}:{key}": t for step, weights in run.weights.items() for key, t in weights.items()}
-            save_file({k: t.clone() for k, t in tensors.items()}, HERE / f"sample-v1-{name}.safetensors")
+            tensors = {
+                f"{step}:{key}": t
+                for step, weights in run.weights.items()
+                for key, t in weights.items()
+            }
+            save_file(
+                {k: t.clone() for k, t in tensors.items()}, HERE / f"sample-v1-{name}.safetensors"
+            )
 
 
 if __name__ == "__main__":

@@ -43,8 +43,14 @@ class Model(torch.nn.Module):
 
 def train(rank: int, stage: int, folder: str) -> None:
     """Two steps of one rank, then a checkpoint."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + stage), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD)}  # fmt: skip
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29600 + stage),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_SIZE": str(WORLD),
+    }
     import deepspeed
 
     torch.manual_seed(0)
@@ -54,12 +60,16 @@ def train(rank: int, stage: int, folder: str) -> None:
         {"params": list(model.norm.parameters()), "weight_decay": 0.0},
     ]
     config = {
-        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }  # fmt: skip
+    }
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=True)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=True
+    )
     for _ in range(2):
         engine.backward(engine(torch.tensor([[1, 2, 3 + rank]])))
         engine.step()
@@ -77,7 +87,10 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         mp.spawn(train, (stage, str(folder)), nprocs=WORLD)
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), "global_step2")
-        save_file({n: t.detach().contiguous().clone() for n, t in state.items()}, folder / "reference.safetensors")
+        save_file(
+            {n: t.detach().contiguous().clone() for n, t in state.items()},
+            folder / "reference.safetensors",
+        )
         for script in folder.glob("*.py"):
             script.unlink()
 

@@ -75,7 +75,9 @@ def load_task(settings: str | Mapping[str, Any]) -> Task:
     elif name in TASKS:
         make = import_module(TASKS[name]).make
     else:
-        raise RelexkitError(f"task {name!r} is unknown; expected {', '.join(TASKS)}, or FILE.py:FUNCTION")
+        raise RelexkitError(
+            f"task {name!r} is unknown; expected {', '.join(TASKS)}, or FILE.py:FUNCTION"
+        )
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
@@ -84,10 +86,14 @@ def load_task(settings: str | Mapping[str, Any]) -> Task:
     task: Task = make(**options)
     lacking = [part for part in ("name", "problems", "reward") if not hasattr(task, part)]
     if lacking:
-        raise RelexkitError(f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a task")
+        raise RelexkitError(
+            f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a task"
+        )
     for split in ("train", "validation"):
         if not len(task.problems(split)):
-            raise RelexkitError(f"task {task.name!r}: has no {split} problems; expected at least one")
+            raise RelexkitError(
+                f"task {task.name!r}: has no {split} problems; expected at least one"
+            )
     return task
 
 
@@ -106,7 +112,9 @@ def load_function(place: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise RelexkitError(f"{path}: fails when it is loaded ({type(error).__name__}: {error})") from error
+        raise RelexkitError(
+            f"{path}: fails when it is loaded ({type(error).__name__}: {error})"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise RelexkitError(f"{path}: has no function {name!r}; expected one of that name")
@@ -119,7 +127,11 @@ def prompt_text(problem: Problem, tokenizer: Any) -> str:
         if isinstance(problem.prompt, str):
             return problem.prompt
         return "\n".join(message["content"] for message in problem.prompt)
-    messages = [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+    messages = (
+        [{"role": "user", "content": problem.prompt}]
+        if isinstance(problem.prompt, str)
+        else problem.prompt
+    )
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -133,13 +145,17 @@ def score(task: Task, problem: Problem, completion: str) -> float:
     try:
         value = task.reward(problem, completion)
     except Exception as error:
-        raise RelexkitError(f"{where}: its reward raised {type(error).__name__} ({error}) on {_shown(completion)}") from error
+        raise RelexkitError(
+            f"{where}: its reward raised {type(error).__name__} ({error}) on {_shown(completion)}"
+        ) from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise RelexkitError(f"{where}: its reward is {value!r} for {_shown(completion)}; expected a finite number")
+        raise RelexkitError(
+            f"{where}: its reward is {value!r} for {_shown(completion)}; expected a finite number"
+        )
     return number
 
 
@@ -164,7 +180,9 @@ RESERVED = 8
 """One in so many problems that a generator can draw is kept for validation."""
 
 
-def split_drawn(drawn: Iterable[Problem], num_train: int, num_validation: int, seed: int, name: str) -> Splits:
+def split_drawn(
+    drawn: Iterable[Problem], num_train: int, num_validation: int, seed: int, name: str
+) -> Splits:
     """Draw distinct problems until both splits are full; a problem's split depends on its prompt and ``seed`` alone.
 
     So a run on few problems and an evaluation on many never share one. What is drawn beyond is left.
@@ -213,6 +231,12 @@ def without(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Prob
 
 def _mark(problem: Problem, seed: int) -> int:
     """64 bits of a hash of the seed and of the prompt's words: equal for equal prompts, blanks and line ends aside."""
-    messages = [problem.prompt] if isinstance(problem.prompt, str) else [message["content"] for message in problem.prompt]
+    messages = (
+        [problem.prompt]
+        if isinstance(problem.prompt, str)
+        else [message["content"] for message in problem.prompt]
+    )
     words = " ".join(" ".join(messages).split())
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{words}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{words}".encode(), digest_size=8).digest(), "big"
+    )

@@ -61,7 +61,11 @@ class Arithmetic:
 
 
 def make(
-    family: str = "sorting", digits: int = 8, num_train: int = 8192, num_validation: int = 512, seed: int = 0
+    family: str = "sorting",
+    digits: int = 8,
+    num_train: int = 8192,
+    num_validation: int = 512,
+    seed: int = 0,
 ) -> Arithmetic:
     """A task of one of ``FAMILIES``.
 
@@ -69,7 +73,9 @@ def make(
         RelexkitError: the family is unknown, or has too few problems of so many digits.
     """
     if family not in FAMILIES:
-        raise RelexkitError(f"task 'arithmetic': family {family!r} is unknown; expected {', '.join(FAMILIES)}")
+        raise RelexkitError(
+            f"task 'arithmetic': family {family!r} is unknown; expected {', '.join(FAMILIES)}"
+        )
     if digits < 1:
         raise RelexkitError(f"task 'arithmetic': digits {digits} is too small; expected 1 or more")
     name = f"{family} of {digits} digits"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
-from relexkit.console import say
+from relexkit.commands.console import say
 from trainer.tasks import Problem, Split, Splits, load_function, split_fixed, without
 from trainer.tasks.mathematics import equal_as_mathematics
 
@@ -64,38 +64,56 @@ def make(
     others = _problems(Path(validation), columns, needs_answer)
     train = without(problems, others)
     if not train:
-        raise RelexkitError(f"{path}: every problem is in {validation} too; expected some for training alone")
+        raise RelexkitError(
+            f"{path}: every problem is in {validation} too; expected some for training alone"
+        )
     distinct = len(without(problems, []))
     if len(train) < distinct:
-        say(f"{path}: {distinct - len(train)} of {distinct} problems are in {validation} too and are left out of training")
+        say(
+            f"{path}: {distinct - len(train)} of {distinct} problems are in {validation} too and are left out of training"
+        )
     return FileTask(name, Splits(train, without(others, [])[:num_validation]), compare)
 
 
-def _problems(path: Path, columns: tuple[str, str, str | None], needs_answer: bool) -> list[Problem]:
+def _problems(
+    path: Path, columns: tuple[str, str, str | None], needs_answer: bool
+) -> list[Problem]:
     rows = _read_rows(path)
     if not rows:
         raise RelexkitError(f"{path}: holds no problems; expected one a row")
-    return [_problem(f"{path.name}/{number}", f"{path}: row {number}", row, columns, needs_answer)
-            for number, row in enumerate(rows, 1)]  # fmt: skip
+    return [
+        _problem(f"{path.name}/{number}", f"{path}: row {number}", row, columns, needs_answer)
+        for number, row in enumerate(rows, 1)
+    ]
 
 
-def _problem(key: str, where: str, row: Any, columns: tuple[str, str, str | None], needs_answer: bool) -> Problem:
+def _problem(
+    key: str, where: str, row: Any, columns: tuple[str, str, str | None], needs_answer: bool
+) -> Problem:
     prompt, answer, reference = columns
     for column in (prompt, answer, reference):
         if not isinstance(row, dict) or (column is not None and column not in row):
             raise RelexkitError(f"{where} has no {column!r}; expected it in every row")
     asked = row[prompt]
-    if not (isinstance(asked, str) and asked) and not (isinstance(asked, list) and asked and all(map(_is_message, asked))):
-        raise RelexkitError(f"{where}: {prompt} is {asked!r}; expected text, or a list of messages with role and content")
+    if not (isinstance(asked, str) and asked) and not (
+        isinstance(asked, list) and asked and all(map(_is_message, asked))
+    ):
+        raise RelexkitError(
+            f"{where}: {prompt} is {asked!r}; expected text, or a list of messages with role and content"
+        )
     said = "" if row[answer] is None else str(row[answer])
     if needs_answer and not said.strip():
-        raise RelexkitError(f"{where}: {answer} is empty; expected an answer, or a reward function of your own")
+        raise RelexkitError(
+            f"{where}: {answer} is empty; expected an answer, or a reward function of your own"
+        )
     solution = None if reference is None or row[reference] is None else str(row[reference])
     return Problem(key=key, prompt=asked, answer=said, reference=solution, metadata=row)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(part), str) for part in ("role", "content"))
+    return isinstance(message, dict) and all(
+        isinstance(message.get(part), str) for part in ("role", "content")
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +124,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             return pyarrow.parquet.read_table(path).to_pylist()
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise RelexkitError(f"{path}: cannot be read ({error}); expected JSON Lines or Parquet") from None
+        raise RelexkitError(
+            f"{path}: cannot be read ({error}); expected JSON Lines or Parquet"
+        ) from None
 
 
 def _comparison(reward: str) -> Reward:
@@ -116,5 +136,7 @@ def _comparison(reward: str) -> Reward:
         return lambda completion, problem: float(equal_as_mathematics(completion, problem.answer))
     if ".py:" in reward:
         function = load_function(reward)
-        return lambda completion, problem: function(completion, problem.answer, dict(problem.metadata))
+        return lambda completion, problem: function(
+            completion, problem.answer, dict(problem.metadata)
+        )
     raise RelexkitError(f"reward {reward!r} is unknown; expected math, exact or FILE.py:FUNCTION")

@@ -29,7 +29,11 @@ class Gym:
 
     def reward(self, problem: Problem, completion: str) -> float:
         """The scorer's mark, 0 to 1, for the answer that the completion gives."""
-        return float(self.dataset.score_answer(answer=extracted(completion, self.extract), entry=dict(problem.metadata)))
+        return float(
+            self.dataset.score_answer(
+                answer=extracted(completion, self.extract), entry=dict(problem.metadata)
+            )
+        )
 
 
 def make(
@@ -55,24 +59,32 @@ def make(
     import reasoning_gym
 
     if extract not in ("whole", "tag", "number"):
-        raise RelexkitError(f"task 'reasoning_gym': extract {extract!r} is unknown; expected whole, tag or number")
+        raise RelexkitError(
+            f"task 'reasoning_gym': extract {extract!r} is unknown; expected whole, tag or number"
+        )
     most = 20 * (num_train + num_validation)
     try:
         data = reasoning_gym.create_dataset(dataset, size=most, seed=seed, **(options or {}))
     except (ValueError, TypeError, AssertionError) as error:
         near = difflib.get_close_matches(dataset, reasoning_gym.factory.DATASETS, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near and dataset not in near else ""
-        raise RelexkitError(f"task 'reasoning_gym': data set {dataset!r} cannot be made ({error}){hint}") from None
+        raise RelexkitError(
+            f"task 'reasoning_gym': data set {dataset!r} cannot be made ({error}){hint}"
+        ) from None
 
     def draw() -> Iterator[Problem]:
         for index in range(most):
             entry = data[index]
             yield Problem(
-                key=f"{dataset}/{seed}/{index}", prompt=f"{entry['question']} {instruction}".strip(),
-                answer=str(entry["answer"]), metadata=entry,
-            )  # fmt: skip
+                key=f"{dataset}/{seed}/{index}",
+                prompt=f"{entry['question']} {instruction}".strip(),
+                answer=str(entry["answer"]),
+                metadata=entry,
+            )
 
-    return Gym(dataset, data, split_drawn(draw(), num_train, num_validation, seed, dataset), extract)
+    return Gym(
+        dataset, data, split_drawn(draw(), num_train, num_validation, seed, dataset), extract
+    )
 
 
 def extracted(completion: str, how: str) -> str | None:
@@ -80,6 +92,10 @@ def extracted(completion: str, how: str) -> str | None:
     if how == "whole":
         return completion.strip()
     if how == "tag":
-        return completion.rpartition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in completion else None
+        return (
+            completion.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+            if "<answer>" in completion
+            else None
+        )
     found = _NUMBER.findall(completion)
     return found[-1] if found else None

@@ -27,7 +27,9 @@ def equal_as_mathematics(completion: str, answer: str) -> bool:
     limit = _limit()
     expected = _parsed_answer(answer)
     if not expected:
-        raise ValueError(f"the reference answer {answer!r} is not mathematics; expected a number or LaTeX, or reward: exact")
+        raise ValueError(
+            f"the reference answer {answer!r} is not mathematics; expected a number or LaTeX, or reward: exact"
+        )
     found = parse(completion, parsing_timeout=limit)
     if verify(expected, found, timeout_seconds=limit):
         return True
@@ -41,7 +43,9 @@ def _parsed_answer(answer: str) -> list[Any]:
     from math_verify import parse
 
     marked = "$" in answer or "\\boxed" in answer
-    return parse(answer if marked else f"${answer}$", parsing_timeout=_limit()) or parse(answer, parsing_timeout=_limit())
+    return parse(answer if marked else f"${answer}$", parsing_timeout=_limit()) or parse(
+        answer, parsing_timeout=_limit()
+    )
 
 
 def _limit() -> Any:

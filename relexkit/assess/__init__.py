@@ -1,0 +1,1 @@
+"""What a run has shown: backtests in its own past, forecasts with intervals, advice."""

@@ -1,0 +1,295 @@
+"""What to do next with a run, from its Gram matrices and metrics alone, and what that rests on.
+
+The advice is never more confident than the run's own record: extrapolation is advised only to distances at which the method
+beat standing still from the latest prefixes that could be checked, and only with evidence of a drift beyond what a walk shows.
+``advise`` is one pure function, so a trainer can call it on the small Gram matrix that it keeps while it trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
+from relexkit.assess.metrics import informative_steps, learning_rates
+from relexkit.errors import ExtrapolationError
+from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.gram_matrix import Gram
+
+Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-precision"]
+
+HEADLINES: dict[Verdict, str] = {
+    "extrapolate": (
+        "The weights extrapolate to about step {target} with --method {method}; only a sweep tells whether the task gains."
+    ),
+    "keep-training": "Keep training.",
+    "not-a-line": "This run is not on a line: do not extrapolate it.",
+    "hidden-by-precision": "The stored precision hides the motion: record float32 weights, export with stochastic rounding.",
+}
+
+RATIOS = (1.1, 1.25, 1.5, 2.0)
+"""Distances at which the record is read, as target over last step of the prefix."""
+
+_CHANCE = 0.05  # p-value of the drift above which there is no evidence of one
+_FEWEST_STEPS = 6
+_FEWEST_INFORMATIVE, _INFORMATIVE_SHARE = 8, 0.3
+_RECENT_CHECKS = 4  # of the latest prefixes that can be checked at a distance
+_LEAST_SKILL, _LEAST_WINS = 0.1, 0.75
+_SHORT_LIFE = 0.1  # of the run: a drift that turns faster is a walk for whoever extrapolates
+_HIDDEN_CHANGED, _HIDDEN_UNITS = 0.5, 0.3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a method did at one distance in the run's own past.
+
+    Attributes:
+        ratio: target over last step of the prefix.
+        skill: mean over the latest prefixes; 1 is exact, 0 as good as hold.
+        won: how often it beat hold.
+        made: how often it could be checked.
+    """
+
+    ratio: float
+    skill: float
+    won: int
+    made: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether this distance may be trusted."""
+        return self.made >= 2 and self.skill >= _LEAST_SKILL and self.won >= _LEAST_WINS * self.made
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, and why.
+
+    Attributes:
+        verdict: one of ``HEADLINES``.
+        headline: the same as a sentence.
+        method, target: what to extrapolate with and to; None unless that is the verdict.
+        reasons: the numbers behind it, as sentences.
+        would_change: what would change the answer, as sentences.
+        record: checks of every method by distance, those that could be made.
+        fit: the trajectory model of the run; None where it could not be fitted.
+    """
+
+    verdict: Verdict
+    headline: str
+    method: str | None
+    target: int | None
+    reasons: tuple[str, ...]
+    would_change: tuple[str, ...]
+    record: dict[str, tuple[Check, ...]]
+    fit: TrajectoryFit | None
+
+    def document(self) -> dict[str, Any]:
+        """Plain numbers and sentences, for JSON."""
+        return {
+            "verdict": self.verdict,
+            "headline": self.headline,
+            "method": self.method,
+            "target": self.target,
+            "reasons": list(self.reasons),
+            "would_change": list(self.would_change),
+            "record": {
+                m: [vars(check) | {"passed": check.passed} for check in checks]
+                for m, checks in self.record.items()
+            },
+            "model": self.fit.summary() if self.fit else None,
+        }
+
+
+def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advice:
+    """Advice from the Gram matrices of a run so far, N tensors or a single group, and its metrics by recorded step.
+
+    Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros say nothing. Metrics that
+    are used if present: a learning-rate schedule, and whether steps were informative. Reads no weights; two
+    seconds or so for 400 tensors and 75 steps, one for a single matrix.
+    """
+    metrics = metrics or {}
+    steps, whole = gram.steps, gram.matrices.sum(axis=0)
+    if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
+        return _too_early(gram)
+    rates = learning_rates(steps, metrics)
+    with single_threaded_blas():
+        result = backtest(gram, (*CHEAP, MODEL), rates=rates)
+        fit = _fit(whole, gram, rates)
+    record = {m: _record(result, m) for m in result.methods if m != "hold"}
+    reasons = [*_drift_reasons(fit), *_record_reasons(record)]
+    hidden = _hidden(gram)
+    if hidden:
+        return _advice("hidden-by-precision", [hidden, *reasons], record, fit)
+    informative = informative_steps(metrics)
+    if informative and informative.count < max(
+        _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE * informative.known
+    ):
+        sparse = (
+            f"Only {informative.count} of {informative.known} steps were informative ({informative.metric}); the motion "
+            "between them is the optimizer coasting on its momentum."
+        )
+        return _advice("keep-training", [sparse, *reasons], record, fit)
+    if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
+        noisy = "A walk's last step is noisy: the average of the latest ones may do better (relexkit sweep tries it)."
+        return _advice("not-a-line", [*reasons, noisy], record, fit)
+    trusted = {m: _leading_passes(checks) for m, checks in record.items()}
+    farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
+    if farthest == 1.0:
+        return _advice("keep-training", reasons, record, fit)
+    rivals = {
+        m: checks[-1] for m, checks in trusted.items() if checks and checks[-1].ratio == farthest
+    }
+    method = max(rivals, key=lambda m: rivals[m].skill)
+    best, target = rivals[method], int(farthest * steps[-1])
+    reasons.insert(
+        0,
+        (
+            f"At {best.ratio:g} times the last step {method} beat standing still in {best.won} of {best.made} checks of this run's "
+            f"own past, with {100 * best.skill:.0f} % less squared error on average; that is what to expect, not more."
+        ),
+    )
+    return _advice("extrapolate", reasons, record, fit, method, target)
+
+
+def _advice(
+    verdict: Verdict,
+    reasons: list[str],
+    record: dict[str, tuple[Check, ...]],
+    fit: TrajectoryFit | None,
+    method: str | None = None,
+    target: int | None = None,
+) -> Advice:
+    changes = {
+        "extrapolate": (
+            "Evaluate before use (relexkit sweep): on a real run weights 50 % closer to the later step scored 13 points worse.",
+            f"Past step {target} nothing is known: train on and ask again; a falling skill of later checks withdraws it.",
+        ),
+        "keep-training": (
+            "Two or more checks from later prefixes in which some method beats standing still by a tenth of the squared error.",
+            "Larger batches or a smaller learning rate raise the drift over the noise.",
+        ),
+        "not-a-line": (
+            f"Evidence of a drift (chance on a walk below {_CHANCE}) that lasts longer than a tenth of the run.",
+            "Larger batches or a smaller learning rate raise the drift over the noise.",
+        ),
+        "hidden-by-precision": (
+            "The same run recorded from float32 weights; what this store shows is mostly rounding.",
+            "Motion larger than the spacing of the stored numbers: more steps or a larger learning rate.",
+        ),
+    }
+    headline = HEADLINES[verdict].format(target=target, method=method)
+    return Advice(verdict, headline, method, target, tuple(reasons), changes[verdict], record, fit)
+
+
+def _too_early(gram: Gram) -> Advice:
+    moved = np.trace(gram.matrices.sum(axis=0)) > 0
+    seen = f"{len(gram.steps)} recorded step{'s' * (len(gram.steps) != 1)}"
+    why = (
+        f"{seen}: too few to tell a drift from a walk."
+        if moved
+        else f"Nothing has moved over {seen}."
+    )
+    needed = (
+        f"At least {_FEWEST_STEPS} recorded steps with motion, better 20."
+        if moved
+        else "Any change of the weights."
+    )
+    return Advice(
+        "keep-training", HEADLINES["keep-training"], None, None, (why,), (needed,), {}, None
+    )
+
+
+def _fit(whole: np.ndarray, gram: Gram, rates: np.ndarray | None) -> TrajectoryFit | None:
+    try:
+        return fit_trajectory(
+            whole, gram.steps, num_parameters=float(gram.num_parameters.sum()), rates=rates
+        )
+    except ExtrapolationError:
+        return None
+
+
+def _hidden(gram: Gram) -> str | None:
+    """A sentence if few weights change at a step and many of the changes are of one unit in the last place."""
+    changes = float(gram.changed.sum())
+    if not changes or (gram.unit_moves < 0).any():
+        return None
+    share = changes / (float(gram.num_parameters.sum()) * len(gram.steps))
+    units = float(gram.unit_moves.sum()) / changes
+    if share >= _HIDDEN_CHANGED or units <= _HIDDEN_UNITS:
+        return None
+    return (
+        f"{100 * share:.2g} % of the weights change at a step, {100 * units:.0f} % of the changes by exactly one unit in the "
+        "last place: the true motion is smaller than the stored numbers can show."
+    )
+
+
+def _record(result: Backtest, method: str) -> tuple[Check, ...]:
+    """Checks by distance, each over the latest prefixes that reach it."""
+    skill_PT = result.skill(method)
+    checks = []
+    for ratio in RATIOS:
+        found = []
+        for count, row in zip(result.prefixes[::-1], skill_PT[::-1], strict=True):
+            wanted = ratio * result.steps[count - 1]
+            later = int(np.searchsorted(result.steps, wanted))
+            if (
+                later < len(result.steps)
+                and later >= count
+                and result.steps[later] < 1.15 * wanted
+                and math.isfinite(row[later])
+            ):
+                found.append(float(row[later]))
+        found = found[:_RECENT_CHECKS]
+        if found:
+            checks.append(
+                Check(ratio, float(np.mean(found)), sum(s > 0 for s in found), len(found))
+            )
+    return tuple(checks)
+
+
+def _leading_passes(checks: tuple[Check, ...]) -> list[Check]:
+    """The unbroken stretch of passed distances from the nearest on that has two checks or more."""
+    passed: list[Check] = []
+    for check in checks:
+        if check.made >= 2 and not check.passed:
+            break
+        if check.passed:
+            passed.append(check)
+    return passed
+
+
+def _drift_reasons(fit: TrajectoryFit | None) -> list[str]:
+    if fit is None:
+        return []
+    low, high = fit.drift_to_noise_interval
+    lasting = (
+        "the whole run and on"
+        if math.isinf(fit.correlation_time)
+        else f"{fit.correlation_time:.3g} steps"
+    )
+    return [
+        f"Drift to noise {fit.drift_to_noise:.2g} (90 %: {low:.2g} to {high:.2g}), lasting {lasting}; chance of this evidence "
+        f"on a walk {fit.p_value:.2g}; momentum {fit.momentum:.2f}."
+    ]
+
+
+def _record_reasons(record: dict[str, tuple[Check, ...]]) -> list[str]:
+    """The best method at each distance that could be checked twice."""
+    sentences = []
+    for ratio in RATIOS:
+        found = {
+            m: c for m, checks in record.items() for c in checks if c.ratio == ratio and c.made >= 2
+        }
+        if found:
+            best = max(found, key=lambda m: found[m].skill)
+            c = found[best]
+            sentences.append(
+                f"{ratio:g} times as far: best {best}, skill {c.skill:+.2f} against hold, {c.won} of {c.made} won."
+            )
+    return sentences

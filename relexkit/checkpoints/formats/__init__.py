@@ -1,0 +1,1 @@
+"""Readers of what trainers write, one module a format, and their table."""

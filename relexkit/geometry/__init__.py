@@ -1,0 +1,1 @@
+"""The shape of a trajectory from its Gram matrices: spectrum, null, trajectory model, linearity."""

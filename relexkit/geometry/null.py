@@ -1,0 +1,189 @@
+"""What a walk without any direction would show: the null beside which every ratio, R^2 and straightness is read.
+
+A first direction with 90 % of the variance is no evidence of a line: independent updates give 81 %, and an optimizer's momentum
+raises that. So the null is made from the run itself. A drift-free walk with the run's momentum, learning-rate schedule and
+rounding has the covariance ``K = L L^T`` of ``relexkit.geometry.trajectory_model``; ``W = L^-1 G L^-T`` is the Gram matrix of the run's
+innovations, what each recorded step added that the optimizer's memory did not. Without a drift their signs are arbitrary:
+
+    analytic:    G_0 = L diag(W) L^T, the expectation over all signs: the run's own step sizes, no direction,
+    sign-flips:  G_f = L (s s^T * W) L^T with random signs s, so that also the chance overlaps of few parameters are kept.
+
+Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from relexkit.geometry.linalg import leading_eigenpairs, update_products
+from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+
+STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")
+"""First ratio, first two together, R^2 of the first coefficient on the step, mean cosine of neighbouring updates, distance from
+the base over the length of the path, |cos| of the first direction of half the steps and of all."""
+
+_MOST_FLIPS, _FEWEST_FLIPS = 199, 19
+_FLIP_WORK = 6e6  # entries of all flipped matrices together: tenths of a second
+
+
+@dataclass(frozen=True)
+class WalkNull:
+    """One tensor's or group's statistics beside those of its walk without direction; keys are ``STATISTICS``.
+
+    Attributes:
+        observed: of the run.
+        expected: of the analytic null.
+        low, high: 5 and 95 % of the sign-flips; NaN without flips.
+        p_value: share of sign-flips at least as large as observed, itself counted; NaN without flips.
+        gram: the analytic null's matrix ``[T, T]``.
+        num_flips: F.
+    """
+
+    observed: dict[str, float]
+    expected: dict[str, float]
+    low: dict[str, float]
+    high: dict[str, float]
+    p_value: dict[str, float]
+    gram: np.ndarray
+    num_flips: int
+
+
+@dataclass(frozen=True)
+class Null:
+    """The nulls of N groups and the walk that they share.
+
+    Attributes:
+        momentum: of the walk, fitted to the whole run unless given.
+        rounding: its share of rounding at the last step.
+        fitted: the trajectory model of the whole run; None where there were too few steps or nothing moved.
+        groups: one for each matrix.
+        whole: of their sum.
+    """
+
+    momentum: float
+    rounding: float
+    fitted: TrajectoryFit | None
+    groups: list[WalkNull]
+    whole: WalkNull
+
+
+def calibrate(
+    matrices: np.ndarray,
+    steps: np.ndarray,
+    *,
+    num_parameters: float,
+    centered: bool = False,
+    momentum: float | None = None,
+    rates: np.ndarray | None = None,
+    seed: int = 0,
+) -> Null:
+    """Nulls of Gram matrices ``float64 [N, T, T]`` of disjoint groups whose sum is the whole run.
+
+    Args:
+        num_parameters: of all groups.
+        centered: about the mean checkpoint instead of the base.
+        momentum: of the optimizer (Adam's first beta); None to fit it.
+        rates: learning rates by optimizer step, see ``fit_trajectory``.
+        seed: of the signs.
+
+    Up to 199 sign-flips a group; none where there are so many groups or steps that fewer than 19 would fit into a few tenths of
+    a second, the analytic null is then alone.
+    """
+    whole = matrices.sum(axis=0)
+    fitted, rounding = None, 0.0
+    if len(steps) >= 3 and np.trace(whole) > 0:
+        fitted = fit_trajectory(whole, steps, num_parameters=num_parameters, rates=rates)
+        rounding = fitted.rounding
+        factor = np.linalg.cholesky(fitted.walk_covariance(momentum))
+        momentum = fitted.momentum if momentum is None else momentum
+    else:
+        momentum = 0.0
+        factor = np.linalg.cholesky(np.minimum.outer(steps, steps).astype(np.float64))
+    rng = np.random.default_rng(seed)
+    together = _walk_nulls(whole[None], steps, factor, centered, rng, fitted is not None)
+    groups = (
+        together
+        if len(matrices) == 1
+        else _walk_nulls(matrices, steps, factor, centered, rng, fitted is not None)
+    )
+    return Null(momentum, rounding, fitted, groups, together[0])
+
+
+def _walk_nulls(
+    matrices: np.ndarray,
+    steps: np.ndarray,
+    factor: np.ndarray,
+    centered: bool,
+    rng: np.random.Generator,
+    flip: bool,
+) -> list[WalkNull]:
+    inverse = np.linalg.inv(factor)
+    half = inverse @ matrices
+    sizes = np.maximum(
+        (half * inverse).sum(axis=2), 0.0
+    )  # the diagonal of the innovations' Gram matrices
+    expected = (factor * sizes[:, None]) @ factor.T
+    observed_NK, expected_NK = (
+        statistics(m, steps, centered=centered) for m in (matrices, expected)
+    )
+    num_flips = int(min(_MOST_FLIPS, _FLIP_WORK // (len(matrices) * len(steps) ** 2)))
+    num_flips = num_flips if num_flips >= _FEWEST_FLIPS and flip else 0
+    nulls = []
+    for row in range(len(matrices)):
+        low, high, reached = np.full((3, len(STATISTICS)), np.nan)
+        if num_flips and sizes[row].any():
+            flipped = _flips(half[row] @ inverse.T, factor, num_flips, rng)
+            flipped_FK = statistics(flipped, steps, centered=centered)
+            low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
+            reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
+            reached[np.isnan(observed_NK[row]) | np.isnan(flipped_FK).any(axis=0)] = np.nan
+        seen, walk, least, most, p_value = (
+            dict(zip(STATISTICS, v.tolist(), strict=True))
+            for v in (observed_NK[row], expected_NK[row], low, high, reached)
+        )
+        nulls.append(WalkNull(seen, walk, least, most, p_value, expected[row], num_flips))
+    return nulls
+
+
+def _flips(
+    innovation: np.ndarray, factor: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    signs = rng.integers(0, 2, (count, len(innovation))) * 2.0 - 1
+    return factor @ (innovation * signs[:, :, None] * signs[:, None, :]) @ factor.T
+
+
+def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = False) -> np.ndarray:
+    """``STATISTICS`` of Gram matrices ``[B, T, T]``, ``float64 [B, K]``; NaN where one does not exist."""
+    about = _center(matrices) if centered else matrices
+    total = np.trace(about, axis1=1, axis2=2)
+    # what rounding leaves of checkpoints that differ from the base but not from each other
+    total = np.where(total > 1e-12 * np.trace(matrices, axis1=1, axis2=2), total, np.nan)
+    values, vectors = leading_eigenpairs(about, min(2, len(steps)))
+    half = max(1, len(steps) // 2)
+    prefix = _center(matrices[:, :half, :half]) if centered else matrices[:, :half, :half]
+    half_values, half_vectors = leading_eigenpairs(prefix, 1)
+    squares, products = update_products(matrices)
+    norms = np.sqrt(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.where(np.isnan(total[:, None]), np.nan, values)
+        ratios = values / total[:, None]
+        cosines = products / (norms[:, 1:] * norms[:, :-1])
+        defined = np.isfinite(cosines)
+        cosine = np.where(defined, cosines, 0.0).sum(axis=1) / defined.sum(axis=1)
+        straightness = np.sqrt(np.maximum(matrices[:, -1, -1], 0.0)) / norms.sum(axis=1)
+        across = np.einsum(
+            "bi,bij,bj->b", half_vectors[:, :, 0], matrices[:, :half], vectors[:, :, 0]
+        )
+        drift = np.minimum(1.0, np.abs(across) / np.sqrt(half_values[:, 0] * values[:, 0]))
+        time = steps - steps.mean()
+        first = vectors[:, :, 0] - vectors[:, :, 0].mean(axis=1, keepdims=True)
+        r2 = (first @ time) ** 2 / ((time**2).sum() * (first**2).sum(axis=1))
+    r2[np.isnan(total) | (len(steps) < 3)] = np.nan
+    return np.stack([ratios[:, 0], ratios.sum(axis=1), r2, cosine, straightness, drift], axis=1)
+
+
+def _center(matrices: np.ndarray) -> np.ndarray:
+    row = matrices.mean(axis=1, keepdims=True)
+    return matrices - row - row.transpose(0, 2, 1) + matrices.mean(axis=(1, 2), keepdims=True)

@@ -1,0 +1,99 @@
+"""The likelihood of the trajectory model and its greatest value: momentum, rounding, memory, and a drift that turns.
+
+See ``relexkit.geometry.trajectory_model`` for the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from relexkit.geometry.trajectory_model.response import Clock
+
+_JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
+_NUDGE = 1e-5  # of the search's coordinates, for slopes
+# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
+START = (2.2, -8.0, 0.0, 0.0, -0.7)
+_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
+WALK = 3
+"""So many of these, the first ones, describe the walk."""
+
+
+def search(
+    gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float, ...]
+) -> tuple[float, np.ndarray]:
+    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength and life of a drift."""
+    from scipy.linalg.lapack import (
+        dpotrf,
+        dpotri,
+    )  # half the time of a fit is the overhead of calls
+    from scipy.optimize import minimize
+
+    times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
+
+    def drift_of(
+        response: np.ndarray, white: np.ndarray, lifetime: float, unit: float
+    ) -> np.ndarray:
+        """Covariance of the drift, which has variance ``unit`` at the last step."""
+        if len(origin) == WALK:
+            return np.zeros((len(times), len(times)))
+        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]), white)
+        return unit / drift[-1, -1] * drift
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
+        response, turned = (clock.response(times, expit(m)) for m in (momentum, momentum + _NUDGE))
+        white, turned_white = response @ response.T, turned @ turned.T
+        walk = clock.covariance(response, memory, white)
+        unit = walk[-1, -1]
+        drift = drift_of(response, white, lifetime, unit)
+        covariance = walk + np.exp(noise) * unit * eye + np.exp(ratio) * drift
+        covariance += _JITTER * covariance[-1, -1] * eye
+        left, failed = dpotrf(covariance, lower=1)
+        assert not failed, "jitter keeps every covariance within the bounds positive definite"
+        lower, _ = dpotri(left, lower=1)
+        inverse = np.tril(lower) + np.tril(lower, -1).T
+        explained = inverse @ gram
+        energy = np.trace(explained)
+        value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
+        # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is exact
+        pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
+
+        def slope(walk_there: np.ndarray, drift_there: np.ndarray) -> np.ndarray:
+            moved = walk_there - walk + np.exp(ratio) * (drift_there - drift)
+            return (moved + np.exp(noise) * (walk_there[-1, -1] - unit) * eye) / _NUDGE
+
+        faster = clock.covariance(turned, memory, turned_white)
+        longer = clock.covariance(response, memory + _NUDGE, white)
+        slopes = [
+            slope(faster, drift_of(turned, turned_white, lifetime, faster[-1, -1])),
+            np.exp(noise) * unit * eye,
+            slope(longer, longer[-1, -1] / unit * drift),
+        ]
+        if len(x) > WALK:
+            slopes += [
+                np.exp(ratio) * drift,
+                slope(walk, drift_of(response, white, lifetime + _NUDGE, unit)),
+            ]
+        gradient = np.array([(pull * direction).sum() for direction in slopes])
+        # the last term holds what the steps do not determine near the start
+        return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
+
+    best = minimize(
+        loss,
+        origin,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=_BOUNDS[: len(origin)],
+        options={"ftol": 3e-8, "maxiter": 50},
+    )
+    return float(best.fun), best.x
+
+
+def with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
+    """The walk's covariance with rounding, a share of its last variance, on the diagonal; positive definite."""
+    return walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
+
+
+def expit(value: float) -> float:
+    """From a logit to a share."""
+    return float(1 / (1 + np.exp(-value)))

@@ -1,0 +1,142 @@
+"""Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the columns and adds the sums.
+
+Every process makes the same calls. What one of them runs into, all of them raise, and a process that dies ends the others
+with a stated error: nothing is written before all have answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+
+from relexkit.errors import RelexkitError
+from relexkit.store.encodings.bits import BLOCK
+
+_T = TypeVar("_T")
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for the others' share of a pass; a process that dies is noticed at once."""
+
+
+class Team:
+    """How this process, ``rank`` of ``size``, shares a pass with others. This class has no others, and loads no PyTorch."""
+
+    rank = 0
+    size = 1
+
+    def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
+        """This process's columns of a part: a share of its blocks; who gets the larger shares changes with ``turn``."""
+        num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
+        first, last = (num_blocks * i // self.size for i in (place, place + 1))
+        return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of this process alone; ends when all have done theirs, with the error of the first that failed."""
+        yield
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the processes, in every process."""
+        return values
+
+    def share(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, in every process."""
+        return make()
+
+
+ALONE = Team()
+"""No other process."""
+
+
+class FailedTogether(RelexkitError):
+    """An error that every process raises; only the first one has to print it."""
+
+    def __init__(self, message: str, rank: int):
+        super().__init__(message)
+        self.said_elsewhere = rank > 0
+
+
+class _TorchTeam(Team):
+    def __init__(self, device: str):
+        import torch
+        import torch.distributed as dist
+
+        from relexkit.processes import Processes
+
+        self._torch, self._dist = torch, dist
+        self._device = torch.device(device)
+        with self._alive():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo", timeout=TIMEOUT
+            )
+        self._processes = Processes()
+        self.rank, self.size = self._processes.rank, self._processes.size
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (
+            RuntimeError
+        ) as error:  # gloo: the connection to a peer is gone, or nobody answered in time
+            raise RelexkitError(
+                f"process {self.rank} of {self.size}: another process ended or does not answer "
+                f"({str(error).splitlines()[0]}); nothing was written: look for its message and run the command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        failure: BaseException | None = None
+        try:
+            yield
+        except (RelexkitError, OSError, MemoryError) as error:
+            failure = error
+        with self._alive():
+            messages = self._processes.gather(
+                None if failure is None else str(failure) or type(failure).__name__
+            )
+        said = next((m for m in messages if m is not None), None)
+        if said is not None:
+            raise FailedTogether(said, self.rank) from failure
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        total = self._torch.from_numpy(np.array(values, order="C")).to(self._device)
+        with self._alive():
+            self._dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def share(self, make: Callable[[], _T]) -> _T:
+        found: list[_T] = []
+        with self.together():
+            if self.rank == 0:
+                found.append(make())
+        with self._alive():
+            [first, *_] = self._processes.gather(found)
+        return first[0]
+
+
+@contextlib.contextmanager
+def team(device: str = "cpu") -> Iterator[Team]:
+    """The processes that torchrun started, or this one alone; ``device`` is where the sums of arrays are made."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    found = _TorchTeam(device)
+    try:
+        yield found
+    finally:
+        found._dist.destroy_process_group()
+
+
+def local_device(device: str) -> str:
+    """``cuda`` -> this process's own GPU when torchrun started several."""
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}"
+        if device == "cuda" and "LOCAL_RANK" in os.environ
+        else device
+    )

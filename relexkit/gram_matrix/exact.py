@@ -1,0 +1,200 @@
+"""Exact Gram matrices: one pass over the deltas, after which no question about the run's shape reads weights again.
+
+For the delta matrix ``M [T, D]`` of a tensor (row ``i`` is ``theta_{s_i} - theta_0``), ``G = M M^T [T, T]``. Gram matrices
+of disjoint coordinates add, so every scope is a sum of per-tensor ones. From the sparse log, with ``E`` the float values
+of the step-to-step updates and ``L`` the lower triangle of ones, ``M = L E`` and ``G = L (E E^T) L^T``.
+
+Shape suffixes: N tensors or groups, T steps, D columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+
+from relexkit.gram_matrix.compute.device import PIECE, Engine, open_engine
+from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.factors import factor_gram
+from relexkit.gram_matrix.jumps import last_trained
+from relexkit.gram_matrix.kept import keep, kept
+from relexkit.gram_matrix.matrices import Gram
+from relexkit.gram_matrix.onepass import Sums, Tick, ticker
+from relexkit.gram_matrix.parts import assemble, moving_parts, run_shared
+from relexkit.store import ProgressCallback, TrajectoryStore
+
+
+def gram(
+    store: TrajectoryStore,
+    *,
+    device: str = "cpu",
+    team: Team = ALONE,
+    memory_budget_bytes: int = 2**28,
+    progress: ProgressCallback | None = None,
+) -> Gram:
+    """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
+
+    Of a run with jumps (``relexkit.gram_matrix.jumps``) the steps before the first one.
+
+    The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
+    own rows. Where it cannot be kept (a read-only place, another process keeping one) it is used all the same.
+
+    Args:
+        device: ``cpu``, or where PyTorch computes the products (``cuda``, ``cuda:N``).
+        team: every process of it makes this call; each reads its share of the columns, all get the whole result.
+
+    Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the matrices themselves.
+
+    Raises:
+        StoreError: no recorded steps, a damaged chunk (named by step and tensor), or the store was replaced meanwhile.
+        RelexkitError: the device is not there, or another of the processes failed.
+    """
+    engine = open_engine(device)
+    parts = moving_parts(store)
+    tick = ticker(progress, "Gram matrices", sum(store.layout.parts[part].numel for part in parts))
+    results = {
+        part: _part_gram(store, part, memory_budget_bytes, engine, team, tick) for part in parts
+    }
+    store.check_unchanged()
+    matrices, counts = assemble(
+        store,
+        {p: [r.matrices] for p, r in results.items()},
+        {p: r.counts for p, r in results.items()},
+    )
+    sizes = np.array([t.numel for t in store.layout.moving_tensors], np.int64)
+    names = tuple(t.name for t in store.layout.moving_tensors)
+    return Gram(store.steps, names, sizes, matrices[0], *counts).until(last_trained(store, None))
+
+
+def known_steps(store: TrajectoryStore) -> int:
+    """How many of the recorded steps the matrices that are kept in the store cover, in every part."""
+    covered = []
+    for part in moving_parts(store):
+        try:
+            steps = np.asarray(
+                zarr.open_group(store.path, path=f"gram/{part}", mode="r").attrs["steps"]
+            )
+        except Exception:  # absent or damaged
+            return 0
+        covered.append(len(steps) if np.array_equal(steps, store.steps[: len(steps)]) else 0)
+    return min(covered, default=0)
+
+
+@dataclass
+class _PartGram:
+    """Per segment of a part: ``matrices [S, T, T]`` and ``counts [S, 3, T]`` (changed, moved, unit moves)."""
+
+    matrices: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class _OuterProducts:
+    """Kernel of the exact pass: ``rows[old:] rows^T``."""
+
+    num_rows: int
+    old: int
+    of_updates: bool = True
+    width: int = PIECE
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.num_rows - self.old, self.num_rows),)
+
+    def constants(self, segment: int) -> tuple[np.ndarray, ...]:
+        return ()
+
+    def product(self, rows: Any, *constants: Any) -> list[Any]:
+        return [rows[self.old :] @ rows.T]
+
+
+def _part_gram(
+    store: TrajectoryStore, part: int, budget: int, engine: Engine, team: Team, tick: Tick
+) -> _PartGram:
+    known = team.share(lambda: _load(store, part))
+    num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
+    if known is not None and old == num_steps:
+        tick(store.layout.parts[part].numel)
+        return known
+    encoding = store.layout.parts[part].encoding
+    if encoding == "factors":
+        result = _from_factors(store, part, old, budget, team)
+        tick(store.layout.parts[part].numel)
+    else:
+        kernel = _OuterProducts(num_steps, old)
+        sums = run_shared(store, part, kernel, num_steps, old, budget, engine, team, tick)
+        result = _from_sparse(sums, known, old) if encoding == "sparse" else _from_dense(sums, old)
+    result.matrices[:, :, old:] = result.matrices[:, old:, :].transpose(0, 2, 1)
+    if known is not None:
+        result.matrices[:, :old, :old] = known.matrices
+        result.counts[:, :, :old] = known.counts
+    if team.rank == 0:
+        _save(store, part, result)
+    return result
+
+
+def _from_factors(
+    store: TrajectoryStore, part: int, old: int, budget: int, team: Team
+) -> _PartGram:
+    """In closed form, by the first process; the factors are small."""
+    matrix, counts = team.share(lambda: factor_gram(store, part, old, budget))
+    result = _PartGram(
+        np.zeros((1, len(store.steps), len(store.steps))),
+        np.zeros((1, 3, len(store.steps)), np.int64),
+    )
+    result.matrices[0, old:], result.counts[0, :2, old:] = matrix, counts
+    return result
+
+
+def _from_dense(sums: Sums, old: int) -> _PartGram:
+    num_segments, _, num_steps = sums.products[0].shape
+    result = _PartGram(
+        np.zeros((num_segments, num_steps, num_steps)),
+        np.zeros((num_segments, 3, num_steps), np.int64),
+    )
+    result.matrices[:, old:] = sums.products[0]
+    result.counts[:, :, old:] = sums.counts
+    return result
+
+
+def _from_sparse(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
+    """``L (E E^T) L^T`` from rows ``old:`` of ``E E^T`` and the cached matrices of the steps before."""
+    num_segments, _, num_steps = sums.products[0].shape
+    products = np.zeros((num_segments, num_steps, num_steps))
+    products[:, old:] = sums.products[0]
+    counts = np.zeros((num_segments, 3, num_steps), np.int64)
+    counts[:, :, old:] = sums.counts
+    if known is not None:
+        products[:, :old, old:] = products[:, old:, :old].transpose(0, 2, 1)
+        # E E^T of the cached steps: the inverse of the two cumulative sums
+        padded = np.pad(known.matrices, ((0, 0), (1, 0), (1, 0)))
+        products[:, :old, :old] = np.diff(np.diff(padded, axis=1), axis=2)
+        counts[:, 1, old] += known.counts[:, 1, -1]
+    counts[:, 1, old:] = counts[:, 1, old:].cumsum(axis=1)
+    return _PartGram(products.cumsum(axis=1).cumsum(axis=2), counts)
+
+
+# -- cache in the store -----------------------------------------------------------------------------------------------
+
+
+def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
+    """The cached result for a prefix of the recorded steps, or None if there is none that can be trusted."""
+    attributes, arrays = kept(store, f"gram/{part}", ("matrices", "counts"))
+    steps = np.asarray(attributes.get("steps", []))
+    if not len(steps) or not np.array_equal(steps, store.steps[: len(steps)]):
+        return None
+    shape = (len(store.layout.segments_in(part)), len(steps), len(steps))
+    if arrays["matrices"].shape != shape or arrays["counts"].shape != (shape[0], 3, shape[1]):
+        return None  # another process is replacing it
+    return _PartGram(arrays["matrices"], arrays["counts"])
+
+
+def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
+    """Keep a result in the store, unless somebody else is keeping one or it cannot be written.
+
+    It has a lock of its own: what it writes is apart from the steps, so it may run while they are recorded.
+    """
+    arrays = {"matrices": result.matrices, "counts": result.counts}
+    keep(store, f"gram/{part}", arrays, {"steps": store.steps.tolist()})

@@ -1,0 +1,1 @@
+"""Randomized Gram matrices, for runs of very many steps."""

@@ -1,0 +1,105 @@
+"""Gram matrices of a run as a value: of tensors or groups of them, cut to a prefix of the steps, summed over scopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from relexkit.errors import RelexkitError
+from relexkit.store import describe_steps
+from relexkit.weights.layout import scope_of
+
+ROUNDING_ERROR = 1e-6
+"""Error of an exact Gram matrix as a share of its trace: products of at most 8192 columns are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Gram matrices of a set of tensors, or of groups of tensors.
+
+    Attributes:
+        steps: ``int64 [T]``, real optimizer steps.
+        names: N names of tensors or groups.
+        num_parameters: ``int64 [N]``.
+        matrices: ``float64 [N, T, T]``.
+        changed: ``int64 [N, T]``, weights that differ from the previous recorded step.
+        moved: ``int64 [N, T]``, weights that differ from the base.
+        unit_moves: ``int64 [N, T]``, weights that moved by exactly one unit in the last place since the previous step,
+            or -1 where the encoding does not keep bit patterns.
+        uncertainty: ``float64 [N, T]``: for the leading ``n x n`` block, how far it may be off along its first two
+            directions, in the spectral norm: rounding, and for a randomized result the estimated error of the approximation.
+            Taken as rounding alone if not given.
+    """
+
+    steps: np.ndarray
+    names: tuple[str, ...]
+    num_parameters: np.ndarray
+    matrices: np.ndarray
+    changed: np.ndarray
+    moved: np.ndarray
+    unit_moves: np.ndarray
+    uncertainty: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if not self.uncertainty.size:
+            object.__setattr__(self, "uncertainty", rounding_error(self.matrices))
+
+    def until(self, step: int | None) -> Gram:
+        """The prefix of the run up to and including ``step``: leading blocks, no copy.
+
+        Raises:
+            RelexkitError: no recorded step is that early.
+        """
+        if step is None:
+            return self
+        count = int(np.searchsorted(self.steps, step, side="right"))
+        if count == 0:
+            raise RelexkitError(
+                f"--until {step} keeps no step; the store holds {describe_steps(self.steps)}"
+            )
+        return Gram(
+            self.steps[:count],
+            self.names,
+            self.num_parameters,
+            self.matrices[:, :count, :count],
+            self.changed[:, :count],
+            self.moved[:, :count],
+            self.unit_moves[:, :count],
+            self.uncertainty[:, :count],
+        )
+
+    def scoped(self, scope: str) -> Gram:
+        """Sums over the groups of ``scope`` (``tensor``, ``layer``, ``module`` or ``global``), in order of appearance."""
+        if scope == "tensor":
+            return self
+        group_of = self.groups(scope)
+        names = tuple(dict.fromkeys(group_of))
+        index = np.array([names.index(g) for g in group_of], dtype=np.int64)
+
+        def add(values: np.ndarray) -> np.ndarray:
+            total = np.zeros((len(names), *values.shape[1:]), values.dtype)
+            np.add.at(total, index, values)
+            return total
+
+        unit = add(self.unit_moves)
+        unit[np.isin(np.arange(len(names)), index[(self.unit_moves < 0).any(axis=1)])] = -1
+        return Gram(
+            self.steps,
+            names,
+            add(self.num_parameters),
+            add(self.matrices),
+            add(self.changed),
+            add(self.moved),
+            unit,
+            add(self.uncertainty),
+        )
+
+    def groups(self, scope: str) -> list[str]:
+        """For each of the N names, the group of ``scope`` that it falls into."""
+        return [scope_of(name, scope) for name in self.names]
+
+
+def rounding_error(matrices: np.ndarray) -> np.ndarray:
+    """``Gram.uncertainty`` of exact ``matrices [N, T, T]``."""
+    return ROUNDING_ERROR * np.einsum("nii->ni", matrices).cumsum(axis=1)

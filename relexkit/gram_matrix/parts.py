@@ -1,0 +1,76 @@
+"""What exact and randomized passes have in common: over the parts of a store, shared among processes, added up by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from relexkit.errors import StoreError
+from relexkit.gram_matrix.compute.device import Engine
+from relexkit.gram_matrix.compute.distributed import Team
+from relexkit.gram_matrix.onepass import Pass, Sums, Tick
+from relexkit.store import TrajectoryStore
+
+
+def moving_parts(store: TrajectoryStore) -> list[int]:
+    """Parts that have deltas.
+
+    Raises:
+        StoreError: no step is recorded.
+    """
+    if not len(store.steps):
+        raise StoreError(f"{store.path}: holds no steps; import or record some first")
+    return [
+        p for p, part in enumerate(store.layout.parts) if part.encoding != "fixed" and part.numel
+    ]
+
+
+def run_shared(
+    store: TrajectoryStore,
+    part: int,
+    kernel: Any,
+    num_rows: int,
+    old: int,
+    budget: int,
+    engine: Engine,
+    team: Team,
+    tick: Tick,
+) -> Sums:
+    """One pass over a part, its columns divided among the processes; every process gets the sums."""
+    spans = team.spans(store.layout.parts[part].numel, part)
+    work = Pass(
+        store=store,
+        part=part,
+        kernel=kernel,
+        num_rows=num_rows,
+        old=old,
+        spans=spans,
+        budget=budget,
+        engine=engine,
+        tick=tick,
+    )
+    with team.together():
+        sums = work.run()
+    return Sums([team.sum(product) for product in sums.products], team.sum(sums.counts))
+
+
+def assemble(
+    store: TrajectoryStore, arrays: dict[int, list[np.ndarray]], counts: dict[int, np.ndarray]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Arrays ``[S, ...]`` and counts ``[S, 3, T]`` of parts -> summed over parts, ``[N, ...]`` and ``[3, N, T]``."""
+    tensors = store.layout.moving_tensors
+    row_of = {tensor.name: row for row, tensor in enumerate(tensors)}
+    some, num_steps = next(iter(arrays.values())), next(iter(counts.values())).shape[2]
+    totals = [np.zeros((len(tensors), *array.shape[1:])) for array in some]
+    total_counts = np.zeros((3, len(tensors), num_steps), np.int64)
+    for part, found in arrays.items():
+        rows = [row_of[s.tensor.name] for s in store.layout.segments_in(part)]
+        for total, array in zip(totals, found, strict=True):
+            total[rows] += array  # a tensor has at most one segment in a part
+        total_counts[:, rows] += counts[part].transpose(1, 0, 2)
+    dense = [
+        row for row, t in enumerate(tensors) if store.layout.parts[t.part].encoding != "sparse"
+    ]
+    total_counts[2, dense] = -1
+    return totals, total_counts

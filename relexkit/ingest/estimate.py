@@ -1,0 +1,218 @@
+"""What an import would write and how long it would take, from a miniature of it: the same code on a slice of every tensor."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints.formats.hub import is_hub
+from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base
+from relexkit.errors import CheckpointError
+from relexkit.ingest.importer import append_all, create_for, seen_alike, select_steps
+from relexkit.store import StoreWriter, TrajectoryStore
+from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype
+from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
+
+_SLICE = 2**16  # elements of each tensor in the miniature
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an import would do. Sizes in bytes.
+
+    Attributes:
+        steps: the steps that would be recorded.
+        dtypes, encodings: of the recorded tensors.
+        step_bytes, base_bytes: of the store; ``checkpoint_bytes`` of the weights that it stands for.
+        seconds: of the import, at the speed of the miniature; None for adapters, which are small.
+        sampled: share of the elements that the miniature held.
+        notes, left_out: see ``ImportResult``.
+    """
+
+    steps: list[int]
+    num_tensors: int
+    num_parameters: int
+    dtypes: list[str]
+    encodings: list[str]
+    step_bytes: int
+    base_bytes: int
+    checkpoint_bytes: int
+    seconds: float | None
+    sampled: float
+    notes: list[str]
+    left_out: dict[str, str]
+
+
+def estimate_import(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    steps: str | None = None,
+    encoding: Literal["auto", "exact", "float"] = "auto",
+    mantissa_bits: int | None = None,
+    source_format: str | None = None,
+    step_map: str | None = None,
+) -> Estimate:
+    """Estimate an import with the same arguments. Reads ``2**16`` elements of every tensor in up to four steps; writes nothing.
+
+    The size of a step is that of the second and the last one, as differences from their neighbours: sparse logs of a run whose
+    changes grow or shrink in between lie elsewhere.
+
+    Raises:
+        CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can be read without a download.
+    """
+    if is_hub(source) or (base is not None and is_hub(base)):
+        raise CheckpointError(
+            f"{source}: --dry-run reads from a sample of the weights; expected folders, not a hub repository"
+        )
+    run = open_run(Path(source), source_format=source_format, step_map=step_map)
+    wanted = [s for s in select_steps(run.steps, steps) if s > 0]
+    if not wanted:
+        raise CheckpointError(
+            f"{source}: holds no step after the base; expected at least one step from 1 upwards"
+        )
+    base = named_base(run, wanted[0]) if base is None else base
+    if base is None and 0 not in run.steps:
+        raise CheckpointError(
+            f"{source}: has no step 0, so the base is unknown; give the base model with --base DIR"
+        )
+    with closing(run.checkpoint(0) if base is None else open_checkpoint(Path(base))) as original:
+        view, over = seen_alike(run, original, wanted[0])
+        with closing(view.checkpoint(wanted[0])) as first:
+            if isinstance(first, AdaptedCheckpoint):
+                return _of_adapters(first, run, wanted)
+            return _of_miniature(view, over, first, run, wanted, encoding, mantissa_bits)
+
+
+def _of_adapters(first: AdaptedCheckpoint, run: Run, wanted: list[int]) -> Estimate:
+    """Factors are stored as they are, whole tensors about so."""
+    factors = sum(spec.numel * bits_dtype(spec.dtype).itemsize for spec in first.factors.values())
+    touched = [n for n in first.tensors if n not in first.still and n not in first.factors]
+    whole = [first.tensors[n] for n in touched if first.tensors[n].dtype in FLOAT_DTYPES]
+    adapter_bytes = factors + sum(info.num_bytes for info in whole)
+    infos, dtypes = first.tensors.values(), sorted({spec.dtype for spec in first.factors.values()})
+    return Estimate(
+        wanted,
+        len(infos),
+        sum(i.numel for i in infos),
+        dtypes,
+        ["factors"],
+        adapter_bytes * len(wanted),
+        sum(i.num_bytes for i in infos),
+        adapter_bytes * len(wanted),
+        None,
+        1.0,
+        run.notes,
+        run.left_out,
+    )
+
+
+def _of_miniature(
+    view: Run,
+    base: Checkpoint,
+    first: Checkpoint,
+    run: Run,
+    wanted: list[int],
+    encoding: str,
+    mantissa_bits: int | None,
+) -> Estimate:
+    # neighbours at the beginning and at the end, so that two of the differences are those of single steps
+    sample = sorted({*wanted[:2], *wanted[-2:]})
+    single = [
+        row
+        for row, step in enumerate(sample)
+        if step in (wanted[min(1, len(wanted) - 1)], wanted[-1])
+    ]
+    whole, held = (sum(i.num_bytes for i in c.tensors.values()) for c in (first, _Slice(first)))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "miniature.zarr"
+        small, small_base = _SlicedRun(view), _Slice(base)
+        create_for(out, small, sample, small_base, "the base", encoding, mantissa_bits, None)
+        times: list[float] = []
+        with StoreWriter(out) as writer:
+            began = time.perf_counter()
+            append_all(
+                small,
+                sample,
+                writer,
+                small_base,
+                2**28,
+                lambda *_: times.append(time.perf_counter()),
+            )
+            ended = time.perf_counter()
+        store = TrajectoryStore(out)
+        step_bytes = np.mean([_row_bytes(out, row) for row in single]) * whole / held
+        base_bytes = store.num_bytes()["base"] * whole / held
+    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    return Estimate(
+        wanted,
+        len(first.tensors),
+        sum(i.numel for i in first.tensors.values()),
+        sorted({p.dtype for p in moving}),
+        sorted({p.encoding for p in moving}),
+        int(step_bytes * len(wanted)),
+        int(base_bytes),
+        whole * len(wanted),
+        (ended - began) / len(sample) * len(wanted) * whole / held,
+        held / whole,
+        run.notes,
+        run.left_out,
+    )
+
+
+def _row_bytes(store: Path, row: int) -> int:
+    """Bytes of one step in a local store."""
+    found = [
+        p for top in ("updates", "deltas") for p in (store / top).rglob(f"c/{row}/*") if p.is_file()
+    ]
+    return sum(os.path.getsize(p) for p in found)
+
+
+class _Slice:
+    """The middle of every tensor of a checkpoint, flat."""
+
+    def __init__(self, inner: Checkpoint):
+        self._inner = inner
+        self.description, self.files, self.metrics, self.close = (
+            inner.description,
+            inner.files,
+            inner.metrics,
+            inner.close,
+        )
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo((min(info.numel, _SLICE),), info.dtype)
+            for name, info in inner.tensors.items()
+        }
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See ``relexkit.checkpoints.Checkpoint``."""
+        skipped = (self._inner.tensors[name].numel - self.tensors[name].numel) // 2
+        info = self._inner.tensors[name]
+        item = (
+            1 if info.dtype in FLOAT_DTYPES else ITEM_BYTES[info.dtype]
+        )  # those are read by bytes
+        self._inner.read_into(name, start + skipped * item, out)
+
+
+class _SlicedRun:
+    def __init__(self, inner: Run):
+        self._inner = inner
+        self.description, self.steps, self.notes, self.left_out = (
+            inner.description,
+            inner.steps,
+            inner.notes,
+            inner.left_out,
+        )
+
+    def checkpoint(self, step: int) -> _Slice:
+        """Open one step."""
+        return _Slice(self._inner.checkpoint(step))

@@ -1,0 +1,1 @@
+"""The methods of extrapolation: Gram matrix, steps and target to weights over the deltas."""

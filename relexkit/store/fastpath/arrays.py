@@ -1,0 +1,161 @@
+"""The arrays of a store's group, opened once: past Zarr's pipeline where they allow it, through Zarr where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import zarr
+from zarr.core.sync import sync
+
+from relexkit.errors import StoreError
+from relexkit.store.fastpath.chunk_files import ChunkFiles, chunk_files
+from relexkit.store.fastpath.shards import ShardReader, shard_reader
+from relexkit.store.format import WRITE_ALL
+
+_T = TypeVar("_T")
+
+
+class ReadableArrays:
+    """Arrays to read. What is missing or damaged is an error that says where, never a fill value."""
+
+    def __init__(self, group: zarr.Group, path: str):
+        self._group, self._path = group, path
+        self._arrays: dict[str, zarr.Array] = {}
+        self._readers: dict[str, ShardReader | None] = {}
+
+    def forget(self) -> None:
+        """Open every array anew: a writer may have replaced what describes them."""
+        self._arrays.clear()
+        self._readers.clear()
+
+    def array(self, name: str) -> zarr.Array:
+        """The array itself.
+
+        Raises:
+            StoreError: it is a group. (What Zarr raises of an absent or damaged one goes through.)
+        """
+        if name not in self._arrays:
+            found = self._group[name]
+            if not isinstance(found, zarr.Array):
+                raise StoreError(f"{self._path}: {name} is not an array")
+            self._arrays[name] = found
+        return self._arrays[name]
+
+    def read(
+        self, name: str, row: int | None, begin: int, end: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors come as they are."""
+        if name not in self._readers:
+            self._readers[name] = shard_reader(self.array(name))
+        reader = self._readers[name]
+        if reader is not None:
+            return reader.read(row, begin, end, out)
+        array = self.array(
+            name
+        )  # other codecs: Zarr fills in for missing chunks, so look for the shard first
+        shard = array.shards[-1] if array.shards else array.chunks[-1]
+        for number in range(begin // shard, -(-end // shard)):
+            key = (
+                self._group.store_path
+                / name
+                / "c"
+                / (f"{number}" if row is None else f"{row}/{number}")
+            )
+            if not sync(key.exists()):
+                raise FileNotFoundError("a chunk is missing")
+        values = np.asarray(array[begin:end] if row is None else array[row, begin:end])
+        if out is None:
+            return values
+        out[:] = values
+        return out
+
+    def read_rows(self, where: str, name: str, rows: int | None) -> np.ndarray:
+        """The first ``rows`` (None: all) of a small array, which ``where`` names in an error.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+
+        def read() -> np.ndarray:
+            array = self.array(name)
+            if array.ndim == 1:  # rows of the others are known to be missing by their content
+                for chunk in range(
+                    -(-(array.shape[0] if rows is None else rows) // array.chunks[0])
+                ):
+                    if not sync((self._group.store_path / name / "c" / str(chunk)).exists()):
+                        raise ValueError("a chunk is missing")
+            return np.asarray(array[:rows])
+
+        return self.guard(where, read)
+
+    def guard(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
+        """What ``read`` gives; its failure is said with the place, which is only then put into words.
+
+        Raises:
+            StoreError: ``read`` failed, however.
+        """
+        try:
+            return read()
+        except StoreError:
+            raise
+        except Exception as error:  # checksum, decompression, JSON and file errors all arrive here
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
+            place = where if isinstance(where, str) else where()
+            raise StoreError(
+                f"{self._path}: {place}: cannot be read ({reason}); restore the store from a copy"
+            ) from error
+
+
+class WritableArrays:
+    """Arrays that a step is written to. Errors are those of the file system and of Zarr."""
+
+    def __init__(self, group: zarr.Group):
+        self._group = group
+        self.forget()
+
+    def forget(self) -> None:
+        """Open every array anew: another process may have changed their shape, or this one their content."""
+        self._arrays: dict[str, zarr.Array] = {}
+        self._columns: dict[str, np.ndarray] = {}
+        self._chunk_files: dict[str, ChunkFiles | None] = {}
+
+    def array(self, name: str) -> zarr.Array:
+        """The array itself, through Zarr."""
+        arrays = self._arrays
+        if name not in arrays:
+            array = self._group[name]
+            assert isinstance(array, zarr.Array)
+            arrays[name] = array.with_config(WRITE_ALL)
+        return arrays[name]
+
+    def direct(self, name: str) -> ChunkFiles | None:
+        """The files of an array that can be written past Zarr, or None."""
+        files = self._chunk_files
+        if name not in files:  # workers come here while another thread may begin a step and forget
+            files = self._chunk_files | {name: chunk_files(self.array(name))}
+            self._chunk_files = files
+        return files[name]
+
+    def set_row(self, name: str, row: int, values: np.ndarray) -> None:
+        """A row of an array ``[T, n]`` whose rows are one chunk each."""
+        found = self.direct(name)
+        if found is None or found.chunk != len(values):
+            self.array(name)[row, :] = values
+        else:
+            found.write((row, 0), values)
+
+    def set_entry(self, name: str, row: int, value: float) -> None:
+        """An entry of an array ``[T]``."""
+        found = self.direct(name)
+        if found is None:
+            self.array(name)[row] = value
+            return
+        if name not in self._columns:
+            self._columns[name] = np.asarray(self.array(name)[:])
+        column, number = self._columns[name], row // found.chunk
+        column[row] = value
+        found.write((number,), column[number * found.chunk : (number + 1) * found.chunk])

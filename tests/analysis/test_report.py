@@ -1,0 +1,207 @@
+"""The report page: what it says of a run, and of stores that have little to say."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import write_run
+from simulated import Run, recorded, simulate
+from test_figures import assert_readable
+
+from analysis import style
+from analysis.claims import measure_claims
+from analysis.report import build_page, write_report
+from analysis.sweep_figures import sweep_figure
+from relexkit.assess.advice import advise
+from relexkit.assess.backtest import CHEAP, backtest
+from relexkit.cli import main
+from relexkit.errors import RelexkitError
+from relexkit.geometry.spectrum import spectrum
+from relexkit.gram_matrix import Gram
+from relexkit.ingest.importer import import_checkpoints
+
+
+class Outline(HTMLParser):
+    """Tags that are opened and closed in order, identifiers, images and links."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"]] if given.get("id") else []
+        self.sources += [value or "" for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def gram() -> Gram:
+    return recorded(simulate(Run(drift=0.3, beta=0.9), 20, 0), np.arange(1, 21))
+
+
+@pytest.fixture(scope="module")
+def page(gram: Gram) -> str:
+    return build_page(
+        "run <1>.zarr", gram, {"reward": np.linspace(0, 1, 20)}, facts=[("base", "a & b")]
+    )
+
+
+def test_page_is_whole_and_needs_no_network(page: str) -> None:
+    outline = Outline(page)
+    assert outline.open == []
+    assert all(source.startswith("data:") for source in outline.sources)
+    assert "http" not in re.sub(r'data:image/svg\+xml;base64,[^"]+', "", page)
+    assert "<script" not in page
+    wanted = {
+        "null",
+        "spectrum",
+        "coefficients",
+        "variance",
+        "cosines",
+        "geometry",
+        "map",
+        "skill",
+        "forecast",
+        "metrics",
+    }
+    assert wanted <= set(outline.ids)
+
+
+def test_page_says_what_was_found_and_escapes_it(page: str, gram: Gram) -> None:
+    assert advise(gram).headline in page
+    assert "run &lt;1&gt;.zarr" in page
+    assert "a &amp; b" in page
+    assert "<1>" not in page
+    assert "relexkit backtest run &lt;1&gt;.zarr --plot figures" in page
+
+
+def claims_of(run: Run, num_steps: int = 40) -> dict[str, tuple[str, str]]:
+    gram = recorded(simulate(run, num_steps, 1), np.arange(1, num_steps + 1))
+    whole = spectrum(gram, scope="global")
+    found = measure_claims(gram, whole, backtest(gram, (*CHEAP, "model")), advise(gram), {})
+    return {claim.claimed: (claim.verdict, claim.measured) for claim in found}
+
+
+def test_claims_on_a_walk_are_without_evidence() -> None:
+    claims = claims_of(Run(beta=0.9))
+    assert claims["The whole trajectory is a line, all else is noise"][0] == "no evidence"
+    assert claims["50 steps and a line reach 20 times further at equal quality"] == (
+        "fails",
+        "RELEX never beat standing still",
+    )
+    first = claims["The first direction holds 92 % of the variance"]
+    assert first[0] in ("no evidence", "fails")
+    assert len(claims) == 7
+
+
+def test_claims_on_a_line_hold() -> None:
+    claims = claims_of(Run(drift=1.0))
+    assert claims["The whole trajectory is a line, all else is noise"][0] == "holds"
+    assert claims["The first direction holds 92 % of the variance"][0] == "holds"
+    # forty steps cannot check twenty times further
+    assert (
+        claims["50 steps and a line reach 20 times further at equal quality"][0] == "not measured"
+    )
+    assert claims["More directions or curved fits do not help"][0] == "holds"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_few_steps_give_a_shorter_page(gram: Gram, count: int) -> None:
+    page = build_page("run", gram.until(count), {}, facts=[])
+    assert Outline(page).open == []
+    assert "Keep training." in page
+    assert "<img" in page
+
+
+def test_nothing_moved_says_so() -> None:
+    page = build_page("run", recorded(np.zeros((5, 30)), np.arange(1, 6)), {}, facts=[])
+    assert "Nothing moved: all 3 tensors equal the base" in page
+
+
+def test_command_writes_the_page_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(
+        tmp_path,
+        motion="drift",
+        density=1.0,
+        shapes={"w": (40, 8)},
+        steps=tuple(range(1, 9)),
+        extras=False,
+    )
+    store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
+    assert (
+        main(["report", store, "-o", str(tmp_path / "new" / "report.html"), "--compare", store])
+        == 0
+    )
+    assert capsys.readouterr().out == ""
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert Outline(page).open == []
+    assert "none were logged" in page
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+def test_a_missing_store_is_a_stated_error(tmp_path: Path) -> None:
+    with pytest.raises(RelexkitError, match="no such store"):
+        write_report(tmp_path / "absent.zarr", tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+SWEEP = {
+    "task": "sorting",
+    "last_step": 20,
+    "num_problems": 64,
+    "recommendation": "Keep step 20: nothing beats it.",
+    "baseline": {"accuracy": 0.7, "interval": [0.58, 0.8]},
+    "candidates": [
+        {
+            "name": f"{method} at {target}",
+            "method": method,
+            "num_problems": n,
+            "accuracy": a,
+            "interval": [a - 0.1, a + 0.1],
+        }
+        for method, target, n, a in (
+            ("model", 30, 64, 0.66),
+            ("relex", 30, 8, 0.5),
+            ("two-point", 40, 16, 0.6),
+        )
+    ],
+}
+
+
+def test_results_of_a_sweep_come_first(gram: Gram) -> None:
+    page = build_page("run", gram, {}, facts=[], sweep=SWEEP)
+    assert Outline(page).ids[0] == "sweep"
+    assert "Keep step 20: nothing beats it." in page
+
+
+def test_sweep_figure_is_readable() -> None:
+    with style.styled():
+        figure = sweep_figure(SWEEP)
+    assert_readable(figure)
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "model at 30  (64)"
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"candidates": []}'])
+def test_what_is_no_sweep_says_what_to_do(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path, density=1.0, shapes={"w": (40, 8)}, steps=(1, 2), extras=False)
+    store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(
+        RelexkitError,
+        match="is not what relexkit sweep --json prints; run the sweep with --json again",
+    ):
+        write_report(store, tmp_path / "report.html", sweep=tmp_path / "sweep.json")
+    assert not (tmp_path / "report.html").exists()

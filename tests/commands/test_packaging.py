@@ -1,0 +1,356 @@
+"""The promises of the package as a whole: directions of imports, light start, exit statuses, no private places in files."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from relexkit.cli import main
+from relexkit.version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("relexkit", "trainer", "analysis")
+ALLOWED = {"relexkit": set(), "trainer": {"relexkit"}, "analysis": {"relexkit"}}
+HEAVY = ("transformers", "matplotlib", "torch", "pandas", "scipy")
+COMMANDS = (
+    "import",
+    "info",
+    "verify",
+    "spectrum",
+    "extrapolate",
+    "checkout",
+    "round",
+    "backtest",
+    "advise",
+    "linearity",
+    "report",
+    "probe",
+    "sweep",
+    "watch",
+    "train",
+    "g2d",
+    "tokens",
+    "evaluate",
+    "demo",
+    "gram",
+)
+
+
+def our_files() -> list[Path]:
+    """Every file that is ours: what git tracks or would, or, outside a clone, the sources."""
+    if shutil.which("git") and (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(
+            command, cwd=ROOT, capture_output=True, check=True, text=True
+        ).stdout.split("\0")
+        return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    tops = [
+        ROOT / name
+        for name in ("Makefile", "README.md", "CHANGELOG.md", "pyproject.toml", "constraints.txt")
+    ]
+    below = [
+        path for name in (*PACKAGES, "tests", "docs", ".ci") for path in (ROOT / name).rglob("*")
+    ]
+    caches = re.compile(r"__pycache__|\.\w+_cache")
+    return [
+        path
+        for path in (*tops, *below)
+        if path.is_file() and not any(caches.fullmatch(part) for part in path.parts)
+    ]
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names of everything a module imports anywhere, also inside functions and by ``import_module("name")``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports would escape this check"
+            found.add(node.module or "")
+    return {name.split(".")[0] for name in found}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_have_one_direction(package):
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    for path in modules:
+        reached = imported_packages(path.read_text()) & (set(PACKAGES) - {package})
+        assert reached <= ALLOWED[package], (
+            f"{path.relative_to(ROOT)} imports {reached - ALLOWED[package]}"
+        )
+
+
+def test_the_walk_over_imports_sees_what_it_must():
+    source = "import analysis.figures\ndef f():\n    from trainer.commands.demo import run\n    import relexkit as r\n"
+    assert imported_packages(source) == {"analysis", "trainer", "relexkit"}
+
+
+LAYERS = (
+    "layout",
+    "encoding",
+    "store",
+    "checkpoints",
+    "importer",
+    "gram",
+    "spectrum",
+    "extrapolators",
+    "materialize",
+    "cli",
+)
+INSIDE = {
+    "store": (
+        "lock",
+        "passes",
+        "format",
+        "opening",
+        "shards",
+        "chunk_files",
+        "arrays",
+        "base",
+        "create",
+        "reader",
+        "writer",
+    ),
+    "gram": (
+        "matrices",
+        "jumps",
+        "device",
+        "distributed",
+        "onepass",
+        "factors",
+        "kept",
+        "parts",
+        "exact",
+        "subspace",
+        "randomized",
+        "pca",
+        "segment",
+    ),
+    "trajectory_model": ("response", "likelihood", "posterior", "fit"),
+    "materialize": (
+        "sums",
+        "folders",
+        "card",
+        "planning",
+        "predicted",
+        "recorded",
+        "rounded",
+        "in_place",
+        "adapters",
+        "directions",
+    ),
+}
+"""Modules of the layers that are packages; each uses those before it."""
+
+
+def imported_while_loading(path: Path) -> set[str]:
+    """Modules that a module imports at its top."""
+    body = ast.parse(path.read_text()).body
+    return {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_relexkit_load_in_the_order_of_the_design(layer):
+    """A layer that reached down would import a later one while it loads."""
+    later = {f"relexkit.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :]}
+    place = ROOT / "relexkit" / layer
+    modules = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert modules
+    for path in modules:
+        reached = {".".join(name.split(".")[:2]) for name in imported_while_loading(path)}
+        assert not reached & later, f"{path.relative_to(ROOT)} imports {reached & later}"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_modules_of_a_layer_use_those_before_them(package):
+    order = (*INSIDE[package], "__init__")
+    assert {path.stem for path in (ROOT / "relexkit" / package).glob("*.py")} == set(order)
+    for index, name in enumerate(order):
+        later = {f"relexkit.{package}.{other}" for other in order[index:]} | {f"relexkit.{package}"}
+        reached = imported_while_loading(ROOT / "relexkit" / package / f"{name}.py")
+        assert not reached & later, f"relexkit.{package}.{name} imports {reached & later}"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import relexkit",
+        "import relexkit.cli; relexkit.cli._parser()",
+        "from relexkit.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code == 0",
+        "from relexkit.cli import main\ntry: main(['demo', '--help'])\nexcept SystemExit as e: assert e.code == 0",
+    ],
+)
+def test_starting_loads_no_heavy_package(start):
+    result = python(
+        f"{start}\nimport sys\nprint('LOADED', [n for n in {HEAVY} if n in sys.modules])"
+    )
+    assert result.returncode == 0, result.stderr
+    heavy = re.search(r"LOADED (\[.*\])", result.stdout)
+    assert heavy is not None
+    assert ast.literal_eval(heavy[1]) == []
+
+
+def test_every_public_name_exists_and_is_listed_once():
+    import relexkit
+
+    assert len(set(relexkit.__all__)) == len(relexkit.__all__)
+    for name in relexkit.__all__:
+        assert getattr(relexkit, name) is not None
+
+
+def test_console_command_is_installed_and_says_its_version():
+    command = Path(sys.executable).with_name("relexkit")
+    for given in ([str(command)], [sys.executable, "-m", "relexkit"]):
+        result = subprocess.run([*given, "--version"], capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stdout.strip(), result.stderr) == (
+            0,
+            f"relexkit {__version__}",
+            "",
+        )
+
+
+def test_console_command_exits_2_on_wrong_usage_and_1_on_a_stated_error(tmp_path):
+    for given, status in (
+        (["no-such-command"], 2),
+        ([], 2),
+        (["info", str(tmp_path / "absent.zarr")], 1),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "relexkit", *given], capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == status, (given, result.stderr)
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+        if status == 1:
+            assert re.fullmatch(r"relexkit: .*absent\.zarr.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["import", "source"],
+        ["import", "source", "-o", "x.zarr", "--encoding", "none"],
+        ["spectrum", "x.zarr", "--scope", "head"],
+        ["extrapolate", "x.zarr", "-o", "out"],
+        ["checkout", "x.zarr", "--step", "one", "-o", "out"],
+        ["round", "source"],
+        ["demo", "--no-such-option"],
+        ["demo", "--steps", "many"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "usage: relexkit" in said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: relexkit {command}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.findall(r"^    (\w+)(?: |$)", capsys.readouterr().out, re.MULTILINE) == list(COMMANDS)
+
+
+def test_no_file_of_ours_names_a_private_place():
+    """A path of the machine where a file was written works nowhere else, and says what is nobody's business."""
+    names = ("work", "root", "home", "Users", "opt", "tmp", "mnt")
+    places = re.compile(
+        rb"(?<![\w.:/~\-])/(" + "|".join(names).encode() + rb")/[\w.]|[\w-]+\.internal\b"
+    )
+    files = our_files()
+    assert len(files) > 20
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0].decode()}"
+        for path in files
+        if path != Path(__file__)
+        and path.suffix not in (".png", ".npz", ".npy", ".safetensors", ".zst")
+        for match in places.finditer(path.read_bytes())
+    ]
+    assert found == []
+
+
+def test_every_requirement_is_pinned():
+    """``make`` installs under constraints.txt; a requirement that is missing there would float."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    )
+    extras = {
+        name: found for name, found in project["optional-dependencies"].items() if name != "interop"
+    }  # pinned itself
+    wanted = [*project["dependencies"], *(r for extra in extras.values() for r in extra)]
+    missing = [r for r in wanted if re.split(r"[<>=!~ \[]", r)[0] not in {*pins, project["name"]}]
+    assert missing == []
+    assert pins["torch"] == "2.13.0"
+
+
+def test_every_pin_is_installed():
+    """The environment that runs these tests is the pinned one: the same versions, whatever build of torch."""
+    from importlib.metadata import version
+
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    found = {name: version(name).split("+")[0] for name, _ in pins}
+    assert found == dict(pins), "make installs them"
+
+
+def test_licence_is_the_whole_apache_text():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert len(text) == 11358
+
+
+def test_make_targets_run_what_they_say():
+    """A dry run of every target: its last command is the one that the README promises."""
+    pytest_command = "OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile"
+    ends = {
+        "demo": ".venv/bin/relexkit demo -o x",
+        "test": f"{pytest_command} -o x",
+        "test-all": f"{pytest_command} -m 'slow or not slow' -o x",
+        "check": pytest_command,
+        "bench": ".venv/bin/python tests/benchmarks/run.py -o x",
+    }
+    make = shutil.which("make")
+    assert make is not None
+    for target, end in ends.items():
+        command = [make, "--dry-run", "--no-print-directory", target, "ARGS=-o x"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip().splitlines()[-1] == end
+
+
+def test_ci_calls_make_check():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "set -euo pipefail"
+    assert lines[-1] == "make check"

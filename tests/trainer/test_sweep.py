@@ -1,0 +1,196 @@
+"""The sweep on a tiny trained run: what it says of a candidate is what its written checkpoint scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_tiny_model
+
+from relexkit import Options, RelexkitError, TrajectoryStore, extrapolate
+from relexkit.cli import main
+from trainer.config import GRPOConfig
+from trainer.evaluation.evaluate import evaluate
+from trainer.experiments.sweep import Candidate, document, grid, recommendation, sweep
+from trainer.loop.train import train
+from trainer.policy.setup import load_model
+from trainer.tasks import load_task
+
+TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make_for_sweep"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
+    folder = tmp_path_factory.mktemp("run")
+    config = GRPOConfig(
+        model=str(save_tiny_model(folder / "base")),
+        output=str(folder / "out"),
+        task={"name": TASK},
+        max_steps=6,
+        generation_batch_size=16,
+        num_generations=4,
+        max_completion_length=4,
+        learning_rate=1e-2,
+        device="cpu",
+    )
+    train(config)
+    return TrajectoryStore(folder / "out" / "run.zarr")
+
+
+def test_grid_multiplies_relex_only_by_its_options() -> None:
+    found = grid(
+        [10, 20], methods=["two-point", "relex"], scales=[1.0, 0.5], ranks=[1, 2], windows=[None, 5]
+    )
+    assert len(found) == 2 * 2 * (1 + 4)
+    assert len({c.name for c in found}) == len(found)
+    assert (
+        Candidate(method="relex", target=20.0, scale=0.5, options=Options(rank=2, window=5))
+        in found
+    )
+    assert "relex at 20 (rank 2, window 5, scale 0.5)" in {c.name for c in found}
+
+
+def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_path: Path) -> None:
+    task = load_task(TASK)
+    candidates = grid([8, 12], methods=["two-point", "hold"], scales=[1.0, 0.5])
+    result = sweep(
+        store,
+        task,
+        candidates,
+        max_completion_length=4,
+        num_problems=16,
+        until=4,
+        halving=False,
+        device="cpu",
+    )
+    for candidate, standing in zip(candidates, result.standings, strict=True):
+        [written] = extrapolate(
+            store,
+            [candidate.target],
+            tmp_path / candidate.name,
+            until=4,
+            method=candidate.method,
+            scale=candidate.scale,
+        )
+        model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
+        expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
+        np.testing.assert_array_equal(standing.values, expected.values(), err_msg=candidate.name)
+    held = next(
+        s
+        for c, s in zip(candidates, result.standings, strict=True)
+        if c.method == "hold" and c.scale == 1
+    )
+    np.testing.assert_array_equal(held.values, result.baseline.values)
+    assert held.against.difference == 0
+    assert result.num_answers == result.full_answers == 16 * 7
+
+
+def test_rounded_weights_score_as_a_written_checkpoint(
+    store: TrajectoryStore, tmp_path: Path
+) -> None:
+    task = load_task(TASK)
+    candidates = grid([8], methods=["two-point"])
+    result = sweep(
+        store,
+        task,
+        candidates,
+        max_completion_length=4,
+        num_problems=16,
+        device="cpu",
+        dtype="bfloat16",
+        rounding="nearest",
+    )
+    [written] = extrapolate(
+        store, [8.0], tmp_path, method="two-point", dtype="bfloat16", rounding="nearest"
+    )
+    model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
+    expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
+    np.testing.assert_array_equal(result.standings[0].values, expected.values())
+
+
+def test_document_and_recommendation(store: TrajectoryStore) -> None:
+    candidates = grid([8], methods=["two-point", "relex"])
+    result = sweep(
+        store,
+        load_task(TASK),
+        candidates,
+        max_completion_length=4,
+        num_problems=16,
+        device="cpu",
+        samples=2,
+    )
+    found = json.loads(json.dumps(document(candidates, result, task="t", last_step=6)))
+    assert found["winner"] in {c.name for c in candidates}
+    assert found["recommendation"] == recommendation(candidates, result, 6)
+    assert ("Use" in found["recommendation"]) == (found["fresh"]["interval"][0] > 0)
+    assert found["answers"] <= found["answers_of_full_grid"]
+
+
+def test_command_writes_only_what_wins(
+    store: TrajectoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "sweep",
+        store.path,
+        "--task",
+        TASK,
+        "--to",
+        "8",
+        "12",
+        "--method",
+        "two-point",
+        "--num-problems",
+        "16",
+        "--max-completion-length",
+        "4",
+        "--write",
+        str(tmp_path / "out"),
+    ]
+    assert main([*given, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (tmp_path / "out").exists() == (found["fresh"]["verdict"] == "above")
+    assert ("nothing was written" in said.err) == (found["fresh"]["verdict"] != "above")
+    assert main(given) == 0
+    assert found["recommendation"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--task", "sums"], "task 'sums' is unknown; expected arithmetic"),
+        (
+            ["--task", TASK, "--num-problems", "3"],
+            "3 validation problems tell nothing apart; expected at least 16",
+        ),
+        (
+            ["--task", TASK, "--until", "1", "--method", "model"],
+            "1 recorded step cannot tell a drift from a walk",
+        ),
+    ],
+)
+def test_bad_input_says_what_to_do(
+    store: TrajectoryStore, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", store.path, "--to", "8", "--max-completion-length", "4", *extra]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_no_candidate_is_a_stated_error(store: TrajectoryStore) -> None:
+    with pytest.raises(RelexkitError, match="there is no candidate"):
+        sweep(store, load_task(TASK), [], max_completion_length=4, device="cpu")
+
+
+def test_what_ignores_the_target_is_one_candidate() -> None:
+    candidates = grid([8, 12], methods=["hold", "average", "drift"], windows=[None, 3], last_step=6)
+    assert [(c.method, c.target, c.options.window) for c in candidates] == [
+        ("hold", 6, None),
+        ("average", 6, None),
+        ("average", 6, 3),
+        ("drift", 8, None),
+        ("drift", 12, None),
+    ]
+    assert {c.target for c in grid([8, 12], methods=["average"])} == {8}

@@ -1,0 +1,82 @@
+"""The ``relexkit train`` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+
+from relexkit import RelexkitError
+from relexkit.commands.console import print_json, print_pairs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``relexkit train``: a file, then options by the names of ``trainer.config.GRPOConfig``."""
+    from trainer.config import GRPOConfig
+
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="options by name; those given here win"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_options(parser, GRPOConfig)
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """An option for every field of a configuration, as YAML text, and what they mean below the help."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
+    parser.epilog = (
+        "what the options mean:" + (kind.__doc__ or "").partition("Attributes:")[2].rstrip()
+    )
+    for field in dataclasses.fields(kind):
+        default = "required" if field.default is dataclasses.MISSING else field.default
+        parser.add_argument(
+            f"--{field.name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"({default})"
+        )
+
+
+def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, str]:
+    """Those of ``add_options`` that were given."""
+    return {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(kind)
+        if field.name in arguments
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, or go on with a training that was interrupted."""
+    from trainer.config import GRPOConfig, load_config
+
+    given = given_options(arguments, GRPOConfig)
+    if arguments.config is None and not given:
+        raise RelexkitError(
+            "no configuration was given; expected a YAML file, or --model, --task and --output at least"
+        )
+    config = load_config(arguments.config, given)
+    from trainer.loop.run_log import read_log
+    from trainer.loop.train import train
+
+    folder = train(config)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+        return
+    entries = read_log(folder)
+    last = {key: value for key, value in entries[-1].items() if value is not None}
+    if arguments.json:
+        print_json({"output": str(folder), "steps": config.max_steps, "metrics": last})
+        return
+    accuracy = (
+        f"{last['eval/accuracy']:.3f} greedy on validation problems"
+        if "eval/accuracy" in last
+        else "not evaluated"
+    )
+    following = (
+        f"spectrum {folder / 'run.zarr'}" if config.record_every else f"evaluate {folder / 'final'}"
+    )
+    rows = [
+        ("steps", f"{config.max_steps}"),
+        ("reward", f"{entries[0]['reward']:.3f} at step 1, {last['reward']:.3f} at the end"),
+        ("accuracy", accuracy),
+        ("next", f"relexkit {following}"),
+    ]
+    print_pairs(str(folder), rows)

@@ -1,0 +1,1 @@
+"""Credit: advantages, losses, token weights and their measurements."""

@@ -1,0 +1,1 @@
+"""Accuracy on a task, with intervals."""

@@ -1,0 +1,1 @@
+"""Experiments on a recorded run: G2D, DPO, sweeps, probes."""

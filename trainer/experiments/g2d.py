@@ -1,0 +1,394 @@
+"""G2D (arXiv 2605.21266): a few steps of GRPO, then one pass of DPO on preference pairs from their rollouts.
+
+    relexkit g2d RUN --steps K... -o OUT [--option value ...]
+
+Every ``K`` takes the recorded weights and the logged rollouts of one training run, so a sweep over ``K`` trains nothing online
+again. ``OUT/step-K/`` gets ``final/`` (the model), ``pairs.jsonl`` (TRL's preference format), ``metrics.jsonl`` (of DPO) and
+``summary.json``: the number of pairs and what else governs the result, and accuracies before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relexkit import RelexkitError
+from relexkit.commands.console import console, print_json, say
+from relexkit.materialize import temporary_folder
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from trainer.config import G2DConfig, GRPOConfig
+    from trainer.evaluation.evaluate import Evaluation
+    from trainer.tasks import Task
+
+_LARGEST_DIFFERENCE = 0.1
+"""Mean difference, in nats a token, by which a log-probability may differ that is computed again; recorded weights are
+rounded."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``relexkit g2d``: where from, where to, then options by the names of ``trainer.config.G2DConfig``."""
+    from trainer.commands.train import add_options
+    from trainer.config import G2DConfig
+
+    parser.add_argument(
+        "run_folder",
+        metavar="RUN",
+        help="folder of a training run: config.yaml, run.zarr, rollouts/",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="K",
+        help="recorded steps to start from",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
+    parser.add_argument(
+        "--rollouts", type=Path, metavar="DIR", help="another log of rollouts than RUN/rollouts"
+    )
+    parser.add_argument(
+        "--config", metavar="CONFIG.yaml", help="options by name; those given here win"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_options(parser, G2DConfig)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make pairs, train and evaluate for every ``K``; what an earlier call has finished is kept."""
+    from trainer.commands.train import given_options
+    from trainer.config import G2DConfig, load_config
+
+    config = load_config(arguments.config, given_options(arguments, G2DConfig), G2DConfig)
+    found = g2d(
+        arguments.run_folder, arguments.steps, arguments.out, config, rollouts=arguments.rollouts
+    )
+    if arguments.json:
+        print_json({"steps": found})
+    else:
+        _print_table(found)
+
+
+def g2d(
+    run_folder: str | Path,
+    steps: Sequence[int],
+    out: Path,
+    config: G2DConfig,
+    *,
+    rollouts: Path | None = None,
+) -> list[dict[str, Any]]:
+    """G2D from each of ``steps`` of a training run; the summaries, in their order.
+
+    Memory: three times the model in float32 beside its activations (gradients and moments), loaded once.
+
+    Raises:
+        RelexkitError: no such run or step, rollouts of another tokenizer or run, no pairs, or ``out`` has other settings.
+    """
+    source = _Run(Path(run_folder), config, rollouts)
+    source.check(steps)
+    found = []
+    for step in steps:
+        settings = dataclasses.asdict(config) | {
+            "run": str(run_folder),
+            "rollouts": str(rollouts or ""),
+        }
+        folder = out / f"step-{step}"
+        summary = _finished(folder, settings)
+        if summary is None:
+            say(f"step {step}: pairs, DPO, evaluation")
+            with temporary_folder(folder) as temporary:
+                summary = _train_from(source, step, temporary, config) | {"settings": settings}
+                (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        found.append(summary)
+    return found
+
+
+class _Run:
+    """A training run, its one loaded model, and the rollouts."""
+
+    def __init__(self, folder: Path, config: G2DConfig, rollouts: Path | None):
+        from relexkit import TrajectoryStore
+        from trainer.config import load_config
+        from trainer.loop.rollout_log import read_rollouts
+        from trainer.policy.setup import choose_device
+        from trainer.policy.stored_model import StoredModel
+        from trainer.tasks import load_task
+
+        if not (folder / "config.yaml").is_file():
+            raise RelexkitError(
+                f"{folder}: is not the folder of a training run; expected config.yaml, run.zarr and rollouts/"
+            )
+        self.trained: GRPOConfig = load_config(folder / "config.yaml")
+        self.store = TrajectoryStore(folder / "run.zarr")
+        self.task: Task = load_task(self.trained.task)
+        device = choose_device(config)
+        self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
+        self.stored = StoredModel(self.store, device=device)
+        self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
+        self._where = rollouts or folder / "rollouts"
+        self.config = config
+
+    def put(self, which: str, step: int) -> Any:
+        """The model with the weights of the base, or (``warm``) of the step."""
+        from trainer.policy.stored_model import recorded_weights
+
+        self.stored.put(recorded_weights(self.store, 0 if which == "base" else step))
+        return self.stored.model
+
+    def pad(self) -> int:
+        """The padding token."""
+        from trainer.policy.sampling import pad_token
+
+        return pad_token(self.stored.tokenizer)
+
+    def check(self, steps: Sequence[int]) -> None:
+        """Refuse steps that are not recorded, and rollouts that this run's tokenizer or policy did not make."""
+        from trainer.policy.sampling import encode_prompt
+
+        for step in steps:
+            self.store.row_of(step)
+        known = {0, *self.store.steps.tolist()}
+        firsts = [
+            step for step in self.rollouts.column("step").unique().to_pylist() if step - 1 in known
+        ]
+        if not firsts:
+            raise RelexkitError(
+                f"{self._where}: no rollouts of a recorded policy; expected those of the run {self.store.path}"
+            )
+        rows = (
+            self.rollouts.filter(_equal(self.rollouts, "step", firsts[0])).slice(0, 8).to_pylist()
+        )
+        tokenizer = self.stored.tokenizer
+        for row in rows:
+            text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+            if encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"] or text != row["text"]:
+                raise RelexkitError(
+                    f"{self._where}: was written with another tokenizer than that of {self.store.path}; expected its own log"
+                )
+        self._check_policy(rows, firsts[0])
+
+    def _check_policy(self, rows: list[dict[str, Any]], first: int) -> None:
+        import torch
+
+        from trainer.policy.log_probabilities import sampled_logprobs
+        from trainer.policy.sampling import Completion
+
+        completions = [
+            Completion(row["prompt_ids"], row["completion_ids"], row["text"], row["truncated"])
+            for row in rows
+        ]
+        model = self.put("warm" if first > 1 else "base", first - 1)
+        shared = (
+            self.trained.temperature,
+            self.config.micro_batch_tokens,
+            self.pad(),
+            self.autocast,
+        )
+        again = torch.cat(sampled_logprobs(model, completions, *shared)).cpu()
+        logged = torch.tensor([value for row in rows for value in row["logprobs"]])
+        difference = float((again - logged).abs().mean()) if len(logged) else 0.0
+        if difference > _LARGEST_DIFFERENCE:
+            raise RelexkitError(
+                f"{self._where}: was not sampled by the run of {self.store.path}: its log-probabilities differ by "
+                f"{difference:.2g} nats a token from those of step {first - 1}; expected the rollouts of this run"
+            )
+
+    def until(self, step: int) -> pyarrow.Table:
+        """The rollouts that pairs are made of: of the steps up to ``step``, or fresh ones to their prompts."""
+        import pyarrow.compute as pc
+
+        logged = self.rollouts.filter(pc.less_equal(self.rollouts.column("step"), step))
+        return logged if self.config.pairs == "training" else self._fresh(step, logged)
+
+    def _fresh(self, step: int, logged: pyarrow.Table) -> pyarrow.Table:
+        """As many rollouts of the policy of ``step`` as a group has, to every prompt that was trained on."""
+        from trainer.credit.token_states import TokenStates
+        from trainer.loop.rollout_log import Rollout, as_table
+        from trainer.policy.sampling import Sampling, generate
+        from trainer.tasks import prompt_text, score
+
+        seen = set(logged.column("problem").to_pylist())
+        problems = [problem for problem in self.task.problems("train") if problem.key in seen]
+        rows = [
+            (problem, sample)
+            for problem in problems
+            for sample in range(self.trained.num_generations)
+        ]
+        sampling = Sampling(
+            max_completion_length=self.trained.max_completion_length,
+            temperature=self.trained.temperature,
+            top_k=self.trained.top_k,
+            top_p=self.trained.top_p,
+            seed=self.config.seed,
+        )
+        prompts = [prompt_text(problem, self.stored.tokenizer) for problem, _ in rows]
+        model = self.put("warm", step)
+        states = TokenStates(model, self.trained.temperature, keep_states=False)
+        keys = [("g2d", step, problem.key, sample) for problem, sample in rows]
+        completions = generate(
+            model,
+            self.stored.tokenizer,
+            prompts,
+            keys,
+            sampling,
+            batch_size=self.config.generation_rows,
+            watcher=states,
+        )
+        rewards = [
+            score(self.task, problem, c.text)
+            for (problem, _), c in zip(rows, completions, strict=True)
+        ]
+        return as_table(
+            [
+                Rollout(
+                    step=step,
+                    problem=problem.key,
+                    prompt=prompt,
+                    text=c.text,
+                    prompt_ids=c.prompt_ids,
+                    completion_ids=c.completion_ids,
+                    logprobs=logp.tolist(),
+                    truncated=c.truncated,
+                    reward=reward,
+                    right=reward >= 1,
+                    advantage=0.0,
+                )
+                for (problem, _), prompt, c, logp, reward in zip(
+                    rows, prompts, completions, states.logp, rewards, strict=True
+                )
+            ]
+        )
+
+    def evaluate(self) -> Evaluation:
+        """Greedy accuracy of the model as it is."""
+        from trainer.evaluation.evaluate import evaluate
+
+        return evaluate(
+            self.stored.model,
+            self.stored.tokenizer,
+            self.task,
+            num_problems=self.config.eval_num_problems,
+            max_completion_length=self.trained.max_completion_length,
+            seed=self.trained.seed,
+            batch_size=self.config.generation_rows,
+        )
+
+
+def _train_from(source: _Run, step: int, folder: Path, config: G2DConfig) -> dict[str, Any]:
+    """Everything for one ``K``, written into ``folder``; its summary."""
+    from relexkit.processes import Processes
+    from trainer.experiments.dpo import reference_margins, train_dpo
+    from trainer.experiments.preferences import informativeness, make_pairs, write_pairs
+    from trainer.loop.folder import save_model
+
+    rollouts = source.until(step)
+    pairs = make_pairs(
+        rollouts,
+        max_pairs_per_prompt=config.max_pairs_per_prompt,
+        max_length=config.max_length,
+        difficulty=(config.min_difficulty, config.max_difficulty),
+        seed=config.seed,
+    )
+    write_pairs(folder / "pairs.jsonl", pairs)
+    reference = reference_margins(
+        source.put(config.reference, step), pairs, config, source.pad(), source.autocast
+    )
+    model = source.put(config.start, step)
+    before = source.evaluate()
+    with open(folder / "metrics.jsonl", "w") as file:
+        metrics = train_dpo(
+            model,
+            pairs,
+            reference,
+            config,
+            source.pad(),
+            source.autocast,
+            log=lambda number, entry: print(
+                json.dumps({"step": number, **entry}), file=file, flush=True
+            ),
+        )
+    after = source.evaluate()
+    save_model(folder / "final", model, source.stored.tokenizer, Processes())
+    difference = after.minus(before)
+    return {
+        "step": step,
+        "informativeness": dataclasses.asdict(informativeness(rollouts, pairs)),
+        "dpo_steps": len(metrics),
+        "before": before.summary(),
+        "after": after.summary(),
+        "difference": {"accuracy": difference.difference, "interval": list(difference.interval)},
+    }
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a finished ``K`` with the same settings, or None.
+
+    Raises:
+        RelexkitError: the folder holds something else.
+    """
+    if not folder.exists():
+        return None
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = {}
+    if summary.get("settings") != settings:
+        raise RelexkitError(
+            f"{folder}: exists and was not made with these settings; choose another --out"
+        )
+    return summary
+
+
+def _equal(table: pyarrow.Table, column: str, value: int) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.equal(table.column(column), value)
+
+
+def _print_table(found: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    title = "G2D: accuracy [95 % interval]"
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, header_style="bold"
+    )
+    headings = (
+        "K",
+        "pairs",
+        "mixed prompts",
+        "entropy",
+        "margin",
+        "spread",
+        "before DPO",
+        "after DPO",
+        "difference",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in found:
+        told = summary["informativeness"]
+        low, high = summary["difference"]["interval"]
+        table.add_row(
+            str(summary["step"]),
+            str(told["pairs"]),
+            f"{told['mixed']} of {told['prompts']}",
+            f"{told['entropy']:.3f}",
+            f"{told['margin']:+.3f}",
+            f"{told['accuracy_spread']:.3f}",
+            _accuracy(summary["before"]),
+            _accuracy(summary["after"]),
+            f"{summary['difference']['accuracy']:+.3f} [{low:+.3f}, {high:+.3f}]",
+        )
+    console().print(table)
+
+
+def _accuracy(summary: dict[str, Any]) -> str:
+    low, high = summary["greedy"]["interval"]
+    return f"{summary['greedy']['accuracy']:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,293 @@
+"""``relexkit probe``: are the outputs linear in the step (arXiv 2601.04537), and what do two steps' logits say of a later one?
+
+The log-probability of every token of fixed probe texts is computed at recorded steps, one after the other put in place into
+one loaded model. A token's R^2 on the step says how straight it moves; the lines are continued and compared with what a
+predicted checkpoint really gives. Logit extrapolation continues the logits of two recorded steps while generating, token by
+token, without any predicted weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
+from relexkit.assess.metrics import learning_rates
+from relexkit.commands.console import number, print_json, print_pairs, progress_bar
+from relexkit.geometry.spectrum import r_squared
+from relexkit.store import ProgressCallback
+from trainer.policy.sampling import encode_prompt, end_tokens
+from trainer.policy.stored_model import StoredModel, recorded_weights
+
+_MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
+_MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
+
+
+@dataclass(frozen=True)
+class OutputLinearity:
+    """K tokens of the probe texts at T evaluated steps.
+
+    Attributes:
+        steps: ``int64 [T]``.
+        logprobs: ``float64 [T, K]``.
+        r2: ``float64 [K]``, of each token's log-probability on the step; NaN where it moved by less than a thousandth of a nat.
+        targets: ``float64 [J]``, predicted steps.
+        continued: ``float64 [J, K]``, the tokens' least-squares lines at the targets.
+        predicted: ``float64 [J, K]``, what the predicted checkpoints give.
+    """
+
+    steps: np.ndarray
+    logprobs: np.ndarray
+    r2: np.ndarray
+    targets: np.ndarray
+    continued: np.ndarray
+    predicted: np.ndarray
+
+
+def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+    """Log-probability of every token but the first of every text, given what precedes it, ``float64 [K]``."""
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            tokens = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
+            logits = model(tokens[:, :-1], use_cache=False).logits.float()
+            found.append(
+                logits.log_softmax(dim=-1)
+                .gather(-1, tokens[:, 1:, None])
+                .flatten()
+                .double()
+                .cpu()
+                .numpy()
+            )
+    return np.concatenate(found)
+
+
+def output_linearity(
+    store: TrajectoryStore,
+    texts: Sequence[str],
+    *,
+    targets: Sequence[float] = (),
+    method: str = "model",
+    until: int | None = None,
+    device: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> OutputLinearity:
+    """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at predicted ones.
+
+    Raises:
+        RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction that cannot be made.
+    """
+    texts = [text for text in texts if text.strip()]
+    observed = gram(store, progress=progress).until(until)
+    if len(observed.steps) < 3:
+        raise RelexkitError(
+            f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
+        )
+    stored = StoredModel(store, device=_device(device))
+    model, tokenizer = stored.model.eval(), stored.tokenizer
+    if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
+        raise RelexkitError(
+            "the probe texts hold no token to predict; expected lines of text of at least two tokens"
+        )
+    rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
+    found = []
+    for done, row in enumerate(rows, 1):
+        stored.put(recorded_weights(store, int(observed.steps[row])))
+        found.append(text_logprobs(model, tokenizer, texts))
+        if progress:
+            progress("probing", done, len(rows) + len(targets))
+    steps, logprobs = observed.steps[rows], np.array(found)
+    predicted = []
+    rates = learning_rates(store.steps, store.metrics())
+    for weights in (
+        predict_weights(observed, list(targets), method=method, rates=rates) if len(targets) else ()
+    ):
+        stored.put(weights)
+        predicted.append(text_logprobs(model, tokenizer, texts))
+    r2 = r_squared(logprobs, steps)
+    r2[np.ptp(logprobs, axis=0) < _MOVED] = np.nan
+    slope, height = np.polyfit(steps, logprobs, 1)
+    at = np.asarray(targets, np.float64)
+    continued = height + at[:, None] * slope
+    empty = np.zeros((0, logprobs.shape[1]))
+    return OutputLinearity(
+        steps, logprobs, r2, at, continued, np.array(predicted) if predicted else empty
+    )
+
+
+def extrapolated_completion(
+    earlier: Any,
+    later: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    factor: float,
+    max_completion_length: int,
+) -> str:
+    """Greedy completion from the logits ``later + factor (later - earlier)`` of two models, with a cache each.
+
+    ``factor`` is ``(t - s_j) / (s_j - s_i)`` for models of the steps ``s_i < s_j`` and a step ``t``; 0 is the later model.
+    """
+    tokens = torch.tensor([encode_prompt(tokenizer, prompt)], device=later.device)
+    ends, caches, completion = set(end_tokens(later, tokenizer)), [None, None], []
+    with torch.no_grad():
+        for _ in range(max_completion_length):
+            logits = []
+            for place, model in enumerate((earlier, later)):
+                output = model(tokens, past_key_values=caches[place], use_cache=True)
+                caches[place] = output.past_key_values
+                logits.append(output.logits[:, -1].float())
+            tokens = (logits[1] + factor * (logits[1] - logits[0])).argmax(dim=-1, keepdim=True)
+            if int(tokens) in ends:
+                break
+            completion.append(int(tokens))
+    return tokenizer.decode(completion, skip_special_tokens=True)
+
+
+def logit_extrapolation(
+    store: TrajectoryStore,
+    prompts: Sequence[str],
+    *,
+    steps: tuple[int, int],
+    target: float,
+    max_completion_length: int,
+    device: str | None = None,
+) -> list[str]:
+    """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory: two models in float32.
+
+    Raises:
+        RelexkitError: a step is not recorded, or the steps do not ascend.
+    """
+    first, second = steps
+    if not 0 <= first < second:
+        raise RelexkitError(
+            f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a later one"
+        )
+    stored = StoredModel(store, device=_device(device))
+    stored.put(recorded_weights(store, first))
+    earlier, later, tokenizer = (
+        copy.deepcopy(stored.model).eval(),
+        stored.model.eval(),
+        stored.tokenizer,
+    )
+    stored.put(recorded_weights(store, second))
+    factor = (target - second) / (second - first)
+    return [
+        extrapolated_completion(
+            earlier, later, tokenizer, p, factor=factor, max_completion_length=max_completion_length
+        )
+        for p in prompts
+    ]
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# -- command ----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``relexkit probe``."""
+    parser.add_argument("store", metavar="RUN.zarr")
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="probe texts, one a line: how linear their tokens are",
+    )
+    parser.add_argument(
+        "--to", type=float, nargs="+", default=[], metavar="STEP", help="also predicted checkpoints"
+    )
+    parser.add_argument("--method", default="model", help="of the predictions (default: model)")
+    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
+    parser.add_argument(
+        "--generate",
+        metavar="PROMPT",
+        help="complete it from extrapolated logits, with --steps and --at",
+    )
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("I", "J"), help="two recorded steps")
+    parser.add_argument(
+        "--at", type=float, metavar="STEP", help="the step that their logits are continued to"
+    )
+    parser.add_argument("--max-completion-length", type=int, default=64, metavar="TOKENS")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on standard output"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print how linear the tokens are, or an extrapolated completion."""
+    store = TrajectoryStore(arguments.store)
+    if arguments.generate is not None:
+        if arguments.steps is None or arguments.at is None:
+            raise RelexkitError(
+                "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
+            )
+        [text] = logit_extrapolation(
+            store,
+            [arguments.generate],
+            steps=tuple(arguments.steps),
+            target=arguments.at,
+            max_completion_length=arguments.max_completion_length,
+        )
+        if arguments.json:
+            print_json({"prompt": arguments.generate, "completion": text})
+        else:
+            print(text)
+        return
+    if arguments.texts is None:
+        raise RelexkitError(
+            "nothing was asked for; give --texts FILE, or --generate PROMPT with --steps and --at"
+        )
+    with progress_bar() as progress:
+        found = output_linearity(
+            store,
+            arguments.texts.read_text().splitlines(),
+            targets=arguments.to,
+            method=arguments.method,
+            until=arguments.until,
+            progress=progress,
+        )
+    moved = found.r2[np.isfinite(found.r2)]
+    errors = np.abs(found.continued - found.predicted).mean(axis=1)
+    if arguments.json:
+        print_json(
+            {
+                "steps": found.steps.tolist(),
+                "num_tokens": len(found.r2),
+                "r2": found.r2.tolist(),
+                "targets": found.targets.tolist(),
+                "mean_absolute_difference": errors.tolist(),
+            }
+        )
+        return
+    shares = np.quantile(moved, [0.1, 0.5, 0.9]) if len(moved) else np.full(3, np.nan)
+    rows = [
+        (
+            "tokens",
+            f"{len(found.r2)}, of which {len(moved)} moved by a thousandth of a nat or more",
+        ),
+        (
+            "R² on the step",
+            f"median {number(shares[1])}, 80 % of the tokens {number(shares[0])} to {number(shares[2])}",
+        ),
+    ]
+    rows += [
+        (
+            f"step {target:g}",
+            f"tokens' lines are {error:.3f} nats from what {arguments.method} predicts, on average",
+        )
+        for target, error in zip(found.targets, errors, strict=True)
+    ]
+    print_pairs(
+        f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to {found.steps[-1]}",
+        rows,
+    )

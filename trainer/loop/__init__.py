@@ -1,0 +1,1 @@
+"""The GRPO loop: generation, optimizer step, state, jumps, logs."""

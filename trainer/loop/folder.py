@@ -1,0 +1,84 @@
+"""The folder of a run: whose it is, and the trained model in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from relexkit import RelexkitError
+from relexkit.processes import Processes
+from relexkit.record.live_weights import named_weights
+from trainer.policy.setup import quiet
+
+CONFIG = "config.yaml"
+
+
+def claim_folder(folder: Path, config: str) -> None:
+    """Make ``folder`` the folder of the run with the resolved configuration ``config``, or find that it is.
+
+    A longer ``max_steps`` of a run with a constant learning rate is the same run, and so is another logging or saving rhythm.
+
+    Raises:
+        RelexkitError: it holds something else, or a run with other options; the message names them.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        try:
+            found = yaml.safe_load(path.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RelexkitError(
+                f"{path}: cannot be read ({error}); choose another output"
+            ) from None
+        wanted = yaml.safe_load(config)
+        free = {"output", "save_steps", "eval_steps", "eval_num_problems", "generation_rows"}
+        if wanted["lr_scheduler_type"] == "constant" and wanted["max_steps"] >= (found or {}).get(
+            "max_steps", 0
+        ):
+            free.add("max_steps")
+        other = [
+            f"{key} {(found or {}).get(key)} instead of {value}"
+            for key, value in wanted.items()
+            if key not in free and (found or {}).get(key) != value
+        ]
+        if other:
+            raise RelexkitError(
+                f"{folder}: holds a run with other options ({', '.join(other)}); choose another output"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise RelexkitError(
+            f"{folder}: exists and is not the folder of a run; choose another output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(config)
+    os.replace(temporary, path)
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:
+    """Write the model as a Hugging Face folder in float32, under a temporary name first; a collective call.
+
+    Sharded weights are gathered one by one; the first process holds them all while it writes.
+    """
+    weights = {}
+    for name, tensor in named_weights(model).items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if processes.rank == 0:
+            weights[name] = whole.detach().to(
+                "cpu", torch.float32 if whole.is_floating_point() else whole.dtype
+            )
+    temporary = folder.with_name(f".{folder.name}.partial")
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with quiet():
+            model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    processes.lead(write)

@@ -1,0 +1,223 @@
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300): prompts, rollouts, rewards, advantages, steps, recording.
+
+    relexkit train CONFIG.yaml [--key value ...]
+
+leaves in the output folder ``config.yaml`` (resolved), ``run.zarr`` (the trajectory store, from the float32 master weights),
+``rollouts/`` (every rollout, one table), ``metrics.jsonl``, ``events/`` (TensorBoard), ``state/`` (for a resume) and ``final/``
+(the trained model).
+
+The order of the prompts, the noise of every rollout and dropout are functions of the seed and the step, so a run that is
+killed and started again goes on from its last state to the same bits on a CPU, and the number of processes changes rounding
+only.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from relexkit import Recorder, RelexkitError, TrajectoryStore
+from relexkit.processes import Processes
+from relexkit.record.live_advice import LiveAdvice
+from relexkit.store import NotAStoreError
+from trainer.config import GRPOConfig, dump_config
+from trainer.evaluation.evaluate import evaluate
+from trainer.loop.folder import claim_folder, save_model
+from trainer.loop.generation import Generation, log_rollouts, roll_out
+from trainer.loop.regrounding import is_due, jump, last_jump
+from trainer.loop.rollout_log import truncate_after
+from trainer.loop.run_log import RunLog
+from trainer.loop.state import last_state, load_state, save_state
+from trainer.loop.step import optimizer_step
+from trainer.policy.setup import Policy, choose_device, load_policy, process_group
+from trainer.tasks import Task, load_task
+
+_WARN_STEPS = 10  # without any difference between the rewards of a group
+
+
+def train(config: GRPOConfig) -> Path:
+    """Run or resume a training; returns its folder.
+
+    With ``torchrun`` every process calls this. Memory: the weights in float32, as much for gradients, twice as much for the
+    optimizer, one copy for the recorder, a reference if ``beta`` is not 0, and the activations and logits of a micro-batch.
+
+    Raises:
+        RelexkitError: the folder holds a run with other options, the task or a prompt cannot be used, a reward function fails,
+            or the loss is not finite; what was recorded before stays, and the same call goes on from the last state.
+    """
+    device = choose_device(config)
+    with process_group(device) as processes, ExitStack() as stack:
+        folder = Path(config.output)
+        check_processes(config, processes)
+        processes.lead(lambda: claim_folder(folder, dump_config(config)))
+        task = load_task(config.task)
+        problems = list(task.problems("train"))
+        policy = load_policy(config, device, processes)
+        step = last_state(folder / "state") or 0
+        if step:
+            load_state(folder / "state", step, policy.model, policy.optimizer, processes)
+        processes.lead(lambda: truncate_after(folder / "rollouts", step))
+        recorder = _open_recorder(config, folder, policy, step, stack)
+        advice = None if recorder is None else stack.enter_context(closing(LiveAdvice(recorder)))
+        log = stack.enter_context(
+            RunLog(folder, step, config.max_steps, active=processes.rank == 0)
+        )
+        if step:
+            log.say(f"going on after step {step}")
+        rule, without_signal = config.regrounding_rule, 0
+        start = 0 if rule is None or recorder is None else last_jump(recorder)
+        while step < config.max_steps:
+            if (
+                rule is not None
+                and recorder is not None
+                and is_due(rule, step, start, config.max_steps)
+            ):
+                log.say(
+                    f"step {step}: jumps to what {rule.method} predicts for step {step + rule.jump_steps}"
+                )
+                step, metrics = jump(rule, recorder, policy.model, step, start)
+                start = step
+                log.write(step, metrics)
+                continue
+            generation = roll_out(
+                config, policy, task, problems, step // config.steps_of_generation
+            )
+            first = step + 1
+            for index in range(min(config.steps_of_generation, config.max_steps - step)):
+                began = time.monotonic()
+                metrics = optimizer_step(
+                    config, policy, generation, index % config.steps_per_generation, step + 1
+                )
+                step += 1
+                if recorder is not None:
+                    recorder.record(step, metrics)
+                    metrics |= recorder.live
+                if config.eval_steps and (
+                    step % config.eval_steps == 0 or step == config.max_steps
+                ):
+                    metrics |= _validate(config, policy, task)
+                speed = _speed(config, metrics, generation, time.monotonic() - began)
+                log.write(step, metrics | speed, None if advice is None else advice.update())
+            log_rollouts(folder / "rollouts", first, generation, processes)
+            without_signal = _warn_without_signal(log, metrics, step, first, without_signal)
+            if (
+                config.save_steps
+                and step // config.save_steps > (first - 1) // config.save_steps
+                and step < config.max_steps
+            ):
+                _keep(folder, policy, recorder, step)
+        _keep(folder, policy, recorder, step)
+        save_model(folder / "final", policy.model, policy.tokenizer, processes)
+    return folder
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------
+
+
+def check_processes(config: GRPOConfig, processes: Processes) -> None:
+    """Refuse what cannot be done by so many processes."""
+    if config.regrounding is not None and processes.size > 1:
+        raise RelexkitError(
+            "regrounding: writes predictions into a model that is whole; expected one process"
+        )
+    unit = processes.size * config.num_generations * config.steps_per_generation
+    if config.generation_batch_size % unit:
+        raise RelexkitError(
+            f"generation_batch_size: {config.generation_batch_size} does not split over {processes.size} processes; expected a "
+            f"multiple of {unit}"
+        )
+    groups = config.generation_batch_size // unit
+    if config.gradient_noise_parts > groups:
+        raise RelexkitError(
+            f"gradient_noise_parts: {config.gradient_noise_parts} parts of {groups} groups in each of {processes.size} "
+            "processes leave some empty; expected at most as many"
+        )
+
+
+def _open_recorder(
+    config: GRPOConfig, folder: Path, policy: Policy, step: int, stack: ExitStack
+) -> Recorder | None:
+    if not config.record_every:
+        return None
+    store = folder / "run.zarr"
+    begun = any(policy.processes.gather(_is_store(store)))
+    recorder = Recorder(
+        policy.model,
+        store,
+        every=config.record_every,
+        mantissa_bits=config.mantissa_bits,
+        tokenizer=policy.tokenizer,
+        resume_from=step if begun else None,
+        source=f"GRPO of {config.model}",
+        sketch=config.regrounding is None,  # jumps are no part of a trajectory
+    )
+    return stack.enter_context(recorder)
+
+
+def _is_store(path: Path) -> bool:
+    try:
+        TrajectoryStore(path)
+    except (
+        NotAStoreError
+    ):  # nothing, or a creation that was interrupted, which the recorder starts again
+        return False
+    return True
+
+
+def _warn_without_signal(
+    log: RunLog, metrics: dict[str, float], step: int, first: int, before: int
+) -> int:
+    """Steps in a row in which no group had a difference to learn from, up to this one; warns about every tenth."""
+    if metrics["frac_reward_zero_std"] < 1:
+        return 0
+    count = before + step + 1 - first
+    if count // _WARN_STEPS > before // _WARN_STEPS:
+        advice = (
+            "all were right: take harder problems"
+            if metrics["accuracy"] == 1
+            else (
+                "none was right: take easier problems or a better start, raise num_generations or temperature, or give credit for "
+                "partial answers"
+                if metrics["accuracy"] == 0
+                else "every prompt is either always or never solved: take problems in between, or raise num_generations"
+            )
+        )
+        log.say(
+            f"step {step}: nothing to learn from for {count} steps, the rewards of every group agree ({advice})"
+        )
+    return count
+
+
+def _speed(
+    config: GRPOConfig, metrics: dict[str, float], generation: Generation, seconds: float
+) -> dict[str, float]:
+    """Seconds of a step with its share of the generation, and completion tokens a second; apart, since they never repeat."""
+    whole = seconds + generation.seconds / config.steps_of_generation
+    tokens = (
+        metrics["completions/mean_length"]
+        * config.generation_batch_size
+        / config.steps_per_generation
+    )
+    return {"step_seconds": whole, "tokens_per_second": tokens / whole}
+
+
+def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float]:
+    """Greedy accuracy on validation problems, the same ones every time."""
+    found = evaluate(
+        policy.model,
+        policy.tokenizer,
+        task,
+        num_problems=config.eval_num_problems,
+        max_completion_length=config.max_completion_length,
+        seed=config.seed,
+        batch_size=config.generation_rows,
+    )
+    return {"eval/accuracy": found.accuracy}
+
+
+def _keep(folder: Path, policy: Policy, recorder: Recorder | None, step: int) -> None:
+    """The full state, once the store holds the step too."""
+    if recorder is not None:
+        recorder.flush()
+    save_state(folder / "state", step, policy.model, policy.optimizer, policy.processes)

@@ -1,0 +1,1 @@
+"""The policy: set-up, sampling, log-probabilities, the small embedded model."""

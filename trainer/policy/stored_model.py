@@ -1,0 +1,70 @@
+"""One loaded model into which the weights of a store's steps, recorded or predicted, are put one after the other."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from relexkit import TrajectoryStore, apply, checkout
+from trainer.policy.setup import load_model
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class StoredModel:
+    """The model of a store, in float32 whatever precision its weights are rounded to.
+
+    ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are what is computed with, so that
+    models in different precisions differ by their weights alone. Memory: one model, and a second one in ``dtype``.
+
+    Attributes:
+        model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at first the base.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        *,
+        dtype: Dtype = "float32",
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        seed: int = 0,
+        device: torch.device | None = None,
+    ):
+        self.store = store
+        self._rounding, self._seed = rounding, seed
+        with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
+            base = str(checkout(store, 0, Path(folder) / "base"))
+            self.model, self.tokenizer = load_model(base, device or torch.device("cpu"))
+            self._rounded: Any = None
+            if dtype != "float32":
+                self._rounded = load_model(base, device or torch.device("cpu"))[0].to(
+                    dtype=getattr(torch, dtype)
+                )
+
+    def put(self, weights: np.ndarray) -> None:
+        """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass over the deltas."""
+        if self._rounded is None:
+            apply(self.store, self.model, weights)
+            return
+        apply(self.store, self._rounded, weights, rounding=self._rounding, seed=self._seed)
+        with torch.no_grad():
+            for parameter, rounded in zip(
+                self.model.parameters(), self._rounded.parameters(), strict=True
+            ):
+                parameter.copy_(rounded)
+
+
+def recorded_weights(store: TrajectoryStore, step: int) -> np.ndarray:
+    """Weights ``a`` ``[N, T]`` that give a recorded step, or the base for step 0.
+
+    Raises:
+        StoreError: the step is not recorded.
+    """
+    weights = np.zeros((len(store.layout.moving_tensors), len(store.steps)))
+    if step:
+        weights[:, store.row_of(step)] = 1.0
+    return weights
