@@ -1,7 +1,9 @@
-"""Figures of the backtest: where every method's errors lie, how skill falls with distance, where the run goes from here.
+"""Figures of the backtest: where every method's errors lie, how skill falls with distance, where
+the run goes from here.
 
-Every figure is a function that returns a matplotlib ``Figure`` of its own and must run inside ``style.styled()``. All numbers
-come from ``relexkit.assess.backtest`` and ``relexkit.assess.forecast``.
+Every figure is a function that returns a matplotlib ``Figure`` of its own and must run inside
+``style.styled()``. All numbers come from ``relexkit.assess.backtest`` and
+``relexkit.assess.forecast``.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def plot_backtest(
     """
     if len(gram.steps) < 4 or not np.trace(gram.matrices.sum(axis=0)) > 0:
         raise RelexkitError(
-            f"{len(gram.steps)} recorded steps, or no motion, leave nothing to plot of a backtest; record at least 4 steps"
+            f"{len(gram.steps)} recorded steps, or no motion, leave nothing to plot of a backtest;"
+            " record at least 4 steps"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,9 @@ def plot_backtest(
 
 
 def map_figure(result: Backtest) -> Figure:
-    """Skill against hold by prefix and later step, a panel for each of ``MAP_METHODS``: blue beats standing still."""
+    """Skill against hold by prefix and later step, a panel for each of ``MAP_METHODS``: blue beats
+    standing still.
+    """
     methods = [m for m in MAP_METHODS if m in result.methods] or [
         m for m in result.methods if m != "hold"
     ][:4]
@@ -98,7 +103,9 @@ def map_figure(result: Backtest) -> Figure:
 
 
 def skill_figure(result: Backtest) -> Figure:
-    """Skill of every method against the distance, target over last step of the prefix: median over prefixes and their range."""
+    """Skill of every method against the distance, target over last step of the prefix: median over
+    prefixes and their range.
+    """
     figure = style.new_figure(2.9)
     axes = figure.add_subplot()
     edges = np.geomspace(
@@ -147,7 +154,9 @@ def _cells(result: Backtest, method: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def forecast_figure(gram: Gram, *, rates: np.ndarray | None = None) -> Figure:
-    """The first two coefficients, the model's continuation with its calibrated 90 % interval; also from half the steps."""
+    """The first two coefficients, the model's continuation with its calibrated 90 % interval; also
+    from half the steps.
+    """
     matrix, steps = gram.matrices.sum(axis=0), gram.steps
     size = float(gram.num_parameters.sum())
     figure = style.new_figure(3.0)

@@ -1,4 +1,6 @@
-"""What popular accounts claim of RL runs, beside what this run shows: claimed, measured, interval, how."""
+"""What popular accounts claim of RL runs, beside what this run shows: claimed, measured, interval,
+how.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,16 @@ ABLATION = {
 """RELEX with more directions, curved fits and short windows: the grid behind one of the claims."""
 
 _SHARED_TOKENS = "token_share/shared"
-"""Metric by which ``relexkit train`` logs the share of the update that falls on tokens which both sides of a batch have."""
+"""Metric by which ``relexkit train`` logs the share of the update that falls on tokens which both
+sides of a batch have.
+"""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the table; ``verdict`` is ``holds``, ``fails``, ``no evidence`` or ``not measured``."""
+    """One row of the table; ``verdict`` is ``holds``, ``fails``, ``no evidence`` or ``not
+    measured``.
+    """
 
     claimed: str
     measured: str
@@ -45,7 +51,9 @@ class Claim:
 def measure_claims(
     gram: Gram, whole: Spectrum, result: Backtest, advice: Advice, metrics: Mapping[str, np.ndarray]
 ) -> list[Claim]:
-    """The claims that a run's Gram matrices and metrics can test; the others say what would measure them."""
+    """The claims that a run's Gram matrices and metrics can test; the others say what would measure
+    them.
+    """
     claims = [
         _variance_claim(whole, "first", "The first direction holds 92 % of the variance", 0.92),
         _variance_claim(
@@ -129,7 +137,10 @@ def _reach_claim(result: Backtest) -> Claim:
         if found.ratio <= 1
         else f"RELEX beat standing still to {found.ratio:.2f} times"
     )
-    interval = f"{found.low:.2f} to {found.high:.2f} over {found.num_prefixes} prefixes (weights only: not quality)"
+    interval = (
+        f"{found.low:.2f} to {found.high:.2f} over {found.num_prefixes} prefixes (weights only: not"
+        " quality)"
+    )
     verdict = "holds" if found.ratio >= 20 else "not measured" if found.beyond else "fails"
     return Claim(claimed, measured, interval, "relexkit backtest --method relex", verdict)
 

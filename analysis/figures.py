@@ -1,7 +1,9 @@
-"""Figures of one run's spectrum, each beside the walk without direction that it must be read against.
+"""Figures of one run's spectrum, each beside the walk without direction that it must be read
+against.
 
-``plot_spectra`` writes them all. Every figure is a function that returns a matplotlib ``Figure`` of its own and must run
-inside ``style.styled()``. All numbers come from ``relexkit.geometry.spectrum``.
+``plot_spectra`` writes them all. Every figure is a function that returns a matplotlib ``Figure`` of
+its own and must run inside ``style.styled()``. All numbers come from
+``relexkit.geometry.spectrum``.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ _MAX_MARKERS = 64  # more recorded steps than this are drawn as a bare line
 def plot_spectra(gram: Gram, folder: Path, *, centered: bool = False) -> list[Path]:
     """Write the figures of a run into ``folder``, as PNG and SVG; returns the paths.
 
-    ``spectrum``, ``coefficients``, ``variance_by_layer_and_module`` and ``geometry``. With a single recorded step, or if
-    nothing moved, they say so in words instead.
+    ``spectrum``, ``coefficients``, ``variance_by_layer_and_module`` and ``geometry``. With a single
+    recorded step, or if nothing moved, they say so in words instead.
 
     Args:
         gram: per-tensor Gram matrices, N tensors and T steps, already cut to the steps wanted.
@@ -85,20 +87,25 @@ def nothing_to_draw(gram: Gram, whole: Spectrum) -> str | None:
             else f"{len(steps)} recorded steps ({_span(steps)})"
         )
         return (
-            f"Nothing moved: all {len(gram.names)} tensors equal the base in {recorded}, so there is no variance to "
-            "explain. Either training had no effect yet, or the stored precision hides it."
+            f"Nothing moved: all {len(gram.names)} tensors equal the base in {recorded}, so there"
+            " is no variance to explain. Either training had no effect yet, or the stored"
+            " precision hides it."
         )
     if len(steps) == 1:
         distance = float(np.sqrt(np.trace(gram.matrices[:, 0, 0, None, None].sum(axis=0))))
-        moved = f"{len(gram.names) - still} of {len(gram.names)} tensors moved, by {distance:.3g} in all (L2 norm)."
+        moved = (
+            f"{len(gram.names) - still} of {len(gram.names)} tensors moved, by {distance:.3g} in"
+            " all (L2 norm)."
+        )
         return (
-            f"One recorded step ({steps[0]}): {moved} There is one direction by definition, which explains everything and "
-            "tells nothing. Record more steps to see a spectrum."
+            f"One recorded step ({steps[0]}): {moved} There is one direction by definition, which"
+            " explains everything and tells nothing. Record more steps to see a spectrum."
         )
     if not len(run.singular_values):
         return (
-            f"All {len(steps)} recorded steps ({_span(steps)}) are the same checkpoint: there is no variance about their "
-            "mean. The spectrum about the base, uncentered, shows how far it lies from the base."
+            f"All {len(steps)} recorded steps ({_span(steps)}) are the same checkpoint: there is no"
+            " variance about their mean. The spectrum about the base, uncentered, shows how far it"
+            " lies from the base."
         )
     return None
 
@@ -111,11 +118,12 @@ def words_figure(title: str, sentences: str) -> Figure:
     return figure
 
 
-# -- spectrum ---------------------------------------------------------------------------------------------------------
+# -- spectrum --------------------------------------------------------------------------------------
 
 
 def spectrum_figure(whole: Spectrum, modules: Spectrum) -> Figure:
-    """Explained variance ratio of each direction, and their running sum: whole model, module types, null.
+    """Explained variance ratio of each direction, and their running sum: whole model, module types,
+    null.
 
     Args:
         whole: spectrum of the scope ``global``.
@@ -196,7 +204,9 @@ def _ratio_axis(axes: Axes, lowest: float) -> None:
 
 
 def _running_axis(axes: Axes, scopes: Sequence[ScopeSpectrum]) -> None:
-    """Logarithmic in what is left to explain, so that 90, 95 and 99 % lie apart; the upper edge is 100 %."""
+    """Logarithmic in what is left to explain, so that 90, 95 and 99 % lie apart; the upper edge is
+    100 %.
+    """
     firsts = [float(s.explained_variance_ratio[0]) for s in scopes]
     least_left = float(np.clip((1 - firsts[0]) / 3, 1e-5, 5e-4))
 
@@ -220,7 +230,9 @@ def _running_axis(axes: Axes, scopes: Sequence[ScopeSpectrum]) -> None:
 
 
 def _mark_directions(axes: Axes, run: ScopeSpectrum, null: ScopeSpectrum) -> None:
-    """Lines at ``MARKS``, and to the right of each how many directions the run and the null need to reach it."""
+    """Lines at ``MARKS``, and to the right of each how many directions the run and the null need to
+    reach it.
+    """
     place = axes.get_yaxis_transform()
     for share in MARKS:
         axes.axhline(share, color=style.MUTED, linewidth=0.7, zorder=1)
@@ -239,11 +251,12 @@ def _mark_directions(axes: Axes, run: ScopeSpectrum, null: ScopeSpectrum) -> Non
     )
 
 
-# -- coefficients -----------------------------------------------------------------------------------------------------
+# -- coefficients ----------------------------------------------------------------------------------
 
 
 def coefficients_figure(whole: Spectrum, count: int = 3) -> Figure:
-    """The first ``count`` coefficients of the whole model against the step, with the first one's least-squares line.
+    """The first ``count`` coefficients of the whole model against the step, with the first one's
+    least-squares line.
 
     The null's first coefficient is drawn with the run's first singular value in place of its own.
     """
@@ -311,11 +324,13 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
     axes.set_xlabel("optimizer step")
 
 
-# -- geometry ---------------------------------------------------------------------------------------------------------
+# -- geometry --------------------------------------------------------------------------------------
 
 
 def geometry_figure(gram: Gram, whole: Spectrum) -> Figure:
-    """How straight the path is, step by step: cosines of neighbouring updates, drift of the first direction, update norms."""
+    """How straight the path is, step by step: cosines of neighbouring updates, drift of the first
+    direction, update norms.
+    """
     matrix = gram.scoped("global").matrices[0]
     walk = walk_gram(gram.steps)
     figure = style.new_figure(5.0)
@@ -381,9 +396,11 @@ def _against_null(
 
 
 def relative_update_norms(matrix: np.ndarray) -> np.ndarray:
-    """Norm of each step-to-step update over the largest distance from the base, ``[T]``, from a Gram matrix ``[T, T]``.
+    """Norm of each step-to-step update over the largest distance from the base, ``[T]``, from a
+    Gram matrix ``[T, T]``.
 
-    Updates span the gap between recorded steps, so wider gaps give larger ones: compare with the null of the same steps.
+    Updates span the gap between recorded steps, so wider gaps give larger ones: compare with the
+    null of the same steps.
     """
     squared = np.diag(matrix)
     between = squared[1:] + squared[:-1] - 2 * np.diag(matrix, 1)

@@ -37,16 +37,25 @@ figure img{filter:none!important} main{max-width:none;padding:0} h2{break-after:
 CAPTIONS = {
     "null": (
         "Against a walk of its own",
-        "Each dot is a run. The black stroke is a walk without direction that takes the run's own steps with its momentum; the "
-        "grey band holds 90 % of the sign-flipped runs. What lies inside it is no evidence.",
+        (
+            "Each dot is a run. The black stroke is a walk without direction that takes the run's"
+            " own steps with its momentum; the grey band holds 90 % of the sign-flipped runs. What"
+            " lies inside it is no evidence."
+        ),
     ),
     "spectrum": (
         "Spectrum",
-        "Explained variance ratio of each direction and of the first directions together, uncentered, beside the walk.",
+        (
+            "Explained variance ratio of each direction and of the first directions together,"
+            " uncentered, beside the walk."
+        ),
     ),
     "coefficients": (
         "Coefficients",
-        "Position along the first directions. A straight first coefficient proves nothing: the walk's is nearly as straight.",
+        (
+            "Position along the first directions. A straight first coefficient proves nothing: the"
+            " walk's is nearly as straight."
+        ),
     ),
     "variance": (
         "Where it moves",
@@ -54,20 +63,32 @@ CAPTIONS = {
     ),
     "cosines": (
         "Cosines between updates",
-        "How long a direction lasts: on a line all cosines are equal and positive, on a walk only momentum relates neighbours.",
+        (
+            "How long a direction lasts: on a line all cosines are equal and positive, on a walk"
+            " only momentum relates neighbours."
+        ),
     ),
     "geometry": ("Turning, drift, update norms", "How straight the path is, step by step."),
     "map": (
         "Backtest",
-        "Every cell predicts a recorded step from an earlier prefix. Blue beats keeping the prefix's last step, red is worse.",
+        (
+            "Every cell predicts a recorded step from an earlier prefix. Blue beats keeping the"
+            " prefix's last step, red is worse."
+        ),
     ),
     "skill": (
         "How far",
-        "Skill against standing still by distance, in the run's own past; beyond the right edge nothing is known.",
+        (
+            "Skill against standing still by distance, in the run's own past; beyond the right edge"
+            " nothing is known."
+        ),
     ),
     "forecast": (
         "Forecast",
-        "The trajectory model's continuation with 90 % intervals that the run's own past calibrated; left, a check.",
+        (
+            "The trajectory model's continuation with 90 % intervals that the run's own past"
+            " calibrated; left, a check."
+        ),
     ),
     "resolution": ("Resolution", "Shares of the weights that the stored precision lets move."),
     "metrics": (

@@ -1,7 +1,8 @@
-"""``relexkit report``: one self-contained HTML page of a run, with its figures, the claims table and the commands behind them.
+"""``relexkit report``: one self-contained HTML page of a run, with its figures, the claims table
+and the commands behind them.
 
-No network, no scripts: the figures are vector images inside the page, which follows the reader's light or dark setting, fits a
-phone, and prints.
+No network, no scripts: the figures are vector images inside the page, which follows the reader's
+light or dark setting, fits a phone, and prints.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def write_report(
 ) -> Path:
     """Write the page of a run to ``out``, replacing it; returns its path.
 
-    One pass over the deltas if the store has no Gram matrices yet, else no weights are read. A store with few steps or without
-    metrics gives a shorter page that says what is missing.
+    One pass over the deltas if the store has no Gram matrices yet, else no weights are read. A
+    store with few steps or without metrics gives a shorter page that says what is missing.
 
     Raises:
         RelexkitError: the store has no steps, or its folder cannot be read.
@@ -136,7 +137,9 @@ def build_page(
     others: dict[str, Gram] | None = None,
     sweep: dict[str, Any] | None = None,
 ) -> str:
-    """The page as text, from Gram matrices and metrics alone; ``facts`` are names and values for its head."""
+    """The page as text, from Gram matrices and metrics alone; ``facts`` are names and values for
+    its head.
+    """
     rates = learning_rates(gram.steps, metrics)
     advice = advise(gram, metrics)
     whole = spectrum(gram, scope="global", rates=rates)
@@ -173,9 +176,10 @@ def build_page(
     ]
     title = html.escape(f"{name}: is it a line?")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f'<link rel="icon" href="data:,"><style>{CSS}</style></head>\n<body><main>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta'
+        ' name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme"'
+        ' content="light dark"><link rel="icon"'
+        f' href="data:,"><style>{CSS}</style></head>\n<body><main>\n'
         + "\n".join(sections)
         + f"\n</main><footer>relexkit {__version__}</footer></body></html>\n"
     )
@@ -261,9 +265,10 @@ def _picture(shown: _Shown) -> str:
     width, height = (round(96 * inches) for inches in shown.figure.get_size_inches())
     alt = html.escape(f"{shown.heading}: {shown.caption}", quote=True)
     return (
-        f'<figure id="{shown.anchor}"><h3>{_safe(shown.heading)}</h3>'
-        f'<img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
-        f"<figcaption>{_safe(shown.caption)} <code>{_safe(shown.command)}</code></figcaption></figure>"
+        f'<figure id="{shown.anchor}"><h3>{_safe(shown.heading)}</h3><img'
+        f' src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}"'
+        f' alt="{alt}"><figcaption>{_safe(shown.caption)}'
+        f" <code>{_safe(shown.command)}</code></figcaption></figure>"
     )
 
 
@@ -301,9 +306,11 @@ def _claims_table(claims: list[Claim]) -> str:
         f"<th>{h}</th>" for h in ("Claimed", "Measured", "Interval, null", "How", "Here")
     )
     rows = "".join(
-        f'<tr><td data-label="Claimed">{_safe(c.claimed)}</td><td data-label="Measured">{_safe(c.measured)}</td>'
-        f'<td data-label="Interval, null">{_safe(c.interval)}</td><td data-label="How">{_command(c.how)}</td>'
-        f'<td data-label="Here"><span class="verdict {c.verdict.replace(" ", "-")}">{_safe(c.verdict)}</span></td></tr>'
+        f'<tr><td data-label="Claimed">{_safe(c.claimed)}</td><td'
+        f' data-label="Measured">{_safe(c.measured)}</td><td data-label="Interval,'
+        f' null">{_safe(c.interval)}</td><td data-label="How">{_command(c.how)}</td><td'
+        ' data-label="Here"><span class="verdict'
+        f' {c.verdict.replace(" ", "-")}">{_safe(c.verdict)}</span></td></tr>'
         for c in claims
     )
     return f"<h2>Claims</h2><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
@@ -322,7 +329,8 @@ def _commands(name: str, advice: Advice) -> str:
     ]
     if advice.target is not None:
         lines.append(
-            f"relexkit extrapolate {name} --to {advice.target} --method {advice.method} -o predicted"
+            f"relexkit extrapolate {name} --to {advice.target} --method {advice.method} -o"
+            " predicted"
         )
     return "<h2>Reproduce</h2><pre><code>" + html.escape("\n".join(lines)) + "</code></pre>"
 

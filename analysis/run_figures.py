@@ -1,6 +1,8 @@
-"""Figures of the run itself: cosines between updates, what the stored precision shows, metrics along the way, several runs.
+"""Figures of the run itself: cosines between updates, what the stored precision shows, metrics
+along the way, several runs.
 
-Every figure is a function that returns a matplotlib ``Figure`` of its own and must run inside ``style.styled()``.
+Every figure is a function that returns a matplotlib ``Figure`` of its own and must run inside
+``style.styled()``.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def resolution_figure(gram: Gram) -> Figure:
-    """Shares of the weights that changed at a step, that ever left the base, and of changes by one unit in the last place."""
+    """Shares of the weights that changed at a step, that ever left the base, and of changes by one
+    unit in the last place.
+    """
     size = max(1, int(gram.num_parameters.sum()))
     changed, moved = gram.changed.sum(axis=0), gram.moved.sum(axis=0)
     figure = style.new_figure(2.3)
@@ -98,7 +102,9 @@ def resolution_figure(gram: Gram) -> Figure:
 
 
 def metrics_figure(gram: Gram, metrics: Mapping[str, np.ndarray]) -> Figure | None:
-    """Reward and other metrics along the step and along the first coefficient; None if none was logged three times."""
+    """Reward and other metrics along the step and along the first coefficient; None if none was
+    logged three times.
+    """
     known = {
         name: v for name, v in metrics.items() if np.isfinite(v).sum() >= 3 and np.nanstd(v) > 0
     }
@@ -142,7 +148,9 @@ def metrics_figure(gram: Gram, metrics: Mapping[str, np.ndarray]) -> Figure | No
 
 
 def null_figure(runs: Mapping[str, Spectrum]) -> Figure:
-    """Every headline statistic of one or several runs beside its walk without direction and the sign-flips' 90 %."""
+    """Every headline statistic of one or several runs beside its walk without direction and the
+    sign-flips' 90 %.
+    """
     figure = style.new_figure(0.9 + 0.24 * len(_LABELS) * max(1, len(runs) * 0.75))
     axes = figure.add_subplot()
     ticks: list[tuple[float, str]] = []

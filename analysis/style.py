@@ -1,7 +1,8 @@
 """One look for all figures: sizes, colours, number formats, saving.
 
-The colours are those of Okabe and Ito (2008), which stay apart for every common form of colour blindness; the walk without
-direction is dashed and dark grey in every figure. Figures are 5.5 inches wide, the text column of a one-column paper.
+The colours are those of Okabe and Ito (2008), which stay apart for every common form of colour
+blindness; the walk without direction is dashed and dark grey in every figure. Figures are 5.5
+inches wide, the text column of a one-column paper.
 """
 
 from __future__ import annotations
@@ -83,19 +84,25 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """Context in which figures must be both built and saved; matplotlib's settings are restored after it."""
+    """Context in which figures must be both built and saved; matplotlib's settings are restored
+    after it.
+    """
     return matplotlib.rc_context(
         {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": matplotlib.rcParams["backend"]}
     )
 
 
 def new_figure(height_inches: float) -> Figure:
-    """A figure of the standard width, laid out by matplotlib so that nothing is cut off; belongs to no global state."""
+    """A figure of the standard width, laid out by matplotlib so that nothing is cut off; belongs to
+    no global state.
+    """
     return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``folder/name`` in every format of ``FORMATS``; returns the paths. The files carry no date."""
+    """Write ``folder/name`` in every format of ``FORMATS``; returns the paths. The files carry no
+    date.
+    """
     paths = [folder / f"{name}.{extension}" for extension in FORMATS]
     for path in paths:
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
@@ -129,7 +136,8 @@ def tick_percent(share: float, _: int | None = None) -> str:
 
 
 def number(value: float, _: int | None = None) -> str:
-    r"""A number for a tick: short, with a real minus sign, without a factor above the axis (which the title would cover).
+    r"""A number for a tick: short, with a real minus sign, without a factor above the axis (which
+    the title would cover).
 
     >>> number(0.25), number(12500000.0), number(-2e-7) == "\N{MINUS SIGN}2e\N{MINUS SIGN}07"
     ('0.25', '1.25e+07', True)
@@ -138,7 +146,9 @@ def number(value: float, _: int | None = None) -> str:
 
 
 def elide(name: str, limit: int = 30) -> str:
-    """``name`` cut in its middle to at most ``limit`` characters: both ends of a tensor's name tell it apart."""
+    """``name`` cut in its middle to at most ``limit`` characters: both ends of a tensor's name tell
+    it apart.
+    """
     if len(name) <= limit:
         return name
     tail = (limit - 1) * 3 // 5

@@ -1,4 +1,6 @@
-"""The figure of a sweep: every candidate beside the last observed step; reads what ``relexkit sweep --json`` printed."""
+"""The figure of a sweep: every candidate beside the last observed step; reads what ``relexkit sweep
+--json`` printed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from analysis import style
 
 
 def sweep_figure(found: Mapping[str, Any]) -> Figure:
-    """Accuracies with 95 % intervals; hollow where a candidate was stopped before the last problems."""
+    """Accuracies with 95 % intervals; hollow where a candidate was stopped before the last
+    problems.
+    """
     candidates = sorted(found["candidates"], key=lambda c: (c["num_problems"], c["accuracy"]))
     figure = style.new_figure(0.9 + 0.21 * (len(candidates) + 1))
     axes = figure.add_subplot()

@@ -1,4 +1,6 @@
-"""Where in the model the first direction explains how much: a table by layer and module type, and its heat map."""
+"""Where in the model the first direction explains how much: a table by layer and module type, and
+its heat map.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ MAX_ROWS = 48
 
 @dataclass(frozen=True)
 class VarianceTable:
-    """Explained variance ratio of the first direction, by place in the model; NaN where nothing moved.
+    """Explained variance ratio of the first direction, by place in the model; NaN where nothing
+    moved.
 
     Attributes:
         layers: L layer numbers, ascending; may have gaps, may be empty.
@@ -52,8 +55,9 @@ def variance_table(
 ) -> VarianceTable:
     """First explained variance ratios by layer and module type.
 
-    Tensors that share a cell are analysed together, as one group: those of an encoder's and a decoder's layer of the same
-    number, and the experts of one layer (numbers inside a module's name become ``*``).
+    Tensors that share a cell are analysed together, as one group: those of an encoder's and a
+    decoder's layer of the same number, and the experts of one layer (numbers inside a module's name
+    become ``*``).
     """
     cells: dict[tuple[str, int | None], list[int]] = {}
     for row, name in enumerate(gram.names):
@@ -107,10 +111,11 @@ def _first_ratio(gram: Gram, rows: list[int], centered: bool) -> float:
 
 
 def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
-    """Heat map of ``variance_table``: layers across, module types down, tensors outside the layers below.
+    """Heat map of ``variance_table``: layers across, module types down, tensors outside the layers
+    below.
 
-    The null's value is marked on the colour bar; a cell that never moved is grey and hatched, one that the model does
-    not have is empty.
+    The null's value is marked on the colour bar; a cell that never moved is grey and hatched, one
+    that the model does not have is empty.
     """
     table = variance_table(gram, centered=whole.centered)
     null = float(whole.null.explained_variance_ratio[0])

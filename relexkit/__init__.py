@@ -1,4 +1,5 @@
-"""relexkit: trajectory stores, spectra and extrapolated checkpoints for reinforcement-learning runs of language models.
+"""relexkit: trajectory stores, spectra and extrapolated checkpoints for reinforcement-learning runs
+of language models.
 
     from relexkit import TrajectoryStore, extrapolate, gram, import_checkpoints, spectrum
 

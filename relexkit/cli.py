@@ -1,7 +1,8 @@
 """The ``relexkit`` command: parse, call one function, print.
 
-Results go to standard output (with ``--json`` one JSON document and nothing else), progress and messages to standard
-error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage. Heavy modules load inside the commands.
+Results go to standard output (with ``--json`` one JSON document and nothing else), progress and
+messages to standard error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage. Heavy
+modules load inside the commands.
 """
 
 from __future__ import annotations
@@ -119,13 +120,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# -- parsing ----------------------------------------------------------------------------------------------------------
+# -- parsing ---------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="relexkit",
-        description="Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models.",
+        description=(
+            "Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models."
+        ),
     )
     parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

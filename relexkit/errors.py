@@ -1,4 +1,6 @@
-"""The errors that a user can meet. Each message says what was wrong, what was expected and what to do, in one line."""
+"""The errors that a user can meet. Each message says what was wrong, what was expected and what to
+do, in one line.
+"""
 
 
 class RelexkitError(Exception):

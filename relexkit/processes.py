@@ -31,7 +31,9 @@ class Processes:
         return values
 
     def agree(self, action: Callable[[], _T]) -> _T:
-        """Run ``action`` (without collective calls in it) on every process; if it fails on one, every one raises."""
+        """Run ``action`` (without collective calls in it) on every process; if it fails on one,
+        every one raises.
+        """
         try:
             result = action()
         except Exception as error:

@@ -1,4 +1,6 @@
-"""Fixtures that several test files share: small runs and their stores, written once a session and never changed."""
+"""Fixtures that several test files share: small runs and their stores, written once a session and
+never changed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def float32_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def bfloat16_store(bfloat16_run: Run, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
-    """The store of ``bfloat16_run``: sparse update log. Read only: copy the folder before changing it."""
+    """The store of ``bfloat16_run``: sparse update log. Read only: copy the folder before changing
+    it.
+    """
     return _store(bfloat16_run, tmp_path_factory.mktemp("stores") / "bfloat16.zarr")
 
 

@@ -1,4 +1,6 @@
-"""A task that even an untrained model gets some reward for: how many characters of the completion are even digits."""
+"""A task that even an untrained model gets some reward for: how many characters of the completion
+are even digits.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class AnyEvenDigit(EvenDigits):
 
 
 def make_easy() -> AnyEvenDigit:
-    """Right and wrong answers to nearly every problem: a completion is right with an even digit in it."""
+    """Right and wrong answers to nearly every problem: a completion is right with an even digit in
+    it.
+    """
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
     return AnyEvenDigit("any even digit", split_fixed(problems, 10, 0, "any even digit"), None)
 

@@ -1,10 +1,12 @@
-"""Two real processes that train a small module under FSDP and save it in every way: for the slow tests of the readers.
+"""Two real processes that train a small module under FSDP and save it in every way: for the slow
+tests of the readers.
 
     python tests/fsdp_processes.py FOLDER KIND         KIND: fsdp1, fsdp2 or accelerate
 
-leaves ``FOLDER/verl`` (a state dict for each rank, saved as verl's checkpoint manager does), or ``FOLDER/checkpoint``
-(accelerate's ``save_fsdp_model``, which Trainer calls), and ``FOLDER/whole.safetensors``: the weights gathered by PyTorch, or
-merged by accelerate's own ``merge_fsdp_weights``.
+leaves ``FOLDER/verl`` (a state dict for each rank, saved as verl's checkpoint manager does), or
+``FOLDER/checkpoint`` (accelerate's ``save_fsdp_model``, which Trainer calls), and
+``FOLDER/whole.safetensors``: the weights gathered by PyTorch, or merged by accelerate's own
+``merge_fsdp_weights``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Random damage to small checkpoints of every format, in a process of its own that may use little memory.
+"""Random damage to small checkpoints of every format, in a process of its own that may use little
+memory.
 
     python tests/fuzz_readers.py FOLDER --count 10000 [--formats verl dcp] [--seed 0]
 
-After each change the checkpoint is opened and every tensor is read. It must be read or refused with a ``CheckpointError``,
-in a second or two, within the memory that is allowed, and without touching anything: an audit hook watches for calls that
-a reader has no use for. Prints one line of JSON: format -> how many were refused and how many were read.
+After each change the checkpoint is opened and every tensor is read. It must be read or refused with
+a ``CheckpointError``, in a second or two, within the memory that is allowed, and without touching
+anything: an audit hook watches for calls that a reader has no use for. Prints one line of JSON:
+format -> how many were refused and how many were read.
 """
 
 from __future__ import annotations
@@ -135,7 +137,9 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def read_all(folder: Path) -> None:
-    """Open a checkpoint and read every element of it, as the import does, by blocks; or a store, and check it."""
+    """Open a checkpoint and read every element of it, as the import does, by blocks; or a store,
+    and check it.
+    """
     if (folder / "zarr.json").exists():
         TrajectoryStore(folder).verify()
         return

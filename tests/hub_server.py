@@ -1,4 +1,6 @@
-"""A stand-in for the Hugging Face hub: the routes that the client asks for, answered from folders. For tests only."""
+"""A stand-in for the Hugging Face hub: the routes that the client asks for, answered from folders.
+For tests only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ LFS_FROM = 1000
 class HubServer:
     """Repositories ``{name: {revision: folder}}`` on a local port.
 
-    ``requests`` lists method and path of every request. ``spoil`` may change the bytes of a file that is sent.
+    ``requests`` lists method and path of every request. ``spoil`` may change the bytes of a file
+    that is sent.
     """
 
     def __init__(self, repositories: dict[str, dict[str, Path]]):

@@ -1,7 +1,9 @@
-"""Small runs for the tests, written with torch and safetensors only: writers that are independent of relexkit.
+"""Small runs for the tests, written with torch and safetensors only: writers that are independent
+of relexkit.
 
-``write_run`` makes a folder of checkpoints of a tiny Llama model (its ``config.json`` loads in transformers) and keeps
-every tensor of every step, so that a test can compare with what was really written.
+``write_run`` makes a folder of checkpoints of a tiny Llama model (its ``config.json`` loads in
+transformers) and keeps every tensor of every step, so that a test can compare with what was really
+written.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ LLAMA_CONFIG: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
 }
-"""A model of about 1,800 parameters with odd sizes; ``write_run`` adds ``tie_word_embeddings`` and the dtype."""
+"""A model of about 1,800 parameters with odd sizes; ``write_run`` adds ``tie_word_embeddings`` and
+the dtype.
+"""
 
 LLAMA_SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (53, 8),
@@ -75,8 +79,9 @@ Weights = dict[str, torch.Tensor]
 class Run:
     """A run on disk and what was written.
 
-    ``weights[step][name]`` are the tensors; ``weights[0]`` is the base. ``base`` is the folder of the base, or None if
-    it was written as step 0 of the run. ``folders[step]`` holds the files of a step.
+    ``weights[step][name]`` are the tensors; ``weights[0]`` is the base. ``base`` is the folder of
+    the base, or None if it was written as step 0 of the run. ``folders[step]`` holds the files of a
+    step.
     """
 
     source: Path
@@ -116,22 +121,26 @@ def write_run(
     frozen: Sequence[str] = (),
     metrics: bool = False,
 ) -> Run:
-    """Write ``folder/run/<step folders>`` and the base in ``folder/base``; returns everything that was written.
+    """Write ``folder/run/<step folders>`` and the base in ``folder/base``; returns everything that
+    was written.
 
     Args:
         dtype: of all tensors, except those that ``dtypes`` (name -> dtype) names.
         shapes: tensors by name instead of ``LLAMA_SHAPES``.
         density: share of the elements that change at a step (0: nothing moves, 1: everything).
-        motion: ``"bits"`` changes bit patterns between neighbouring steps by a few units, with some sign flips, zeros of
-            both signs, subnormals and big jumps; ``"drift"`` moves a fixed random subset along a straight line in the
-            step plus a small independent walk, rounded to the dtype.
-        layout: ``"hf"`` (model.safetensors), ``"sharded"`` (three safetensors files and their index), ``"bin"``
-            (pytorch_model.bin) or ``"sharded-bin"``.
+        motion: ``"bits"`` changes bit patterns between neighbouring steps by a few units, with some
+            sign flips, zeros of both signs, subnormals and big jumps; ``"drift"`` moves a fixed
+            random subset along a straight line in the step plus a small independent walk, rounded
+            to the dtype.
+        layout: ``"hf"`` (model.safetensors), ``"sharded"`` (three safetensors files and their
+            index), ``"bin"`` (pytorch_model.bin) or ``"sharded-bin"``.
         naming: step folder, ``inside``: folder in it that holds the weights.
-        head: None: no output head; ``"tied"``: ``lm_head.weight`` equal to the embedding in every step; ``"own"``: its own.
+        head: None: no output head; ``"tied"``: ``lm_head.weight`` equal to the embedding in every
+            step; ``"own"``: its own.
         extras: add a 0-d tensor and one without elements.
         buffers: add an int64 and a bool tensor that never change.
-        base: ``"folder"`` or ``"step0"``; ``base_dtype``: dtype in which the base is stored (its values fit it).
+        base: ``"folder"`` or ``"step0"``; ``base_dtype``: dtype in which the base is stored (its
+            values fit it).
         frozen: names of tensors that never move.
         metrics: write a ``trainer_state.json`` with ``reward = step / 10`` into every step.
     """
@@ -196,7 +205,9 @@ def tensor_kinds(
 
 
 def changed(random: np.random.Generator, tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """A copy in which about ``density`` of the elements have another bit pattern, always finite ones."""
+    """A copy in which about ``density`` of the elements have another bit pattern, always finite
+    ones.
+    """
     out = tensor.clone()
     flat = out.reshape(-1)
     if not flat.numel():
@@ -235,7 +246,9 @@ def raw_bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def store_content(path: Path) -> dict[str, Any]:
-    """Every array of a store as bytes, but only the rows of recorded steps, and every attribute that a user can see."""
+    """Every array of a store as bytes, but only the rows of recorded steps, and every attribute
+    that a user can see.
+    """
     group = zarr.open_group(str(path), mode="r")
     num_steps = len(TrajectoryStore(path).steps)
     found: dict[str, Any] = {"attributes": TrajectoryStore(path).attributes}
@@ -260,7 +273,9 @@ def write_checkpoint(
     config: Mapping[str, Any] | None = None,
     shards: int = 3,
 ) -> None:
-    """Write one folder with weights (see ``write_run`` for ``layout``) and, if given, its ``config.json``."""
+    """Write one folder with weights (see ``write_run`` for ``layout``) and, if given, its
+    ``config.json``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=2))

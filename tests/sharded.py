@@ -1,7 +1,9 @@
-"""Sharded checkpoints for the tests, written by PyTorch itself, all ranks one after the other in one process.
+"""Sharded checkpoints for the tests, written by PyTorch itself, all ranks one after the other in
+one process.
 
-The process group is PyTorch's own stand-in ("fake"), in which every rank exists but nothing is sent: cutting parameters,
-describing them and saving needs no communication. The tests marked slow write the same with real processes.
+The process group is PyTorch's own stand-in ("fake"), in which every rank exists but nothing is
+sent: cutting parameters, describing them and saving needs no communication. The tests marked slow
+write the same with real processes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from relexkit.checkpoints import Checkpoint
 
 @contextlib.contextmanager
 def rank_of(rank: int, world: int) -> Iterator[None]:
-    """Be one rank of a process group that does not exist; what PyTorch remembers of the rank before is cleared."""
+    """Be one rank of a process group that does not exist; what PyTorch remembers of the rank before
+    is cleared.
+    """
     _clear_sharding_prop_cache()
     hook = sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
@@ -59,7 +63,9 @@ def module_of(tensors: Weights) -> torch.nn.Module:
 
 
 def first_divisible(parts: int) -> Callable[[torch.nn.Parameter], Shard]:
-    """verl's choice under FSDP2: the first dimension that divides, else the first (``verl/utils/fsdp_utils.py``)."""
+    """verl's choice under FSDP2: the first dimension that divides, else the first
+    (``verl/utils/fsdp_utils.py``).
+    """
 
     def place(parameter: torch.nn.Parameter) -> Shard:
         return Shard(next((d for d, n in enumerate(parameter.shape) if n % parts == 0), 0))
@@ -109,7 +115,9 @@ def write_dcp(
 
 
 def write_dcp_states(folder: Path, world: int, state_of_rank: Callable[[], dict[str, Any]]) -> None:
-    """What ``torch.distributed.checkpoint.save`` does on every rank, with the plans handed over instead of sent."""
+    """What ``torch.distributed.checkpoint.save`` does on every rank, with the plans handed over
+    instead of sent.
+    """
     planners, writers, plans = [], [], []
     for rank in range(world):
         with rank_of(rank, world):
@@ -166,10 +174,11 @@ class Malicious:
 def write_zero(
     folder: Path, tensors: Weights, world: int, *, stage: int, frozen: Sequence[str] = ()
 ) -> None:
-    """DeepSpeed ZeRO files, by a writer of our own after ``deepspeed/runtime/zero`` and ``zero_to_fp32.py``.
+    """DeepSpeed ZeRO files, by a writer of our own after ``deepspeed/runtime/zero`` and
+    ``zero_to_fp32.py``.
 
-    Floats are trained in two parameter groups; others are buffers. Where DeepSpeed itself wrote files, they are in
-    ``tests/data/zero``.
+    Floats are trained in two parameter groups; others are buffers. Where DeepSpeed itself wrote
+    files, they are in ``tests/data/zero``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trained = [n for n, t in tensors.items() if t.is_floating_point() and n not in frozen]
@@ -218,7 +227,9 @@ def _flat_partitions(tensors: Sequence[torch.Tensor], world: int, stage: int) ->
 
 
 def _parts(tensors: Sequence[torch.Tensor], world: int) -> list[torch.Tensor]:
-    """Every tensor padded to a multiple of the ranks and cut into as many parts; a rank's parts one after the other."""
+    """Every tensor padded to a multiple of the ranks and cut into as many parts; a rank's parts one
+    after the other.
+    """
     cut = [
         torch.nn.functional.pad(t.reshape(-1), (0, -t.numel() % world)).chunk(world)
         for t in tensors

@@ -1,7 +1,9 @@
-"""Simulated runs of every kind that the trajectory model, the backtest and the advice are held against.
+"""Simulated runs of every kind that the trajectory model, the backtest and the advice are held
+against.
 
-A run is drift plus white noise as gradients, an Adam-like optimizer's own recursion, a learning-rate schedule, and rounding of
-what is stored. ``D`` parameters are independent. The same seed gives the same run.
+A run is drift plus white noise as gradients, an Adam-like optimizer's own recursion, a
+learning-rate schedule, and rounding of what is stored. ``D`` parameters are independent. The same
+seed gives the same run.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ class Run:
     Attributes:
         drift: size of the drift per step and parameter, in units of the noise.
         lifetime: steps after which the drift's direction has turned (exponential correlation).
-        envelope: factor of the drift at a step (saturation, onset, regime), of the step counted from 1.
+        envelope: factor of the drift at a step (saturation, onset, regime), of the step counted
+            from 1.
         turn_at: step from which on the drift has another, independent direction.
         beta, warm: momentum, and whether the optimizer had a history of 200 steps before the base.
         autocorrelation: of the noise itself (AR(1)), besides the optimizer's.
         rates: learning rate at a step, relative.
         rounding: standard deviation of the storage's error, in units of an update.
         informative: share of steps with a gradient at all.
-        unit: spacing of stored values in units of an update: rounds to nearest as a 16-bit export does.
+        unit: spacing of stored values in units of an update: rounds to nearest as a 16-bit export
+            does.
     """
 
     drift: float = 0.0
@@ -177,7 +181,8 @@ LABELLED: dict[str, Case] = {
     "line, autocorrelated noise": Case(
         run=Run(drift=0.5, autocorrelation=0.5), right=("extrapolate",)
     ),
-    # the failure shapes of the replication study: gains at first, then collapse; right if the advised step still gains
+    # the failure shapes of the replication study: gains at first, then collapse; right if the
+    # advised step still gains
     "slow turn, momentum": Case(
         run=Run(drift=0.5, lifetime=60.0, beta=0.9), right=("extrapolate", "keep-training")
     ),
@@ -217,13 +222,17 @@ LABELLED: dict[str, Case] = {
     "five steps": Case(run=Run(drift=0.5), right=("keep-training",), steps=np.arange(1, 6)),
     "two steps": Case(run=Run(drift=0.5), right=("keep-training",), steps=np.array([1, 2])),
 }
-"""The labelled set: kinds of run with the right advice. Several seeds of each make the confusion table."""
+"""The labelled set: kinds of run with the right advice. Several seeds of each make the confusion
+table.
+"""
 
 
 def observe(
     case: Case, seed: int, times: float = 2.1
 ) -> tuple[Gram, dict[str, np.ndarray], np.ndarray]:
-    """What a store of the run would hold, its metrics, and the true deltas up to ``times`` its last step."""
+    """What a store of the run would hold, its metrics, and the true deltas up to ``times`` its last
+    step.
+    """
     deltas = simulate(case.run, int(times * case.steps[-1]), seed)
     gram = recorded(deltas, case.steps)
     if not case.run.unit:  # float32 weights: every weight changes, by many units
@@ -241,7 +250,9 @@ def observe(
 
 
 def judge(case: Case, seed: int) -> tuple[str, bool]:
-    """The verdict on a simulated run, and whether it is right: no step may be advised at which hold is better."""
+    """The verdict on a simulated run, and whether it is right: no step may be advised at which hold
+    is better.
+    """
     gram, metrics, deltas = observe(case, seed)
     advice = advise(gram, metrics)
     if advice.verdict not in case.right or advice.target is None:
@@ -261,7 +272,9 @@ TARGETS = np.array([55, 65, 80, 100])
 
 
 def covered(run: Run, seed: int) -> np.ndarray:
-    """Whether each target's true coefficient along the first observed direction lies in the interval, ``bool [J]``."""
+    """Whether each target's true coefficient along the first observed direction lies in the
+    interval, ``bool [J]``.
+    """
     deltas = simulate(run, 100, seed)
     steps = IRREGULAR if seed % 2 else np.arange(1, 51)
     seen = deltas[steps - 1]

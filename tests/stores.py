@@ -1,4 +1,6 @@
-"""Stores of explicit deltas, without checkpoints: what the tests of the linear algebra put in is what a pass reads."""
+"""Stores of explicit deltas, without checkpoints: what the tests of the linear algebra put in is
+what a pass reads.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def store_of(
     part_numel: int = 2**25,
     metrics: Mapping[str, np.ndarray] | None = None,
 ) -> TrajectoryStore:
-    """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a base of zeros.
+    """A float32 store of ``deltas`` (name -> ``[T, D]``, rounded to float32) at ``steps``, about a
+    base of zeros.
 
     ``metrics``: name -> ``[T]``, NaN where nothing is logged.
     """

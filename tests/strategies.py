@@ -1,4 +1,6 @@
-"""Trajectories for the tests of the linear algebra: explicit delta matrices, hypothesis strategies that draw them."""
+"""Trajectories for the tests of the linear algebra: explicit delta matrices, hypothesis strategies
+that draw them.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def trajectories(
 
 
 def gram_of(deltas: Mapping[str, np.ndarray], steps: np.ndarray) -> Gram:
-    """Gram matrices of explicit deltas (name -> ``[T, D]``), in float64, with counts by direct comparison."""
+    """Gram matrices of explicit deltas (name -> ``[T, D]``), in float64, with counts by direct
+    comparison.
+    """
     changed, moved, unit = [], [], []
     for delta in deltas.values():
         changed.append((np.diff(delta, axis=0, prepend=0.0) != 0).sum(axis=1))
@@ -92,7 +96,9 @@ def walk_with_momentum(
     beta: float,
     rates: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A walk without direction ``[num_steps, num_columns]`` by a fresh Adam-like optimizer's own recursion."""
+    """A walk without direction ``[num_steps, num_columns]`` by a fresh Adam-like optimizer's own
+    recursion.
+    """
     state, position, rows = np.zeros(num_columns), np.zeros(num_columns), []
     for index in range(num_steps):
         state = beta * state + (1 - beta) * rng.standard_normal(num_columns)

@@ -1,4 +1,6 @@
-"""A model and tokenizer that are made in milliseconds and know the characters of the arithmetic tasks."""
+"""A model and tokenizer that are made in milliseconds and know the characters of the arithmetic
+tasks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Configuration of a training run: one flat dataclass, under TRL's names where TRL has the option; YAML and command line."""
+"""Configuration of a training run: one flat dataclass, under TRL's names where TRL has the option;
+YAML and command line.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regrounding:
-    """After ``train_steps`` steps of training, jump to what ``method`` predicts for ``jump_steps`` later (arXiv 2601.04537)."""
+    """After ``train_steps`` steps of training, jump to what ``method`` predicts for ``jump_steps``
+    later (arXiv 2601.04537).
+    """
 
     train_steps: int
     jump_steps: int
@@ -29,7 +33,8 @@ class Regrounding:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class GRPOConfig:
-    """Everything a run depends on; the resolved form is kept beside the run, and with it the run is reproducible.
+    """Everything a run depends on; the resolved form is kept beside the run, and with it the run is
+    reproducible.
 
     Attributes:
         model: folder of the model that training starts from, loaded in float32 whatever its dtype.
@@ -39,38 +44,54 @@ class GRPOConfig:
         max_steps: optimizer steps.
         generation_batch_size: rollouts of one generation, over all processes.
         num_generations: rollouts of one prompt, a group.
-        steps_per_generation: optimizer steps into which a generation is split, each on its own prompts.
+        steps_per_generation: optimizer steps into which a generation is split, each on its own
+            prompts.
         num_iterations: times that a generation is used.
         max_completion_length: tokens of a completion, the end-of-sequence token included.
-        temperature, top_p, top_k: of the sampling; log-probabilities are those at ``temperature``, without the cuts.
+        temperature, top_p, top_k: of the sampling; log-probabilities are those at ``temperature``,
+            without the cuts.
         loss_type: how token losses become one number, see ``trainer.credit.loss``.
         beta: weight of the KL divergence to the starting model; 0 loads no reference.
         use_bias_correction_kl: multiply the divergence by the importance ratio.
-        epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high] (epsilon if None).
+        epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high]
+            (epsilon if None).
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
-        scale_rewards: divide advantages by the standard deviation of the ``group``, of the ``batch``, or not (``none``).
+        scale_rewards: divide advantages by the standard deviation of the ``group``, of the
+            ``batch``, or not (``none``).
         importance_sampling_level: ratio of each ``token``, or of the whole ``sequence`` (GSPO).
         mask_truncated_completions: completions without an end do not count.
-        advantage: ``group``, or ``lampo``, pairwise (docs/credit.md); ``scale_rewards`` belongs to the former.
-        lampo_temperature, lampo_length_normalized: how sharply, and by which log-probabilities, LamPO weights pairs.
+        advantage: ``group``, or ``lampo``, pairwise (docs/credit.md); ``scale_rewards`` belongs to
+            the former.
+        lampo_temperature, lampo_length_normalized: how sharply, and by which log-probabilities,
+            LamPO weights pairs.
         rouge_weight: add so many times ROUGE-L against the task's reference solution to the reward.
-        token_weighting: ``delta`` multiplies the surrogate of each token by a coefficient of DelTA; ``none``.
-        delta_iterations, delta_min, delta_max: refinements of DelTA's centroids, and the range of its coefficients.
-        token_shares: log which classes of tokens carry the update, and keep the numbers with the rollouts.
-        gradient_noise_parts: log the noise and the signal of the gradient from so many parts of each step; 0 does not.
-        regrounding: ``{train_steps: m, jump_steps: n, method: relex}``: after ``m`` steps of training jump to the weights that
-            are predicted for ``n`` steps later, and again; None never.
-        learning_rate, lr_scheduler_type, warmup_steps: names of the schedules are those of transformers.
+        token_weighting: ``delta`` multiplies the surrogate of each token by a coefficient of DelTA;
+            ``none``.
+        delta_iterations, delta_min, delta_max: refinements of DelTA's centroids, and the range of
+            its coefficients.
+        token_shares: log which classes of tokens carry the update, and keep the numbers with the
+            rollouts.
+        gradient_noise_parts: log the noise and the signal of the gradient from so many parts of
+            each step; 0 does not.
+        regrounding: ``{train_steps: m, jump_steps: n, method: relex}``: after ``m`` steps of
+            training jump to the weights that are predicted for ``n`` steps later, and again; None
+            never.
+        learning_rate, lr_scheduler_type, warmup_steps: names of the schedules are those of
+            transformers.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm: AdamW and clipping.
-        micro_batch_tokens: most tokens (padding included) in one forward and backward pass; gradients accumulate, exactly.
+        micro_batch_tokens: most tokens (padding included) in one forward and backward pass;
+            gradients accumulate, exactly.
         generation_rows: rows of one batch of the generation, in each process.
         gradient_checkpointing: recompute activations in the backward pass.
-        bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. Weights and optimizer are float32 always.
+        bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. Weights and optimizer are
+            float32 always.
         device: ``auto``, ``cpu`` or ``cuda``.
-        record_every: record the weights after the steps that are multiples of this; 0 records nothing.
+        record_every: record the weights after the steps that are multiples of this; 0 records
+            nothing.
         mantissa_bits: of the recorded float deltas.
         eval_steps, eval_num_problems: validation accuracy, greedy, every so many steps; 0 never.
-        save_steps: keep the full state for a resume every so many steps, and at the end; 0 only at the end.
+        save_steps: keep the full state for a resume every so many steps, and at the end; 0 only at
+            the end.
     """
 
     model: str
@@ -164,22 +185,25 @@ class GRPOConfig:
         unit = self.num_generations * self.steps_per_generation
         if self.generation_batch_size % unit:
             raise RelexkitError(
-                f"generation_batch_size: {self.generation_batch_size} does not split into {self.steps_per_generation} steps of "
-                f"whole groups of {self.num_generations}; expected a multiple of {unit}"
+                f"generation_batch_size: {self.generation_batch_size} does not split into"
+                f" {self.steps_per_generation} steps of whole groups of {self.num_generations};"
+                f" expected a multiple of {unit}"
             )
         if self.delta is not None and self.delta <= 1 + self.upper_epsilon:
             raise RelexkitError(
-                f"delta: {self.delta} would cap below the clip range; expected more than 1 + epsilon_high"
+                f"delta: {self.delta} would cap below the clip range; expected more than 1 +"
+                " epsilon_high"
             )
         if self.delta_min > self.delta_max:
             raise RelexkitError(
-                f"delta_min: {self.delta_min} is more than delta_max, {self.delta_max}; expected at most that"
+                f"delta_min: {self.delta_min} is more than delta_max, {self.delta_max}; expected at"
+                " most that"
             )
         groups = self.generation_batch_size // unit
         if self.gradient_noise_parts == 1 or self.gradient_noise_parts > groups:
             raise RelexkitError(
-                f"gradient_noise_parts: {self.gradient_noise_parts} parts cannot be compared; expected 2 to {groups}, the "
-                "groups of a step, or 0"
+                f"gradient_noise_parts: {self.gradient_noise_parts} parts cannot be compared;"
+                f" expected 2 to {groups}, the groups of a step, or 0"
             )
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
         if not 1 <= self.mantissa_bits <= 23:
@@ -198,7 +222,8 @@ class GRPOConfig:
         """``regrounding``, checked.
 
         Raises:
-            RelexkitError: an unknown key or method, a number that is too small, or nothing is recorded to predict from.
+            RelexkitError: an unknown key or method, a number that is too small, or nothing is
+                recorded to predict from.
         """
         if self.regrounding is None:
             return None
@@ -210,12 +235,14 @@ class GRPOConfig:
                 )
         if not {"train_steps", "jump_steps"} <= self.regrounding.keys():
             raise RelexkitError(
-                "regrounding: lacks train_steps or jump_steps; expected both, as {train_steps: 20, jump_steps: 20}"
+                "regrounding: lacks train_steps or jump_steps; expected both, as {train_steps: 20,"
+                " jump_steps: 20}"
             )
         rule = Regrounding(**self.regrounding)
         if not (isinstance(rule.train_steps, int) and rule.train_steps >= 3):
             raise RelexkitError(
-                f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or more"
+                f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or"
+                " more"
             )
         if not (isinstance(rule.jump_steps, int) and rule.jump_steps >= 1):
             raise RelexkitError(
@@ -225,8 +252,9 @@ class GRPOConfig:
         unit = self.steps_of_generation
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
             raise RelexkitError(
-                "regrounding: predicts from recorded steps, between generations; expected record_every 1, and train_steps and "
-                f"jump_steps that are multiples of {unit}, the steps of a generation"
+                "regrounding: predicts from recorded steps, between generations; expected"
+                f" record_every 1, and train_steps and jump_steps that are multiples of {unit}, the"
+                " steps of a generation"
             )
         return rule
 
@@ -246,16 +274,21 @@ class G2DConfig:
     """How preference pairs are made of rollouts, and how DPO trains on them.
 
     Attributes:
-        pairs: from the rollouts of the ``training`` up to step K, or from ``fresh`` ones of the policy of step K to their
-        prompts. start, reference: the policy that DPO begins with, and the one that it is held to: of step K (``warm``), or
-        the ``base``. max_pairs_per_prompt, max_length: most pairs of a prompt, and most tokens of a completion in them; None
-        for any. min_difficulty, max_difficulty: only prompts whose share of right rollouts lies between these. beta,
-        label_smoothing, average_log_prob: of the loss, see ``trainer.experiments.dpo``. learning_rate, lr_scheduler_type, weight_decay,
-        max_grad_norm, num_train_epochs: AdamW, its schedule, passes over pairs. train_batch_size: pairs of an optimizer step.
-        micro_batch_tokens: most tokens (padding included) in one forward and backward pass. seed: of the choice of pairs,
-        their order, fresh rollouts, and dropout. eval_num_problems: validation problems, answered greedily. generation_rows:
-        rows of one batch of a generation. bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. device: ``auto``,
-        ``cpu`` or ``cuda``.
+        pairs: from the rollouts of the ``training`` up to step K, or from ``fresh`` ones of the
+            policy of step K to their
+        prompts. start, reference: the policy that DPO begins with, and the one that it is held to:
+        of step K (``warm``), or the ``base``. max_pairs_per_prompt, max_length: most pairs of a
+        prompt, and most tokens of a completion in them; None for any. min_difficulty,
+        max_difficulty: only prompts whose share of right rollouts lies between these. beta,
+        label_smoothing, average_log_prob: of the loss, see ``trainer.experiments.dpo``.
+            learning_rate, lr_scheduler_type, weight_decay,
+        max_grad_norm, num_train_epochs: AdamW, its schedule, passes over pairs. train_batch_size:
+            pairs of an optimizer step.
+        micro_batch_tokens: most tokens (padding included) in one forward and backward pass. seed:
+            of the choice of pairs,
+        their order, fresh rollouts, and dropout. eval_num_problems: validation problems, answered
+        greedily. generation_rows: rows of one batch of a generation. bf16: bfloat16 autocast; None
+        is on for a GPU and off for a CPU. device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     pairs: Literal["training", "fresh"] = "training"
@@ -297,12 +330,13 @@ class G2DConfig:
         _check_ranges(self, positive, ("weight_decay",))
         if not 0 <= self.label_smoothing < 0.5:
             raise RelexkitError(
-                f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less than 0.5"
+                f"label_smoothing: {self.label_smoothing} is out of range; expected 0 to less"
+                " than 0.5"
             )
         if not 0 <= self.min_difficulty <= self.max_difficulty <= 1:
             raise RelexkitError(
-                f"min_difficulty {self.min_difficulty}, max_difficulty {self.max_difficulty}: expected shares between 0 and 1, "
-                "the smaller first"
+                f"min_difficulty {self.min_difficulty}, max_difficulty {self.max_difficulty}:"
+                " expected shares between 0 and 1, the smaller first"
             )
         _check_schedule(self.lr_scheduler_type)
 
@@ -317,7 +351,8 @@ def _check_ranges(
         value = getattr(config, name)
         if value < 0 or (value == 0 and name in positive):
             raise RelexkitError(
-                f"{name}: {value} is too small; expected {'more than' if name in positive else 'at least'} 0"
+                f"{name}: {value} is too small; expected"
+                f" {'more than' if name in positive else 'at least'} 0"
             )
 
 
@@ -337,8 +372,8 @@ def load_config(
     """A configuration from a YAML file, and options given as YAML text, which win.
 
     Raises:
-        RelexkitError: the file cannot be read or is not a mapping; an option is unknown, missing, of another type, or out of
-            range. The message names it.
+        RelexkitError: the file cannot be read or is not a mapping; an option is unknown, missing,
+            of another type, or out of range. The message names it.
     """
     values: dict[str, Any] = {}
     if path is not None:

@@ -1,9 +1,11 @@
-"""Averages of the latest recorded steps on the task, against the last step, along runs; and what ``advise`` says there.
+"""Averages of the latest recorded steps on the task, against the last step, along runs; and what
+``advise`` says there.
 
-    python docs/line/averages.py OUT.json RUN.zarr... --task TASK [--until 20 33 50] [--window 3 5 10 20]
-    python docs/line/averages.py OUT.json
+    python docs/line/averages.py OUT.json RUN.zarr... --task TASK [--until 20 33 50] [--window 3 5
+    10 20] python docs/line/averages.py OUT.json
 
-Greedy answers and one sampled answer to the same held-out problems. Prints means over runs whose names differ in the seed only.
+Greedy answers and one sampled answer to the same held-out problems. Prints means over runs whose
+names differ in the seed only.
 """
 
 from __future__ import annotations
@@ -90,10 +92,12 @@ def table(rows: list[dict[str, Any]]) -> None:
                     for how in ("greedy", "sampled")
                 )
                 cells.append(
-                    f"{greedy.mean():+.3f} ({greedy.min():+.3f} to {greedy.max():+.3f}) / {sampled.mean():+.3f}"
+                    f"{greedy.mean():+.3f} ({greedy.min():+.3f} to {greedy.max():+.3f}) /"
+                    f" {sampled.mean():+.3f}"
                 )
             print(
-                f"| {kind} | {until or 'all'} | {len(chosen)} | {', '.join(verdicts)} | {' | '.join(cells)} |"
+                f"| {kind} | {until or 'all'} | {len(chosen)} | {', '.join(verdicts)} |"
+                f" {' | '.join(cells)} |"
             )
 
 

@@ -1,8 +1,10 @@
-"""The tables of docs/line.md: errors of predictions and coverage of intervals on simulated runs of every kind.
+"""The tables of docs/line.md: errors of predictions and coverage of intervals on simulated runs of
+every kind.
 
     PYTHONPATH=tests python docs/line/calibration.py [NUM_RUNS]
 
-Half of the runs record every step up to 50, half 21 irregular ones. The intervals' prior was chosen on seeds 100 to 139.
+Half of the runs record every step up to 50, half 21 irregular ones. The intervals' prior was chosen
+on seeds 100 to 139.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def main() -> None:
         error = hits.mean(axis=1).std() / np.sqrt(num_runs)
         every.append(hits)
         print(
-            f"| {kind} | {hits.mean():.3f} | {error:.3f} | {', '.join(f'{h:.2f}' for h in hits.mean(axis=0))} |",
+            f"| {kind} | {hits.mean():.3f} | {error:.3f} |"
+            f" {', '.join(f'{h:.2f}' for h in hits.mean(axis=0))} |",
             flush=True,
         )
     print(f"all: {np.mean(every):.3f}; by target {np.mean(every, axis=(0, 1)).round(3)}")

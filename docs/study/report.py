@@ -225,7 +225,9 @@ def claims_table(results: list[Seed]) -> str:
 
 
 def best_early_g2d(results: list[Seed]) -> tuple[int, str, list[float]]:
-    """The kind of G2D within the first third of the steps that is best on average: K, pairs, and accuracies by seed."""
+    """The kind of G2D within the first third of the steps that is best on average: K, pairs, and
+    accuracies by seed.
+    """
     by_kind: dict[tuple[int, str], list[float]] = {}
     for seed in results:
         for row in seed["g2d"]:
@@ -245,7 +247,9 @@ def _save(draw: Callable[[Any], None], height: float, folder: Path, name: str) -
 
 
 def curves(results: list[Seed], folder: Path) -> None:
-    """Validation accuracy against steps and generated tokens: means over seeds, intervals where they tell arms apart."""
+    """Validation accuracy against steps and generated tokens: means over seeds, intervals where
+    they tell arms apart.
+    """
 
     def draw(figure: Any) -> None:
         axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
@@ -316,7 +320,10 @@ def write_report(results: list[Seed], folder: Path) -> None:
     steps = results[0]["steps"]
     seeds = ", ".join(str(seed["seed"]) for seed in results)
     pieces = [
-        f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over seeds, 95 % intervals (Student's t).",
+        (
+            f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over"
+            " seeds, 95 % intervals (Student's t)."
+        ),
         "![Accuracy of every arm](study/curves.png)",
         arms_table(results),
         "### G2D",

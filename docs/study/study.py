@@ -1,10 +1,12 @@
-"""What DelTA, LamPO, G2D, re-grounding and extrapolation do on the small embedded model: the runs and numbers of docs/study.md.
+"""What DelTA, LamPO, G2D, re-grounding and extrapolation do on the small embedded model: the runs
+and numbers of docs/study.md.
 
     python docs/study/study.py OUT [--seeds 0 1 2 3 4 5] [--steps 60]
 
-Every seed trains the same model by GRPO, with DelTA, with LamPO, with both, and with re-grounding. From the GRPO run's store
-and rollouts come G2D at several K and the extrapolations. All models answer the same held-out problems. What is finished is
-kept, so the command goes on where it stopped. Leaves ``OUT/results.json``, and docs/study.md with its figures (report.py).
+Every seed trains the same model by GRPO, with DelTA, with LamPO, with both, and with re-grounding.
+From the GRPO run's store and rollouts come G2D at several K and the extrapolations. All models
+answer the same held-out problems. What is finished is kept, so the command goes on where it
+stopped. Leaves ``OUT/results.json``, and docs/study.md with its figures (report.py).
 """
 
 import argparse
@@ -137,7 +139,9 @@ def trained(folder: Path) -> dict:
 
 
 def extrapolated(folder: Path, steps: int) -> dict:
-    """What steps up to ``T_cut`` predict for the end of training, on the task, and the geometry of the run."""
+    """What steps up to ``T_cut`` predict for the end of training, on the task, and the geometry of
+    the run.
+    """
     store = TrajectoryStore(folder / "run.zarr")
     matrices, model = gram(store), StoredModel(store)
     found: dict = {
@@ -166,9 +170,9 @@ def extrapolated(folder: Path, steps: int) -> dict:
         name: {"observed": float(whole.observed[name]), "walk": float(whole.expected[name])}
         for name in ("first", "first_two")
     } | {
-        "drift_to_noise": None
-        if fit is None
-        else [fit.drift_to_noise, *fit.drift_to_noise_interval]
+        "drift_to_noise": (
+            None if fit is None else [fit.drift_to_noise, *fit.drift_to_noise_interval]
+        )
     }
     for name, options in ABLATION.items():
         grid = backtest(matrices, methods=["relex"], prefixes=[steps // 2], options=options).grid

@@ -1,8 +1,9 @@
 """What to do next with a run, from its Gram matrices and metrics alone, and what that rests on.
 
-The advice is never more confident than the run's own record: extrapolation is advised only to distances at which the method
-beat standing still from the latest prefixes that could be checked, and only with evidence of a drift beyond what a walk shows.
-``advise`` is one pure function, so a trainer can call it on the small Gram matrix that it keeps while it trains.
+The advice is never more confident than the run's own record: extrapolation is advised only to
+distances at which the method beat standing still from the latest prefixes that could be checked,
+and only with evidence of a drift beyond what a walk shows. ``advise`` is one pure function, so a
+trainer can call it on the small Gram matrix that it keeps while it trains.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-preci
 
 HEADLINES: dict[Verdict, str] = {
     "extrapolate": (
-        "The weights extrapolate to about step {target} with --method {method}; only a sweep tells whether the task gains."
+        "The weights extrapolate to about step {target} with --method {method}; only a sweep tells"
+        " whether the task gains."
     ),
     "keep-training": "Keep training.",
     "not-a-line": "This run is not on a line: do not extrapolate it.",
-    "hidden-by-precision": "The stored precision hides the motion: record float32 weights, export with stochastic rounding.",
+    "hidden-by-precision": (
+        "The stored precision hides the motion: record float32 weights, export with stochastic"
+        " rounding."
+    ),
 }
 
 RATIOS = (1.1, 1.25, 1.5, 2.0)
@@ -107,11 +112,13 @@ class Advice:
 
 
 def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advice:
-    """Advice from the Gram matrices of a run so far, N tensors or a single group, and its metrics by recorded step.
+    """Advice from the Gram matrices of a run so far, N tensors or a single group, and its metrics
+    by recorded step.
 
-    Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros say nothing. Metrics that
-    are used if present: a learning-rate schedule, and whether steps were informative. Reads no weights; two
-    seconds or so for 400 tensors and 75 steps, one for a single matrix.
+    Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros
+    say nothing. Metrics that are used if present: a learning-rate schedule, and whether steps were
+    informative. Reads no weights; two seconds or so for 400 tensors and 75 steps, one for a single
+    matrix.
     """
     metrics = metrics or {}
     steps, whole = gram.steps, gram.matrices.sum(axis=0)
@@ -131,12 +138,16 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE * informative.known
     ):
         sparse = (
-            f"Only {informative.count} of {informative.known} steps were informative ({informative.metric}); the motion "
-            "between them is the optimizer coasting on its momentum."
+            f"Only {informative.count} of {informative.known} steps were informative"
+            f" ({informative.metric}); the motion between them is the optimizer coasting on its"
+            " momentum."
         )
         return _advice("keep-training", [sparse, *reasons], record, fit)
     if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
-        noisy = "A walk's last step is noisy: the average of the latest ones may do better (relexkit sweep tries it)."
+        noisy = (
+            "A walk's last step is noisy: the average of the latest ones may do better (relexkit"
+            " sweep tries it)."
+        )
         return _advice("not-a-line", [*reasons, noisy], record, fit)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
@@ -149,10 +160,9 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     best, target = rivals[method], int(farthest * steps[-1])
     reasons.insert(
         0,
-        (
-            f"At {best.ratio:g} times the last step {method} beat standing still in {best.won} of {best.made} checks of this run's "
-            f"own past, with {100 * best.skill:.0f} % less squared error on average; that is what to expect, not more."
-        ),
+        f"At {best.ratio:g} times the last step {method} beat standing still in {best.won} of"
+        f" {best.made} checks of this run's own past, with {100 * best.skill:.0f} % less squared"
+        " error on average; that is what to expect, not more.",
     )
     return _advice("extrapolate", reasons, record, fit, method, target)
 
@@ -167,20 +177,35 @@ def _advice(
 ) -> Advice:
     changes = {
         "extrapolate": (
-            "Evaluate before use (relexkit sweep): on a real run weights 50 % closer to the later step scored 13 points worse.",
-            f"Past step {target} nothing is known: train on and ask again; a falling skill of later checks withdraws it.",
+            (
+                "Evaluate before use (relexkit sweep): on a real run weights 50 % closer to the"
+                " later step scored 13 points worse."
+            ),
+            (
+                f"Past step {target} nothing is known: train on and ask again; a falling skill of"
+                " later checks withdraws it."
+            ),
         ),
         "keep-training": (
-            "Two or more checks from later prefixes in which some method beats standing still by a tenth of the squared error.",
+            (
+                "Two or more checks from later prefixes in which some method beats standing still"
+                " by a tenth of the squared error."
+            ),
             "Larger batches or a smaller learning rate raise the drift over the noise.",
         ),
         "not-a-line": (
-            f"Evidence of a drift (chance on a walk below {_CHANCE}) that lasts longer than a tenth of the run.",
+            (
+                f"Evidence of a drift (chance on a walk below {_CHANCE}) that lasts longer than a"
+                " tenth of the run."
+            ),
             "Larger batches or a smaller learning rate raise the drift over the noise.",
         ),
         "hidden-by-precision": (
             "The same run recorded from float32 weights; what this store shows is mostly rounding.",
-            "Motion larger than the spacing of the stored numbers: more steps or a larger learning rate.",
+            (
+                "Motion larger than the spacing of the stored numbers: more steps or a larger"
+                " learning rate."
+            ),
         ),
     }
     headline = HEADLINES[verdict].format(target=target, method=method)
@@ -215,7 +240,9 @@ def _fit(whole: np.ndarray, gram: Gram, rates: np.ndarray | None) -> TrajectoryF
 
 
 def _hidden(gram: Gram) -> str | None:
-    """A sentence if few weights change at a step and many of the changes are of one unit in the last place."""
+    """A sentence if few weights change at a step and many of the changes are of one unit in the
+    last place.
+    """
     changes = float(gram.changed.sum())
     if not changes or (gram.unit_moves < 0).any():
         return None
@@ -224,8 +251,9 @@ def _hidden(gram: Gram) -> str | None:
     if share >= _HIDDEN_CHANGED or units <= _HIDDEN_UNITS:
         return None
     return (
-        f"{100 * share:.2g} % of the weights change at a step, {100 * units:.0f} % of the changes by exactly one unit in the "
-        "last place: the true motion is smaller than the stored numbers can show."
+        f"{100 * share:.2g} % of the weights change at a step, {100 * units:.0f} % of the changes"
+        " by exactly one unit in the last place: the true motion is smaller than the stored"
+        " numbers can show."
     )
 
 
@@ -274,8 +302,9 @@ def _drift_reasons(fit: TrajectoryFit | None) -> list[str]:
         else f"{fit.correlation_time:.3g} steps"
     )
     return [
-        f"Drift to noise {fit.drift_to_noise:.2g} (90 %: {low:.2g} to {high:.2g}), lasting {lasting}; chance of this evidence "
-        f"on a walk {fit.p_value:.2g}; momentum {fit.momentum:.2f}."
+        f"Drift to noise {fit.drift_to_noise:.2g} (90 %: {low:.2g} to {high:.2g}), lasting"
+        f" {lasting}; chance of this evidence on a walk {fit.p_value:.2g}; momentum"
+        f" {fit.momentum:.2f}."
     ]
 
 
@@ -290,6 +319,7 @@ def _record_reasons(record: dict[str, tuple[Check, ...]]) -> list[str]:
             best = max(found, key=lambda m: found[m].skill)
             c = found[best]
             sentences.append(
-                f"{ratio:g} times as far: best {best}, skill {c.skill:+.2f} against hold, {c.won} of {c.made} won."
+                f"{ratio:g} times as far: best {best}, skill {c.skill:+.2f} against hold, {c.won}"
+                f" of {c.made} won."
             )
     return sentences

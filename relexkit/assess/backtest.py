@@ -1,12 +1,13 @@
 """How every method would have done in the run's own past, from the Gram matrices alone.
 
-For a prefix of ``n`` recorded steps and an observed later step ``j``, with weights ``a`` computed from ``G[:n, :n]`` only:
+For a prefix of ``n`` recorded steps and an observed later step ``j``, with weights ``a`` computed
+from ``G[:n, :n]`` only:
 
-    squared error e(n, j) = a^T G a - 2 a^T G[:n, j] + G[j, j],    relative error = sqrt(e / G[j, j]),
-    cosine = a^T G[:n, j] / sqrt(a^T G a * G[j, j]),               skill = 1 - e / e_hold.
+    squared error e(n, j) = a^T G a - 2 a^T G[:n, j] + G[j, j],    relative error = sqrt(e / G[j,
+    j]), cosine = a^T G[:n, j] / sqrt(a^T G a * G[j, j]),               skill = 1 - e / e_hold.
 
-Squared errors, inner products and norms are summed over tensors before anything is divided: that is the error of the whole
-model, or of a layer or a type of module. No weights are read.
+Squared errors, inner products and norms are summed over tensors before anything is divided: that is
+the error of the whole model, or of a layer or a type of module. No weights are read.
 
 Shape suffixes: N tensors, T recorded steps, n steps of a prefix, J later steps, R directions.
 """
@@ -25,14 +26,17 @@ from relexkit.predict.extrapolators import METHODS, Options, predict_weights
 from relexkit.weights.layout import scope_of
 
 MODEL = "model"
-"""The trajectory model: one fit per prefix to the sum of all tensors, a few tenths of a second each."""
+"""The trajectory model: one fit per prefix to the sum of all tensors, a few tenths of a second
+each.
+"""
 
 CHEAP = tuple(
     name
     for name, method in METHODS.items()
     if method.fit is None and name not in ("reconstruct", "average")
 )
-"""Methods of the default grid; ``reconstruct`` knows no later steps, and ``average`` goes to none."""
+"""Methods of the default grid; ``reconstruct`` knows no later steps, and ``average`` goes to none.
+"""
 
 _NUM_PREFIXES = 8
 
@@ -44,7 +48,8 @@ class Row:
     Attributes:
         until: last step of the prefix.
         target: the later step.
-        relative_error: of the delta at ``target``; 1 is predicting the base. NaN if nothing had moved by then.
+        relative_error: of the delta at ``target``; 1 is predicting the base. NaN if nothing had
+            moved by then.
         cosine: between predicted and true delta; NaN where one of them is zero.
         skill: against hold; 0 is as good, negative is worse; NaN where hold is exact.
     """
@@ -59,19 +64,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Horizon:
-    """How far past its last step a method has beaten hold in the run's own past, as ``target / until``.
+    """How far past its last step a method has beaten hold in the run's own past, as ``target /
+    until``.
 
-    A prefix's own horizon is the end of the first unbroken stretch of later steps at which the method beat hold. Prefixes
-    overlap and late ones can be checked less far, so ``low`` and ``high`` are the spread of the record and no confidence
-    interval, and prefixes that were still ahead at the last recorded step count as checked only up to there.
+    A prefix's own horizon is the end of the first unbroken stretch of later steps at which the
+    method beat hold. Prefixes overlap and late ones can be checked less far, so ``low`` and
+    ``high`` are the spread of the record and no confidence interval, and prefixes that were still
+    ahead at the last recorded step count as checked only up to there.
 
     Attributes:
-        start: where those stretches begin, median; a method may lose to hold next to the prefix and win farther out.
-        ratio: as far as at least as many prefixes are known to be ahead of hold as to have fallen behind, and at least three
-            are known; 1 if it never beat hold.
+        start: where those stretches begin, median; a method may lose to hold next to the prefix and
+            win farther out.
+        ratio: as far as at least as many prefixes are known to be ahead of hold as to have fallen
+            behind, and at least three are known; 1 if it never beat hold.
         low: the first at which any prefix fell behind hold.
         high: the farthest at which any prefix was still ahead.
-        beyond: most had not fallen behind by ``ratio``, the farthest that could be checked; nothing is known past it.
+        beyond: most had not fallen behind by ``ratio``, the farthest that could be checked; nothing
+            is known past it.
         num_prefixes: how many prefixes were checked.
     """
 
@@ -112,11 +121,12 @@ class Backtest:
         steps: ``int64 [T]``.
         prefixes: ``int64 [P]``, their numbers of recorded steps.
         names: N tensors (or groups) of the Gram matrices.
-        overlaps: ``float64 [K, P, T, N]``, inner product of prediction and true delta; NaN where the step is not later than
-            the prefix, or the method could not be fitted.
+        overlaps: ``float64 [K, P, T, N]``, inner product of prediction and true delta; NaN where
+            the step is not later than the prefix, or the method could not be fitted.
         norms: ``float64 [K, P, T, N]``, squared norm of the prediction.
         truth: ``float64 [T, N]``, squared norm of the true delta.
-        failures: what a method said where it could not be fitted, by method and last step of the prefix.
+        failures: what a method said where it could not be fitted, by method and last step of the
+            prefix.
     """
 
     methods: tuple[str, ...]
@@ -130,11 +140,15 @@ class Backtest:
 
     @property
     def grid(self) -> list[Row]:
-        """Rows of the whole model, by method, prefix and later step; what could not be fitted is left out."""
+        """Rows of the whole model, by method, prefix and later step; what could not be fitted is
+        left out.
+        """
         return self._rows(np.arange(len(self.names)))
 
     def by_group(self, scope: str) -> dict[str, list[Row]]:
-        """The grid of every group of ``scope`` (``tensor``, ``layer`` or ``module``), in order of appearance."""
+        """The grid of every group of ``scope`` (``tensor``, ``layer`` or ``module``), in order of
+        appearance.
+        """
         members: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             members.setdefault(scope_of(name, scope), []).append(row)
@@ -224,17 +238,21 @@ def backtest(
     """Every method fitted to every prefix and compared with every later recorded step.
 
     Args:
-        gram: Gram matrices of tensors, each of which is fitted on its own (the trajectory model fits their sum).
-        methods: names from ``METHODS`` that predict later steps; None for ``CHEAP``. Hold is always added.
-        prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run on, spaced by ratio.
+        gram: Gram matrices of tensors, each of which is fitted on its own (the trajectory model
+            fits their sum).
+        methods: names from ``METHODS`` that predict later steps; None for ``CHEAP``. Hold is always
+            added.
+        prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run
+            on, spaced by ratio.
         options: each method takes those that it uses.
-        rates: learning rates for the trajectory model, see ``relexkit.geometry.trajectory_model.fit_trajectory``.
+        rates: learning rates for the trajectory model, see
+            ``relexkit.geometry.trajectory_model.fit_trajectory``.
 
     Reads no weights. The default grid takes less than a second for 400 tensors and 75 steps.
 
     Raises:
-        ExtrapolationError: an unknown method, an option that none of the methods uses, a prefix that is not a recorded step
-            with a later one, or fewer than two recorded steps.
+        ExtrapolationError: an unknown method, an option that none of the methods uses, a prefix
+            that is not a recorded step with a later one, or fewer than two recorded steps.
     """
     options = options or Options()
     chosen = tuple(dict.fromkeys(("hold", *(CHEAP if methods is None else methods))))
@@ -270,7 +288,8 @@ def _check_options(taken: dict[str, Options], options: Options) -> None:
             getattr(o, field.name) != wanted for o in taken.values()
         ):
             raise ExtrapolationError(
-                f"option {field.name} has no effect on {', '.join(taken)}; leave it out or add a method"
+                f"option {field.name} has no effect on {', '.join(taken)}; leave it out or add a"
+                " method"
             )
 
 
@@ -287,12 +306,13 @@ def _prefixes(steps: np.ndarray, wanted: Sequence[int] | None) -> np.ndarray:
     for step in wanted:
         if step not in steps[:-1]:
             raise ExtrapolationError(
-                f"prefix {step} is not a recorded step with a later one; choose from {steps[0]} to {steps[-2]}"
+                f"prefix {step} is not a recorded step with a later one; choose from {steps[0]} to"
+                f" {steps[-2]}"
             )
     return np.unique(np.searchsorted(steps, np.asarray(wanted, np.int64), side="right"))
 
 
-# -- squared norms and overlaps of the predictions, [J, N] --------------------------------------------------------------
+# -- squared norms and overlaps of the predictions, [J, N] -----------------------------------------
 
 
 def _moments(
@@ -332,7 +352,9 @@ def _moments(
 def _relex_moments(
     matrices: np.ndarray, steps: np.ndarray, targets: np.ndarray, options: Options
 ) -> tuple[np.ndarray, np.ndarray]:
-    """RELEX with a fit that is linear in the coefficients: ``a = U U^T h`` with the hat vector ``h`` of the fit."""
+    """RELEX with a fit that is linear in the coefficients: ``a = U U^T h`` with the hat vector
+    ``h`` of the fit.
+    """
     count = len(steps)
     values, vectors = leading_eigenpairs(
         np.ascontiguousarray(matrices[:, :count, :count]), options.rank

@@ -1,14 +1,18 @@
-"""Where the run goes along its own directions, with intervals that are as wide as the run's own past says.
+"""Where the run goes along its own directions, with intervals that are as wide as the run's own
+past says.
 
-The trajectory model's standard deviation ``s`` gives an interval for a future coefficient its shape: how it grows with the
-distance. A turning drift may also die, as the model's prediction supposes by its age, or only turn: two centres. And the model
-may be wrong by an error that grows like the further way ``w`` of a straight line. So about either centre the error has the
-variance ``f^2 s^2 + g^2 w^2``, and the run itself tells the centre, ``f`` and ``g``: from each of several prefixes the
-coefficients of later recorded steps are predicted and compared. Checks of one prefix overlap, and prefixes contain each other,
-so a prefix counts as half a check. The interval is that of the mixture of normal distributions over the posterior of all three:
-wide where little could be checked.
+The trajectory model's standard deviation ``s`` gives an interval for a future coefficient its
+shape: how it grows with the distance. A turning drift may also die, as the model's prediction
+supposes by its age, or only turn: two centres. And the model may be wrong by an error that grows
+like the further way ``w`` of a straight line. So about either centre the error has the variance
+``f^2 s^2 + g^2 w^2``, and the run itself tells the centre, ``f`` and ``g``: from each of several
+prefixes the coefficients of later recorded steps are predicted and compared. Checks of one prefix
+overlap, and prefixes contain each other, so a prefix counts as half a check. The interval is that
+of the mixture of normal distributions over the posterior of all three: wide where little could be
+checked.
 
-Shape suffixes: T recorded steps, n of a prefix, J targets, P prefixes, R directions, E centres, F factors, H misfits.
+Shape suffixes: T recorded steps, n of a prefix, J targets, P prefixes, R directions, E centres, F
+factors, H misfits.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 
 _FACTORS = 2.0 ** np.arange(-2, 3.25, 0.5)  # f, [F]
 _MISFITS = np.r_[0.0, 10.0 ** np.arange(-3, 0.26, 0.25)]  # g, [H]
-# the model is a little too cautious and most likely right; a further error has no known size (chosen on simulated runs)
+# the model is a little too cautious and most likely right; a further error has no known size
+# (chosen on simulated runs)
 _PRIOR_FH = np.outer(
     np.exp(-(((np.log2(_FACTORS) + 0.2) / 0.3) ** 2) / 2), np.r_[60.0, np.ones(len(_MISFITS) - 1)]
 )
@@ -38,12 +43,14 @@ _FARTHEST = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """Coefficients along the first R directions of the observed run, as the trajectory model continues them.
+    """Coefficients along the first R directions of the observed run, as the trajectory model
+    continues them.
 
     Attributes:
         targets: ``float64 [J]``.
-        coefficients: ``float64 [J, R]``, L2 norm of weights; signs make the last observed ones positive. Those of the model's
-            predicted weights, which suppose that a turning drift dies with its age.
+        coefficients: ``float64 [J, R]``, L2 norm of weights; signs make the last observed ones
+            positive. Those of the model's predicted weights, which suppose that a turning drift
+            dies with its age.
         low, high: ``float64 [J, R]``, interval of ``level``; not centred on the coefficients.
         level: nominal coverage.
         factor: width of the interval at the last target over that of the model's own, ``[R]``.
@@ -69,7 +76,8 @@ def forecast(
     rates: np.ndarray | None = None,
     level: float = 0.9,
 ) -> Forecast:
-    """Coefficients of the whole run's first directions at later steps, with intervals calibrated on the run's own past.
+    """Coefficients of the whole run's first directions at later steps, with intervals calibrated on
+    the run's own past.
 
     Args:
         matrix: ``float64 [T, T]``, usually the sum over all tensors.
@@ -161,8 +169,9 @@ def _axes(matrix: np.ndarray, count: int) -> np.ndarray:
 def _along(
     fit: TrajectoryFit, targets: np.ndarray, axes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted coefficients with and without a fading drift and their standard deviations, ``[E, J, R]`` each, and how much
-    further a straight line would go, ``[J, R]``."""
+    """Predicted coefficients with and without a fading drift and their standard deviations, ``[E,
+    J, R]`` each, and how much further a straight line would go, ``[J, R]``.
+    """
     found = np.array(
         [
             [fit.coefficients(targets, axis, fading=fading) for axis in axes.T]

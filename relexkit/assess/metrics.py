@@ -1,6 +1,8 @@
-"""What the metrics of a run say about its steps: the learning-rate schedule, and how many steps had anything to learn from.
+"""What the metrics of a run say about its steps: the learning-rate schedule, and how many steps had
+anything to learn from.
 
-Metrics are arrays over the recorded steps with NaN where nothing was logged, as ``TrajectoryStore.metrics`` returns them.
+Metrics are arrays over the recorded steps with NaN where nothing was logged, as
+``TrajectoryStore.metrics`` returns them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A step is informative if the first of these metrics that was logged says so; names are those of TRL, verl and our trainer.
+# A step is informative if the first of these metrics that was logged says so; names are those of
+# TRL, verl and our trainer.
 _INFORMATIVE = {
     "num_informative_groups": lambda v: v > 0,
     "informative": lambda v: v > 0,
@@ -39,7 +42,8 @@ class Informative:
 def informative_steps(metrics: Mapping[str, np.ndarray]) -> Informative | None:
     """How many recorded steps had a gradient; None if no metric tells.
 
-    Between them an optimizer with momentum only coasts along its last update, which looks like a line and is none.
+    Between them an optimizer with momentum only coasts along its last update, which looks like a
+    line and is none.
     """
     for name, informative in _INFORMATIVE.items():
         values = np.asarray(metrics[name]) if name in metrics else np.empty(0)
@@ -50,10 +54,12 @@ def informative_steps(metrics: Mapping[str, np.ndarray]) -> Informative | None:
 
 
 def learning_rates(steps: np.ndarray, metrics: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Learning rate of every optimizer step ``[S]``, for ``fit_trajectory``; None if it was constant or not logged.
+    """Learning rate of every optimizer step ``[S]``, for ``fit_trajectory``; None if it was
+    constant or not logged.
 
-    Interpolated between the recorded steps. A schedule whose last five logged rates fall on a descending line is continued down
-    to zero, as a linear decay goes on; any other keeps its last rate.
+    Interpolated between the recorded steps. A schedule whose last five logged rates fall on a
+    descending line is continued down to zero, as a linear decay goes on; any other keeps its last
+    rate.
     """
     if "learning_rate" not in metrics:
         return None

@@ -60,7 +60,9 @@ class Observer:
         return choice
 
     def gram(self, store: TrajectoryStore, until: int | None) -> Gram:
-        """The Gram matrices over the steps to ``until``; that a jump ends them goes to standard error."""
+        """The Gram matrices over the steps to ``until``; that a jump ends them goes to standard
+        error.
+        """
         from relexkit.gram_matrix.jumps import jumps
         from relexkit.gram_matrix.pca import pca_gram
 

@@ -1,7 +1,7 @@
 """Readers of what trainers write: one module per format behind one small protocol, and detection.
 
-A *run* is a folder with one checkpoint per recorded step; a *checkpoint* is one set of weights. To add a format, add a
-line to the table in ``formats``.
+A *run* is a folder with one checkpoint per recorded step; a *checkpoint* is one set of weights. To
+add a format, add a line to the table in ``formats``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ class Checkpoint(Protocol):
         """Every stored tensor in the order in which reading is cheapest."""
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (of bytes, for tensors that are not float)."""
+        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (of bytes, for tensors
+        that are not float).
+        """
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
 
     def metrics(self) -> dict[str, float]:
-        """What the trainer logged for this step (reward, learning_rate, ...); empty if nothing was found."""
+        """What the trainer logged for this step (reward, learning_rate, ...); empty if nothing was
+        found.
+        """
 
     def close(self) -> None:
         """Release files."""
@@ -57,12 +61,13 @@ class Run(Protocol):
 
 
 def open_run(source: Path, *, source_format: str | None = None, step_map: str | None = None) -> Run:
-    """A folder of checkpoints in any format that is known; where several lie side by side, the most precise one.
+    """A folder of checkpoints in any format that is known; where several lie side by side, the most
+    precise one.
 
     Args:
         source_format: name of the format to take (``formats.FORMATS``).
-        step_map: optimizer steps per label, or a JSON file ``{label: step}``, for folders that are not numbered by
-            optimizer steps.
+        step_map: optimizer steps per label, or a JSON file ``{label: step}``, for folders that are
+            not numbered by optimizer steps.
 
     Reads the headers of every checkpoint.
 
@@ -79,7 +84,9 @@ def open_run(source: Path, *, source_format: str | None = None, step_map: str | 
 
 
 def open_checkpoint(folder: Path, *, source_format: str | None = None) -> Checkpoint:
-    """Open a single checkpoint folder (a base model, or the input of ``relexkit round``), the most precise one in it."""
+    """Open a single checkpoint folder (a base model, or the input of ``relexkit round``), the most
+    precise one in it.
+    """
     from relexkit.checkpoints.runs import best_checkpoint
 
     return best_checkpoint(folder, source_format)

@@ -1,4 +1,6 @@
-"""A folder of steps as a run: which folders are steps, which of them are whole, and which of several formats to take."""
+"""A folder of steps as a run: which folders are steps, which of them are whole, and which of
+several formats to take.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _UNFINISHED = re.compile(
 _BELOW = ("_actor", "checkpoints")  # OpenRLHF and prime-rl keep the steps one level below the run
 _PRECISIONS = ("float32", "bfloat16", "float16")
 _ENOUGH = 0.5
-"""A more precise source is taken if it has at least this share of the steps that another one has."""
+"""A more precise source is taken if it has at least this share of the steps that another one has.
+"""
 
 SUPPORTED_NAMES = "checkpoint-N, global_step_N, step_N or step-N"
 
@@ -48,10 +51,12 @@ class FolderRun:
     Args:
         source: the folder.
         wanted: name of a format, or None for the most precise one.
-        label_step: optimizer step of a label, or None if the run does not map it; None if labels are steps.
+        label_step: optimizer step of a label, or None if the run does not map it; None if labels
+            are steps.
 
     Raises:
-        CheckpointError: no steps, none of them whole, two folders for one step, or no such format there.
+        CheckpointError: no steps, none of them whole, two folders for one step, or no such format
+            there.
     """
 
     def __init__(
@@ -85,7 +90,8 @@ class FolderRun:
         self.steps = sorted(self._labels)
         if not self.steps:
             raise CheckpointError(
-                f"{source}: the step map leaves no step; expected the labels {sorted(chosen.places)[:5]}"
+                f"{source}: the step map leaves no step; expected the labels"
+                f" {sorted(chosen.places)[:5]}"
             )
 
     def folder(self, step: int) -> Path:
@@ -117,7 +123,8 @@ class FolderRun:
 
 
 def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
-    """Label -> folders of that step (weights and, for OpenRLHF, an export beside), and what was not taken for a step.
+    """Label -> folders of that step (weights and, for OpenRLHF, an export beside), and what was not
+    taken for a step.
 
     Raises:
         CheckpointError: no steps, or two folders for one step.
@@ -137,7 +144,8 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
         )
         if key in folders:
             raise CheckpointError(
-                f"step {key[0]} occurs twice in {source}: {folders[key].name} and {path.name}; remove or rename one"
+                f"step {key[0]} occurs twice in {source}: {folders[key].name} and {path.name};"
+                " remove or rename one"
             )
         folders[key] = path
     if not folders:
@@ -172,7 +180,8 @@ def _survey(folders: dict[int, list[Path]]) -> list[Source]:
         ]
         if not found:
             missing[label] = (
-                f"{paths[0]}: holds no weights; expected model.safetensors, pytorch_model.bin, or files of another known format"
+                f"{paths[0]}: holds no weights; expected model.safetensors, pytorch_model.bin, or"
+                " files of another known format"
             )
         for f, folder, place in found:
             source = sources[f.name]
@@ -214,8 +223,8 @@ def unfinished_reason(folder: Path, label: int) -> str | None:
     """Why a step's folder must be taken for unfinished, by the file that its trainer writes last."""
     if (folder / "training_args.bin").is_file() and not (folder / "trainer_state.json").is_file():
         return (
-            f"{folder}: has no trainer_state.json, which Trainer writes last: it was being written (if only whole weights were "
-            "kept, remove training_args.bin too)"
+            f"{folder}: has no trainer_state.json, which Trainer writes last: it was being written"
+            " (if only whole weights were kept, remove training_args.bin too)"
         )
     if folder.parent.name == "broadcasts" and not (folder / "STABLE").is_file():
         return f"{folder}: has no STABLE, which prime-rl writes last: it was being written"
@@ -286,15 +295,17 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
             source.failures[0] = reason
     if not found:
         raise CheckpointError(
-            f"{folder}: holds no weights; expected model.safetensors, pytorch_model.bin or their index there, in huggingface/ "
-            "or in actor/huggingface/, or the files of verl, torch.distributed.checkpoint or DeepSpeed"
+            f"{folder}: holds no weights; expected model.safetensors, pytorch_model.bin or their"
+            " index there, in huggingface/ or in actor/huggingface/, or the files of verl,"
+            " torch.distributed.checkpoint or DeepSpeed"
         )
     chosen = choose(found, wanted, folder)
     return chosen.format.open(chosen.places[0])
 
 
 def read_step_map(text: str) -> Callable[[int], int | None]:
-    """Label -> optimizer step, from ``--step-map``: a factor such as ``2`` or ``1/4``, or a JSON file ``{label: step}``.
+    """Label -> optimizer step, from ``--step-map``: a factor such as ``2`` or ``1/4``, or a JSON
+    file ``{label: step}``.
 
     Raises:
         CheckpointError: it is neither.
@@ -312,7 +323,8 @@ def read_step_map(text: str) -> Callable[[int], int | None]:
         step = label * factor
         if step.denominator != 1:
             raise CheckpointError(
-                f"--step-map {text} makes step {float(step):g} of label {label}; expected whole steps"
+                f"--step-map {text} makes step {float(step):g} of label {label}; expected whole"
+                " steps"
             )
         return int(step)
 
@@ -348,7 +360,8 @@ def labels_by_step(
             left_out[f"step {label}"] = "the step map does not name it"
         elif step in found:
             raise CheckpointError(
-                f"the step map makes step {step} of the labels {found[step]} and {label}; expected one each"
+                f"the step map makes step {step} of the labels {found[step]} and {label}; expected"
+                " one each"
             )
         else:
             found[step] = label

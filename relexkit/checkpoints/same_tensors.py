@@ -1,4 +1,6 @@
-"""What the checkpoints of a run must have in common with its base and its store: tensors, shapes, dtypes, one adapter."""
+"""What the checkpoints of a run must have in common with its base and its store: tensors, shapes,
+dtypes, one adapter.
+"""
 
 from __future__ import annotations
 
@@ -29,26 +31,33 @@ def check_tensors(
             f"has the unexpected {_some(extra)}"
         ] * bool(extra)
         raise CheckpointError(
-            f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors everywhere: "
-            "convert them alike (a tied output head is either in all of them or in none)"
+            f"{where} {' and '.join(parts)}, compared with {reference}; expected the same tensors"
+            " everywhere: convert them alike (a tied output head is either in all of them or in"
+            " none)"
         )
     for name, (shape, dtype) in expected.items():
         info = found.tensors[name]
         if info.shape != shape:
             raise CheckpointError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}; expected {list(shape)} as in {reference}"
+                f"{where}: tensor {name!r} has shape {list(info.shape)}; expected {list(shape)} as"
+                f" in {reference}"
             )
         allowed = (dtype, *(WIDENED.get(dtype, ()) if widen else ()))
         if info.dtype not in allowed:
             hint = ""
             if widen and dtype in FLOAT_DTYPES and info.dtype == "float32":
-                hint = f": round the base first with `relexkit round --dtype {dtype} --rounding nearest`"
+                hint = (
+                    f": round the base first with `relexkit round --dtype {dtype} --rounding"
+                    " nearest`"
+                )
             raise CheckpointError(
-                f"{where}: tensor {name!r} has dtype {info.dtype}; expected {dtype} as in {reference}{hint}"
+                f"{where}: tensor {name!r} has dtype {info.dtype}; expected {dtype} as in"
+                f" {reference}{hint}"
             )
         if dtype not in FLOAT_DTYPES and dtype.startswith("float"):
             raise CheckpointError(
-                f"{where}: tensor {name!r} has dtype {dtype}; expected float32, bfloat16 or float16: convert the checkpoints"
+                f"{where}: tensor {name!r} has dtype {dtype}; expected float32, bfloat16 or"
+                " float16: convert the checkpoints"
             )
 
 
@@ -67,14 +76,15 @@ def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str
     held: Mapping[str, Factors] = getattr(found, "factors", {})
     if held.keys() != expected.keys():
         raise CheckpointError(
-            f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them "
-            f"{sorted(held.keys() ^ expected.keys())[0]!r}; expected one adapter throughout: import into a new store"
+            f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them"
+            f" {sorted(held.keys() ^ expected.keys())[0]!r}; expected one adapter throughout:"
+            " import into a new store"
         )
     for name, spec in expected.items():
         if held[name] != spec:
             raise CheckpointError(
-                f"{where}: the adapter of {name!r} has {_words(held[name])}; expected {_words(spec)} as in the store: "
-                "import into a new store"
+                f"{where}: the adapter of {name!r} has {_words(held[name])}; expected"
+                f" {_words(spec)} as in the store: import into a new store"
             )
 
 

@@ -1,4 +1,6 @@
-"""The small files beside the weights: configurations, tokenizers, markers. A hostile one may be of any size."""
+"""The small files beside the weights: configurations, tokenizers, markers. A hostile one may be of
+any size.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from relexkit.weights.safetensors_io import TensorInfo
 
 
 class StoredBase:
-    """See ``relexkit.checkpoints.Checkpoint``; tied tensors have the elements of the tensor that they share."""
+    """See ``relexkit.checkpoints.Checkpoint``; tied tensors have the elements of the tensor that
+    they share.
+    """
 
     def __init__(self, store: TrajectoryStore):
         self._store = store

@@ -1,7 +1,9 @@
-"""Tied weights: an output head that is the input embedding, decided by the tensors and not by a configuration's flag.
+"""Tied weights: an output head that is the input embedding, decided by the tensors and not by a
+configuration's flag.
 
-Trainers disagree about writing a tied head: Hugging Face folders leave it out, state dicts of FSDP and DeepSpeed have it.
-And the flag lies in both directions: heads that are written apart, and heads that have drifted apart while it says tied.
+Trainers disagree about writing a tied head: Hugging Face folders leave it out, state dicts of FSDP
+and DeepSpeed have it. And the flag lies in both directions: heads that are written apart, and heads
+that have drifted apart while it says tied.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 class RunWithHeads:
-    """A run whose checkpoints have the heads that ``missing`` names, as the embedding they are tied to."""
+    """A run whose checkpoints have the heads that ``missing`` names, as the embedding they are tied
+    to.
+    """
 
     def __init__(self, run: Run, missing: Mapping[str, str]):
         self._run, self._missing = run, missing
@@ -59,10 +63,12 @@ def with_heads(checkpoint: Checkpoint, missing: Mapping[str, str]) -> Checkpoint
 
 
 def heads_on_one_side(base: Checkpoint, first: Checkpoint) -> dict[str, str]:
-    """Head -> embedding where only the base or only the steps have the head, and the other side means the embedding.
+    """Head -> embedding where only the base or only the steps have the head, and the other side
+    means the embedding.
 
-    A base without a head is tied unless its configuration denies it; steps without one are tied if the base's head is
-    its embedding bit for bit. Anything else stays as it is, for the import to refuse.
+    A base without a head is tied unless its configuration denies it; steps without one are tied if
+    the base's head is its embedding bit for bit. Anything else stays as it is, for the import to
+    refuse.
     """
     found = {}
     for checkpoint, other in ((first, base), (base, first)):
@@ -78,7 +84,8 @@ def heads_on_one_side(base: Checkpoint, first: Checkpoint) -> dict[str, str]:
 def tied_tensors(
     run: Run, steps: Sequence[int], base: Checkpoint
 ) -> tuple[dict[str, str], list[str]]:
-    """Head -> embedding where both are equal bit for bit in the base and in every step; and what is odd, in words.
+    """Head -> embedding where both are equal bit for bit in the base and in every step; and what is
+    odd, in words.
 
     Reads heads and embeddings of all steps, until they differ.
     """
@@ -90,7 +97,8 @@ def tied_tensors(
             tied[head] = embedding
         elif _claims_tie(base):
             notes.append(
-                f"{head} differs from {embedding} although config.json says they are tied: both are recorded"
+                f"{head} differs from {embedding} although config.json says they are tied: both are"
+                " recorded"
             )
     return tied, notes
 
@@ -132,7 +140,9 @@ def _claims_tie(base: Checkpoint) -> bool:
 
 
 def equal_tensors(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """True if two tensors of a checkpoint, of one shape and dtype, are equal bit for bit; reads them in blocks."""
+    """True if two tensors of a checkpoint, of one shape and dtype, are equal bit for bit; reads
+    them in blocks.
+    """
     info = checkpoint.tensors[first]
     for begin, end in blocks(info.numel):
         pair = [np.empty(end - begin, bits_dtype(info.dtype)) for _ in range(2)]

@@ -1,4 +1,6 @@
-"""``relexkit backtest``: every method in the run's own past, how far to trust it, and where the run goes from here."""
+"""``relexkit backtest``: every method in the run's own past, how far to trust it, and where the run
+goes from here.
+"""
 
 from __future__ import annotations
 
@@ -88,15 +90,17 @@ def _document(result: Backtest, ahead: Forecast | None, scope: str) -> dict[str,
         "methods": result.methods,
         "grid": [asdict(row) for row in result.grid],
         "horizon": [asdict(h) for h in result.horizon],
-        "forecast": None
-        if ahead is None
-        else {
-            "targets": ahead.targets.tolist(),
-            "coefficients": ahead.coefficients[:, 0].tolist(),
-            "low": ahead.low[:, 0].tolist(),
-            "high": ahead.high[:, 0].tolist(),
-            "level": ahead.level,
-        },
+        "forecast": (
+            None
+            if ahead is None
+            else {
+                "targets": ahead.targets.tolist(),
+                "coefficients": ahead.coefficients[:, 0].tolist(),
+                "low": ahead.low[:, 0].tolist(),
+                "high": ahead.high[:, 0].tolist(),
+                "level": ahead.level,
+            }
+        ),
     }
     if scope != "global":
         groups = result.by_group(scope)
@@ -105,7 +109,9 @@ def _document(result: Backtest, ahead: Forecast | None, scope: str) -> dict[str,
 
 
 def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
-    """Relative error of the whole model's delta: a row for a prefix and a later step, a column for a method."""
+    """Relative error of the whole model's delta: a row for a prefix and a later step, a column for
+    a method.
+    """
     table = _table("Relative error of the whole model's delta", ("from", "to", *result.methods))
     errors = {(row.until, row.target, row.method): row.relative_error for row in result.grid}
     for until in sorted({key[0] for key in errors}):
@@ -136,8 +142,8 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
             )
         )
         print(
-            f"First coefficient by the trajectory model, {100 * ahead.level:.0f} % intervals by {ahead.num_prefixes} checks in "
-            f"the run's own past: {places}."
+            f"First coefficient by the trajectory model, {100 * ahead.level:.0f} % intervals by"
+            f" {ahead.num_prefixes} checks in the run's own past: {places}."
         )
 
 

@@ -37,8 +37,10 @@ def print_estimate(parsed: argparse.Namespace) -> None:
         ("recorded as", f"{', '.join(found.dtypes)}, {' and '.join(found.encodings)} encoding"),
         (
             "store",
-            f"about {size_text(found.step_bytes + found.base_bytes)}: steps {size_text(found.step_bytes)}, "
-            f"base {size_text(found.base_bytes)}",
+            (
+                f"about {size_text(found.step_bytes + found.base_bytes)}: steps"
+                f" {size_text(found.step_bytes)}, base {size_text(found.base_bytes)}"
+            ),
         ),
         ("instead of", f"{size_text(found.checkpoint_bytes)} of weights"),
         ("time", took),

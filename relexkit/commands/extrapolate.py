@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="relex",
-        help="relex, reconstruct, least-squares, least-squares-origin, "
-        "two-point, first-update, hold, average, model or drift (default: relex)",
+        help=(
+            "relex, reconstruct, least-squares, least-squares-origin, "
+            "two-point, first-update, hold, average, model or drift (default: relex)"
+        ),
     )
     parser.add_argument(
         "--rank", type=int, default=1, help="principal directions to keep (default: 1)"
@@ -124,7 +126,8 @@ def run(parsed: argparse.Namespace) -> None:
         for a in adapters:
             there = " (was there already)" if a.already else ""
             print(
-                f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error {a.error:.1e}{there}"
+                f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error"
+                f" {a.error:.1e}{there}"
             )
         return
     with observer(parsed) as observed:

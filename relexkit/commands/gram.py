@@ -41,5 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
         )
     else:
         print(
-            f"{store.path}: Gram matrices of {len(found.names)} tensors, {describe_steps(found.steps)}"
+            f"{store.path}: Gram matrices of {len(found.names)} tensors,"
+            f" {describe_steps(found.steps)}"
         )

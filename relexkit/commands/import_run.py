@@ -86,6 +86,7 @@ def run(parsed: argparse.Namespace) -> None:
         say(f"{len(result.already)} steps were recorded already")
     if "config.json" not in result.store.attributes["files"]:
         say(
-            "no config.json was found: written checkpoints will need one before they load with from_pretrained"
+            "no config.json was found: written checkpoints will need one before they load with"
+            " from_pretrained"
         )
     print_info(result.store, parsed.json)

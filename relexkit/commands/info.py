@@ -73,16 +73,25 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
         (
             "recorded as",
-            f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding ({kept})",
+            (
+                f"{', '.join(document['dtypes'])}, {' and '.join(document['encodings'])} encoding"
+                f" ({kept})"
+            ),
         ),
         ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
         (
             "on disk",
-            f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base {size_text(sizes.get('base', 0))}",
+            (
+                f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base"
+                f" {size_text(sizes.get('base', 0))}"
+            ),
         ),
         (
             "instead of",
-            f"{size_text(whole)} of {merged}checkpoints (the steps take 1/{max(1, round(whole / max(1, log)))} of them)",
+            (
+                f"{size_text(whole)} of {merged}checkpoints (the steps take"
+                f" 1/{max(1, round(whole / max(1, log)))} of them)"
+            ),
         ),
     ]
     if document["tied"]:

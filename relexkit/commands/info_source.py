@@ -1,4 +1,6 @@
-"""``relexkit info`` of checkpoints, before they are imported: what they are, and what an import would take."""
+"""``relexkit info`` of checkpoints, before they are imported: what they are, and what an import
+would take.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _SHOWN = 20
 
 
 def print_source(path: Path, as_json: bool) -> None:
-    """Print format, precision, steps and what would be left out, for a folder of steps or a single checkpoint.
+    """Print format, precision, steps and what would be left out, for a folder of steps or a single
+    checkpoint.
 
     Raises:
         CheckpointError: it is neither.
@@ -35,8 +38,10 @@ def print_source(path: Path, as_json: bool) -> None:
     rows.append(
         (
             "each",
-            f"{document['num_elements']:,} elements in {document['num_tensors']} tensors, "
-            f"{size_text(document['checkpoint_bytes'])}",
+            (
+                f"{document['num_elements']:,} elements in {document['num_tensors']} tensors, "
+                f"{size_text(document['checkpoint_bytes'])}"
+            ),
         )
     )
     rows += [("note", note) for note in document.get("notes", [])]
@@ -50,7 +55,8 @@ def print_source(path: Path, as_json: bool) -> None:
 def _describe(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(
-            f"{path}: no such store or folder; expected a trajectory store, a run's folder or a checkpoint"
+            f"{path}: no such store or folder; expected a trajectory store, a run's folder or a"
+            " checkpoint"
         )
     document: dict[str, Any] = {"path": str(path)}
     if has_steps(path):
@@ -65,7 +71,8 @@ def _describe(path: Path) -> dict[str, Any]:
     else:
         if not any(f.find(path) for f in FORMATS):
             raise CheckpointError(
-                f"{path}: is not a trajectory store, and holds neither folders of steps nor a checkpoint"
+                f"{path}: is not a trajectory store, and holds neither folders of steps nor a"
+                " checkpoint"
             )
         checkpoint = open_checkpoint(path)
         document["format"] = checkpoint.description

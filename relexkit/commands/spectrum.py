@@ -1,4 +1,6 @@
-"""``relexkit spectrum``: principal directions of the updates, beside those of a walk without direction."""
+"""``relexkit spectrum``: principal directions of the updates, beside those of a walk without
+direction.
+"""
 
 from __future__ import annotations
 
@@ -239,16 +241,23 @@ def _with_null(null: WalkNull, name: str) -> str:
 def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> list[str]:
     """What a reader of the table must know, in sentences."""
     notes = [
-        "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²: first coefficient on the step. "
-        "cos: mean cosine of neighbouring updates. straight: distance from the base over the length of the path. "
-        "drift: first direction of half the steps against all, |cos|.",
-        "In parentheses: a walk without direction, of the run's own step sizes and momentum; only what exceeds it is evidence.",
+        (
+            "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²:"
+            " first coefficient on the step. cos: mean cosine of neighbouring updates. straight:"
+            " distance from the base over the length of the path. drift: first direction of half"
+            " the steps against all, |cos|."
+        ),
+        (
+            "In parentheses: a walk without direction, of the run's own step sizes and momentum;"
+            " only what exceeds it is evidence."
+        ),
         *_headline(result),
     ]
     if informative and informative.count < informative.known:
         notes.append(
-            f"{informative.count} of {informative.known} steps were informative ({informative.metric}); between them the "
-            "optimizer coasts on its momentum, which looks like a line and is none."
+            f"{informative.count} of {informative.known} steps were informative"
+            f" ({informative.metric}); between them the optimizer coasts on its momentum, which"
+            " looks like a line and is none."
         )
     still = [s.name for s in result.scopes if not len(s.singular_values)]
     if still:
@@ -259,11 +268,13 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
     )
     if doubtful > 1e-5:
         notes.append(
-            f"Approximate (randomized PCA): the first two ratios are off by at most about {doubtful:.1g}."
+            "Approximate (randomized PCA): the first two ratios are off by at most about"
+            f" {doubtful:.1g}."
         )
     if len(result.steps) == 1:
         notes.append(
-            "One recorded step: there is one direction by definition; record more steps to learn anything."
+            "One recorded step: there is one direction by definition; record more steps to learn"
+            " anything."
         )
     changes = [
         (float(s.changed.sum()) * s.num_parameters, s.unit_moves)
@@ -274,8 +285,9 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
     if total and total < 0.5 * sum(s.num_parameters for s in result.scopes) * len(result.steps):
         share = sum(count * unit for count, unit in changes) / total
         notes.append(
-            f"Resolution: few weights change at a step, {100 * share:.0f} % of the changes by exactly one unit in the last "
-            "place: the stored precision hides most of the motion. Record float32 weights where possible."
+            f"Resolution: few weights change at a step, {100 * share:.0f} % of the changes by"
+            " exactly one unit in the last place: the stored precision hides most of the motion."
+            " Record float32 weights where possible."
         )
     return notes
 
@@ -288,19 +300,25 @@ def _headline(result: Spectrum) -> list[str]:
     lines = []
     if whole.num_flips:
         first = f"{percent(whole.observed['first'])} against {percent(whole.expected['first'])} "
-        first += f"({percent(whole.low['first'])} to {percent(whole.high['first'])}, p = {whole.p_value['first']:.2g})"
+        first += (
+            f"({percent(whole.low['first'])} to {percent(whole.high['first'])}, p ="
+            f" {whole.p_value['first']:.2g})"
+        )
         line = f"R² {number(whole.observed['r2'])} against {number(whole.expected['r2'])} "
-        line += f"({number(whole.low['r2'])} to {number(whole.high['r2'])}, p = {whole.p_value['r2']:.2g})"
+        line += (
+            f"({number(whole.low['r2'])} to {number(whole.high['r2'])}, p ="
+            f" {whole.p_value['r2']:.2g})"
+        )
         lines.append(
-            f"Whole run against {whole.num_flips} walks with momentum {fit.momentum:.2f} and its own updates, signs flipped: "
-            f"first direction {first}; {line}."
+            f"Whole run against {whole.num_flips} walks with momentum {fit.momentum:.2f} and its"
+            f" own updates, signs flipped: first direction {first}; {line}."
         )
     low, high = fit.drift_to_noise_interval
     short, long = fit.correlation_time_interval
     lines.append(
-        f"Drift to noise {fit.drift_to_noise:.2g} ({low:.2g} to {high:.2g}; above 1 a line beats standing still), lasting "
-        f"{steps_text(fit.correlation_time)} ({steps_text(short)} to {steps_text(long)}); chance of this evidence on a walk: "
-        f"{fit.p_value:.2g}."
+        f"Drift to noise {fit.drift_to_noise:.2g} ({low:.2g} to {high:.2g}; above 1 a line beats"
+        f" standing still), lasting {steps_text(fit.correlation_time)} ({steps_text(short)} to"
+        f" {steps_text(long)}); chance of this evidence on a walk: {fit.p_value:.2g}."
     )
     return lines
 

@@ -9,29 +9,35 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 RANK_TOLERANCE = 1e-7
-"""Directions with a singular value at most this fraction of the first are numerically zero and dropped."""
+"""Directions with a singular value at most this fraction of the first are numerically zero and
+dropped.
+"""
 
 
 def single_threaded_blas() -> AbstractContextManager:
     """One BLAS thread while the block runs.
 
-    All products here are small (``[T, 8192]`` times its transpose, ``T x T`` eigenvectors) and many; parallel work runs
-    over windows and tensors instead. With BLAS threads on top, waiting at their barriers took up to 80 times the work
-    itself on a busy machine.
+    All products here are small (``[T, 8192]`` times its transpose, ``T x T`` eigenvectors) and
+    many; parallel work runs over windows and tensors instead. With BLAS threads on top, waiting at
+    their barriers took up to 80 times the work itself on a busy machine.
     """
     return _libraries().limit(limits=1, user_api="blas")
 
 
 @functools.cache
 def _libraries() -> ThreadpoolController:
-    """The libraries that are loaded, NumPy's among them: finding them takes longer than most products."""
+    """The libraries that are loaded, NumPy's among them: finding them takes longer than most
+    products.
+    """
     return ThreadpoolController()
 
 
 def update_products(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared norms ``[..., T]`` of the updates from step to step, and products of neighbouring ones ``[..., T - 1]``.
+    """Squared norms ``[..., T]`` of the updates from step to step, and products of neighbouring
+    ones ``[..., T - 1]``.
 
-    Two diagonals of ``E G E^T`` with ``E`` the differencing matrix, for Gram matrices ``G [..., T, T]``.
+    Two diagonals of ``E G E^T`` with ``E`` the differencing matrix, for Gram matrices ``G [..., T,
+    T]``.
     """
     diagonal, beside = (np.diagonal(matrices, offset, axis1=-2, axis2=-1) for offset in (0, 1))
     squares, products = diagonal.copy(), beside - diagonal[..., :-1]
@@ -41,10 +47,11 @@ def update_products(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def leading_eigenpairs(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The largest ``rank`` eigenvalues ``[N, R]`` and vectors ``[N, n, R]`` of symmetric matrices; zero where numerically zero.
+    """The largest ``rank`` eigenvalues ``[N, R]`` and vectors ``[N, n, R]`` of symmetric matrices;
+    zero where numerically zero.
 
-    Block subspace iteration with a Rayleigh-Ritz step: the spectra fall off fast, so a few products replace hundreds of full
-    decompositions; tensors that have not converged are decomposed in full.
+    Block subspace iteration with a Rayleigh-Ritz step: the spectra fall off fast, so a few products
+    replace hundreds of full decompositions; tensors that have not converged are decomposed in full.
     """
     size = matrices.shape[1]
     block = min(size, rank + 4)

@@ -1,7 +1,9 @@
-"""How straight every single weight's path is: the distribution of per-weight R^2, in one streaming pass (arXiv 2601.04537).
+"""How straight every single weight's path is: the distribution of per-weight R^2, in one streaming
+pass (arXiv 2601.04537).
 
-For each weight, R^2 of the least-squares line of its delta on the step. Like every straightness it needs its null: a walk
-without direction, of the run's own momentum, gives many weights a high R^2 too; its distribution is simulated.
+For each weight, R^2 of the least-squares line of its delta on the step. Like every straightness it
+needs its null: a walk without direction, of the run's own momentum, gives many weights a high R^2
+too; its distribution is simulated.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Linearity:
         steps: ``int64 [T]``.
         names: N.
         counts: ``int64 [N, NUM_BINS]``, moving weights by R^2.
-        still: ``int64 [N]``, weights that never moved or moved once at the first step: they have no R^2.
+        still: ``int64 [N]``, weights that never moved or moved once at the first step: they have no
+            R^2.
         null: ``float64 [NUM_BINS]``, shares of the weights of a walk without direction.
     """
 
@@ -47,7 +50,9 @@ class Linearity:
 
 
 def quantiles_of(counts: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """R^2 below which such shares of ``counts [NUM_BINS]`` lie, to the width of a bin; NaN if nothing was counted."""
+    """R^2 below which such shares of ``counts [NUM_BINS]`` lie, to the width of a bin; NaN if
+    nothing was counted.
+    """
     total = np.cumsum(counts)
     if not total[-1] > 0:
         return np.full(len(shares), np.nan)
@@ -65,9 +70,10 @@ def weight_linearity(
     """R^2 of every weight's line on the step.
 
     Args:
-        until: use only steps up to this one; of a run with jumps (``relexkit.gram_matrix.jumps``) those before the first one are used.
-        covariance: of the walk to compare with, ``[T, T]``, such as ``TrajectoryFit.walk_covariance()``; None for independent
-            updates.
+        until: use only steps up to this one; of a run with jumps (``relexkit.gram_matrix.jumps``)
+            those before the first one are used.
+        covariance: of the walk to compare with, ``[T, T]``, such as
+            ``TrajectoryFit.walk_covariance()``; None for independent updates.
 
     One pass over the deltas; memory is the budget, whatever the number of steps and parameters.
 

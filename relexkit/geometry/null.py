@@ -1,12 +1,16 @@
-"""What a walk without any direction would show: the null beside which every ratio, R^2 and straightness is read.
+"""What a walk without any direction would show: the null beside which every ratio, R^2 and
+straightness is read.
 
-A first direction with 90 % of the variance is no evidence of a line: independent updates give 81 %, and an optimizer's momentum
-raises that. So the null is made from the run itself. A drift-free walk with the run's momentum, learning-rate schedule and
-rounding has the covariance ``K = L L^T`` of ``relexkit.geometry.trajectory_model``; ``W = L^-1 G L^-T`` is the Gram matrix of the run's
-innovations, what each recorded step added that the optimizer's memory did not. Without a drift their signs are arbitrary:
+A first direction with 90 % of the variance is no evidence of a line: independent updates give 81 %,
+and an optimizer's momentum raises that. So the null is made from the run itself. A drift-free walk
+with the run's momentum, learning-rate schedule and rounding has the covariance ``K = L L^T`` of
+``relexkit.geometry.trajectory_model``; ``W = L^-1 G L^-T`` is the Gram matrix of the run's
+innovations, what each recorded step added that the optimizer's memory did not. Without a drift
+their signs are arbitrary:
 
-    analytic:    G_0 = L diag(W) L^T, the expectation over all signs: the run's own step sizes, no direction,
-    sign-flips:  G_f = L (s s^T * W) L^T with random signs s, so that also the chance overlaps of few parameters are kept.
+    analytic:    G_0 = L diag(W) L^T, the expectation over all signs: the run's own step sizes, no
+    direction, sign-flips:  G_f = L (s s^T * W) L^T with random signs s, so that also the chance
+    overlaps of few parameters are kept.
 
 Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K statistics.
 """
@@ -21,8 +25,10 @@ from relexkit.geometry.linalg import leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 
 STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")
-"""First ratio, first two together, R^2 of the first coefficient on the step, mean cosine of neighbouring updates, distance from
-the base over the length of the path, |cos| of the first direction of half the steps and of all."""
+"""First ratio, first two together, R^2 of the first coefficient on the step, mean cosine of
+neighbouring updates, distance from the base over the length of the path, |cos| of the first
+direction of half the steps and of all.
+"""
 
 _MOST_FLIPS, _FEWEST_FLIPS = 199, 19
 _FLIP_WORK = 6e6  # entries of all flipped matrices together: tenths of a second
@@ -30,13 +36,15 @@ _FLIP_WORK = 6e6  # entries of all flipped matrices together: tenths of a second
 
 @dataclass(frozen=True)
 class WalkNull:
-    """One tensor's or group's statistics beside those of its walk without direction; keys are ``STATISTICS``.
+    """One tensor's or group's statistics beside those of its walk without direction; keys are
+    ``STATISTICS``.
 
     Attributes:
         observed: of the run.
         expected: of the analytic null.
         low, high: 5 and 95 % of the sign-flips; NaN without flips.
-        p_value: share of sign-flips at least as large as observed, itself counted; NaN without flips.
+        p_value: share of sign-flips at least as large as observed, itself counted; NaN without
+            flips.
         gram: the analytic null's matrix ``[T, T]``.
         num_flips: F.
     """
@@ -57,7 +65,8 @@ class Null:
     Attributes:
         momentum: of the walk, fitted to the whole run unless given.
         rounding: its share of rounding at the last step.
-        fitted: the trajectory model of the whole run; None where there were too few steps or nothing moved.
+        fitted: the trajectory model of the whole run; None where there were too few steps or
+            nothing moved.
         groups: one for each matrix.
         whole: of their sum.
     """
@@ -88,8 +97,8 @@ def calibrate(
         rates: learning rates by optimizer step, see ``fit_trajectory``.
         seed: of the signs.
 
-    Up to 199 sign-flips a group; none where there are so many groups or steps that fewer than 19 would fit into a few tenths of
-    a second, the analytic null is then alone.
+    Up to 199 sign-flips a group; none where there are so many groups or steps that fewer than 19
+    would fit into a few tenths of a second, the analytic null is then alone.
     """
     whole = matrices.sum(axis=0)
     fitted, rounding = None, 0.0
@@ -155,7 +164,9 @@ def _flips(
 
 
 def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = False) -> np.ndarray:
-    """``STATISTICS`` of Gram matrices ``[B, T, T]``, ``float64 [B, K]``; NaN where one does not exist."""
+    """``STATISTICS`` of Gram matrices ``[B, T, T]``, ``float64 [B, K]``; NaN where one does not
+    exist.
+    """
     about = _center(matrices) if centered else matrices
     total = np.trace(about, axis1=1, axis2=2)
     # what rounding leaves of checkpoints that differ from the base but not from each other

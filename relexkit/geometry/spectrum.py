@@ -1,8 +1,9 @@
 """Principal directions of a run's updates, read off its Gram matrices.
 
-With ``G = U diag(lambda) U^T``: singular values ``sqrt(lambda)``, explained variance ratios ``lambda / trace(G)``,
-coefficients ``C = U S`` (the position of each recorded step along each direction). *Uncentered* is energy about the base
-model, as RELEX (arXiv 2605.21468) computes it; *centered* is the PCA of ``J G J`` with ``J = I - 11^T / T``.
+With ``G = U diag(lambda) U^T``: singular values ``sqrt(lambda)``, explained variance ratios
+``lambda / trace(G)``, coefficients ``C = U S`` (the position of each recorded step along each
+direction). *Uncentered* is energy about the base model, as RELEX (arXiv 2605.21468) computes it;
+*centered* is the PCA of ``J G J`` with ``J = I - 11^T / T``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Decomposition:
 
 
 def decompose(matrix: np.ndarray) -> Decomposition:
-    """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at all."""
+    """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at
+    all.
+    """
     values, vectors = np.linalg.eigh(matrix)
     values, vectors = values[::-1], vectors[:, ::-1]
     singular = np.sqrt(np.maximum(values, 0.0))
@@ -61,9 +64,11 @@ def decompose(matrix: np.ndarray) -> Decomposition:
 
 
 def center(matrix: np.ndarray) -> np.ndarray:
-    """``J G J`` with ``J = I - 11^T / T``: Gram matrices ``[..., T, T]`` about the mean checkpoint instead of the base.
+    """``J G J`` with ``J = I - 11^T / T``: Gram matrices ``[..., T, T]`` about the mean checkpoint
+    instead of the base.
 
-    Zero where what is left is rounding noise: checkpoints that differ from the base but not from each other.
+    Zero where what is left is rounding noise: checkpoints that differ from the base but not from
+    each other.
     """
     rows, columns = matrix.mean(axis=-2, keepdims=True), matrix.mean(axis=-1, keepdims=True)
     about = matrix - rows - columns + rows.mean(axis=-1, keepdims=True)
@@ -87,10 +92,11 @@ def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
-    """``|cos|`` between the first direction of the first ``n`` steps and that of all steps, for each n of ``prefixes``.
+    """``|cos|`` between the first direction of the first ``n`` steps and that of all steps, for
+    each n of ``prefixes``.
 
-    ``u_1(n)^T G[:n, :] u_1(T) / (sigma_1(n) sigma_1(T))``; centered, with each prefix about its own mean, the same with
-    ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
+    ``u_1(n)^T G[:n, :] u_1(T) / (sigma_1(n) sigma_1(T))``; centered, with each prefix about its own
+    mean, the same with ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
     """
     final = decompose(center(matrix) if centered else matrix)
     return _drifts(matrix[None], prefixes, centered, [final])[0]
@@ -123,7 +129,8 @@ def quarters(num_steps: int) -> np.ndarray:
 
 
 def update_cosines(matrix: np.ndarray) -> np.ndarray:
-    """Cosines between neighbouring step-to-step updates, ``[T - 1]``: near 1 on a line, near 0 on a walk without direction.
+    """Cosines between neighbouring step-to-step updates, ``[T - 1]``: near 1 on a line, near 0 on a
+    walk without direction.
 
     NaN where an update is zero.
     """
@@ -134,10 +141,12 @@ def update_cosines(matrix: np.ndarray) -> np.ndarray:
 
 
 def walk_gram(steps: np.ndarray) -> np.ndarray:
-    """Expected Gram matrix of a walk of independent, direction-free updates recorded at ``steps``: ``min(s, t)``.
+    """Expected Gram matrix of a walk of independent, direction-free updates recorded at ``steps``:
+    ``min(s, t)``.
 
-    It alone puts about 8/pi^2 = 81 % of the energy on the first direction and gives its coefficient an R^2 of about 0.96
-    (methods of arXiv 2605.21468 seen against Antognini and Sohl-Dickstein 2018). ``relexkit.geometry.null`` makes it the run's own.
+    It alone puts about 8/pi^2 = 81 % of the energy on the first direction and gives its coefficient
+    an R^2 of about 0.96 (methods of arXiv 2605.21468 seen against Antognini and Sohl-Dickstein
+    2018). ``relexkit.geometry.null`` makes it the run's own.
     """
     return np.minimum.outer(steps, steps).astype(np.float64)
 
@@ -147,16 +156,23 @@ class ScopeSpectrum:
     """Spectrum of one tensor or group; arrays over its R non-zero directions unless said.
 
     Attributes:
-        energy_share: share of the run's total energy (sum of squared deltas over all recorded steps); NaN if nothing moved.
+        energy_share: share of the run's total energy (sum of squared deltas over all recorded
+            steps); NaN if nothing moved.
         r2: of each coefficient's straight line against the steps.
-        drift: ``[3]``, of the first quarter, half and three quarters of the steps; see the function ``drift``.
+        drift: ``[3]``, of the first quarter, half and three quarters of the steps; see the function
+            ``drift``.
         update_cosines: ``[T - 1]``, see the function of that name.
-        changed, moved: ``[T]``, shares of its weights that differ from the previous step, and from the base.
-        unit_moves: share of all changes that are exactly one unit in the last place; NaN if unknown.
-        null: the same statistics of a walk without direction with its own step sizes; None for the null itself.
-        ratio_error: estimated error of the first two ratios: rounding, or that of the randomized PCA.
-        angle_error: estimated angle in radians between the first direction and the true one: large where the first two
-            singular values are nearly equal, because there it is hardly determined. NaN if nothing moved.
+        changed, moved: ``[T]``, shares of its weights that differ from the previous step, and from
+            the base.
+        unit_moves: share of all changes that are exactly one unit in the last place; NaN if
+            unknown.
+        null: the same statistics of a walk without direction with its own step sizes; None for the
+            null itself.
+        ratio_error: estimated error of the first two ratios: rounding, or that of the randomized
+            PCA.
+        angle_error: estimated angle in radians between the first direction and the true one: large
+            where the first two singular values are nearly equal, because there it is hardly
+            determined. NaN if nothing moved.
     """
 
     name: str
@@ -187,10 +203,11 @@ class Spectrum:
     """Spectra of all groups of a scope.
 
     Attributes:
-        null: the spectrum of a walk without direction with the run's own step sizes, momentum and learning rates; only its
-            ratios, R^2 and coefficients mean anything.
+        null: the spectrum of a walk without direction with the run's own step sizes, momentum and
+            learning rates; only its ratios, R^2 and coefficients mean anything.
         whole: statistics of all groups together beside those of their walk.
-        fit: the trajectory model of all groups together; None with fewer than three steps, or if nothing moved.
+        fit: the trajectory model of all groups together; None with fewer than three steps, or if
+            nothing moved.
     """
 
     steps: np.ndarray
@@ -211,10 +228,12 @@ def spectrum(
     momentum: float | None = None,
     rates: np.ndarray | None = None,
 ) -> Spectrum:
-    """Spectrum of every group of ``scope`` (``tensor``, ``layer``, ``module``, ``global``), over the steps to ``until``.
+    """Spectrum of every group of ``scope`` (``tensor``, ``layer``, ``module``, ``global``), over
+    the steps to ``until``.
 
-    Every statistic comes with what a walk without direction gives (``relexkit.geometry.null``). ``momentum`` is the optimizer's (Adam's
-    first beta), fitted if None; ``rates`` are its learning rates by optimizer step, see ``relexkit.assess.metrics.learning_rates``.
+    Every statistic comes with what a walk without direction gives (``relexkit.geometry.null``).
+    ``momentum`` is the optimizer's (Adam's first beta), fitted if None; ``rates`` are its learning
+    rates by optimizer step, see ``relexkit.assess.metrics.learning_rates``.
 
     Reads no weights; tenths of a second for hundreds of tensors.
 
@@ -258,9 +277,9 @@ def _spectrum(
                 energy_share=float(energy[row] / total) if total else float("nan"),
                 changed=chosen.changed[row] / max(1, size),
                 moved=chosen.moved[row] / max(1, size),
-                unit_moves=float(unit.sum() / changes)
-                if changes and (unit >= 0).all()
-                else float("nan"),
+                unit_moves=(
+                    float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan")
+                ),
                 null=nulls.groups[row],
                 uncertainty=float(chosen.uncertainty[row, -1]),
             )
@@ -308,7 +327,9 @@ def _scope_spectrum(
 
 
 def _angle_error(singular_values: np.ndarray, uncertainty: float) -> float:
-    """Davis and Kahan 1970: an error of that norm turns the first eigenvector by at most this angle, in radians."""
+    """Davis and Kahan 1970: an error of that norm turns the first eigenvector by at most this
+    angle, in radians.
+    """
     if not len(singular_values):
         return float("nan")
     first, second = np.pad(singular_values[:2] ** 2, (0, 1))[:2]

@@ -1,4 +1,6 @@
-"""The variance report as rows: what ``spectrum`` says about every scope, for spreadsheets and data frames."""
+"""The variance report as rows: what ``spectrum`` says about every scope, for spreadsheets and data
+frames.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SHARES = (90, 95, 99)
 
 
 def variance_row(scope: ScopeSpectrum, num_directions: int = 3) -> dict[str, Any]:
-    """One scope, in the names of scikit-learn's PCA; ratios, singular values and R² of the first directions."""
+    """One scope, in the names of scikit-learn's PCA; ratios, singular values and R² of the first
+    directions.
+    """
     row: dict[str, Any] = {
         "name": scope.name,
         "num_parameters": scope.num_parameters,

@@ -1,8 +1,10 @@
-"""Exact Gram matrices: one pass over the deltas, after which no question about the run's shape reads weights again.
+"""Exact Gram matrices: one pass over the deltas, after which no question about the run's shape
+reads weights again.
 
-For the delta matrix ``M [T, D]`` of a tensor (row ``i`` is ``theta_{s_i} - theta_0``), ``G = M M^T [T, T]``. Gram matrices
-of disjoint coordinates add, so every scope is a sum of per-tensor ones. From the sparse log, with ``E`` the float values
-of the step-to-step updates and ``L`` the lower triangle of ones, ``M = L E`` and ``G = L (E E^T) L^T``.
+For the delta matrix ``M [T, D]`` of a tensor (row ``i`` is ``theta_{s_i} - theta_0``), ``G = M M^T
+[T, T]``. Gram matrices of disjoint coordinates add, so every scope is a sum of per-tensor ones.
+From the sparse log, with ``E`` the float values of the step-to-step updates and ``L`` the lower
+triangle of ones, ``M = L E`` and ``G = L (E E^T) L^T``.
 
 Shape suffixes: N tensors or groups, T steps, D columns.
 """
@@ -34,21 +36,26 @@ def gram(
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> Gram:
-    """Gram matrices of every moving tensor of a store, from its cache or by one pass over the deltas.
+    """Gram matrices of every moving tensor of a store, from its cache or by one pass over the
+    deltas.
 
     Of a run with jumps (``relexkit.gram_matrix.jumps``) the steps before the first one.
 
-    The result is kept in the store, part by part, so that an interrupted pass resumes and appended steps cost only their
-    own rows. Where it cannot be kept (a read-only place, another process keeping one) it is used all the same.
+    The result is kept in the store, part by part, so that an interrupted pass resumes and appended
+    steps cost only their own rows. Where it cannot be kept (a read-only place, another process
+    keeping one) it is used all the same.
 
     Args:
         device: ``cpu``, or where PyTorch computes the products (``cuda``, ``cuda:N``).
-        team: every process of it makes this call; each reads its share of the columns, all get the whole result.
+        team: every process of it makes this call; each reads its share of the columns, all get the
+            whole result.
 
-    Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the matrices themselves.
+    Memory: about ``memory_budget_bytes`` whatever the number of steps and parameters, plus the
+    matrices themselves.
 
     Raises:
-        StoreError: no recorded steps, a damaged chunk (named by step and tensor), or the store was replaced meanwhile.
+        StoreError: no recorded steps, a damaged chunk (named by step and tensor), or the store was
+            replaced meanwhile.
         RelexkitError: the device is not there, or another of the processes failed.
     """
     engine = open_engine(device)
@@ -84,7 +91,9 @@ def known_steps(store: TrajectoryStore) -> int:
 
 @dataclass
 class _PartGram:
-    """Per segment of a part: ``matrices [S, T, T]`` and ``counts [S, 3, T]`` (changed, moved, unit moves)."""
+    """Per segment of a part: ``matrices [S, T, T]`` and ``counts [S, 3, T]`` (changed, moved, unit
+    moves).
+    """
 
     matrices: np.ndarray
     counts: np.ndarray
@@ -160,7 +169,9 @@ def _from_dense(sums: Sums, old: int) -> _PartGram:
 
 
 def _from_sparse(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
-    """``L (E E^T) L^T`` from rows ``old:`` of ``E E^T`` and the cached matrices of the steps before."""
+    """``L (E E^T) L^T`` from rows ``old:`` of ``E E^T`` and the cached matrices of the steps
+    before.
+    """
     num_segments, _, num_steps = sums.products[0].shape
     products = np.zeros((num_segments, num_steps, num_steps))
     products[:, old:] = sums.products[0]
@@ -176,11 +187,13 @@ def _from_sparse(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
     return _PartGram(products.cumsum(axis=1).cumsum(axis=2), counts)
 
 
-# -- cache in the store -----------------------------------------------------------------------------------------------
+# -- cache in the store ----------------------------------------------------------------------------
 
 
 def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
-    """The cached result for a prefix of the recorded steps, or None if there is none that can be trusted."""
+    """The cached result for a prefix of the recorded steps, or None if there is none that can be
+    trusted.
+    """
     attributes, arrays = kept(store, f"gram/{part}", ("matrices", "counts"))
     steps = np.asarray(attributes.get("steps", []))
     if not len(steps) or not np.array_equal(steps, store.steps[: len(steps)]):
@@ -194,7 +207,8 @@ def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
 def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
     """Keep a result in the store, unless somebody else is keeping one or it cannot be written.
 
-    It has a lock of its own: what it writes is apart from the steps, so it may run while they are recorded.
+    It has a lock of its own: what it writes is apart from the steps, so it may run while they are
+    recorded.
     """
     arrays = {"matrices": result.matrices, "counts": result.counts}
     keep(store, f"gram/{part}", arrays, {"steps": store.steps.tolist()})

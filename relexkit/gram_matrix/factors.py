@@ -1,8 +1,10 @@
-"""Low-rank deltas without their dense form: Gram matrices in closed form, and weighted sums of products.
+"""Low-rank deltas without their dense form: Gram matrices in closed form, and weighted sums of
+products.
 
-A delta is ``scale * left_t @ right_t`` with ``left_t [rows, r]`` and ``right_t [r, columns]`` (a LoRA adapter: Hu et al.,
-arXiv 2106.09685). For two steps ``<left_t right_t, left_u right_u> = sum_ij (left_t^T left_u)_ij (right_t right_u^T)_ij``: two
-``r x r`` products in place of a product over ``rows x columns`` elements. Everything here is computed in float64.
+A delta is ``scale * left_t @ right_t`` with ``left_t [rows, r]`` and ``right_t [r, columns]`` (a
+LoRA adapter: Hu et al., arXiv 2106.09685). For two steps ``<left_t right_t, left_u right_u> =
+sum_ij (left_t^T left_u)_ij (right_t right_u^T)_ij``: two ``r x r`` products in place of a product
+over ``rows x columns`` elements. Everything here is computed in float64.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ _PRODUCT_RANK = 512  # inner extent of a product of stacked factors
 def factor_gram(
     store: TrajectoryStore, part: int, old: int, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows ``old:`` of the Gram matrix of a part with factors, ``[T - old, T]``, and counts ``[2, T - old]``.
+    """Rows ``old:`` of the Gram matrix of a part with factors, ``[T - old, T]``, and counts ``[2, T
+    - old]``.
 
-    The counts are of weights that changed since the previous step and that moved from the base. They are taken from the
-    rows of ``left`` and the columns of ``right`` that are not zero, so a weight whose product happens to vanish counts.
+    The counts are of weights that changed since the previous step and that moved from the base.
+    They are taken from the rows of ``left`` and the columns of ``right`` that are not zero, so a
+    weight whose product happens to vanish counts.
 
-    Reads the factors of every pair of blocks of steps once; memory: ``budget`` bytes, or that of two steps.
+    Reads the factors of every pair of blocks of steps once; memory: ``budget`` bytes, or that of
+    two steps.
     """
     num_steps = len(store.steps)
     spec = store.layout.parts[part].factors
@@ -56,9 +61,11 @@ def factor_gram(
 
 
 class FactorSums:
-    """``M^T a`` of one part with factors for several ``weights [P, T]``, a stretch of elements at a time.
+    """``M^T a`` of one part with factors for several ``weights [P, T]``, a stretch of elements at a
+    time.
 
-    Up to ``budget`` bytes the factors stay in memory; beyond it they are read again for every stretch.
+    Up to ``budget`` bytes the factors stay in memory; beyond it they are read again for every
+    stretch.
     """
 
     def __init__(self, store: TrajectoryStore, part: int, weights: np.ndarray, budget: int):
@@ -72,8 +79,8 @@ class FactorSums:
     def columns(self, begin: int, end: int) -> np.ndarray:
         """Elements ``begin:end``, ``float32 [P, end - begin]``; thread-safe.
 
-        One product a prediction and group of steps: the weighted ``left`` factors side by side, the ``right`` ones below
-        each other.
+        One product a prediction and group of steps: the weighted ``left`` factors side by side, the
+        ``right`` ones below each other.
         """
         columns, group = self._spec.columns, max(1, _PRODUCT_RANK // max(1, self._spec.rank))
         first_row, last_row = begin // columns, -(-end // columns)
@@ -96,7 +103,8 @@ class FactorSums:
 def stacked_sum(
     store: TrajectoryStore, part: int, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of ``M^T a`` itself, float64: ``left [rows, n r]`` (weighted and scaled) and ``right [n r, columns]``.
+    """Factors of ``M^T a`` itself, float64: ``left [rows, n r]`` (weighted and scaled) and ``right
+    [n r, columns]``.
 
     ``n`` is the number of non-zero ``weights [T]``. Memory: the factors of that many steps.
     """
@@ -112,13 +120,16 @@ def stacked_sum(
 
 
 def singular_values(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Singular values of ``left [rows, n] @ right [n, columns]``, descending, from QR factorisations of both factors."""
+    """Singular values of ``left [rows, n] @ right [n, columns]``, descending, from QR
+    factorisations of both factors.
+    """
     r_left, r_right = (np.linalg.qr(factor)[1] for factor in (left, right.T))
     return np.linalg.svd(r_left @ r_right.T, compute_uv=False)
 
 
 def compress(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of at most ``rank`` whose product is the best approximation of ``left @ right`` (Eckart and Young 1936).
+    """Factors of at most ``rank`` whose product is the best approximation of ``left @ right``
+    (Eckart and Young 1936).
 
     The square roots of the singular values go to either side.
     """
@@ -133,7 +144,9 @@ def compress(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray
 def _stacked(
     store: TrajectoryStore, part: int, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``left`` factors of some steps side by side ``[rows, n r]`` and ``right`` ones below each other ``[n r, columns]``."""
+    """``left`` factors of some steps side by side ``[rows, n r]`` and ``right`` ones below each
+    other ``[n r, columns]``.
+    """
     pairs = [store.read_factors(part, row) for row in range(first, last)]
     return (
         np.concatenate([left for left, _ in pairs], axis=1, dtype=np.float64),

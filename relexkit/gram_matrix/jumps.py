@@ -1,7 +1,9 @@
-"""Jumps: recorded steps that were not trained but predicted, as a training with periodic re-grounding has them.
+"""Jumps: recorded steps that were not trained but predicted, as a training with periodic
+re-grounding has them.
 
-A jump is a recorded step whose metric ``jump_steps`` says how many steps it skips. Analysis takes the steps before the first
-one, which the optimizer made from the base; a further prediction takes those since the last one (``relexkit.gram_matrix.segment``).
+A jump is a recorded step whose metric ``jump_steps`` says how many steps it skips. Analysis takes
+the steps before the first one, which the optimizer made from the base; a further prediction takes
+those since the last one (``relexkit.gram_matrix.segment``).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def last_trained(store: TrajectoryStore, until: int | None) -> int | None:
     trained = store.steps[store.steps < found[0]]
     if not len(trained):
         raise StoreError(
-            f"{store.path}: begins with a jump at step {found[0]}; expected steps of training before it"
+            f"{store.path}: begins with a jump at step {found[0]}; expected steps of training"
+            " before it"
         )
     return int(trained[-1])

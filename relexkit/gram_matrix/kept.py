@@ -1,4 +1,6 @@
-"""Derived arrays kept in a store beside the steps: found again if they are whole, else computed again."""
+"""Derived arrays kept in a store beside the steps: found again if they are whole, else computed
+again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _UNWRITTEN_COUNT = np.iinfo(np.int64).min
 def kept(
     store: TrajectoryStore, name: str, keys: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Attributes and whole arrays that ``keep`` left in group ``name``; empty if they are absent, damaged or half-written."""
+    """Attributes and whole arrays that ``keep`` left in group ``name``; empty if they are absent,
+    damaged or half-written.
+    """
     try:
         group = zarr.open_group(store.path, path=name, mode="r")
         arrays = {
@@ -41,7 +45,9 @@ def kept(
 def keep(
     store: TrajectoryStore, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]
 ) -> None:
-    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if nobody else does and it can be written."""
+    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if nobody else does and it can
+    be written.
+    """
     with contextlib.suppress(StoreError, OSError), WriterLock(f"{store.path.rstrip('/')}.gram"):
         group = zarr.open_group(store.path, mode="r+").create_group(name, overwrite=True)
         for key, values in arrays.items():

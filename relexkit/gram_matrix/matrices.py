@@ -1,4 +1,6 @@
-"""Gram matrices of a run as a value: of tensors or groups of them, cut to a prefix of the steps, summed over scopes."""
+"""Gram matrices of a run as a value: of tensors or groups of them, cut to a prefix of the steps,
+summed over scopes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from relexkit.store import describe_steps
 from relexkit.weights.layout import scope_of
 
 ROUNDING_ERROR = 1e-6
-"""Error of an exact Gram matrix as a share of its trace: products of at most 8192 columns are summed in float32."""
+"""Error of an exact Gram matrix as a share of its trace: products of at most 8192 columns are
+summed in float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,11 @@ class Gram:
         matrices: ``float64 [N, T, T]``.
         changed: ``int64 [N, T]``, weights that differ from the previous recorded step.
         moved: ``int64 [N, T]``, weights that differ from the base.
-        unit_moves: ``int64 [N, T]``, weights that moved by exactly one unit in the last place since the previous step,
-            or -1 where the encoding does not keep bit patterns.
-        uncertainty: ``float64 [N, T]``: for the leading ``n x n`` block, how far it may be off along its first two
-            directions, in the spectral norm: rounding, and for a randomized result the estimated error of the approximation.
-            Taken as rounding alone if not given.
+        unit_moves: ``int64 [N, T]``, weights that moved by exactly one unit in the last place since
+            the previous step, or -1 where the encoding does not keep bit patterns.
+        uncertainty: ``float64 [N, T]``: for the leading ``n x n`` block, how far it may be off
+            along its first two directions, in the spectral norm: rounding, and for a randomized
+            result the estimated error of the approximation. Taken as rounding alone if not given.
     """
 
     steps: np.ndarray
@@ -70,7 +74,9 @@ class Gram:
         )
 
     def scoped(self, scope: str) -> Gram:
-        """Sums over the groups of ``scope`` (``tensor``, ``layer``, ``module`` or ``global``), in order of appearance."""
+        """Sums over the groups of ``scope`` (``tensor``, ``layer``, ``module`` or ``global``), in
+        order of appearance.
+        """
         if scope == "tensor":
             return self
         group_of = self.groups(scope)

@@ -1,8 +1,10 @@
-"""One pass over the deltas of a part: dense pieces of rows, in any order of work, go into a product that is summed.
+"""One pass over the deltas of a part: dense pieces of rows, in any order of work, go into a product
+that is summed.
 
-The product of a piece is a function of ``rows [T, n]``, float32: ``rows rows^T`` for the exact Gram matrices,
-``rows (rows^T Q)`` for the randomized ones. A dense part is read in windows of columns, all steps of a window at once: while
-one window is multiplied, the next one is decoded. From the sparse log only columns that ever change are gathered.
+The product of a piece is a function of ``rows [T, n]``, float32: ``rows rows^T`` for the exact Gram
+matrices, ``rows (rows^T Q)`` for the randomized ones. A dense part is read in windows of columns,
+all steps of a window at once: while one window is multiplied, the next one is decoded. From the
+sparse log only columns that ever change are gathered.
 
 Shape suffixes: S segments of a part, T steps, D columns.
 """
@@ -40,8 +42,9 @@ class Sums:
 
     Attributes:
         products: one array ``float64 [S, ...]`` for each that the kernel makes.
-        counts: ``int64 [S, 3, T - old]``: weights that changed since the previous step, the change in the number of those
-            that differ from the base (sparse) or their number (dense), and moves by one unit (0 where unknown).
+        counts: ``int64 [S, 3, T - old]``: weights that changed since the previous step, the change
+            in the number of those that differ from the base (sparse) or their number (dense), and
+            moves by one unit (0 where unknown).
     """
 
     products: list[np.ndarray]
@@ -61,7 +64,8 @@ class Pass:
 
     Args:
         old: steps whose counts (and, if the kernel says so, products) are known already.
-        spans: ascending; each begins at a multiple of ``BLOCK`` and ends at one or at the end of the part.
+        spans: ascending; each begins at a multiple of ``BLOCK`` and ends at one or at the end of
+            the part.
         budget: bytes of decoded rows in work, whatever T and D.
     """
 
@@ -90,7 +94,7 @@ class Pass:
                 (self._sparse if sparse else self._dense)(span, sums, pool)
         return sums
 
-    # -- dense rows ---------------------------------------------------------------------------------------------------
+    # -- dense rows --------------------------------------------------------------------------------
 
     def _dense(self, span: Span, sums: Sums, pool: ThreadPoolExecutor) -> None:
         begin, end = span
@@ -154,7 +158,7 @@ class Pass:
         while jobs:
             finish()
 
-    # -- sparse log ---------------------------------------------------------------------------------------------------
+    # -- sparse log --------------------------------------------------------------------------------
 
     def _sparse(self, span: Span, sums: Sums, pool: ThreadPoolExecutor) -> None:
         store, part = self.store, self.part
@@ -163,7 +167,8 @@ class Pass:
             2 * bits_dtype(store.layout.parts[part].dtype).itemsize + 5
         )  # state, base, whether touched, slot
         entries = store.entries(part, self.num_rows)
-        # Half of the budget holds a stretch of the log, read once; the other half the windows in work.
+        # Half of the budget holds a stretch of the log, read once; the other half the windows in
+        # work.
         for begin, end, updates in store.read_log(
             part, self.num_rows, self.budget // 2, pool, span
         ):
@@ -189,7 +194,8 @@ class Pass:
     ) -> tuple[int, list[np.ndarray], np.ndarray]:
         """Index of the first segment in a window, products and counts of the segments there.
 
-        Only columns that ever change take part in the product; the others hold zeros. ``counts[:, 1]`` are increments.
+        Only columns that ever change take part in the product; the others hold zeros. ``counts[:,
+        1]`` are increments.
         """
         begin, end = window
         inside = self.store.layout.segments_in(self.part, begin, end)
@@ -225,7 +231,9 @@ class Pass:
         differences: list[np.ndarray],
         edges: np.ndarray,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Float values of every update, and counts ``[segments, 3, T - old]``; ``edges`` of the segments in slots."""
+        """Float values of every update, and counts ``[segments, 3, T - old]``; ``edges`` of the
+        segments in slots.
+        """
         dtype = self.store.layout.parts[self.part].dtype
         counts = np.zeros((len(edges) - 1, 3, self.num_rows - self.old), np.int64)
         state, values = base.copy(), []
@@ -246,10 +254,11 @@ class Pass:
 
 
 def _slots(columns: list[np.ndarray], width: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ascending columns of a window of ``width`` that ever change, and for every update the places of its columns there.
+    """Ascending columns of a window of ``width`` that ever change, and for every update the places
+    of its columns there.
 
-    All that follows happens in these places: few, so that they stay in cache. Indices are ``intp``, which NumPy takes
-    as they are; it gathers by any other integers at half the speed.
+    All that follows happens in these places: few, so that they stay in cache. Indices are ``intp``,
+    which NumPy takes as they are; it gathers by any other integers at half the speed.
     """
     touched = np.zeros(width, bool)
     wide = [c.astype(np.intp) for c in columns]
@@ -271,7 +280,9 @@ def _pieces(edges: np.ndarray, width: int) -> list[tuple[int, int, int]]:
 
 
 def dense_width(num_rows: int, chunk: int, budget: int) -> int:
-    """Columns of a window of dense rows: whole chunks where two windows of them fit the budget, else pieces."""
+    """Columns of a window of dense rows: whole chunks where two windows of them fit the budget,
+    else pieces.
+    """
     column_bytes = 4 * (num_rows + 2)
     most = budget // (2 * column_bytes)
     if most < chunk:
@@ -281,9 +292,11 @@ def dense_width(num_rows: int, chunk: int, budget: int) -> int:
 
 @dataclass(frozen=True)
 class _Counting:
-    """A kernel for dense rows that also counts, while a piece of rows is in cache: one more array ``[2, T - old]``.
+    """A kernel for dense rows that also counts, while a piece of rows is in cache: one more array
+    ``[2, T - old]``.
 
-    Weights that changed since the previous row (in the first row: since the base), and those that are not zero.
+    Weights that changed since the previous row (in the first row: since the base), and those that
+    are not zero.
     """
 
     kernel: Kernel
@@ -323,7 +336,8 @@ def _true(mask: Any) -> Any:
 def true_per_row(mask: np.ndarray) -> np.ndarray:
     """Number of true values in each row of ``mask [T, n]``, ``int64 [T]``.
 
-    Eight at a time: the bytes of 128 words are added without overflow. NumPy's own sum over booleans is five times slower.
+    Eight at a time: the bytes of 128 words are added without overflow. NumPy's own sum over
+    booleans is five times slower.
     """
     if (
         np.count_nonzero(mask) == mask.size

@@ -1,4 +1,6 @@
-"""What exact and randomized passes have in common: over the parts of a store, shared among processes, added up by tensor."""
+"""What exact and randomized passes have in common: over the parts of a store, shared among
+processes, added up by tensor.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def run_shared(
 def assemble(
     store: TrajectoryStore, arrays: dict[int, list[np.ndarray]], counts: dict[int, np.ndarray]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Arrays ``[S, ...]`` and counts ``[S, 3, T]`` of parts -> summed over parts, ``[N, ...]`` and ``[3, N, T]``."""
+    """Arrays ``[S, ...]`` and counts ``[S, 3, T]`` of parts -> summed over parts, ``[N, ...]`` and
+    ``[3, N, T]``.
+    """
     tensors = store.layout.moving_tensors
     row_of = {tensor.name: row for row, tensor in enumerate(tensors)}
     some, num_steps = next(iter(arrays.values())), next(iter(counts.values())).shape[2]

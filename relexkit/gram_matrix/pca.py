@@ -1,11 +1,13 @@
 """Which PCA: the exact Gram matrices or randomized ones, by what each would cost on this store.
 
-Exact: ``T^2 D`` operations on what is read once. Randomized: ``4 T D l`` on what is read once or twice, for long runs.
-The constants are nanoseconds per element and step on one core, from short loops on a busy machine with two AMD EPYC cores.
-Only their ratios matter for the choice. Whole passes over 2^19 dense float32 elements on one core of it, under load
-(``tests/benchmarks/pca_crossover.py``, seed 0, medians of 2): randomized took 1.43, 1.17 and 0.95 of the processor seconds of
-exact at T = 30, 100 and 300, where the model says 1.88, 1.55 and 1.03; at 300 their ranges overlap, so the crossover is not
-resolved closer than that. The passes took 1.1 to 2.2 times the estimated seconds.
+Exact: ``T^2 D`` operations on what is read once. Randomized: ``4 T D l`` on what is read once or
+twice, for long runs. The constants are nanoseconds per element and step on one core, from short
+loops on a busy machine with two AMD EPYC cores. Only their ratios matter for the choice. Whole
+passes over 2^19 dense float32 elements on one core of it, under load
+(``tests/benchmarks/pca_crossover.py``, seed 0, medians of 2): randomized took 1.43, 1.17 and 0.95
+of the processor seconds of exact at T = 30, 100 and 300, where the model says 1.88, 1.55 and 1.03;
+at 300 their ranges overlap, so the crossover is not resolved closer than that. The passes took 1.1
+to 2.2 times the estimated seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _MARGIN = (
 
 @dataclass(frozen=True)
 class Choice:
-    """``method``, ``exact`` or ``randomized``, and why, in a sentence; ``notable`` if somebody should read that."""
+    """``method``, ``exact`` or ``randomized``, and why, in a sentence; ``notable`` if somebody
+    should read that.
+    """
 
     method: Literal["exact", "randomized"]
     reason: str
@@ -53,7 +57,8 @@ def choose(
     components: int | None = None,
     device: str = "cpu",
 ) -> Choice:
-    """What ``--pca`` means for a store: as asked, or for ``auto`` by the estimated time. Reads only indices.
+    """What ``--pca`` means for a store: as asked, or for ``auto`` by the estimated time. Reads only
+    indices.
 
     Raises:
         RelexkitError: ``pca`` is none of ``PCA``, or more components than steps.
@@ -75,7 +80,10 @@ def choose(
     if device != "cpu":
         return Choice("exact", f"exact PCA: on {device} reading takes longer than the products")
     exact, randomized = estimated_seconds(store, num_rows, wanted)
-    told = f"about {exact:.2g} core-seconds against {randomized:.2g} of randomized for {num_rows} steps"
+    told = (
+        f"about {exact:.2g} core-seconds against {randomized:.2g} of randomized for {num_rows}"
+        " steps"
+    )
     if exact > _NOTABLE and randomized < _MARGIN * exact:
         return Choice(
             "randomized",
@@ -88,7 +96,9 @@ def choose(
 def estimated_seconds(
     store: TrajectoryStore, num_rows: int, components: int, oversampling: int = 8
 ) -> tuple[float, float]:
-    """Core-seconds of the exact and of the randomized PCA over the first ``num_rows`` steps, whatever the store keeps."""
+    """Core-seconds of the exact and of the randomized PCA over the first ``num_rows`` steps,
+    whatever the store keeps.
+    """
     exact = randomized = 0.0
     all_rows, width = len(store.steps), min(num_rows, components + oversampling)
     for part, spec in enumerate(store.layout.parts):

@@ -1,4 +1,6 @@
-"""A stretch of a run as a trajectory of its own: the steps after one of the recorded steps, relative to the weights there."""
+"""A stretch of a run as a trajectory of its own: the steps after one of the recorded steps,
+relative to the weights there.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ _COLUMNS = 2**18  # of the deltas that are in memory
 
 
 def segment_gram(store: TrajectoryStore, start: int) -> Gram:
-    """Gram matrices of the steps after ``start``, which count from it, of their deltas against the weights at ``start``.
+    """Gram matrices of the steps after ``start``, which count from it, of their deltas against the
+    weights at ``start``.
 
-    One pass over these steps; keeps nothing, and gives the same bits whatever was computed before. Counts of changed weights
-    are zero. Memory: twelve bytes for each of 262,144 columns and of the steps.
+    One pass over these steps; keeps nothing, and gives the same bits whatever was computed before.
+    Counts of changed weights are zero. Memory: twelve bytes for each of 262,144 columns and of the
+    steps.
 
     Args:
         start: a recorded step, or 0 for the base.
@@ -42,7 +46,9 @@ def segment_gram(store: TrajectoryStore, start: int) -> Gram:
 
 
 def from_segment(store: TrajectoryStore, start: int, weights: np.ndarray) -> np.ndarray:
-    """Weights ``[N, T]`` of all recorded deltas that do what ``weights [N, T']`` do with those of ``segment_gram``."""
+    """Weights ``[N, T]`` of all recorded deltas that do what ``weights [N, T']`` do with those of
+    ``segment_gram``.
+    """
     whole = np.zeros((len(weights), len(store.steps)))
     whole[:, store.steps > start] = weights
     if start:

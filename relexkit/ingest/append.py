@@ -1,4 +1,6 @@
-"""One step into a store: weights read in blocks, checked, differenced, encoded and committed in the background."""
+"""One step into a store: weights read in blocks, checked, differenced, encoded and committed in the
+background.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ _QUEUE_BYTES = 2**24  # encoded but not yet written; a larger array waits until 
 
 
 def base_reader(base: Checkpoint, layout: Layout) -> Callable[[int, int, int], np.ndarray]:
-    """``(part, begin, end) -> bits`` of the base, widened to the dtype of the steps and checked to be finite."""
+    """``(part, begin, end) -> bits`` of the base, widened to the dtype of the steps and checked to
+    be finite.
+    """
 
     def read(part: int, begin: int, end: int) -> np.ndarray:
         bits = read_columns(base, layout, part, begin, end, "the base")
@@ -71,7 +75,9 @@ def read_columns(
     where: str,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Bits of columns ``begin:end`` of a part, from a checkpoint, widened to the part's dtype; into ``out`` if given."""
+    """Bits of columns ``begin:end`` of a part, from a checkpoint, widened to the part's dtype; into
+    ``out`` if given.
+    """
     if out is None:
         out = np.empty(end - begin, bits_dtype(layout.parts[part].dtype))
     for segment in layout.segments_in(part, begin, end):
@@ -106,16 +112,19 @@ def nonfinite_message(where: str, name: str, index: int) -> str:
 
 
 class Appender:
-    """Encodes checkpoints against the previous step (sparse parts) or the base (dense parts) and commits them.
+    """Encodes checkpoints against the previous step (sparse parts) or the base (dense parts) and
+    commits them.
 
-    Reference weights stay in memory up to the budget, whole parts at a time; beyond it they are read again: the
-    previous step from its checkpoint (or replayed from the store, after a restart), the base from its folder.
+    Reference weights stay in memory up to the budget, whole parts at a time; beyond it they are
+    read again: the previous step from its checkpoint (or replayed from the store, after a restart),
+    the base from its folder.
 
     Writing goes on in the background, in order, so a step is committed while the next one is read.
 
     Args:
         base: the base checkpoint, or None to read the base from the store.
-        owned: the parts that this process writes; all if not given. Of several processes that write one step, one commits.
+        owned: the parts that this process writes; all if not given. Of several processes that write
+            one step, one commits.
         still: tensors that no step of this run moves; parts of nothing else are not read.
         sketch: also sketch the deltas of parts with float deltas, into ``sketch_row``.
     """
@@ -210,7 +219,9 @@ class Appender:
         self._previous = checkpoint
 
     def write_parts(self, step: int, checkpoint: Checkpoint) -> None:
-        """Encode the owned parts of a checkpoint and let the background write them, between ``begin`` and ``commit``."""
+        """Encode the owned parts of a checkpoint and let the background write them, between
+        ``begin`` and ``commit``.
+        """
         where = f"step {step}"
         expected = {t.name: (t.shape, t.dtype) for t in self._layout.tensors}
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
@@ -220,8 +231,8 @@ class Appender:
         for tensor in self._layout.tensors:
             if tensor.tied_to and not equal_tensors(checkpoint, tensor.name, tensor.tied_to):
                 raise CheckpointError(
-                    f"{where}: tensors {tensor.name!r} and {tensor.tied_to!r} differ but were tied so far; "
-                    "import into a new store"
+                    f"{where}: tensors {tensor.name!r} and {tensor.tied_to!r} differ but were tied"
+                    " so far; import into a new store"
                 )
         for part in self._owned:
             spec = self._layout.parts[part]
@@ -256,7 +267,9 @@ class Appender:
     def _read(
         self, checkpoint: Checkpoint, part: int, begin: int, end: int, where: str
     ) -> np.ndarray:
-        """Columns of a checkpoint in the thread's own buffer, good until its next call: fresh pages cost as much as reading."""
+        """Columns of a checkpoint in the thread's own buffer, good until its next call: fresh pages
+        cost as much as reading.
+        """
         bits = bits_dtype(self._layout.parts[part].dtype)
         buffers: dict[np.dtype, np.ndarray] = self._scratch.__dict__.setdefault("buffers", {})
         if bits not in buffers:
@@ -320,7 +333,9 @@ class Appender:
         self._write(self._writer.write_factors, part, bits, content_checksum(block_checksums(bits)))
 
     def _append_row(self, part: int, spec: Part, checkpoint: Checkpoint, where: str) -> None:
-        """A dense part, in stretches that are read, differenced, checked and encoded by the workers and written in order."""
+        """A dense part, in stretches that are read, differenced, checked and encoded by the workers
+        and written in order.
+        """
         is_float = spec.encoding == "float"
 
         def encode(span: tuple[int, int]) -> tuple[Encoded, int, np.ndarray | None]:
@@ -366,7 +381,9 @@ class Appender:
     def _float_delta(
         self, part: int, current: np.ndarray, reference: np.ndarray, begin: int, where: str
     ) -> np.ndarray:
-        """Float32 delta of two arrays of bits, in place of ``current`` if that has room, checked to be finite."""
+        """Float32 delta of two arrays of bits, in place of ``current`` if that has room, checked to
+        be finite.
+        """
         dtype = self._layout.parts[part].dtype
         room = current.view(np.float32) if dtype == "float32" else None
         with np.errstate(over="ignore", invalid="ignore"):
@@ -414,7 +431,9 @@ class Appender:
         where: str,
         dtype: str,
     ) -> None:
-        """Refuse a weight, or a delta, that is not finite; ``columns`` say where ``bits`` lie in the part."""
+        """Refuse a weight, or a delta, that is not finite; ``columns`` say where ``bits`` lie in
+        the part.
+        """
         bad = nonfinite_index(bits, dtype)
         if bad is not None:
             column = int(columns[bad])

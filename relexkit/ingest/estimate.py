@@ -1,4 +1,6 @@
-"""What an import would write and how long it would take, from a miniature of it: the same code on a slice of every tensor."""
+"""What an import would write and how long it would take, from a miniature of it: the same code on a
+slice of every tensor.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Estimate:
     Attributes:
         steps: the steps that would be recorded.
         dtypes, encodings: of the recorded tensors.
-        step_bytes, base_bytes: of the store; ``checkpoint_bytes`` of the weights that it stands for.
+        step_bytes, base_bytes: of the store; ``checkpoint_bytes`` of the weights that it stands
+            for.
         seconds: of the import, at the speed of the miniature; None for adapters, which are small.
         sampled: share of the elements that the miniature held.
         notes, left_out: see ``ImportResult``.
@@ -62,17 +65,20 @@ def estimate_import(
     source_format: str | None = None,
     step_map: str | None = None,
 ) -> Estimate:
-    """Estimate an import with the same arguments. Reads ``2**16`` elements of every tensor in up to four steps; writes nothing.
+    """Estimate an import with the same arguments. Reads ``2**16`` elements of every tensor in up to
+    four steps; writes nothing.
 
-    The size of a step is that of the second and the last one, as differences from their neighbours: sparse logs of a run whose
-    changes grow or shrink in between lie elsewhere.
+    The size of a step is that of the second and the last one, as differences from their neighbours:
+    sparse logs of a run whose changes grow or shrink in between lie elsewhere.
 
     Raises:
-        CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can be read without a download.
+        CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can
+            be read without a download.
     """
     if is_hub(source) or (base is not None and is_hub(base)):
         raise CheckpointError(
-            f"{source}: --dry-run reads from a sample of the weights; expected folders, not a hub repository"
+            f"{source}: --dry-run reads from a sample of the weights; expected folders, not a hub"
+            " repository"
         )
     run = open_run(Path(source), source_format=source_format, step_map=step_map)
     wanted = [s for s in select_steps(run.steps, steps) if s > 0]
@@ -125,7 +131,8 @@ def _of_miniature(
     encoding: str,
     mantissa_bits: int | None,
 ) -> Estimate:
-    # neighbours at the beginning and at the end, so that two of the differences are those of single steps
+    # neighbours at the beginning and at the end, so that two of the differences are those of single
+    # steps
     sample = sorted({*wanted[:2], *wanted[-2:]})
     single = [
         row

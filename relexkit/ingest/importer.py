@@ -1,4 +1,6 @@
-"""Checkpoints of an existing run into a trajectory store: each checkpoint is read once, in blocks, and differenced."""
+"""Checkpoints of an existing run into a trajectory store: each checkpoint is read once, in blocks,
+and differenced.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from relexkit.weights.layout import Encoding, build_layout
 
 DEFAULT_MANTISSA_BITS = 10
 SPARSE_BELOW = 1 / 8
-"""A dtype whose neighbouring checkpoints differ in a smaller share of the weights is stored as a sparse log."""
+"""A dtype whose neighbouring checkpoints differ in a smaller share of the weights is stored as a
+sparse log.
+"""
 
 _SAMPLE_ELEMENTS = 2**14
 
@@ -46,7 +50,8 @@ class ImportResult:
     Attributes:
         store: open for reading.
         added, already: steps that it added, steps that were already there.
-        notes: what a person should know: the format that was taken, what else lay there, tied weights that differ.
+        notes: what a person should know: the format that was taken, what else lay there, tied
+            weights that differ.
         left_out: checkpoints that are not whole, and why.
     """
 
@@ -72,33 +77,40 @@ def import_checkpoints(
 ) -> ImportResult:
     """Import checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
 
-    Checkpoints that are not whole (a missing marker, rank or file, a truncated one) are left out and reported.
+    Checkpoints that are not whole (a missing marker, rank or file, a truncated one) are left out
+    and reported.
 
     Args:
-        source: folder with one sub-folder for each step, or ``hf://OWNER/NAME``, a hub repository with branches ``step_N``.
-        base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the base. Adapters may name it.
-        steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A plus a multiple of C.
-        encoding: ``exact`` keeps every bit, ``float`` rounded float deltas; ``auto`` is exact for 16-bit checkpoints
-            and for float32 ones that hardly change, else float.
-        mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative error of at most
-            ``2 ** -(mantissa_bits + 1)`` of each delta.
-        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most precise one there if not
-            given.
-        step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``, where folders are not
-            numbered by optimizer steps; ``steps`` then means optimizer steps, and labels are kept as the metric ``label``.
-        memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory; what does not fit is
-            read again from its file.
+        source: folder with one sub-folder for each step, or ``hf://OWNER/NAME``, a hub repository
+            with branches ``step_N``.
+        base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the
+            base. Adapters may name it.
+        steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A
+            plus a multiple of C.
+        encoding: ``exact`` keeps every bit, ``float`` rounded float deltas; ``auto`` is exact for
+            16-bit checkpoints and for float32 ones that hardly change, else float.
+        mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative
+            error of at most ``2 ** -(mantissa_bits + 1)`` of each delta.
+        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most
+            precise one there if not given.
+        step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``,
+            where folders are not numbered by optimizer steps; ``steps`` then means optimizer steps,
+            and labels are kept as the metric ``label``.
+        memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory;
+            what does not fit is read again from its file.
 
-    From the hub one revision at a time is downloaded into ``OUT.download``, checked, differenced and deleted: the disk never
-    holds more than two checkpoints, and heads are not tested for being tied, which would take a second download.
+    From the hub one revision at a time is downloaded into ``OUT.download``, checked, differenced
+    and deleted: the disk never holds more than two checkpoints, and heads are not tested for being
+    tied, which would take a second download.
 
-    Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are read once more, and so
-    is what does not fit the budget. Memory: the budget, a few blocks of 2**22 elements, the changes of one step, and for
-    dense encodings two rows of a part.
+    Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are
+    read once more, and so is what does not fit the budget. Memory: the budget, a few blocks of
+    2**22 elements, the changes of one step, and for dense encodings two rows of a part.
 
     Raises:
         CheckpointError: a checkpoint is damaged, not finite, or does not have the base's tensors.
-        StoreError: ``out`` is something else, belongs to another run, is being written, or the disk is full.
+        StoreError: ``out`` is something else, belongs to another run, is being written, or the disk
+            is full.
     """
     _check_encoding(encoding, mantissa_bits)
     with closing(Hub(Path(f"{out}.download"))) as hub:
@@ -151,8 +163,8 @@ def _new_steps(
     new = [s for s in wanted if s not in recorded]
     if new and recorded and new[0] < max(recorded):
         raise CheckpointError(
-            f"step {new[0]} of {source} lies before step {max(recorded)}, the last one recorded in {out}; "
-            "steps are recorded in order: import into a new store"
+            f"step {new[0]} of {source} lies before step {max(recorded)}, the last one recorded in"
+            f" {out}; steps are recorded in order: import into a new store"
         )
     return new
 
@@ -181,7 +193,8 @@ def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
     chosen = [s for s in available if low <= s <= high and (s - low) % every == 0]
     if not chosen:
         raise RelexkitError(
-            f"--steps {selection} selects no step; the run holds {describe_steps(np.asarray(available))}"
+            f"--steps {selection} selects no step; the run holds"
+            f" {describe_steps(np.asarray(available))}"
         )
     return chosen
 
@@ -231,7 +244,7 @@ def _is_store(path: str | Path) -> bool:
     return True
 
 
-# -- creating ---------------------------------------------------------------------------------------------------------
+# -- creating --------------------------------------------------------------------------------------
 
 
 def create_for(
@@ -329,13 +342,15 @@ def _sampled_density(
     return {dtype: count / max(1, seen[dtype]) for dtype, count in changed.items()}
 
 
-# -- checking ---------------------------------------------------------------------------------------------------------
+# -- checking --------------------------------------------------------------------------------------
 
 
 def _check_same_run(
     store: TrajectoryStore, run: Run, base: Checkpoint, encoding: str, mantissa_bits: int | None
 ) -> None:
-    """The store belongs to this run, base and options (it may have been created by an earlier, interrupted call)."""
+    """The store belongs to this run, base and options (it may have been created by an earlier,
+    interrupted call).
+    """
     expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
     check_tensors(expected, base, f"the store {store.path}", "the base", widen=True)
     if (
@@ -343,24 +358,27 @@ def _check_same_run(
         != store.attributes["base"]["sha256"]
     ):
         raise CheckpointError(
-            f"the base differs from the one in {store.path} ({store.attributes['base']['description']}); "
-            "give the same --base, or another -o"
+            f"the base differs from the one in {store.path}"
+            f" ({store.attributes['base']['description']}); give the same --base, or another -o"
         )
     if mantissa_bits is not None and mantissa_bits != store.mantissa_bits:
         raise CheckpointError(
-            f"{store.path} holds deltas with {store.mantissa_bits} mantissa bits, not {mantissa_bits}; "
-            "leave --mantissa-bits out, or choose another -o"
+            f"{store.path} holds deltas with {store.mantissa_bits} mantissa bits, not"
+            f" {mantissa_bits}; leave --mantissa-bits out, or choose another -o"
         )
     kinds = {p.encoding for p in store.layout.parts} - {"fixed"} if not store.has_factors else set()
     if (encoding == "exact" and "float" in kinds) or (encoding == "float" and kinds - {"float"}):
         raise CheckpointError(
-            f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or choose another -o"
+            f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or"
+            " choose another -o"
         )
     _check_last_step(store, run, base)
 
 
 def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None:
-    """The last recorded step, if the run still has it, holds what the store holds, in the first block of every part."""
+    """The last recorded step, if the run still has it, holds what the store holds, in the first
+    block of every part.
+    """
     last = int(store.steps[-1]) if len(store.steps) else 0
     if last not in run.steps or not last:
         return
@@ -389,11 +407,12 @@ def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None
 
 def _another_run(store: TrajectoryStore, step: int) -> CheckpointError:
     return CheckpointError(
-        f"step {step} of the run differs from the one recorded in {store.path}: this is another run; choose another -o"
+        f"step {step} of the run differs from the one recorded in {store.path}: this is another"
+        " run; choose another -o"
     )
 
 
-# -- appending --------------------------------------------------------------------------------------------------------
+# -- appending -------------------------------------------------------------------------------------
 
 
 def append_all(

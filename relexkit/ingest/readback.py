@@ -1,4 +1,6 @@
-"""Read a step back from the store and compare it with the checkpoint that it came from, before the checkpoint is deleted."""
+"""Read a step back from the store and compare it with the checkpoint that it came from, before the
+checkpoint is deleted.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from relexkit.store.encodings.bits import apply_update, float_row
 
 
 class ReadBack:
-    """Follows a store from step to step and compares each with its checkpoint: every bit, of float deltas every rounded value.
+    """Follows a store from step to step and compares each with its checkpoint: every bit, of float
+    deltas every rounded value.
 
-    Memory: the weights of the sparse parts, since a step of the log is known only after those before it, and a few blocks.
+    Memory: the weights of the sparse parts, since a step of the log is known only after those
+    before it, and a few blocks.
     """
 
     def __init__(self, store: TrajectoryStore, row: int):
@@ -72,6 +76,6 @@ class ReadBack:
     def _differs(self, row: int, part: int, begin: int) -> None:
         name = self._store.layout.segments_in(part, begin)[0].tensor.name
         raise StoreError(
-            f"{self._store.path}: step {self._store.steps[row]} reads back differently from its checkpoint, near tensor "
-            f"{name!r}; nothing was deleted: run `relexkit verify`"
+            f"{self._store.path}: step {self._store.steps[row]} reads back differently from its"
+            f" checkpoint, near tensor {name!r}; nothing was deleted: run `relexkit verify`"
         )

@@ -35,23 +35,27 @@ def watch(
     idle_seconds: float | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> TrajectoryStore:
-    """Import every checkpoint of ``source`` into ``out`` as soon as it is whole, until nothing came for ``idle_seconds``.
+    """Import every checkpoint of ``source`` into ``out`` as soon as it is whole, until nothing came
+    for ``idle_seconds``.
 
-    A checkpoint is whole if its reader finds it complete and the trainer has written its marker, or nothing in its folder has
-    changed between two looks. Steps that lie before the last recorded one are reported and left out.
+    A checkpoint is whole if its reader finds it complete and the trainer has written its marker, or
+    nothing in its folder has changed between two looks. Steps that lie before the last recorded one
+    are reported and left out.
 
     Args:
         base, encoding, mantissa_bits, source_format, step_map: see ``import_checkpoints``.
         every: only steps that are multiples of this; the others are not deleted either.
-        delete_after: delete a checkpoint's folder once its step has been read back from the store and found equal, and a later
-            one is stored as well: the newest stays, to resume from. Needs an exact store, or ``encoding="float"`` to say that
-            rounded deltas are enough. Holds one more copy of 16-bit weights.
+        delete_after: delete a checkpoint's folder once its step has been read back from the store
+            and found equal, and a later one is stored as well: the newest stays, to resume from.
+            Needs an exact store, or ``encoding="float"`` to say that rounded deltas are enough.
+            Holds one more copy of 16-bit weights.
         poll_seconds: between two looks at the folder.
         idle_seconds: None to go on until interrupted.
 
     Raises:
         CheckpointError: a checkpoint does not belong to the run, or is not finite.
-        StoreError: see ``import_checkpoints``; or a step reads back differently, and then nothing is deleted.
+        StoreError: see ``import_checkpoints``; or a step reads back differently, and then nothing
+            is deleted.
     """
     if every < 1 or poll_seconds <= 0:
         raise RelexkitError(
@@ -171,7 +175,8 @@ class _Watcher:
             and step not in TrajectoryStore(self._out).steps
         ):
             self._tell(
-                f"step {step} came after step {last} was recorded; steps are recorded in order: left out"
+                f"step {step} came after step {last} was recorded; steps are recorded in order:"
+                " left out"
             )
 
     def _tell(self, message: str) -> None:
@@ -198,12 +203,15 @@ class _Watcher:
             return []
 
     def _delete_earlier(self, run: FolderRun, step: int) -> None:
-        """Read ``step`` back; then the checkpoints before it may go, as there is a newer one to resume from."""
+        """Read ``step`` back; then the checkpoints before it may go, as there is a newer one to
+        resume from.
+        """
         store = TrajectoryStore(self._out)
         if not store.exact and not self._rounded_is_enough:
             raise RelexkitError(
-                f"{self._out}: holds deltas rounded to {store.mantissa_bits} mantissa bits, so nothing was deleted; expected "
-                "--encoding exact, or --encoding float to say that this is enough"
+                f"{self._out}: holds deltas rounded to {store.mantissa_bits} mantissa bits, so"
+                " nothing was deleted; expected --encoding exact, or --encoding float to say that"
+                " this is enough"
             )
         row = store.row_of(step)
         if self._read_back is None:

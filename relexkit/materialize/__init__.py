@@ -1,10 +1,13 @@
-"""Weights over deltas become checkpoints: folders that any tool loads, or a model in memory changed in place.
+"""Weights over deltas become checkpoints: folders that any tool loads, or a model in memory changed
+in place.
 
-On top of the store, the Gram matrices and the extrapolators. Inside, each module uses those before it:
+On top of the store, the Gram matrices and the extrapolators. Inside, each module uses those before
+it:
 
 - ``sums``: the pass over the deltas; ``folders``: checkpoint folders that are complete or not there
 - ``card``: their README; ``planning``: weights and provenance of every target
-- ``predicted``: ``extrapolate``; ``recorded``: ``checkout``; ``rounded``: ``round_checkpoint``; ``in_place``: ``apply``
+- ``predicted``: ``extrapolate``; ``recorded``: ``checkout``; ``rounded``: ``round_checkpoint``;
+  ``in_place``: ``apply``
 - ``adapters``: the same from and to PEFT adapters; ``directions``: principal directions as files
 """
 

@@ -1,8 +1,10 @@
-"""A store of adapters back into adapters: a recorded one bit for bit, a predicted one at a rank that holds the prediction.
+"""A store of adapters back into adapters: a recorded one bit for bit, a predicted one at a rank
+that holds the prediction.
 
-A prediction is a weighted sum of products, whose rank can be as large as the sum of the ranks; extrapolating ``A`` and ``B``
-themselves would be something else. Its best approximation at one rank comes from the singular values of the sum, without its
-dense form, and the error that is left is stated.
+A prediction is a weighted sum of products, whose rank can be as large as the sum of the ranks;
+extrapolating ``A`` and ``B`` themselves would be something else. Its best approximation at one rank
+comes from the singular values of the sum, without its dense form, and the error that is left is
+stated.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ LARGEST_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class AdapterPrediction:
-    """A predicted adapter: target, folder, rank, the relative error that the cut to that rank leaves, whether it was there."""
+    """A predicted adapter: target, folder, rank, the relative error that the cut to that rank
+    leaves, whether it was there.
+    """
 
     target: float
     folder: Path
@@ -45,7 +49,8 @@ class AdapterPrediction:
 
 
 def checkout_adapter(store: TrajectoryStore, step: int, out: str | Path) -> Path:
-    """Write the adapter of a recorded step as a PEFT folder: factors bit for bit, whole tensors as precisely as they are kept.
+    """Write the adapter of a recorded step as a PEFT folder: factors bit for bit, whole tensors as
+    precisely as they are kept.
 
     Whole tensors that no recorded step moved are the base's and left out. Memory: one tensor.
 
@@ -105,13 +110,16 @@ def extrapolate_adapter(
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[AdapterPrediction]:
-    """Write a predicted adapter ``OUT/step-TARGET/`` in float32 for every target; PEFT loads it onto the base.
+    """Write a predicted adapter ``OUT/step-TARGET/`` in float32 for every target; PEFT loads it
+    onto the base.
 
     Args:
-        rank: of every target module; if not given the smallest that leaves a relative error of at most ``LARGEST_ERROR``.
+        rank: of every target module; if not given the smallest that leaves a relative error of at
+            most ``LARGEST_ERROR``.
         until, method, options, scope, scale: as for ``extrapolate``.
 
-    Whole tensors (``modules_to_save``) are predicted as they are. Memory: the factors of one tensor over all steps, twice.
+    Whole tensors (``modules_to_save``) are predicted as they are. Memory: the factors of one tensor
+    over all steps, twice.
 
     Raises:
         StoreError: the store holds no adapters, or a chunk is damaged.
@@ -155,7 +163,9 @@ def extrapolate_adapter(
 def _choose_rank(
     store: TrajectoryStore, weights: np.ndarray, rank: int | None
 ) -> tuple[int, float]:
-    """The wanted rank, or the smallest one whose error is small; and its relative error over all adapted tensors."""
+    """The wanted rank, or the smallest one whose error is small; and its relative error over all
+    adapted tensors.
+    """
     row_of = _rows(store)
     squares = [
         singular_values(*stacked_sum(store, tensor.part, weights[row_of[tensor.name]])) ** 2

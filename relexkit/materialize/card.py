@@ -26,16 +26,17 @@ def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
         "method": provenance["method"] + (f" ({said})" if said else ""),
         "fitted per": provenance["scope"],
         "scale": f"{provenance['scale']:g}",
-        "dtype, rounding": f"{provenance['dtype']}, {provenance['rounding']} (seed {provenance['seed']})",
+        "dtype, rounding": (
+            f"{provenance['dtype']}, {provenance['rounding']} (seed {provenance['seed']})"
+        ),
         "relexkit": provenance["relexkit"],
     }
     if variance is not None and variance == variance:  # NaN: nothing moved
         rows["variance on each tensor's first direction"] = f"{100 * variance:.1f} %"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n"
-        f"# Extrapolated checkpoint, step {step_text(provenance['target'])}\n\n"
-        f"These weights were not trained: they were predicted from the updates of steps {steps[0]} to {steps[-1]}. "
-        "Evaluate them before use.\n\n"
-        f"| | |\n|---|---|\n{table}\n"
+        "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n# Extrapolated"
+        f" checkpoint, step {step_text(provenance['target'])}\n\nThese weights were not trained:"
+        f" they were predicted from the updates of steps {steps[0]} to {steps[-1]}. Evaluate them"
+        f" before use.\n\n| | |\n|---|---|\n{table}\n"
     )

@@ -1,7 +1,9 @@
-"""Principal update directions as safetensors files: the right singular vectors that PCA from a Gram matrix never needs.
+"""Principal update directions as safetensors files: the right singular vectors that PCA from a Gram
+matrix never needs.
 
-``v_k = M^T u_k / sigma_k`` in one pass for all of them. A file holds ``c_k v_k`` with ``c_k`` the coefficient of the last step:
-added to the base once, it moves the model to where that step stands along the direction, which tools call a task vector.
+``v_k = M^T u_k / sigma_k`` in one pass for all of them. A file holds ``c_k v_k`` with ``c_k`` the
+coefficient of the last step: added to the base once, it moves the model to where that step stands
+along the direction, which tools call a task vector.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ def write_directions(
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[Path]:
-    """Write ``out/direction-K.safetensors`` for the first ``count`` directions; returns their paths.
+    """Write ``out/direction-K.safetensors`` for the first ``count`` directions; returns their
+    paths.
 
-    A file has every moving tensor, float32, in the model's shapes: ``state[name] += alpha * file[name]``. The directions are
-    those of each group of ``scope``; orthogonal to each other within a group. A group with fewer directions gets zeros.
-    ``relexkit.json`` beside them gives singular values, ratios and coefficients of every group. Tied tensors appear once.
+    A file has every moving tensor, float32, in the model's shapes: ``state[name] += alpha *
+    file[name]``. The directions are those of each group of ``scope``; orthogonal to each other
+    within a group. A group with fewer directions gets zeros. ``relexkit.json`` beside them gives
+    singular values, ratios and coefficients of every group. Tied tensors appear once.
 
     Args:
         gram: of ``store``, per tensor, up to the last step to use.
@@ -95,7 +99,9 @@ def write_directions(
 def _weights(
     gram: Gram, count: int, scope: str, centered: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Weights ``[count, N, T]`` over the deltas, ``u_k`` times its last entry, and what to say about every group."""
+    """Weights ``[count, N, T]`` over the deltas, ``u_k`` times its last entry, and what to say
+    about every group.
+    """
     scoped, group_of = gram.scoped(scope), gram.groups(scope)
     weights = np.zeros((count, len(gram.names), len(gram.steps)))
     told = {}

@@ -1,4 +1,6 @@
-"""Checkpoint folders: written under a temporary name, complete or not there, with the record of how they were made."""
+"""Checkpoint folders: written under a temporary name, complete or not there, with the record of how
+they were made.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ from relexkit.weights.layout import Segment
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 PROVENANCE = "relexkit.json"
-"""File in a written folder that says exactly how it was made; a rerun skips a folder that already says the same."""
+"""File in a written folder that says exactly how it was made; a rerun skips a folder that already
+says the same.
+"""
 
 
 @dataclass(frozen=True)
 class FolderJob:
-    """A checkpoint folder to be written, what ``relexkit.json`` will say, and its README (None for none)."""
+    """A checkpoint folder to be written, what ``relexkit.json`` will say, and its README (None for
+    none).
+    """
 
     folder: Path
     provenance: dict[str, Any]
@@ -36,7 +42,9 @@ class FolderJob:
 
 
 class PendingFolders:
-    """Checkpoint folders of a store's tensors under temporary names; renamed when the block succeeds, else removed."""
+    """Checkpoint folders of a store's tensors under temporary names; renamed when the block
+    succeeds, else removed.
+    """
 
     def __init__(self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None):
         self._store, self._jobs, self._dtype = store, jobs, dtype
@@ -94,7 +102,8 @@ class PendingFolders:
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its name if the block succeeds and vanishes if it does not.
+    """A new folder beside ``folder`` that takes its name if the block succeeds and vanishes if it
+    does not.
 
     Raises:
         StoreError: the disk is full or the place cannot be written.
@@ -143,12 +152,13 @@ def write_files(
 ) -> None:
     """Write configuration, tokenizer, provenance and README into a checkpoint folder.
 
-    A configuration that names another dtype than those of the weights (most frequent first) would make a loader round
-    them, so it is corrected.
+    A configuration that names another dtype than those of the weights (most frequent first) would
+    make a loader round them, so it is corrected.
     """
     for name, content in files.items():
         if name in (CONFIG, REVISIONS_FILE):
-            continue  # a loader would look for an adapter beside merged weights; commits belong to the store
+            # a loader would look for an adapter beside merged weights; commits belong to the store
+            continue
         if name == "config.json":
             content = _with_dtype(content, dtypes)
         (folder / name).write_bytes(content)
@@ -162,9 +172,11 @@ def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:
         if not isinstance(value, dict):
             return value
         return {
-            key: dtypes[0]
-            if key in ("dtype", "torch_dtype") and inner not in dtypes
-            else corrected(inner)
+            key: (
+                dtypes[0]
+                if key in ("dtype", "torch_dtype") and inner not in dtypes
+                else corrected(inner)
+            )
             for key, inner in value.items()
         }
 

@@ -27,11 +27,13 @@ def apply(
 ) -> None:
     """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is.
 
-    Tensors that are not float keep the model's values. An error while reading leaves the model partly changed.
+    Tensors that are not float keep the model's values. An error while reading leaves the model
+    partly changed.
 
     Args:
         model: its ``state_dict`` has the store's tensors (tied ones under either name).
-        weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of ``predict_weights``; all zero for the base.
+        weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of
+            ``predict_weights``; all zero for the base.
         rounding: used where a parameter is less precise than float32.
 
     Raises:
@@ -42,7 +44,8 @@ def apply(
     expected = (len(store.layout.moving_tensors), len(store.steps))
     if weights.shape[:1] != expected[:1] or weights.ndim != 2 or weights.shape[1] > expected[1]:
         raise RelexkitError(
-            f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of predict_weights"
+            f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of"
+            " predict_weights"
         )
     flat = _flat_tensors(store.layout, model.state_dict())
 
@@ -59,7 +62,9 @@ def apply(
 
 
 def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """For each moving tensor, flat views of its memory in the model, under its own name and those tied to it."""
+    """For each moving tensor, flat views of its memory in the model, under its own name and those
+    tied to it.
+    """
     shared = layout.aliases()
     flat = {}
     for tensor in layout.moving_tensors:
@@ -71,8 +76,8 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
                 or not state[name].is_contiguous()
             ):
                 raise RelexkitError(
-                    f"tensor {name!r} of the model is {state[name].dtype}, contiguous {state[name].is_contiguous()}; "
-                    f"expected contiguous {', '.join(FLOAT_DTYPES)}"
+                    f"tensor {name!r} of the model is {state[name].dtype}, contiguous"
+                    f" {state[name].is_contiguous()}; expected contiguous {', '.join(FLOAT_DTYPES)}"
                 )
         if wrong or not found:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"

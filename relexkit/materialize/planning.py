@@ -1,4 +1,6 @@
-"""What to write for each target: weights over the recorded deltas, and the words that say how they came about."""
+"""What to write for each target: weights over the recorded deltas, and the words that say how they
+came about.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from relexkit.version import __version__
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written for one target: ``weights [N, T]`` over the deltas, and the words that say how they came about."""
+    """What will be written for one target: ``weights [N, T]`` over the deltas, and the words that
+    say how they came about.
+    """
 
     target: float
     weights: np.ndarray
@@ -47,7 +51,9 @@ def plan(
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[Plan]:
-    """Weights and provenance for every target, in order; nothing for all but the first process. See ``extrapolate``."""
+    """Weights and provenance for every target, in order; nothing for all but the first process. See
+    ``extrapolate``.
+    """
     options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
     check_request(targets, method, options, scale)
     num_used = len(_used_steps(store, until))
@@ -134,7 +140,9 @@ def _used_options(method: str, options: Options) -> dict[str, Any]:
 
 
 def _variance(observed: Gram) -> float:
-    """Share of the energy on each tensor's own first direction, over the whole model; NaN if nothing moved."""
+    """Share of the energy on each tensor's own first direction, over the whole model; NaN if
+    nothing moved.
+    """
     total = np.trace(observed.matrices, axis1=1, axis2=2)
     first = sum(
         float(decompose(m).singular_values[0] ** 2)

@@ -48,19 +48,22 @@ def extrapolate(
     memory_budget_bytes: int = 2**28,
     progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
-    """Write a predicted checkpoint ``OUT/step-TARGET/`` for every target; each loads with ``from_pretrained``.
+    """Write a predicted checkpoint ``OUT/step-TARGET/`` for every target; each loads with
+    ``from_pretrained``.
 
     Args:
         to: target steps, in optimizer steps.
         until: use only steps up to this one.
         method, options, scope, scale: see ``predict_weights``.
-        dtype: of the output; the recorded one if not given. 16-bit outputs are rounded stochastically unless
-            ``rounding`` is ``nearest``: nearest rounding erases motion below half a unit in the last place.
+        dtype: of the output; the recorded one if not given. 16-bit outputs are rounded
+            stochastically unless ``rounding`` is ``nearest``: nearest rounding erases motion below
+            half a unit in the last place.
         seed: of the stochastic rounding; the result does not depend on how the work is cut.
-        pca, components, device, team: how the Gram matrices are found, see ``pca_gram``. The first process writes.
+        pca, components, device, team: how the Gram matrices are found, see ``pca_gram``. The first
+            process writes.
 
-    One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices if the store has
-    none yet). Memory: the budget, whatever the number of steps and parameters.
+    One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices
+    if the store has none yet). Memory: the budget, whatever the number of steps and parameters.
 
     Raises:
         ExtrapolationError: see ``predict_weights``.

@@ -18,8 +18,9 @@ def checkout(
 ) -> Path:
     """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
 
-    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded dtype. From a store of
-    adapters these are the merged weights, rounded stochastically (seed 0) where the base is less precise than the adapter.
+    Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded
+    dtype. From a store of adapters these are the merged weights, rounded stochastically (seed 0)
+    where the base is less precise than the adapter.
 
     Raises:
         StoreError: the step is not recorded, or a chunk is damaged.

@@ -34,7 +34,8 @@ def round_checkpoint(
 ) -> Path:
     """Write a checkpoint folder in another precision, stochastically rounded unless told otherwise.
 
-    Tensors that are not float, and float tensors that ``dtype`` holds exactly, keep their values. One pass, flat memory.
+    Tensors that are not float, and float tensors that ``dtype`` holds exactly, keep their values.
+    One pass, flat memory.
 
     Raises:
         CheckpointError: the source is damaged or not finite.
@@ -84,7 +85,8 @@ def _refuse_other_floats(source: Path, checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if info.dtype.startswith("float") and info.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"{source}: tensor {name!r} has dtype {info.dtype}; expected float32, bfloat16 or float16: convert it first"
+                f"{source}: tensor {name!r} has dtype {info.dtype}; expected float32, bfloat16 or"
+                " float16: convert it first"
             )
 
 
@@ -92,12 +94,15 @@ def _refuse_nonfinite(source: Path, name: str, begin: int, bits: np.ndarray, dty
     bad = nonfinite_index(bits, dtype)
     if bad is not None:
         raise CheckpointError(
-            f"{source}: tensor {name!r} is NaN or infinite at element {begin + bad}; expected finite weights"
+            f"{source}: tensor {name!r} is NaN or infinite at element {begin + bad}; expected"
+            " finite weights"
         )
 
 
 def _weight_files(source: Path) -> list[list[str | int]]:
-    """Name, size and time of every weight file below a folder: what tells a changed source from the same one."""
+    """Name, size and time of every weight file below a folder: what tells a changed source from the
+    same one.
+    """
     found = sorted(
         p for kind in ("*.safetensors", "*.bin", "*.pt", "*.distcp") for p in source.rglob(kind)
     )

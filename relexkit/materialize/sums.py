@@ -1,7 +1,8 @@
 """Weighted sums of the deltas for all predictions at once, in one pass over them.
 
-A prediction is ``theta_0 + M^T a``. From dense rows that is a weighted sum of rows; from the sparse log, with ``E`` the
-values of the updates, ``M^T a = E^T (L^T a)``: a scatter-add of the log with the suffix sums of ``a``.
+A prediction is ``theta_0 + M^T a``. From dense rows that is a weighted sum of rows; from the sparse
+log, with ``E`` the values of the updates, ``M^T a = E^T (L^T a)``: a scatter-add of the log with
+the suffix sums of ``a``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from relexkit.weights.layout import Segment
 _WORKERS = min(2, os.cpu_count() or 1)
 
 Consume = Callable[[int, Segment, np.ndarray], None]
-"""Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from several threads."""
+"""Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from
+several threads.
+"""
 
 
 def stream_sums(
@@ -33,12 +36,15 @@ def stream_sums(
     *,
     onto_base: bool = True,
 ) -> None:
-    """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights [P, N, T]`` to ``consume``.
+    """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights
+    [P, N, T]`` to ``consume``.
 
-    It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight are not read.
+    It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight
+    are not read.
 
     Raises:
-        StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received is of no use.
+        StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received
+            is of no use.
     """
     layout = store.layout
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
@@ -107,7 +113,9 @@ def _sparse_sums(
     segments: list[Segment],
     weights: np.ndarray,
 ) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a sparse part; ``weights [P, S, T]``."""
+    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a sparse part; ``weights [P, S,
+    T]``.
+    """
     suffix = weights[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].astype(np.float32)
     state = base.copy()
     sums = np.zeros((len(weights), end - begin), np.float32)
@@ -131,7 +139,9 @@ def _dense_sums(
     segments: list[Segment],
     weights: np.ndarray,
 ) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a dense part; ``weights [P, S, T]``."""
+    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a dense part; ``weights [P, S,
+    T]``.
+    """
     sums = np.zeros((len(weights), end - begin), np.float32)
     for row in np.flatnonzero(weights.any(axis=(0, 1))):
         delta = store.read_delta(part, int(row), begin, end, base)

@@ -1,11 +1,12 @@
 """Extrapolators: each is a function from a Gram matrix to weights over the observed deltas.
 
-``predicted delta at step t = M^T a(t)``: every published method has this form, so none needs the weights to be fitted,
-and one streaming pass writes the prediction. ``METHODS`` is the whole table; a function takes
-``(gram [T, T], steps [T], target, options)`` and returns ``a [T]``, float64.
+``predicted delta at step t = M^T a(t)``: every published method has this form, so none needs the
+weights to be fitted, and one streaming pass writes the prediction. ``METHODS`` is the whole table;
+a function takes ``(gram [T, T], steps [T], target, options)`` and returns ``a [T]``, float64.
 
-Sources: RELEX, arXiv 2605.21468 and its released scripts; weight linearity and two-point extrapolation, arXiv 2601.04537;
-first-update scaling, the replication study basetenlabs/relex-replication; averages of the latest checkpoints, arXiv 2209.14981.
+Sources: RELEX, arXiv 2605.21468 and its released scripts; weight linearity and two-point
+extrapolation, arXiv 2601.04537; first-update scaling, the replication study
+basetenlabs/relex-replication; averages of the latest checkpoints, arXiv 2209.14981.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Options:
         fit: how a coefficient is continued: ``linear``, ``polynomial`` or ``sinusoid`` (RELEX).
         degree: of the polynomial fit.
         window: use only the last so many recorded steps; None for all (RELEX) or 10 (average).
-        refit_every: continue autoregressively, refitting after so many predicted steps; None for one fit.
-        axis: fit against real ``step`` numbers, or against ``row`` numbers as the released RELEX scripts do.
+        refit_every: continue autoregressively, refitting after so many predicted steps; None for
+            one fit.
+        axis: fit against real ``step`` numbers, or against ``row`` numbers as the released RELEX
+            scripts do.
         anchor: the earlier recorded step of the two-point line; None for the base.
         alpha: multiple of the first delta (first-update); None for target / first step.
     """
@@ -94,8 +97,8 @@ def fit_linear(x: np.ndarray, y: np.ndarray, options: Options) -> Curve:
 def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
     if len(x) <= degree:
         raise ExtrapolationError(
-            f"{len(x)} recorded step{'s' * (len(x) != 1)} cannot fix a polynomial of degree {degree}; "
-            "record more steps, widen --window, or use --method two-point or hold"
+            f"{len(x)} recorded step{'s' * (len(x) != 1)} cannot fix a polynomial of degree"
+            f" {degree}; record more steps, widen --window, or use --method two-point or hold"
         )
     if (
         degree == 1
@@ -108,7 +111,9 @@ def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> Curve:
 
 
 def fit_sinusoid(x: np.ndarray, y: np.ndarray, options: Options) -> Curve:
-    """``A sin(2 pi f x + phi) + c`` by non-linear least squares from the strongest frequency of the spectrum."""
+    """``A sin(2 pi f x + phi) + c`` by non-linear least squares from the strongest frequency of the
+    spectrum.
+    """
     from scipy.optimize import (
         OptimizeWarning,
         curve_fit,
@@ -154,7 +159,9 @@ FITS: dict[str, Fit] = {
 
 
 def relex(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
-    """RELEX: continue the coefficients of the first ``rank`` directions; ``a = U diag(1/S) c_hat(t)``."""
+    """RELEX: continue the coefficients of the first ``rank`` directions; ``a = U diag(1/S)
+    c_hat(t)``.
+    """
     directions = decompose(gram)
     rank = min(options.rank, len(directions.singular_values))
     coefficients = directions.coefficients[:, :rank]
@@ -185,7 +192,9 @@ def _continue(values: np.ndarray, steps: np.ndarray, target: float, options: Opt
 
 
 def reconstruct(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
-    """Projection of a recorded step on the first ``rank`` directions: ``a = U diag(1/S^2) U^T G[:, s]``."""
+    """Projection of a recorded step on the first ``rank`` directions: ``a = U diag(1/S^2) U^T G[:,
+    s]``.
+    """
     row = _row_of(steps, target, "--to")
     directions = decompose(gram)
     left, singular = directions.left[:, : options.rank], directions.singular_values[: options.rank]
@@ -195,7 +204,9 @@ def reconstruct(gram: np.ndarray, steps: np.ndarray, target: float, options: Opt
 def least_squares(
     gram: np.ndarray, steps: np.ndarray, target: float, options: Options
 ) -> np.ndarray:
-    """A line with intercept through every weight: the hat vector ``[1, t] (X^T X)^-1 X^T``, ``X = [1, s]``."""
+    """A line with intercept through every weight: the hat vector ``[1, t] (X^T X)^-1 X^T``, ``X =
+    [1, s]``.
+    """
     if len(steps) < 2:
         raise ExtrapolationError(
             "1 recorded step cannot fix a line; record more, or use --method least-squares-origin"
@@ -232,7 +243,9 @@ def two_point(gram: np.ndarray, steps: np.ndarray, target: float, options: Optio
 def first_update(
     gram: np.ndarray, steps: np.ndarray, target: float, options: Options
 ) -> np.ndarray:
-    """``alpha`` times the first delta; by default the number of first steps that fit into the target."""
+    """``alpha`` times the first delta; by default the number of first steps that fit into the
+    target.
+    """
     weights = np.zeros(len(steps))
     weights[0] = target / steps[0] if options.alpha is None else options.alpha
     return weights
@@ -246,7 +259,9 @@ def hold(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -
 
 
 def average(gram: np.ndarray, steps: np.ndarray, target: float, options: Options) -> np.ndarray:
-    """The mean of the last ``window`` recorded steps, whatever the target: it goes nowhere, but leaves noise behind."""
+    """The mean of the last ``window`` recorded steps, whatever the target: it goes nowhere, but
+    leaves noise behind.
+    """
     count = min(len(steps), options.window or _AVERAGED)
     weights = np.zeros(len(steps))
     weights[-count:] = 1 / count
@@ -257,7 +272,8 @@ def _row_of(steps: np.ndarray, step: float, option: str) -> int:
     found = np.flatnonzero(steps == step)
     if not len(found):
         raise ExtrapolationError(
-            f"{option} {step_text(step)} is not among the {len(steps)} steps used; expected a recorded step"
+            f"{option} {step_text(step)} is not among the {len(steps)} steps used; expected a"
+            " recorded step"
         )
     return int(found[0])
 
@@ -266,8 +282,9 @@ def _row_of(steps: np.ndarray, step: float, option: str) -> int:
 class Method:
     """A row of the table: the function, the options that it uses, whether it needs the Gram matrix.
 
-    ``scope`` is what shares a fit unless the caller says otherwise. ``fit`` is given where a fit is costly enough to be
-    shared among targets: ``(gram, steps, num_parameters, rates) -> (targets [J] -> weights [J, T])``.
+    ``scope`` is what shares a fit unless the caller says otherwise. ``fit`` is given where a fit is
+    costly enough to be shared among targets: ``(gram, steps, num_parameters, rates) -> (targets [J]
+    -> weights [J, T])``.
     """
 
     weights: Callable[[np.ndarray, np.ndarray, float, Options], np.ndarray]
@@ -318,7 +335,8 @@ def step_text(step: float) -> str:
 
 
 def check_request(targets: Sequence[float], method: str, options: Options, scale: float) -> None:
-    """Refuse an unknown method, an option that the method does not use, and targets or a scale that are no numbers.
+    """Refuse an unknown method, an option that the method does not use, and targets or a scale that
+    are no numbers.
 
     Raises:
         ExtrapolationError: with the choices.
@@ -358,17 +376,17 @@ def predict_weights(
 
     Args:
         gram: per-tensor Gram matrices, already cut to the steps that may be used (``Gram.until``).
-        scope: what one fit is shared by: each ``tensor``, ``layer``, ``module`` or the whole model (``global``); None for
-            the method's own (RELEX: tensor, the trajectory model: global).
+        scope: what one fit is shared by: each ``tensor``, ``layer``, ``module`` or the whole model
+            (``global``); None for the method's own (RELEX: tensor, the trajectory model: global).
         scale: multiplies the predicted displacement from the base.
-        rates: learning rates for the trajectory model, see ``relexkit.assess.metrics.learning_rates``; other methods have no use for
-            them.
+        rates: learning rates for the trajectory model, see
+            ``relexkit.assess.metrics.learning_rates``; other methods have no use for them.
 
     A tensor that never moved gets zero weights. Reads no weights of the model.
 
     Raises:
-        ExtrapolationError: unknown method or option, a target that is not a positive finite number, or a fit that fails
-            (named by tensor).
+        ExtrapolationError: unknown method or option, a target that is not a positive finite number,
+            or a fit that fails (named by tensor).
     """
     options = options or Options()
     check_request(targets, method, options, scale)

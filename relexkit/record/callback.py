@@ -1,11 +1,13 @@
-"""Record a run of transformers' Trainer or of TRL: ``trainer.add_callback(RecorderCallback("run.zarr"))``.
+"""Record a run of transformers' Trainer or of TRL:
+``trainer.add_callback(RecorderCallback("run.zarr"))``.
 
-The base is taken at train begin, a step after its optimizer step (``on_step_end``); writing goes on in the background. A run
-that is killed and resumed from its last checkpoint has no gap: of the steps up to a checkpoint only the checkpoint's own can be
-missing in the store, and it is recorded when training resumes.
+The base is taken at train begin, a step after its optimizer step (``on_step_end``); writing goes on
+in the background. A run that is killed and resumed from its last checkpoint has no gap: of the
+steps up to a checkpoint only the checkpoint's own can be missing in the store, and it is recorded
+when training resumes.
 
-Works with plain models, DDP, FSDP1, FSDP2 and DeepSpeed; every process takes part, the first one commits. Of a PEFT model
-(LoRA) the factors are recorded.
+Works with plain models, DDP, FSDP1, FSDP2 and DeepSpeed; every process takes part, the first one
+commits. Of a PEFT model (LoRA) the factors are recorded.
 """
 
 from __future__ import annotations
@@ -22,17 +24,20 @@ from relexkit.record.recorder import Recorder
 from relexkit.store import TrajectoryStore, describe_steps
 
 SKIPPED, ACCUMULATED = "optimizer_step_skipped", "gradient_accumulation_steps"
-"""Metrics: 1 where a gradient scaler skipped the optimizer step; batches that were accumulated into a step."""
+"""Metrics: 1 where a gradient scaler skipped the optimizer step; batches that were accumulated into
+a step.
+"""
 
 
 class RecorderCallback(TrainerCallback):
-    """Records the weights after every optimizer step that is a multiple of ``every`` into the store ``path``.
+    """Records the weights after every optimizer step that is a multiple of ``every`` into the store
+    ``path``.
 
-    What the trainer logs for a step becomes its metrics. Memory: one step of weights, see ``Recorder``. An error, for example a
-    full disk, stops the training of all processes.
+    What the trainer logs for a step becomes its metrics. Memory: one step of weights, see
+    ``Recorder``. An error, for example a full disk, stops the training of all processes.
 
-    A run that starts anew needs a new ``path``; one that resumes from a checkpoint continues its store, whose steps after the
-    checkpoint are removed.
+    A run that starts anew needs a new ``path``; one that resumes from a checkpoint continues its
+    store, whose steps after the checkpoint are removed.
 
     Args:
         every, include, exclude, encoding, mantissa_bits, sketch: see ``Recorder``.
@@ -62,7 +67,9 @@ class RecorderCallback(TrainerCallback):
         self._logged: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the store: a new one with the weights as its base, or that of the run which is resumed."""
+        """Open the store: a new one with the weights as its base, or that of the run which is
+        resumed.
+        """
         self._recorder = self._open(
             state.global_step, kwargs["model"], kwargs.get("processing_class")
         )
@@ -81,8 +88,9 @@ class RecorderCallback(TrainerCallback):
         due = step // self._options["every"] * self._options["every"]
         if last < due - self._options["every"] or (last < due != step):
             raise StoreError(
-                f"{self._path}: holds {describe_steps(store.steps)}; expected step {due} in it, because training resumes "
-                f"from step {step}: resume from an earlier checkpoint, or record into a new store"
+                f"{self._path}: holds {describe_steps(store.steps)}; expected step {due} in it,"
+                f" because training resumes from step {step}: resume from an earlier checkpoint, or"
+                " record into a new store"
             )
         return Recorder(model, self._path, resume_from=step, compare=last == step, **self._options)
 
@@ -92,7 +100,9 @@ class RecorderCallback(TrainerCallback):
             self._recorder.describe(self._take_logged())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the step; before a checkpoint between recorded steps is saved, wait until the last one is written."""
+        """Record the step; before a checkpoint between recorded steps is saved, wait until the last
+        one is written.
+        """
         if self._recorder is None:
             return
         skipped = bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))

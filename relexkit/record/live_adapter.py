@@ -1,8 +1,10 @@
-"""The adapter of a live PEFT model: which of its weights are the base, which are trained, and a copy of those.
+"""The adapter of a live PEFT model: which of its weights are the base, which are trained, and a
+copy of those.
 
-Of the whole model only the factors and the tensors that the adapter holds whole (``modules_to_save``, trained biases) are
-copied after a step, so it does not matter that a trainer merges the adapter into a 16-bit base and takes it out again, which
-leaves the base changed by rounding.
+Of the whole model only the factors and the tensors that the adapter holds whole
+(``modules_to_save``, trained biases) are copied after a step, so it does not matter that a trainer
+merges the adapter into a 16-bit base and takes it out again, which leaves the base changed by
+rounding.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def peft_model(model: Any) -> Any:
 
 
 class LiveAdapter(Adapter):
-    """The active adapter of a PEFT model, under the names of an adapter file; values are those of the last ``copy``.
+    """The active adapter of a PEFT model, under the names of an adapter file; values are those of
+    the last ``copy``.
 
     Args:
         weights: name -> shape and dtype of all weights of the model, as they are gathered.
@@ -80,9 +83,10 @@ class LiveAdapter(Adapter):
         ]
         if quantised:
             raise RelexkitError(
-                f"the base's {quantised[0]!r} is kept in another shape, {list(weights[self.base_names[quantised[0]]].shape)}, "
-                "probably quantised; expected the weights themselves: save every step as an adapter and import those over the "
-                "base as it was before"
+                f"the base's {quantised[0]!r} is kept in another shape,"
+                f" {list(weights[self.base_names[quantised[0]]].shape)}, probably quantised;"
+                " expected the weights themselves: save every step as an adapter and import those"
+                " over the base as it was before"
             )
 
     def _sort_name(self, name: str, active: str, trained: bool) -> None:
@@ -111,7 +115,9 @@ class LiveAdapter(Adapter):
                 del held[name]
 
     def copy(self, model: torch.nn.Module, owned: Collection[str]) -> None:
-        """Take over the adapter's values, of the tensors ``owned``. A collective call if they are sharded."""
+        """Take over the adapter's values, of the tensors ``owned``. A collective call if they are
+        sharded.
+        """
         import torch
 
         held, wanted = (
@@ -133,19 +139,23 @@ class LiveAdapter(Adapter):
         return keys | {key for name in names if name in self.factors for key in self._keys[name]}
 
     def refuse_if_begun(self, base: Checkpoint) -> None:
-        """Refuse an adapter whose delta, as copied, is not zero: it belongs to the base of what is trained now.
+        """Refuse an adapter whose delta, as copied, is not zero: it belongs to the base of what is
+        trained now.
 
         Raises:
             RelexkitError: it is not zero.
         """
         if not self.over(base).is_zero():
             raise RelexkitError(
-                "the adapter is not new: its delta is not zero before the first step; merge it into the base "
-                "(merge_and_unload()) and train a new one, or continue its store with resume_from"
+                "the adapter is not new: its delta is not zero before the first step; merge it into"
+                " the base (merge_and_unload()) and train a new one, or continue its store with"
+                " resume_from"
             )
 
     def differs_from(self, model: torch.nn.Module, store: TrajectoryStore) -> str | None:
-        """A tensor of the model's base whose first block is not that of the store. A collective call if it is sharded."""
+        """A tensor of the model's base whose first block is not that of the store. A collective
+        call if it is sharded.
+        """
         import torch
 
         stored, different = StoredBase(store), None
@@ -226,7 +236,8 @@ def _active_adapter(owner: Any) -> str:
     names = [names] if isinstance(names, str) else list(names)
     if len(names) != 1:
         raise RelexkitError(
-            f"the model has {len(names)} active adapters, {', '.join(names)}; expected one: set_adapter(NAME)"
+            f"the model has {len(names)} active adapters, {', '.join(names)}; expected one:"
+            " set_adapter(NAME)"
         )
     if any(getattr(module, "merged", False) for module in owner.modules()):
         raise RelexkitError(

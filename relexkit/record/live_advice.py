@@ -1,11 +1,12 @@
-"""``advise`` while a run trains: from the recorder's sketches, in the background, every few recorded steps.
+"""``advise`` while a run trains: from the recorder's sketches, in the background, every few
+recorded steps.
 
     live = LiveAdvice(recorder)
     recorder.record(step, metrics)
     sentence = live.update()       # None until there is news
 
-The sketches estimate the Gram matrix of the whole model, so no weight is read. Whatever goes wrong is said instead of the
-advice and never stops a training.
+The sketches estimate the Gram matrix of the whole model, so no weight is read. Whatever goes wrong
+is said instead of the advice and never stops a training.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class LiveAdvice:
     """Headlines of ``advise`` about the recorded steps before the current one.
 
     Args:
-        recorder: whose sketches are read, in the process that commits; without sketches there is never any news.
+        recorder: whose sketches are read, in the process that commits; without sketches there is
+            never any news.
         every: recorded steps from one advice to the next, at least.
-        share: processor seconds of advice for each second of the run, at most: of quick steps there are more than ``every``
-            between two advices.
+        share: processor seconds of advice for each second of the run, at most: of quick steps there
+            are more than ``every`` between two advices.
 
-    About a second of one core for each advice (0.9 to 1.2 s at 10 to 45 steps), not of the caller's thread.
+    About a second of one core for each advice (0.9 to 1.2 s at 10 to 45 steps), not of the caller's
+    thread.
     """
 
     def __init__(self, recorder: Recorder, *, every: int = 10, share: float = 0.02):
@@ -49,7 +52,9 @@ class LiveAdvice:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="advice")
 
     def update(self) -> str | None:
-        """To be called after every ``record``; returns the news, an advice about steps up to an earlier one, once there."""
+        """To be called after every ``record``; returns the news, an advice about steps up to an
+        earlier one, once there.
+        """
         news = None
         if self._answer is not None and self._answer.done():
             (news, seconds), self._answer = self._answer.result(), None
@@ -80,7 +85,9 @@ def _timed_headline(steps: np.ndarray, rows: np.ndarray, path: str) -> tuple[str
 
 
 def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:
-    """One line of advice from sketches ``rows [K, width]`` of the steps ``[K]`` of the store ``path``; never raises."""
+    """One line of advice from sketches ``rows [K, width]`` of the steps ``[K]`` of the store
+    ``path``; never raises.
+    """
     try:
         kept = _thin(len(steps))
         store = TrajectoryStore(path)

@@ -63,7 +63,8 @@ class Snapshot:
     def whole(cls, model: torch.nn.Module, *, keep: bool) -> Snapshot:
         """All weights; every process takes part in gathering them, those with ``keep`` hold them.
 
-        Where nothing has to be gathered they are the model's own, not copied, good until the next optimizer step.
+        Where nothing has to be gathered they are the model's own, not copied, good until the next
+        optimizer step.
         """
         import torch
 
@@ -80,7 +81,9 @@ class Snapshot:
         return snapshot
 
     def copy(self, model: torch.nn.Module) -> None:
-        """Take over the model's weights, one tensor at a time. A collective call if they are sharded."""
+        """Take over the model's weights, one tensor at a time. A collective call if they are
+        sharded.
+        """
         import torch
 
         with torch.no_grad():
@@ -147,13 +150,16 @@ def layout_of(
     still: Collection[str] = (),
     factors: Mapping[str, Factors] | None = None,
 ) -> Layout:
-    """The layout of a store for these tensors: float32 ones in the encoding that is wanted, 16-bit ones sparse."""
+    """The layout of a store for these tensors: float32 ones in the encoding that is wanted, 16-bit
+    ones sparse.
+    """
     weights = [(name, info.shape, info.dtype) for name, info in tensors.items()]
     return build_layout(weights, _encodings(float32), still=still, factors=factors)
 
 
 def check_equals(snapshot: Any, store: TrajectoryStore, step: int) -> None:
-    """The first block of every owned part of a snapshot holds what the store holds at ``step``, to its precision.
+    """The first block of every owned part of a snapshot holds what the store holds at ``step``, to
+    its precision.
 
     Raises:
         RelexkitError: the model holds other weights.
@@ -162,8 +168,9 @@ def check_equals(snapshot: Any, store: TrajectoryStore, step: int) -> None:
     for part in snapshot.owned:
         if snapshot.holds(part, store.layout) and not _same(snapshot, store, part, row):
             raise RelexkitError(
-                f"the model does not hold the weights of {f'step {step}' if step else 'the base'} of {store.path}; "
-                "expected the state that was saved with it: load that state, or record into a new store"
+                f"the model does not hold the weights of {f'step {step}' if step else 'the base'}"
+                f" of {store.path}; expected the state that was saved with it: load that state, or"
+                " record into a new store"
             )
 
 

@@ -1,7 +1,8 @@
 """The weights of a live model, one whole tensor at a time, however a trainer has sharded them.
 
-Plain and DDP models hold whole tensors. FSDP2 holds ``DTensor``, FSDP1 flat pieces of several parameters, DeepSpeed partitions
-or 16-bit copies of float32 masters. Gathering is collective: every process walks through the same tensors in the same order.
+Plain and DDP models hold whole tensors. FSDP2 holds ``DTensor``, FSDP1 flat pieces of several
+parameters, DeepSpeed partitions or 16-bit copies of float32 masters. Gathering is collective: every
+process walks through the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by their ``state_dict`` names, without the prefixes of wrappers; shared ones once."""
+    """Parameters and persistent buffers by their ``state_dict`` names, without the prefixes of
+    wrappers; shared ones once.
+    """
     weights: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -28,7 +31,9 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A name without what FSDP, ``torch.compile`` and activation checkpointing put into it, and DDP in front of it."""
+    """A name without what FSDP, ``torch.compile`` and activation checkpointing put into it, and DDP
+    in front of it.
+    """
     pieces = [piece for piece in name.split(".") if piece not in _WRAPPERS]
     while len(pieces) > 1 and pieces[0] == "module":
         del pieces[0]
@@ -38,10 +43,11 @@ def plain_name(name: str) -> str:
 def whole_weights(
     model: torch.nn.Module, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole tensor of every weight, or of the ``wanted`` ones, the same on every process; each is good until the next
-    one is asked for. Collective if they are sharded.
+    """Name and whole tensor of every weight, or of the ``wanted`` ones, the same on every process;
+    each is good until the next one is asked for. Collective if they are sharded.
 
-    Under DeepSpeed these are the float32 masters of what is trained, whatever precision the model itself has.
+    Under DeepSpeed these are the float32 masters of what is trained, whatever precision the model
+    itself has.
     """
     if _fsdp_modules(model):
         yield from (
@@ -68,7 +74,9 @@ def are_whole(model: torch.nn.Module) -> bool:
 
 
 def describe_weights(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, whole shape and dtype of every weight, as ``whole_weights`` gives them. Gathers only where nothing else tells."""
+    """Name, whole shape and dtype of every weight, as ``whole_weights`` gives them. Gathers only
+    where nothing else tells.
+    """
     weights = named_weights(model) if not _fsdp_modules(model) else {}
     if weights and not any(_of_deepspeed(weight) for weight in weights.values()):
         return [(name, tuple(weight.shape), weight.dtype) for name, weight in weights.items()]
@@ -76,7 +84,9 @@ def describe_weights(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...],
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:
-    """Parameters that are not trained. Under FSDP1 with flat parameters a whole module counts as trained if any of it is."""
+    """Parameters that are not trained. Under FSDP1 with flat parameters a whole module counts as
+    trained if any of it is.
+    """
     return {
         plain_name(name)
         for name, parameter in model.named_parameters()
@@ -84,7 +94,7 @@ def frozen_names(model: torch.nn.Module) -> set[str]:
     }
 
 
-# -- FSDP1 ------------------------------------------------------------------------------------------------------------
+# -- FSDP1 -----------------------------------------------------------------------------------------
 
 
 def _fsdp_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -100,7 +110,8 @@ def _fsdp_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def _fsdp_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of one wrapped module at a time, so that no process ever holds the whole model.
+    """The parameters of one wrapped module at a time, so that no process ever holds the whole
+    model.
 
     Within ``summon_full_params`` a module names its parameters without the prefixes of wrappers.
     """
@@ -140,7 +151,7 @@ def _persistent(model: torch.nn.Module, wrapped: set[str]) -> Iterator[tuple[str
                 yield name, parameter
 
 
-# -- DeepSpeed --------------------------------------------------------------------------------------------------------
+# -- DeepSpeed -------------------------------------------------------------------------------------
 
 
 def _of_deepspeed(weight: Any) -> bool:

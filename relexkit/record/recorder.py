@@ -1,12 +1,14 @@
-"""A live model's weights into a trajectory store: copied after an optimizer step, encoded and written in the background.
+"""A live model's weights into a trajectory store: copied after an optimizer step, encoded and
+written in the background.
 
     recorder = Recorder(model, "run.zarr")        # the base: the weights as they are now
-    recorder.record(step, {"reward": reward})     # after optimizer.step(); returns when the weights are copied
-    recorder.close()
+    recorder.record(step, {"reward": reward})     # after optimizer.step(); returns when the weights
+    are copied recorder.close()
 
-Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in the same order: each writes
-the parts of the store that it owns, the first one creates the store and commits. Sharded parameters (``DTensor``, as FSDP2 has
-them) are gathered one at a time. Of a PEFT model the factors of its adapter are recorded, over the base as it is.
+Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in
+the same order: each writes the parts of the store that it owns, the first one creates the store and
+commits. Sharded parameters (``DTensor``, as FSDP2 has them) are gathered one at a time. Of a PEFT
+model the factors of its adapter are recorded, over the base as it is.
 """
 
 from __future__ import annotations
@@ -52,30 +54,37 @@ _SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
 class Recorder:
     """Records the weights of ``model`` into the store ``path``, at most one step in flight.
 
-    A new store takes the weights as they are as its base. An existing one is continued from ``resume_from``; the steps after
-    it are removed, because training goes on from there.
+    A new store takes the weights as they are as its base. An existing one is continued from
+    ``resume_from``; the steps after it are removed, because training goes on from there.
 
-    Memory: one copy of the weights, or of a PEFT model's adapter, and about 110 MB; 16-bit parameters take a second copy, of
-    the step before. With several processes, of the parts that each owns; of a sharded model the first process holds a whole
-    copy while the base is written.
+    Memory: one copy of the weights, or of a PEFT model's adapter, and about 110 MB; 16-bit
+    parameters take a second copy, of the step before. With several processes, of the parts that
+    each owns; of a sharded model the first process holds a whole copy while the base is written.
 
     Args:
-        model: its parameters, a shared one once, and its persistent buffers are recorded under their ``state_dict`` names. Of a
-            PEFT model (LoRA, one active adapter, new) the base and, of every step, factors and whole tensors of the adapter.
+        model: its parameters, a shared one once, and its persistent buffers are recorded under
+            their ``state_dict`` names. Of a PEFT model (LoRA, one active adapter, new) the base
+            and, of every step, factors and whole tensors of the adapter.
         every: record only the steps that are multiples of this.
-        include, exclude: regular expressions, searched for in tensor names. What matches no ``include`` (if there are any) or
-            matches an ``exclude`` keeps the base's values in every step, and so does what is not trained.
-        encoding: of float32 weights: ``float`` deltas with ``mantissa_bits``, or ``exact``. 16-bit weights are always exact.
-        tokenizer: kept beside the configuration of a transformers model, so that written checkpoints load.
+        include, exclude: regular expressions, searched for in tensor names. What matches no
+            ``include`` (if there are any) or matches an ``exclude`` keeps the base's values in
+            every step, and so does what is not trained.
+        encoding: of float32 weights: ``float`` deltas with ``mantissa_bits``, or ``exact``. 16-bit
+            weights are always exact.
+        tokenizer: kept beside the configuration of a transformers model, so that written
+            checkpoints load.
         resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
         compare: False if that step, though a multiple of ``every``, was not recorded.
         source: where the steps come from, in words.
-        sketch: also keep a sketch of every step, and log with its metrics how much of the variance lies on the first
-            directions so far, how straight the path is, and R² of the first coefficient; see ``Sketch.live_statistics``.
+        sketch: also keep a sketch of every step, and log with its metrics how much of the variance
+            lies on the first directions so far, how straight the path is, and R² of the first
+            coefficient; see ``Sketch.live_statistics``.
 
     Raises:
-        StoreError: ``path`` exists and ``resume_from`` is None, another process is writing it, or the disk is full.
-        RelexkitError: the model has other tensors than the store, or does not hold the weights of ``resume_from``.
+        StoreError: ``path`` exists and ``resume_from`` is None, another process is writing it, or
+            the disk is full.
+        RelexkitError: the model has other tensors than the store, or does not hold the weights of
+            ``resume_from``.
     """
 
     def __init__(
@@ -145,14 +154,18 @@ class Recorder:
                     self._sketch.add(int(step), row)
         self._sketch_row = np.empty(0)
         self.live: dict[str, float] = {}
-        """What ``Sketch.live_statistics`` says after the step before the last one given to ``record``."""
+        """What ``Sketch.live_statistics`` says after the step before the last one given to
+        ``record``.
+        """
         if self._sketch is not None and len(self._sketch.steps):
             self.live = self._sketch.live_statistics()
         self.live_sketch: tuple[np.ndarray, np.ndarray] = (
             np.empty(0, np.int64),
             np.empty((0, 0), np.float32),
         )
-        """Steps ``[K]`` and sketches ``[K, width]`` up to the step before the last one given to ``record``; never changed."""
+        """Steps ``[K]`` and sketches ``[K, width]`` up to the step before the last one given to
+        ``record``; never changed.
+        """
         self._pool = ThreadPoolExecutor(1)
 
     def _create(
@@ -182,7 +195,9 @@ class Recorder:
     def _position(
         self, described: Checkpoint, resume_from: int | None, compare: bool, still: Collection[str]
     ) -> Snapshot | AdapterSnapshot:
-        """Room for a copy of the weights, once the model is known to fit the store, which then ends with ``resume_from``."""
+        """Room for a copy of the weights, once the model is known to fit the store, which then ends
+        with ``resume_from``.
+        """
         store = self._writer.store
         expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
         self._processes.agree(
@@ -213,13 +228,16 @@ class Recorder:
     def record(
         self, step: int, metrics: Mapping[str, float] | None = None, *, metrics_follow: bool = False
     ) -> bool:
-        """Record the weights as they are, as those after optimizer step ``step``; False if ``every`` leaves it out.
+        """Record the weights as they are, as those after optimizer step ``step``; False if
+        ``every`` leaves it out.
 
-        Waits for the step before, copies the weights and returns; the rest happens in the background. With
-        ``metrics_follow`` the step is committed once ``describe`` has given further metrics, or at the next ``flush``.
+        Waits for the step before, copies the weights and returns; the rest happens in the
+        background. With ``metrics_follow`` the step is committed once ``describe`` has given
+        further metrics, or at the next ``flush``.
 
         Raises:
-            RelexkitError: the step before could not be recorded, or had a weight that is not finite.
+            RelexkitError: the step before could not be recorded, or had a weight that is not
+                finite.
             StoreError: ``step`` does not come after the recorded ones.
         """
         if step % self._every:
@@ -241,7 +259,9 @@ class Recorder:
         return True
 
     def describe(self, metrics: Mapping[str, float]) -> None:
-        """Further metrics of the step in flight, recorded with ``metrics_follow``; it may now be committed."""
+        """Further metrics of the step in flight, recorded with ``metrics_follow``; it may now be
+        committed.
+        """
         written = self._written
         if written is None or self._committed is not None:
             return
@@ -253,7 +273,8 @@ class Recorder:
         """Wait until all that was recorded is committed.
 
         Raises:
-            RelexkitError: it could not be written; the store ends with the last step that could, and takes no more.
+            RelexkitError: it could not be written; the store ends with the last step that could,
+                and takes no more.
         """
         if self._failure is not None:
             raise self._failure
@@ -309,7 +330,9 @@ class Recorder:
         self._writer.commit(self._metrics)
 
     def _deltas(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        """The step's deltas in the owned parts that are not encoded as such, piece by piece, as a sketch takes them."""
+        """The step's deltas in the owned parts that are not encoded as such, piece by piece, as a
+        sketch takes them.
+        """
         store = self._writer.store
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
@@ -327,7 +350,9 @@ class Recorder:
                     yield segment.tensor.name, segment.start, delta[low : low + segment.numel]
 
     def _products(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """The step's deltas of the owned parts with factors: tensor, scaled ``left [rows, r]``, ``right [r, columns]``."""
+        """The step's deltas of the owned parts with factors: tensor, scaled ``left [rows, r]``,
+        ``right [r, columns]``.
+        """
         layout = self._writer.store.layout
         if not isinstance(self._snapshot, AdapterSnapshot):
             return
@@ -344,7 +369,9 @@ class Recorder:
                 )
 
     def _keep_sketch(self, rows: list[np.ndarray]) -> None:
-        """Add the sketches of all processes, keep the sum with the step, and what it says with the metrics."""
+        """Add the sketches of all processes, keep the sum with the step, and what it says with the
+        metrics.
+        """
         if self._sketch is None:
             return
         row = np.sum(rows, axis=0)
@@ -368,7 +395,7 @@ class Recorder:
             self._writer.follow()
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 def _create_store(
@@ -382,7 +409,8 @@ def _create_store(
     with contextlib.suppress(StoreError):  # none there, or one whose creation was interrupted
         there = TrajectoryStore(path)
         raise RelexkitError(
-            f"{path}: a store with {describe_steps(there.steps)} exists there; resume from one of them or choose another path"
+            f"{path}: a store with {describe_steps(there.steps)} exists there; resume from one of"
+            " them or choose another path"
         )
     create_store(
         path,
@@ -397,7 +425,9 @@ def _create_store(
 
 
 def _give_back_memory() -> None:
-    """Return to the system what writing the base has freed; glibc would keep it, a fifth of a small model."""
+    """Return to the system what writing the base has freed; glibc would keep it, a fifth of a small
+    model.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -405,13 +435,16 @@ def _give_back_memory() -> None:
 def _refuse_other_base(different: str | None, store: TrajectoryStore) -> None:
     if different is not None:
         raise RelexkitError(
-            f"{different!r} of the model's base differs from the base in {store.path}; expected the same base: load it as it "
-            "was when the store was made, with the adapter beside it and not merged"
+            f"{different!r} of the model's base differs from the base in {store.path}; expected the"
+            " same base: load it as it was when the store was made, with the adapter beside it and"
+            " not merged"
         )
 
 
 def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
-    """What transformers saves beside the weights: configuration, generation configuration, tokenizer."""
+    """What transformers saves beside the weights: configuration, generation configuration,
+    tokenizer.
+    """
     config = getattr(model, "config", None)
     with tempfile.TemporaryDirectory() as folder:
         for owner in (config, getattr(model, "generation_config", None), tokenizer):
@@ -436,13 +469,14 @@ def _still_names(
         wanted = [n for n in wanted if not any(re.search(pattern, n) for pattern in exclude)]
     except re.error as error:
         raise RelexkitError(
-            f"{error.pattern!r} is not a regular expression ({error}); expected one to search in names"
+            f"{error.pattern!r} is not a regular expression ({error}); expected one to search in"
+            " names"
         ) from None
     moving = frozenset(wanted) - frozen
     if not moving:
         raise RelexkitError(
-            f"include {list(include)} and exclude {list(exclude)} leave no trained tensor; the model has "
-            f"{', '.join(names[:3])}, ..."
+            f"include {list(include)} and exclude {list(exclude)} leave no trained tensor; the"
+            f" model has {', '.join(names[:3])}, ..."
         )
     return frozenset(names) - moving
 
@@ -464,8 +498,8 @@ def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
         if len(kinds) == 2 or dense_and_still or moved:
             name = store.layout.segments_in(part)[0].tensor.name
             raise RelexkitError(
-                f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same include, exclude and frozen "
-                "parameters as when it was made"
+                f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same"
+                " include, exclude and frozen parameters as when it was made"
             )
 
 

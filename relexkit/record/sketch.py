@@ -1,14 +1,18 @@
-"""A streaming sketch of a run: what the Gram matrix says about it, while steps arrive, in constant memory.
+"""A streaming sketch of a run: what the Gram matrix says about it, while steps arrive, in constant
+memory.
 
-A count sketch with a fixed bucket map (Charikar, Chen and Farach-Colton 2002; Clarkson and Woodruff 2013): element ``j`` of a
-tensor, in its stretch ``p`` of ``width`` elements, takes a random sign and is added to bucket ``(j + offset_p) mod width``. For
-the sketches ``s_i`` of deltas ``m_i``, ``s_i . s_j`` estimates ``m_i . m_j`` without bias and with a standard deviation of at
-most ``sqrt(2 / width) |m_i| |m_j|``. Signs and offsets come from a counter-based generator keyed by the tensor's name, so any
-process, block size or restart makes the same sketch; it is linear, so those of several processes add.
+A count sketch with a fixed bucket map (Charikar, Chen and Farach-Colton 2002; Clarkson and Woodruff
+2013): element ``j`` of a tensor, in its stretch ``p`` of ``width`` elements, takes a random sign
+and is added to bucket ``(j + offset_p) mod width``. For the sketches ``s_i`` of deltas ``m_i``,
+``s_i . s_j`` estimates ``m_i . m_j`` without bias and with a standard deviation of at most ``sqrt(2
+/ width) |m_i| |m_j|``. Signs and offsets come from a counter-based generator keyed by the tensor's
+name, so any process, block size or restart makes the same sketch; it is linear, so those of several
+processes add.
 
-The delta of an adapter is a product of two factors. Element ``(a, b)`` takes the product of two signs and the sum of two
-buckets, one of its row and one of its column, so that its sketch is a convolution of sketches of the factors and no delta is
-formed (TensorSketch: Pham and Pagh 2013). Also unbiased, with a standard deviation of at most ``sqrt(8 / width) |m_i| |m_j|``.
+The delta of an adapter is a product of two factors. Element ``(a, b)`` takes the product of two
+signs and the sum of two buckets, one of its row and one of its column, so that its sketch is a
+convolution of sketches of the factors and no delta is formed (TensorSketch: Pham and Pagh 2013).
+Also unbiased, with a standard deviation of at most ``sqrt(8 / width) |m_i| |m_j|``.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ MAX_ROWS = 256
 class Sketch:
     """Sketches of the deltas of the recorded steps.
 
-    Memory: ``4 * width * (max_rows + 1)`` bytes, 16 MiB, whatever the numbers of steps and parameters.
+    Memory: ``4 * width * (max_rows + 1)`` bytes, 16 MiB, whatever the numbers of steps and
+    parameters.
 
     Attributes:
         steps: ``int64 [K]`` of the sketches that are held.
@@ -52,9 +57,11 @@ class Sketch:
         self._last = np.zeros(width, np.float32)
 
     def row(self, blocks: Iterable[tuple[str, int, np.ndarray]]) -> np.ndarray:
-        """The sketch ``float64 [width]`` of one step, or of a part of it; parts add up to the whole.
+        """The sketch ``float64 [width]`` of one step, or of a part of it; parts add up to the
+        whole.
 
-        ``blocks``: ``(tensor, start, delta)`` with elements ``start:start+len(delta)`` of the tensor's delta, float32.
+        ``blocks``: ``(tensor, start, delta)`` with elements ``start:start+len(delta)`` of the
+            tensor's delta, float32.
         """
         total = np.zeros(self.width)
         for name, start, delta in blocks:
@@ -79,7 +86,9 @@ class Sketch:
             total[: len(signed) - room] += signed[room:]
 
     def product(self, name: str, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """The sketch ``float64 [width]`` of a tensor's delta ``left [rows, r] @ right [r, columns]``, from its factors."""
+        """The sketch ``float64 [width]`` of a tensor's delta ``left [rows, r] @ right [r,
+        columns]``, from its factors.
+        """
         sides = []
         for side, factor in (("left", left.T), ("right", right)):
             random = random_bits(
@@ -129,9 +138,12 @@ class Sketch:
     def live_statistics(self) -> dict[str, float]:
         """What the run looks like so far; NaN where nothing can be said yet.
 
-        ``live_variance_1``, ``live_variance_2``: variance on the first and on the first two directions (uncentered);
-        ``live_straightness``: distance from the base over the length of the path; ``live_r2``: of the first coefficient's
-        line against the steps. A walk without direction has 0.81, 0.90, small and 0.96: see ``relexkit spectrum``.
+        ``live_variance_1``, ``live_variance_2``: variance on the first and on the first two
+        directions (uncentered);
+        ``live_straightness``: distance from the base over the length of the path; ``live_r2``: of
+            the first coefficient's
+        line against the steps. A walk without direction has 0.81, 0.90, small and 0.96: see
+        ``relexkit spectrum``.
         """
         nothing = float("nan")
         with single_threaded_blas():
@@ -144,8 +156,8 @@ class Sketch:
         return {
             "live_variance_1": float(ratios[0]),
             "live_variance_2": float(ratios[:2].sum()),
-            "live_straightness": float(np.linalg.norm(self._last)) / self._path
-            if self._path
-            else nothing,
+            "live_straightness": (
+                float(np.linalg.norm(self._last)) / self._path if self._path else nothing
+            ),
             "live_r2": float(r_squared(parts.coefficients[:, :1], self.steps)[0]),
         }

@@ -1,13 +1,17 @@
-"""The trajectory store: one self-contained Zarr v3 group per run. `docs/format.md` is its specification.
+"""The trajectory store: one self-contained Zarr v3 group per run. `docs/format.md` is its
+specification.
 
-One writer at a time, any number of readers meanwhile. A step exists once its number stands in ``steps``, which is
-written last; whatever a crash left beyond is ignored and overwritten.
+One writer at a time, any number of readers meanwhile. A step exists once its number stands in
+``steps``, which is written last; whatever a crash left beyond is ignored and overwritten.
 
-The layer above layout and encoding, whose names other modules take from here. Inside, each module uses those before it:
+The layer above layout and encoding, whose names other modules take from here. Inside, each module
+uses those before it:
 
 - ``lock``: the writer's lock; ``passes``: how columns are cut
-- ``format``: names, chunks and codecs of the arrays; ``opening``: is this a store, and one that we read
-- ``shards``, ``chunk_files``: reads and writes past Zarr's pipeline; ``arrays``: with them, the arrays of a group
+- ``format``: names, chunks and codecs of the arrays; ``opening``: is this a store, and one that we
+  read
+- ``shards``, ``chunk_files``: reads and writes past Zarr's pipeline; ``arrays``: with them, the
+  arrays of a group
 - ``base``, ``create``: a new store with its base weights
 - ``reader``: ``TrajectoryStore``; ``writer``: ``StoreWriter``, which appends steps
 """

@@ -21,7 +21,9 @@ def write_base(
     read_base: Callable[[int, int, int], np.ndarray],
     progress: ProgressCallback | None,
 ) -> str:
-    """Write the base of every part, as ``read_base`` gives it to ``(part, begin, end)``, and return its ``base_sha256``."""
+    """Write the base of every part, as ``read_base`` gives it to ``(part, begin, end)``, and return
+    its ``base_sha256``.
+    """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as hasher:
         for part, spec in enumerate(layout.parts):
@@ -48,7 +50,9 @@ def write_base(
 
 
 def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:
-    """Content hash of base weights: sha256 of the raw little-endian bits of all parts in order. One pass."""
+    """Content hash of base weights: sha256 of the raw little-endian bits of all parts in order. One
+    pass.
+    """
     digest = hashlib.sha256()
     for part, spec in enumerate(layout.parts):
         for begin, end in blocks(spec.numel):

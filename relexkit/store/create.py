@@ -1,4 +1,6 @@
-"""Creating a store: what may be replaced at its place, and in which order its parts are written so that a crash shows."""
+"""Creating a store: what may be replaced at its place, and in which order its parts are written so
+that a crash shows.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,16 @@ def create_store(
     version: str,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write a store without steps: layout, base weights, files. Killed half-way, the next call starts over.
+    """Write a store without steps: layout, base weights, files. Killed half-way, the next call
+    starts over.
 
     Args:
         read_base: ``(part, begin, end) -> bits`` of the base weights.
         source, base: where the checkpoints and the base came from, in words.
 
     Raises:
-        StoreError: something is at ``path`` already, another process writes it, or the disk is full.
+        StoreError: something is at ``path`` already, another process writes it, or the disk is
+            full.
     """
     path = str(path)
     with WriterLock(path):
@@ -78,7 +82,8 @@ def create_store(
             group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
         except OSError as error:
             raise StoreError(
-                f"{path}: cannot be written ({error.strerror or error}); free space and run the command again"
+                f"{path}: cannot be written ({error.strerror or error}); free space and run the"
+                " command again"
             ) from error
 
 
@@ -112,7 +117,9 @@ def _clear_for_creation(path: str) -> None:
 
 
 def _clear_remote(path: str) -> None:
-    """``_clear_for_creation`` of a URL. What an object store cannot do at once is done in the same order."""
+    """``_clear_for_creation`` of a URL. What an object store cannot do at once is done in the same
+    order.
+    """
     try:
         found = open_group(path)
     except NotAStoreError:

@@ -1,4 +1,6 @@
-"""The physical layout of a store: versions, names, chunks and codecs of its arrays. `docs/format.md` is its specification."""
+"""The physical layout of a store: versions, names, chunks and codecs of its arrays.
+`docs/format.md` is its specification.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FACTORS_FORMAT_VERSION = 2
 SAFE_FILE_NAME = re.compile(
     r"(?!relexkit\.json|model|pytorch_model|adapter_model|README)[A-Za-z0-9][A-Za-z0-9_.-]*"
 )
-"""Files that a store may hold and write beside weights: plain names that replace no weights and no record of ours."""
+"""Files that a store may hold and write beside weights: plain names that replace no weights and no
+record of ours.
+"""
 
 LOG_CHUNK = 2**17  # steps that a store can hold: the commit log is one chunk, replaced as a whole
 METRIC_CHUNK = 2**10  # steps of a chunk of a metric, which every step replaces
@@ -52,7 +56,9 @@ def format_version(layout: Layout) -> int:
 
 
 def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
-    """Create what steps are written to, with no step in it: deltas by encoding, metrics, checksums and the commit log."""
+    """Create what steps are written to, with no step in it: deltas by encoding, metrics, checksums
+    and the commit log.
+    """
     for part, spec in enumerate(layout.parts):
         bits = bits_dtype(spec.dtype)
         signed = np.dtype(f"int{bits.itemsize * 8}")

@@ -1,4 +1,6 @@
-"""The writer's lock: one process at a time changes a store, or writes the folder beside which the lock lies."""
+"""The writer's lock: one process at a time changes a store, or writes the folder beside which the
+lock lies.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from relexkit.errors import StoreError
 
 
 class WriterLock(contextlib.AbstractContextManager):
-    """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes with the process."""
+    """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes
+    with the process.
+    """
 
     def __init__(self, path: str):
         self._file = None
@@ -46,8 +50,8 @@ class WriterLock(contextlib.AbstractContextManager):
             file.flush()
         except OSError as error:
             raise StoreError(
-                f"{path}: cannot be locked for writing ({error.strerror or error}); expected a writable place on a file "
-                "system with locks: choose another -o"
+                f"{path}: cannot be locked for writing ({error.strerror or error}); expected a"
+                " writable place on a file system with locks: choose another -o"
             ) from error
         self._file, self._path = file, lock_path
 

@@ -56,12 +56,14 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
     attributes = dict(group.attrs).get("relexkit")
     if not isinstance(attributes, dict) or "format_version" not in attributes:
         raise NotAStoreError(
-            f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit import`"
+            f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit"
+            " import`"
         )
     if attributes["format_version"] not in (FORMAT_VERSION, FACTORS_FORMAT_VERSION):
         raise StoreError(
-            f"{path}: has format version {attributes['format_version']!r}; this relexkit reads versions {FORMAT_VERSION} "
-            f"and {FACTORS_FORMAT_VERSION}: install the release that wrote it"
+            f"{path}: has format version {attributes['format_version']!r}; this relexkit reads"
+            f" versions {FORMAT_VERSION} and {FACTORS_FORMAT_VERSION}: install the release that"
+            " wrote it"
         )
     if attributes.get("state") != "ready":
         raise CreationInterrupted(

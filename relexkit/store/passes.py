@@ -1,4 +1,6 @@
-"""What passes over a store have in common: how many columns they take at a time, how these are cut, how they report."""
+"""What passes over a store have in common: how many columns they take at a time, how these are cut,
+how they report.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,18 @@ import numpy as np
 from relexkit.store.encodings.bits import BLOCK, CHECKSUM_BLOCK
 
 READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "factors": 2**22, "fixed": 2**22}
-"""Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are not."""
+"""Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are
+not.
+"""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
 
 
 def blocks(numel: int, size: int = CHECKSUM_BLOCK) -> Iterator[tuple[int, int]]:
-    """Consecutive ``(begin, end)`` that cover ``numel`` columns in pieces of ``size`` (a multiple of ``BLOCK``)."""
+    """Consecutive ``(begin, end)`` that cover ``numel`` columns in pieces of ``size`` (a multiple
+    of ``BLOCK``).
+    """
     return stretches((0, numel), size)
 
 
@@ -29,7 +35,8 @@ def stretches(span: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
 def column_windows(
     entries: np.ndarray, numel: int, most_entries: int, most_columns: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut ``numel`` columns between blocks so that no window has more entries or columns (but at least one block).
+    """Cut ``numel`` columns between blocks so that no window has more entries or columns (but at
+    least one block).
 
     ``entries`` counts the entries of each block over all steps.
     """

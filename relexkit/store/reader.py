@@ -1,4 +1,6 @@
-"""Reading a store: its steps, and blocks of columns of the base, the deltas, the weights and what was logged."""
+"""Reading a store: its steps, and blocks of columns of the base, the deltas, the weights and what
+was logged.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,18 @@ _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack
 
 
 class TrajectoryStore:
-    """A store opened for reading. ``TrajectoryStore(path)`` costs a few small reads, whatever the number of steps.
+    """A store opened for reading. ``TrajectoryStore(path)`` costs a few small reads, whatever the
+    number of steps.
 
     Attributes:
         layout: the flat parameter space.
         steps: recorded optimizer steps, ``int64 [T]``, ascending.
-        attributes: ``source``, ``base`` (description, sha256), ``mantissa_bits``, ``relexkit_version``, ...
+        attributes: ``source``, ``base`` (description, sha256), ``mantissa_bits``,
+            ``relexkit_version``, ...
 
     Raises:
-        StoreError: there is no store, its creation was interrupted, or its format version is unknown.
+        StoreError: there is no store, its creation was interrupted, or its format version is
+            unknown.
     """
 
     def __init__(self, path: str | Path):
@@ -95,10 +100,12 @@ class TrajectoryStore:
             )
         return int(found[0])
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def read_base(self, part: int, begin: int, end: int) -> np.ndarray:
-        """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed part)."""
+        """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed
+        part).
+        """
         return self._arrays.guard(
             lambda: f"the base, tensor {self._tensor_at(part, begin)!r}",
             lambda: self._arrays.read(f"base/{part}", None, begin, end),
@@ -135,8 +142,9 @@ class TrajectoryStore:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One step's entries of the sparse log in columns ``begin:end`` of a part.
 
-        ``begin`` is a multiple of ``BLOCK``, ``end`` too unless it is the end of the part. Returns ascending columns
-        counted from the start of the part, ``int32 [n]``, and integer differences of bits, ``int16`` or ``int32 [n]``.
+        ``begin`` is a multiple of ``BLOCK``, ``end`` too unless it is the end of the part. Returns
+        ascending columns counted from the start of the part, ``int32 [n]``, and integer differences
+        of bits, ``int16`` or ``int32 [n]``.
         """
         first, last = begin // BLOCK, num_blocks(end)
         indptr = self.indptr(part)[row, first : last + 1]
@@ -168,11 +176,12 @@ class TrajectoryStore:
         pool: ThreadPoolExecutor,
         span: tuple[int, int] | None = None,
     ) -> Iterator[tuple[int, int, list[Update]]]:
-        """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that fit ``budget`` bytes.
+        """The sparse log of a part for the first ``num_rows`` steps, in stretches of columns that
+        fit ``budget`` bytes.
 
-        Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of the part. A chunk that
-        lies in several stretches is read for each of them. ``span`` are the columns to read, as for ``read_update``; all
-        if not given.
+        Yields ``(begin, end, updates)`` with one update a step, columns counted from the start of
+        the part. A chunk that lies in several stretches is read for each of them. ``span`` are the
+        columns to read, as for ``read_update``; all if not given.
         """
         first, last = span or (0, self.layout.parts[part].numel)
         entries = self.entries(part, num_rows)[first // BLOCK : num_blocks(last)]
@@ -192,7 +201,9 @@ class TrajectoryStore:
             )
 
     def entries(self, part: int, num_rows: int) -> np.ndarray:
-        """Entries of the sparse log in each block over the first ``num_rows`` steps, ``int64 [num_blocks]``."""
+        """Entries of the sparse log in each block over the first ``num_rows`` steps, ``int64
+        [num_blocks]``.
+        """
         return np.diff(self.indptr(part)[:num_rows].astype(np.int64), axis=1).sum(axis=0)
 
     def row_chunk(self, part: int) -> int:
@@ -207,9 +218,11 @@ class TrajectoryStore:
     def read_row(
         self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences against the base.
+        """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences
+        against the base.
 
-        From factors the float32 delta is computed. ``out``: an array of the row's dtype to decode into.
+        From factors the float32 delta is computed. ``out``: an array of the row's dtype to decode
+        into.
         """
         if self.layout.parts[part].encoding == "factors":
             left, right = self.read_factors(part, row)
@@ -231,7 +244,8 @@ class TrajectoryStore:
         *,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base`` are the bits there.
+        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base``
+        are the bits there.
 
         ``out``: a float32 array ``[end - begin]`` to put it into.
         """
@@ -243,7 +257,9 @@ class TrajectoryStore:
         )
 
     def read_factors(self, part: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """One step's factors as float32: ``left [rows, rank]`` and ``right [rank, columns]``, without the scale."""
+        """One step's factors as float32: ``left [rows, rank]`` and ``right [rank, columns]``,
+        without the scale.
+        """
         spec = self._factors_of(part)
         values = to_float32(self.read_factor_bits(part, row), spec.dtype)
         cut = spec.rows * spec.rank
@@ -262,15 +278,17 @@ class TrajectoryStore:
         spec = self.layout.parts[part].factors
         if spec is None:
             raise StoreError(
-                f"{self.path}: part {part} has factors without a description; restore the store from a copy"
+                f"{self.path}: part {part} has factors without a description; restore the store"
+                " from a copy"
             )
         return spec
 
     def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
-        """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as for ``read_update``.
+        """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as
+        for ``read_update``.
 
-        From a sparse part this replays the log up to the row. From float deltas it is the base plus the stored delta,
-        rounded to nearest, which is exact only to the stated mantissa bits.
+        From a sparse part this replays the log up to the row. From float deltas it is the base plus
+        the stored delta, rounded to nearest, which is exact only to the stated mantissa bits.
         """
         encoding, dtype = self.layout.parts[part].encoding, self.layout.parts[part].dtype
         state = self.read_base(part, begin, end)
@@ -289,7 +307,9 @@ class TrajectoryStore:
         )
 
     def sketches(self) -> np.ndarray | None:
-        """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None if there are none."""
+        """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None
+        if there are none.
+        """
         if not self._arrays.guard("the sketches", lambda: "sketches" in self._group):
             return None
         rows = [
@@ -319,7 +339,8 @@ class TrajectoryStore:
         for name in names:
             if not SAFE_FILE_NAME.fullmatch(name):
                 raise StoreError(
-                    f"{self.path}: holds a file named {name!r}; expected plain names such as tokenizer.json"
+                    f"{self.path}: holds a file named {name!r}; expected plain names such as"
+                    " tokenizer.json"
                 )
         return {
             name: self._arrays.read_rows(f"file {name!r}", f"files/{name}", None).tobytes()
@@ -339,7 +360,8 @@ class TrajectoryStore:
         return [str(name) for name in names]
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
-        """Read every chunk and compare every step with the checksum of its content. One pass, flat memory.
+        """Read every chunk and compare every step with the checksum of its content. One pass, flat
+        memory.
 
         Raises:
             StoreError: the first damaged place, by step and tensor.
@@ -378,7 +400,8 @@ class TrajectoryStore:
             )
 
     def check_unchanged(self) -> None:
-        """Refuse results of a pass during which the store was replaced; steps that were added do not matter.
+        """Refuse results of a pass during which the store was replaced; steps that were added do
+        not matter.
 
         Raises:
             StoreError: it is gone or another one.
@@ -392,7 +415,8 @@ class TrajectoryStore:
             same = False
         if not same:
             raise StoreError(
-                f"{self.path}: was replaced while it was read; run the command again when nothing writes it"
+                f"{self.path}: was replaced while it was read; run the command again when nothing"
+                " writes it"
             )
 
     def num_bytes(self) -> dict[str, int]:
@@ -412,7 +436,7 @@ class TrajectoryStore:
                     sizes[key] = sizes.get(key, 0) + os.path.getsize(os.path.join(folder, name))
         return sizes
 
-    # -- helpers ------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _tensor_at(self, part: int, column: int) -> str:
         segments = self.layout.segments_in(part, column)

@@ -1,4 +1,6 @@
-"""Appending steps to a store: everything of a step first, then its number in the commit log, which makes it exist."""
+"""Appending steps to a store: everything of a step first, then its number in the commit log, which
+makes it exist.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ from relexkit.store.reader import TrajectoryStore
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving part, then ``commit``. A
-    large row may come in pieces: ``encode_row`` and ``append_row`` for each, then ``finish_row``.
-    Several processes may write the parts of one step: the leader holds the lock and calls ``begin`` first and ``commit`` last,
-    with the others' ``checksums``; the others are members, call ``begin`` after it and ``follow`` once it has committed.
+    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving
+    part, then ``commit``. A large row may come in pieces: ``encode_row`` and ``append_row`` for
+    each, then ``finish_row``. Several processes may write the parts of one step: the leader holds
+    the lock and calls ``begin`` first and ``commit`` last, with the others' ``checksums``; the
+    others are members, call ``begin`` after it and ``follow`` once it has committed.
 
     Args:
         member: another process holds the lock and commits.
@@ -66,7 +69,8 @@ class StoreWriter:
         last = int(self.store.steps[-1]) if self._row else 0
         if step <= last:
             raise StoreError(
-                f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a new store"
+                f"step {step} cannot be recorded after step {last}: steps go upwards from 1; use a"
+                " new store"
             )
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
@@ -94,10 +98,11 @@ class StoreWriter:
         self._row += 1
 
     def truncate(self, last: int) -> None:
-        """Remove every step after ``last`` (0: all). Killed half-way, the steps are either all there or gone.
+        """Remove every step after ``last`` (0: all). Killed half-way, the steps are either all
+        there or gone.
 
-        For a training run that goes back to an earlier state: what it records next may differ from what was there. A member
-        only takes note, after the leader.
+        For a training run that goes back to an earlier state: what it records next may differ from
+        what was there. A member only takes note, after the leader.
         """
         keep = int((self.store.steps <= last).sum())
         if keep == len(self.store.steps):
@@ -116,7 +121,9 @@ class StoreWriter:
     def write_sparse(
         self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int
     ) -> None:
-        """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits after the update."""
+        """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits
+        after the update.
+        """
         gaps, indptr = encode_columns(columns, self.store.layout.parts[part].numel)
         with self._writing():
             if len(gaps):
@@ -126,12 +133,16 @@ class StoreWriter:
         self._written(part, checksum)
 
     def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
-        """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum of their bits."""
+        """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum
+        of their bits.
+        """
         self.append_row(part, self.encode_row(part, values))
         self.finish_row(part, checksum)
 
     def encode_row(self, part: int, values: np.ndarray) -> Encoded:
-        """Encode the next values of a dense part, a multiple of ``store.row_chunk(part)`` or the last ones; on any thread."""
+        """Encode the next values of a dense part, a multiple of ``store.row_chunk(part)`` or the
+        last ones; on any thread.
+        """
         found = self._arrays.direct(f"deltas/{part}")
         return [values.copy()] if found is None else found.encode(values)
 
@@ -156,7 +167,9 @@ class StoreWriter:
         self._written(part, checksum)
 
     def write_sketch(self, row: np.ndarray) -> None:
-        """Keep the sketch of the step, ``[width]``, so that a recorder that resumes goes on with it."""
+        """Keep the sketch of the step, ``[width]``, so that a recorder that resumes goes on with
+        it.
+        """
         with self._writing():
             if "sketches" not in self._group:
                 shape, nothing = (self._arrays.array("steps").shape[0], len(row)), float("nan")
@@ -166,7 +179,9 @@ class StoreWriter:
             self._arrays.set_row("sketches", self._row, row.astype(np.float32))
 
     def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
-        """Record a part with factors: the raw bits of ``left`` and ``right``, flat, and their checksum."""
+        """Record a part with factors: the raw bits of ``left`` and ``right``, flat, and their
+        checksum.
+        """
         with self._writing():
             self._arrays.array(f"factors/{part}")[self._row, :] = bits
         self._written(part, checksum)
@@ -178,7 +193,8 @@ class StoreWriter:
     def commit(
         self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None
     ) -> None:
-        """Make the step visible to readers: everything before was invisible, and this is one atomic replacement.
+        """Make the step visible to readers: everything before was invisible, and this is one atomic
+        replacement.
 
         Args:
             checksums: of the parts that members have written, from their ``checksums``.
@@ -190,7 +206,8 @@ class StoreWriter:
             self._written(part, checksum)
         if self._missing:
             raise StoreError(
-                f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write every part first"
+                f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write"
+                " every part first"
             )
         with self._writing():
             self._arrays.set_row("checksums", self._row, self._checksums)
@@ -237,7 +254,9 @@ class StoreWriter:
         return [*names, *(["sketches"] if "sketches" in self._group else []), "checksums", "steps"]
 
     def _reserve(self) -> None:
-        """Make room for one more row; ``steps`` grows last, so its length never exceeds the others'."""
+        """Make room for one more row; ``steps`` grows last, so its length never exceeds the
+        others'.
+        """
         if self._row < self._arrays.array("steps").shape[0]:
             return
         if self._row >= LOG_CHUNK:
@@ -251,7 +270,9 @@ class StoreWriter:
         self._arrays.forget()
 
     def _discard_unfinished(self) -> None:
-        """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite never merges with it."""
+        """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite
+        never merges with it.
+        """
         with self._writing():
             for name in self._per_step_arrays():
                 if name.startswith(("updates/", "deltas/", "factors/")):
@@ -263,6 +284,7 @@ class StoreWriter:
             yield
         except OSError as error:
             raise StoreError(
-                f"{self.store.path}: cannot be written ({error.strerror or error}); the {len(self.store.steps)} recorded "
-                "steps are intact: free space and run the command again"
+                f"{self.store.path}: cannot be written ({error.strerror or error}); the"
+                f" {len(self.store.steps)} recorded steps are intact: free space and run the"
+                " command again"
             ) from error

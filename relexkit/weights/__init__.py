@@ -1,1 +1,3 @@
-"""The flat parameter space: layout of tensors in parts, dtypes and rounding, block-wise safetensors."""
+"""The flat parameter space: layout of tensors in parts, dtypes and rounding, block-wise
+safetensors.
+"""

@@ -1,7 +1,9 @@
-"""Number formats of weights: raw bits as unsigned integers, exact conversion to float32, and rounding back.
+"""Number formats of weights: raw bits as unsigned integers, exact conversion to float32, and
+rounding back.
 
-Weights travel through relexkit as *bits* (``uint16`` or ``uint32`` arrays), because NumPy has no bfloat16 and because
-bit-for-bit recovery must not pass through arithmetic. Conversions to float32 are exact for the three formats.
+Weights travel through relexkit as *bits* (``uint16`` or ``uint32`` arrays), because NumPy has no
+bfloat16 and because bit-for-bit recovery must not pass through arithmetic. Conversions to float32
+are exact for the three formats.
 """
 
 from __future__ import annotations
@@ -27,12 +29,16 @@ ROUNDINGS = ("stochastic", "nearest")
 
 
 def bits_dtype(dtype: str) -> np.dtype:
-    """Unsigned integer type that carries one element of ``dtype`` (``uint8`` for a tensor kept as raw bytes)."""
+    """Unsigned integer type that carries one element of ``dtype`` (``uint8`` for a tensor kept as
+    raw bytes).
+    """
     return FLOAT_DTYPES.get(dtype, np.dtype(np.uint8))
 
 
 def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """Exact float32 values of ``bits`` ``[n]``; ``dtype`` is a key of ``FLOAT_DTYPES``. Allocates 4 bytes an element."""
+    """Exact float32 values of ``bits`` ``[n]``; ``dtype`` is a key of ``FLOAT_DTYPES``. Allocates 4
+    bytes an element.
+    """
     if dtype == "float32":
         return bits.view(np.float32)
     if dtype == "bfloat16":
@@ -59,7 +65,8 @@ def widen_bits(bits: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def round_to_mantissa_bits(values: np.ndarray, mantissa_bits: int) -> np.ndarray:
-    """Float32 ``values`` ``[n]`` rounded to nearest even at ``mantissa_bits`` explicit bits (1 to 23), in place.
+    """Float32 ``values`` ``[n]`` rounded to nearest even at ``mantissa_bits`` explicit bits (1 to
+    23), in place.
 
     The relative error of a normal number is at most ``2 ** -(mantissa_bits + 1)``.
     """
@@ -77,8 +84,8 @@ def round_to_mantissa_bits(values: np.ndarray, mantissa_bits: int) -> np.ndarray
 def random_bits(seed: int, tensor: str, start: int, stop: int) -> np.ndarray:
     """Sixteen random bits for elements ``start:stop`` of a tensor, as ``uint16 [stop - start]``.
 
-    Counter-based (Philox keyed by the seed and the tensor's name), so an element's bits do not depend on how the tensor
-    is cut into blocks or in which order blocks are visited.
+    Counter-based (Philox keyed by the seed and the tensor's name), so an element's bits do not
+    depend on how the tensor is cut into blocks or in which order blocks are visited.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}:{tensor}".encode()).digest()[:16], "little")
     generator = np.random.Philox(key=key)
@@ -99,16 +106,19 @@ def round_bits(
 ) -> np.ndarray:
     """Bits of float32 ``values`` ``[n]`` in ``dtype``, rounded to nearest even or stochastically.
 
-    Stochastic rounding takes one of the two neighbours in ``dtype`` with probabilities that make the expectation equal
-    to the value (for float16 subnormals to within 2**-16 of their spacing); a value that ``dtype`` holds exactly stays
-    as it is. ``seed``, ``tensor`` and ``start`` (the index of ``values[0]`` in the tensor) fix the draws.
+    Stochastic rounding takes one of the two neighbours in ``dtype`` with probabilities that make
+    the expectation equal to the value (for float16 subnormals to within 2**-16 of their spacing); a
+    value that ``dtype`` holds exactly stays as it is. ``seed``, ``tensor`` and ``start`` (the index
+    of ``values[0]`` in the tensor) fix the draws.
 
     Raises:
-        RelexkitError: a value is NaN, infinite or rounds beyond the largest finite number of ``dtype``.
+        RelexkitError: a value is NaN, infinite or rounds beyond the largest finite number of
+            ``dtype``.
     """
     if dtype not in FLOAT_DTYPES or rounding not in ROUNDINGS:
         raise RelexkitError(
-            f"cannot round to {dtype} with {rounding} rounding; expected {', '.join(FLOAT_DTYPES)} and {' or '.join(ROUNDINGS)}"
+            f"cannot round to {dtype} with {rounding} rounding; expected {', '.join(FLOAT_DTYPES)}"
+            f" and {' or '.join(ROUNDINGS)}"
         )
     bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
     if bad is not None:
@@ -129,8 +139,8 @@ def round_bits(
 
 def _does_not_fit(tensor: str, index: int, value: np.float32, dtype: str) -> RelexkitError:
     return RelexkitError(
-        f"tensor {tensor!r}: element {index} has the value {float(value):g}, which {dtype} cannot hold; "
-        "expected finite weights: choose a nearer target or --dtype float32"
+        f"tensor {tensor!r}: element {index} has the value {float(value):g}, which {dtype} cannot"
+        " hold; expected finite weights: choose a nearer target or --dtype float32"
     )
 
 

@@ -1,7 +1,9 @@
-"""The flat parameter space: which tensor lies where, what is tied, and which coordinates belong to a scope.
+"""The flat parameter space: which tensor lies where, what is tied, and which coordinates belong to
+a scope.
 
-Tensors are packed in a fixed order into *parts*, one-dimensional arrays of one dtype and one encoding. A tensor that
-is larger than a part is cut into consecutive parts. A part is the unit of files on disk and of parallel work.
+Tensors are packed in a fixed order into *parts*, one-dimensional arrays of one dtype and one
+encoding. A tensor that is larger than a part is cut into consecutive parts. A part is the unit of
+files on disk and of parallel work.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.safetensors_io import TensorInfo
 
 Encoding = Literal["sparse", "exact", "float", "factors", "fixed"]
-"""How a part is stored: sparse update log, dense integer differences, dense float deltas, factors of a low-rank delta,
-or base only."""
+"""How a part is stored: sparse update log, dense integer differences, dense float deltas, factors
+of a low-rank delta, or base only.
+"""
 
 PART_NUMEL: dict[Encoding, int] = {"sparse": 2**28, "exact": 2**25, "float": 2**25, "fixed": 2**27}
-"""Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the smaller bound. A tensor
-with factors is a part of its own, whatever its size."""
+"""Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the
+smaller bound. A tensor with factors is a part of its own, whatever its size.
+"""
 
 SCOPES = ("tensor", "layer", "module", "global")
 
@@ -29,9 +33,10 @@ SCOPES = ("tensor", "layer", "module", "global")
 class TensorSpec:
     """One tensor of the model.
 
-    ``part`` and ``offset`` say where its first element lies; it continues at offset 0 of the following parts if it is
-    longer than its first part. ``numel`` counts elements, for a tensor that is not float its bytes. ``tied_to`` names
-    the tensor whose storage it shares; it has then no place of its own.
+    ``part`` and ``offset`` say where its first element lies; it continues at offset 0 of the
+    following parts if it is longer than its first part. ``numel`` counts elements, for a tensor
+    that is not float its bytes. ``tied_to`` names the tensor whose storage it shares; it has then
+    no place of its own.
     """
 
     name: str
@@ -45,11 +50,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """How the delta of one tensor is kept as ``scale * left @ right``, ``left [rows, rank]`` and ``right [rank, columns]``.
+    """How the delta of one tensor is kept as ``scale * left @ right``, ``left [rows, rank]`` and
+    ``right [rank, columns]``.
 
-    The tensor is read as a matrix of ``rows x columns`` in its own order. ``dtype`` is that of the factors.
-    ``kind`` says how the adapter file holds them: ``B`` and ``A``; transposed, as ``A^T`` and ``B^T`` (``fan_in_fan_out`` and
-    embeddings); or as the kernels of two convolutions.
+    The tensor is read as a matrix of ``rows x columns`` in its own order. ``dtype`` is that of the
+    factors. ``kind`` says how the adapter file holds them: ``B`` and ``A``; transposed, as ``A^T``
+    and ``B^T`` (``fan_in_fan_out`` and embeddings); or as the kernels of two convolutions.
     """
 
     rows: int
@@ -67,7 +73,9 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One flat array of ``numel`` elements of ``dtype``, stored with ``encoding``; ``factors`` with that encoding only."""
+    """One flat array of ``numel`` elements of ``dtype``, stored with ``encoding``; ``factors`` with
+    that encoding only.
+    """
 
     numel: int
     dtype: str
@@ -122,7 +130,9 @@ class Layout:
             part, offset, start = part + 1, 0, start + numel
 
     def segments_in(self, part: int, begin: int = 0, end: int | None = None) -> list[Segment]:
-        """The pieces that lie in columns ``begin:end`` of ``part``, clipped to them, in column order."""
+        """The pieces that lie in columns ``begin:end`` of ``part``, clipped to them, in column
+        order.
+        """
         end = self.parts[part].numel if end is None else end
         clipped = []
         for segment in self._by_part[part]:
@@ -181,7 +191,8 @@ def build_layout(
         tied: alias name -> name of the tensor whose elements it shares.
         part_numel: largest part by encoding; ``PART_NUMEL`` if not given.
         factors: tensors whose deltas are kept as factors.
-        still: float tensors that no step moves; they get sparse parts of their own, whose log stays empty.
+        still: float tensors that no step moves; they get sparse parts of their own, whose log stays
+            empty.
     """
     tied, limits, factors = tied or {}, part_numel or PART_NUMEL, factors or {}
     specs: list[TensorSpec] = []
@@ -220,7 +231,8 @@ def build_layout(
         )
         limit = limits[encoding]
         part = open_part.get((dtype, name in still))
-        # a tensor that has to be cut starts a part of its own, and its pieces are the parts that follow
+        # a tensor that has to be cut starts a part of its own, and its pieces are the parts that
+        # follow
         if part is None or (
             sizes[part][0] + numel > limit and (sizes[part][0] or part != len(sizes) - 1)
         ):
@@ -247,7 +259,9 @@ _LAYER = re.compile(r"(?:^|\.)(layers|h|blocks|layer)\.(\d+)(?=\.|$)")
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the transformer layer that a tensor belongs to, or None (embeddings, final norm, head)."""
+    """Index of the transformer layer that a tensor belongs to, or None (embeddings, final norm,
+    head).
+    """
     match = _LAYER.search(name)
     return int(match.group(2)) if match else None
 

@@ -1,8 +1,9 @@
 """Safetensors files read and written a block at a time.
 
-The ``safetensors`` package hands out whole tensors and writes whole files from memory. Importing and materialising need
-raw bits of any element range, into buffers that are reused, and a writer whose memory does not grow with the model.
-The format is https://huggingface.co/docs/safetensors: a 64-bit little-endian header length, a JSON header, the data.
+The ``safetensors`` package hands out whole tensors and writes whole files from memory. Importing
+and materialising need raw bits of any element range, into buffers that are reused, and a writer
+whose memory does not grow with the model. The format is https://huggingface.co/docs/safetensors: a
+64-bit little-endian header length, a JSON header, the data.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class SafetensorsFile:
     """One open file. The header is checked against the file's size before anything is read.
 
     Raises:
-        CheckpointError: the file is truncated, its header is not valid, or a tensor's bytes lie outside the file.
+        CheckpointError: the file is truncated, its header is not valid, or a tensor's bytes lie
+            outside the file.
     """
 
     def __init__(self, path: Path):
@@ -93,7 +95,8 @@ class SafetensorsFile:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
         if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{self.path}: is truncated or not a safetensors file ({size} bytes); write or download it again"
+                f"{self.path}: is truncated or not a safetensors file ({size} bytes); write or"
+                " download it again"
             )
         try:
             header = json.loads(os.pread(self._fd, length, 8))
@@ -124,7 +127,8 @@ class SafetensorsFile:
     def _add(self, name: str, entry: dict, data_bytes: int, data_start: int) -> None:
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has dtype {entry['dtype']!r}; expected one of {', '.join(_DTYPES)}"
+                f"{self.path}: tensor {name!r} has dtype {entry['dtype']!r}; expected one of"
+                f" {', '.join(_DTYPES)}"
             )
         begin, end = entry["data_offsets"]
         if any(type(number) is not int for number in (begin, end, *entry["shape"])):
@@ -132,13 +136,14 @@ class SafetensorsFile:
         info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]][0])
         if any(n < 0 for n in info.shape) or begin < 0 or end - begin != info.num_bytes:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} of shape {list(info.shape)} and dtype {info.dtype} claims bytes "
-                f"{begin}:{end}; the header is damaged: write or download the file again"
+                f"{self.path}: tensor {name!r} of shape {list(info.shape)} and dtype {info.dtype}"
+                f" claims bytes {begin}:{end}; the header is damaged: write or download the file"
+                " again"
             )
         if end > data_bytes:
             raise CheckpointError(
-                f"{self.path}: is truncated: tensor {name!r} ends at byte {end} of the data but the file holds "
-                f"{data_bytes}; write or download it again"
+                f"{self.path}: is truncated: tensor {name!r} ends at byte {end} of the data but the"
+                f" file holds {data_bytes}; write or download it again"
             )
         self.tensors[name] = info
         self._begin[name] = data_start + begin
@@ -148,10 +153,11 @@ class SafetensorsFile:
         return self._begin[name]
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` with the raw bits of elements ``start:start+len(out)``. Thread-safe; allocates nothing.
+        """Fill ``out`` with the raw bits of elements ``start:start+len(out)``. Thread-safe;
+        allocates nothing.
 
-        ``out`` is contiguous, of the unsigned type that carries the tensor's dtype (for other dtypes ``uint8``, and
-        then ``start`` and the length count bytes).
+        ``out`` is contiguous, of the unsigned type that carries the tensor's dtype (for other
+        dtypes ``uint8``, and then ``start`` and the length count bytes).
         """
         view = out.data.cast("B")
         position = self._begin[name] + start * out.itemsize
@@ -169,14 +175,17 @@ class SafetensorsFile:
 
 
 class SafetensorsFolderWriter:
-    """Writes ``model.safetensors`` (or shards and their index) with known tensors, elements in any order.
+    """Writes ``model.safetensors`` (or shards and their index) with known tensors, elements in any
+    order.
 
-    Sizes are known beforehand, so every tensor has its place from the start and memory is one block. Files are complete
-    after ``close()``; the caller writes into a temporary folder and renames it.
+    Sizes are known beforehand, so every tensor has its place from the start and memory is one
+    block. Files are complete after ``close()``; the caller writes into a temporary folder and
+    renames it.
 
     Args:
         tensors: name -> shape and dtype, in the order of the files.
-        max_shard_bytes: a file is closed before it would grow past this (one larger tensor makes a larger file).
+        max_shard_bytes: a file is closed before it would grow past this (one larger tensor makes a
+            larger file).
         stem: of the files' names.
         metadata: further entries of the files' headers.
     """
@@ -247,7 +256,9 @@ class SafetensorsFolderWriter:
             os.posix_fallocate(fd, 0, start + position)  # a full disk shows here, before any work
 
     def write(self, name: str, start: int, bits: np.ndarray) -> None:
-        """Write elements ``start:start+len(bits)`` of a tensor (bytes for a tensor that is not float). Thread-safe."""
+        """Write elements ``start:start+len(bits)`` of a tensor (bytes for a tensor that is not
+        float). Thread-safe.
+        """
         file, begin = self._place[name]
         view = np.ascontiguousarray(bits).data.cast("B")
         position = self._data_start[file] + begin + start * bits.itemsize

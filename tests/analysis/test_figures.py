@@ -49,9 +49,18 @@ def make_gram(names, steps, *, still=(), drift_size=0.1, scale=1.0, size=300, se
     )
     counts = np.zeros(deltas.shape[:2], np.int64)
     sizes = np.full(len(names), size)
-    return Gram(
-        steps, tuple(names), sizes, deltas @ deltas.transpose(0, 2, 1), counts, counts, counts - 1
-    ), deltas
+    return (
+        Gram(
+            steps,
+            tuple(names),
+            sizes,
+            deltas @ deltas.transpose(0, 2, 1),
+            counts,
+            counts,
+            counts - 1,
+        ),
+        deltas,
+    )
 
 
 def model_names(num_layers, modules=MODULES):
@@ -96,7 +105,9 @@ def mesh(figure, gid):
 
 
 def visible_texts(figure):
-    """The texts that are drawn: matplotlib also keeps labels of ticks outside the limits and of hidden axes."""
+    """The texts that are drawn: matplotlib also keeps labels of ticks outside the limits and of
+    hidden axes.
+    """
     hidden = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -139,7 +150,7 @@ def assert_readable(figure):
         )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_all_files_are_written_and_read_back(run, tmp_path):
@@ -171,10 +182,10 @@ def test_files_are_reproducible_and_leave_no_settings_behind(run, tmp_path):
 
 def test_relexkit_loads_no_matplotlib_and_analysis_no_global_state():
     program = (
-        "import sys, relexkit, relexkit.cli\n"
-        "assert not [m for m in sys.modules if m.partition('.')[0] in ('matplotlib', 'analysis', 'trainer')]\n"
-        "import analysis.figures\n"
-        "assert 'matplotlib.pyplot' not in sys.modules and 'trainer' not in sys.modules\n"
+        "import sys, relexkit, relexkit.cli\nassert not [m for m in sys.modules if"
+        " m.partition('.')[0] in ('matplotlib', 'analysis', 'trainer')]\nimport"
+        " analysis.figures\nassert 'matplotlib.pyplot' not in sys.modules and 'trainer' not in"
+        " sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -206,7 +217,7 @@ def test_no_tensor_at_all_is_refused(run, tmp_path):
         figures.plot_spectra(empty, tmp_path)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -378,7 +389,7 @@ def test_geometry_of_a_run_that_returns_to_its_base_and_pauses():
     assert "no two neighbouring updates move anything" in turning.get_title("left")
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 
 
 def words_of(path):
@@ -436,7 +447,7 @@ def test_two_steps_have_no_r_squared():
     assert "two steps: every line fits, there is no R²" in labels
 
 
-# -- looks ------------------------------------------------------------------------------------------------------------
+# -- looks -----------------------------------------------------------------------------------------
 
 LONG = [
     *MODULES,

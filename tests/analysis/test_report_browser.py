@@ -1,4 +1,6 @@
-"""The report in a real headless Chromium: console, images, scrolling, dark mode, print. ``make test-browser`` installs it."""
+"""The report in a real headless Chromium: console, images, scrolling, dark mode, print. ``make
+test-browser`` installs it.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,10 @@ def test_no_errors_no_missing_images_no_sideways_scrolling(
     assert [entry for entry in browser.log() if entry["level"] in ("SEVERE", "WARNING")] == []
     assert browser.run("return innerWidth") == width
     assert browser.run("return document.documentElement.scrollWidth") <= width
-    broken = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 100)).map(i => i.alt)"
+    broken = (
+        "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 100)).map(i =>"
+        " i.alt)"
+    )
     assert browser.run(broken) == []
     assert browser.run("return document.images.length") >= 10
     wide = """return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)

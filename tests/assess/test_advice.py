@@ -1,4 +1,6 @@
-"""Advice on simulated runs whose future is known, and on what a person may bring: too little, nothing, rounding."""
+"""Advice on simulated runs whose future is known, and on what a person may bring: too little,
+nothing, rounding.
+"""
 
 from __future__ import annotations
 

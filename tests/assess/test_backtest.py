@@ -1,4 +1,6 @@
-"""The backtest: against errors of explicitly predicted weights, and horizons that can be worked out by hand."""
+"""The backtest: against errors of explicitly predicted weights, and horizons that can be worked out
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def explicit(
     until: int,
     targets: list[int],
 ) -> np.ndarray:
-    """``[J, N, 3]``: squared error, inner product and squared norm of predictions formed weight by weight."""
+    """``[J, N, 3]``: squared error, inner product and squared norm of predictions formed weight by
+    weight.
+    """
     prefix = gram.until(until)
     count = len(prefix.steps)
     if method == MODEL:
@@ -131,7 +135,8 @@ def test_grid_is_what_predicted_weights_would_show(
             for j, row in enumerate(r for r in found if r.until == until):
                 total = truth[members, int(np.flatnonzero(row.target == STEPS)[0])].sum()
                 error = square[j, members].sum()
-                # what is left of 1e-16 after the norms of predictions and truth cancel, against the norms
+                # what is left of 1e-16 after the norms of predictions and truth cancel, against the
+                # norms
                 assert row.relative_error == pytest.approx(
                     np.sqrt(error / total), rel=1e-6, abs=1e-6
                 )
@@ -182,7 +187,7 @@ def test_flat_spectra_fall_back_to_the_full_decomposition() -> None:
     assert not vectors[2].any()
 
 
-# -- trust horizon ----------------------------------------------------------------------------------------------------
+# -- trust horizon ---------------------------------------------------------------------------------
 
 
 def one_direction(position: np.ndarray) -> Gram:
@@ -190,7 +195,9 @@ def one_direction(position: np.ndarray) -> Gram:
 
 
 def test_horizon_of_a_run_that_stops_moving() -> None:
-    """Along one direction the run reaches 50 and stays: from n < 50 the two-point line beats hold while t - 50 < 50 - n."""
+    """Along one direction the run reaches 50 and stays: from n < 50 the two-point line beats hold
+    while t - 50 < 50 - n.
+    """
     result = backtest(
         one_direction(np.minimum(np.arange(1, 81), 50.0)), ["two-point"], prefixes=[20, 30, 40]
     )
@@ -229,7 +236,9 @@ def test_a_method_that_never_helps_has_no_horizon() -> None:
 
 
 def test_a_method_that_wins_only_farther_out_says_where_it_starts() -> None:
-    """A line with a bump at its beginning: the fit lags behind at first, and hold falls farther behind later."""
+    """A line with a bump at its beginning: the fit lags behind at first, and hold falls farther
+    behind later.
+    """
     steps, prefixes = np.arange(1, 61), [20, 25, 30]
     position = steps + 10.0 * (steps < 8)
     (horizon,) = backtest(one_direction(position), ["least-squares"], prefixes).horizon
@@ -245,7 +254,7 @@ def test_a_method_that_wins_only_farther_out_says_where_it_starts() -> None:
     assert horizon.beyond
 
 
-# -- use --------------------------------------------------------------------------------------------------------------
+# -- use -------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_fitted_is_reported_and_the_rest_goes_on(gram: Gram) -> None:

@@ -1,4 +1,6 @@
-"""Intervals of future coefficients: what they mean, and how often they are right on runs that nobody tuned them on."""
+"""Intervals of future coefficients: what they mean, and how often they are right on runs that
+nobody tuned them on.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def test_coefficients_are_those_of_the_predicted_delta() -> None:
     directions = seen.T @ parts.left[:, :2] / parts.singular_values[:2]
     np.testing.assert_allclose(np.linalg.norm(directions, axis=0), 1)
     expected = np.array([seen.T @ fit.weights(t) for t in (60.0, 80.0)]) @ directions
-    # the two are fits of their own, and how BLAS splits its sums moves where each stops by about 1e-4
+    # the two are fits of their own, and how BLAS splits its sums moves where each stops by about
+    # 1e-4
     np.testing.assert_allclose(found.coefficients, expected, rtol=1e-3)
     assert found.num_prefixes == 5
     assert (found.factor > 0).all()
@@ -73,7 +76,9 @@ def test_too_few_steps_say_what_to_do() -> None:
 
 
 def test_coverage_of_a_few_runs() -> None:
-    """Sixteen runs of four kinds: below 70 % has probability 0.01 at a coverage of 90 % with one check of four independent."""
+    """Sixteen runs of four kinds: below 70 % has probability 0.01 at a coverage of 90 % with one
+    check of four independent.
+    """
     kinds = ("walk", "line, autocorrelated noise", "slowly saturating", "turning")
     hits = [covered(COVERAGE_FAMILIES[kind], seed) for kind in kinds for seed in range(2)]
     assert np.mean(hits) > 0.7
@@ -81,12 +86,15 @@ def test_coverage_of_a_few_runs() -> None:
 
 @pytest.mark.slow
 def test_coverage_on_every_family() -> None:
-    """The nominal 90 % over all ten kinds of run, and none far below; docs/line.md has 60 runs of each."""
+    """The nominal 90 % over all ten kinds of run, and none far below; docs/line.md has 60 runs of
+    each.
+    """
     hits = {
         kind: np.mean([covered(run, seed) for seed in range(300, 312)])
         for kind, run in COVERAGE_FAMILIES.items()
     }
-    # the kinds of one seed share their noise: 12 draws, and 0.86 was measured where 60 other ones gave 0.93
+    # the kinds of one seed share their noise: 12 draws, and 0.86 was measured where 60 other ones
+    # gave 0.93
     assert 0.8 <= np.mean(list(hits.values())) <= 0.98, hits
     assert min(hits.values()) > 0.7, (
         hits

@@ -1,10 +1,13 @@
-"""Compare predicted checkpoints with the released RELEX scripts' and with a float64 SVD of the recorded deltas.
+"""Compare predicted checkpoints with the released RELEX scripts' and with a float64 SVD of the
+recorded deltas.
 
-    python tests/benchmarks/agreement.py RUN --target 100 --ours LABEL=ROUNDED,FLOAT32 ... [--reference ROUNDED,CACHE]
+    python tests/benchmarks/agreement.py RUN --target 100 --ours LABEL=ROUNDED,FLOAT32 ...
+    [--reference ROUNDED,CACHE]
 
-RUN has ``base/`` and ``bfloat16/checkpoint-N``. ROUNDED are folders in bfloat16, rounded to nearest; FLOAT32 the same
-prediction in float32; CACHE the folder where the released script keeps each tensor's directions and coefficients, from which
-its prediction before rounding follows. Prints one JSON document.
+RUN has ``base/`` and ``bfloat16/checkpoint-N``. ROUNDED are folders in bfloat16, rounded to
+nearest; FLOAT32 the same prediction in float32; CACHE the folder where the released script keeps
+each tensor's directions and coefficients, from which its prediction before rounding follows. Prints
+one JSON document.
 """
 
 from __future__ import annotations
@@ -160,7 +163,9 @@ def compare(
 
 
 def _direction(cache: Path, name: str, steps: np.ndarray, target: float) -> np.ndarray:
-    """The released script's predicted delta before rounding: its first direction times its continued coefficient."""
+    """The released script's predicted delta before rounding: its first direction times its
+    continued coefficient.
+    """
     with np.load(cache / f"{name.replace('.', '_')}.npz") as kept:
         # It fits against row numbers and counts the target from the last row.
         ahead = len(steps) - 1 + target - steps[-1]

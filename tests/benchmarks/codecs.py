@@ -2,8 +2,9 @@
 
     python tests/benchmarks/codecs.py RUN.zarr WORK [--repeats N]
 
-Takes 2^22 columns of four steps from the middle of the run, writes them anew with each setting (shards of 2^22), reads them
-whole, all settings in turn, and prints a table. Pipelines: relexkit's direct reads (one thread), zarr's own, and zarrs (Rust).
+Takes 2^22 columns of four steps from the middle of the run, writes them anew with each setting
+(shards of 2^22), reads them whole, all settings in turn, and prints a table. Pipelines: relexkit's
+direct reads (one thread), zarr's own, and zarrs (Rust).
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def main() -> None:
                 if repeat:
                     seconds.setdefault((setting, pipeline), []).append(found)
     print(
-        "| codec | level | chunk | size | write CPU s/GB | relexkit GB/s | zarr GB/s | zarrs GB/s | CPU s/GB of the three |"
+        "| codec | level | chunk | size | write CPU s/GB | relexkit GB/s | zarr GB/s | zarrs GB/s |"
+        " CPU s/GB of the three |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     size = rows.nbytes / 1e9
@@ -105,7 +107,8 @@ def main() -> None:
         codec, level, chunk = setting
         share = size_of(path) / rows.nbytes
         print(
-            f"| {codec} | {level} | 2^{chunk} | {share:.3f} | {writing / size:.1f} | {' | '.join(speeds)} | {used} |"
+            f"| {codec} | {level} | 2^{chunk} | {share:.3f} | {writing / size:.1f} |"
+            f" {' | '.join(speeds)} | {used} |"
         )
     remove(*(path for path, _ in written.values()))
 

@@ -1,10 +1,13 @@
-"""What DelTA and LamPO cost: CPU time of a whole GRPO step against plain GRPO, and peak memory as the batch grows.
+"""What DelTA and LamPO cost: CPU time of a whole GRPO step against plain GRPO, and peak memory as
+the batch grows.
 
-    python tests/benchmarks/credit.py [--model DIR] [--steps N] [--rollouts N] [--length N] [--memory N...] [--json FILE]
+    python tests/benchmarks/credit.py [--model DIR] [--steps N] [--rollouts N] [--length N]
+    [--memory N...] [--json FILE]
 
-Steps of all arms alternate in one process, on the same model and prompts, in float32 on one thread of a CPU; the ratio is of
-neighbouring steps. Memory is the peak of a process for one step of each number of rollouts in ``--memory``. Without ``--model``
-it is the small model that comes with the package, on its task.
+Steps of all arms alternate in one process, on the same model and prompts, in float32 on one thread
+of a CPU; the ratio is of neighbouring steps. Memory is the peak of a process for one step of each
+number of rollouts in ``--memory``. Without ``--model`` it is the small model that comes with the
+package, on its task.
 """
 
 from __future__ import annotations
@@ -126,15 +129,16 @@ def main() -> None:
     for arm, values in seconds.items():
         ratios = [value / plain for value, plain in zip(values, seconds["GRPO"], strict=True)]
         print(
-            f"{arm:24} {statistics.median(values):.3f} CPU s a step, {statistics.median(ratios):.3f} times GRPO "
-            f"({min(ratios):.3f} to {max(ratios):.3f})"
+            f"{arm:24} {statistics.median(values):.3f} CPU s a step,"
+            f" {statistics.median(ratios):.3f} times GRPO ({min(ratios):.3f} to {max(ratios):.3f})"
         )
     memory = {
         str(n): {arm: peak(arm, n, options) for arm in ("GRPO", "DelTA")} for n in options.memory
     }
     for count, peaks in memory.items():
         print(
-            f"{count:>6} rollouts: peak {peaks['GRPO'] / 1e6:.0f} MB, with DelTA {peaks['DelTA'] / 1e6:.0f} MB"
+            f"{count:>6} rollouts: peak {peaks['GRPO'] / 1e6:.0f} MB, with DelTA"
+            f" {peaks['DelTA'] / 1e6:.0f} MB"
         )
     if options.json:
         options.json.write_text(

@@ -1,7 +1,9 @@
-"""Trajectory stores made on the fly, without checkpoints: any number of parameters and steps, in flat memory.
+"""Trajectory stores made on the fly, without checkpoints: any number of parameters and steps, in
+flat memory.
 
-The deltas of a tensor are a few smooth paths along random directions, a walk and white noise, rounded to 10 mantissa bits
-(float rows); or, for the sparse log, a bfloat16 base of which a share of the weights moves by a unit at each step.
+The deltas of a tensor are a few smooth paths along random directions, a walk and white noise,
+rounded to 10 mantissa bits (float rows); or, for the sparse log, a bfloat16 base of which a share
+of the weights moves by a unit at each step.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def make_store(
     density: float = 0.005,
     seed: int = 0,
 ) -> TrajectoryStore:
-    """Write a store of tensors of at most ``largest`` elements; returns it. Memory: one part and one row of it."""
+    """Write a store of tensors of at most ``largest`` elements; returns it. Memory: one part and
+    one row of it.
+    """
     shutil.rmtree(path, ignore_errors=True)
     sizes = [min(largest, num_parameters - begin) for begin in range(0, num_parameters, largest)]
     encoding = "float" if dtype == "float32" else "sparse"
@@ -88,10 +92,11 @@ def _base_bits(seed: int, part: int, cut: int) -> np.ndarray:
 
 
 def float_row(seed: int, part: int, numel: int, step: int, num_steps: int) -> np.ndarray:
-    """The delta of a step, float32 ``[numel]``: two fixed directions with smooth coefficients, and noise of the step's own.
+    """The delta of a step, float32 ``[numel]``: two fixed directions with smooth coefficients, and
+    noise of the step's own.
 
-    Normal numbers come from one table read at places that depend on seed, part, stretch and step: drawing them afresh would
-    take longer than everything that is measured.
+    Normal numbers come from one table read at places that depend on seed, part, stretch and step:
+    drawing them afresh would take longer than everything that is measured.
     """
     row = np.empty(numel, np.float32)
     time = np.float32(step / num_steps)
@@ -117,7 +122,9 @@ def _normal(*place: int) -> np.ndarray:
 def _sparse_step(
     seed: int, part: int, numel: int, step: int, density: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights that hover at a rounding boundary move most, as in real runs: every column has a rate of its own."""
+    """Weights that hover at a rounding boundary move most, as in real runs: every column has a rate
+    of its own.
+    """
     random = np.random.default_rng([seed, part, step])
     restless = np.random.default_rng([seed, part]).integers(
         0, numel, max(1, int(10 * density * numel))

@@ -1,7 +1,8 @@
 """Whole processes and whole files, measured from outside. Standard library only.
 
-Linux counts the memory of the parent at the moment of ``exec`` into the child's peak, so the process that measures must
-stay small: it imports neither numpy nor torch, and everything that needs them runs in a child.
+Linux counts the memory of the parent at the moment of ``exec`` into the child's peak, so the
+process that measures must stay small: it imports neither numpy nor torch, and everything that needs
+them runs in a child.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Cost:
     Attributes:
         wall_seconds, cpu_seconds: elapsed, and user plus system time.
         peak_bytes: largest resident set, ``ru_maxrss``; pages of mapped files count.
-        peak_anonymous_bytes: largest memory that is no page of a file, sampled every 20 ms; None where ``/proc`` is not.
+        peak_anonymous_bytes: largest memory that is no page of a file, sampled every 20 ms; None
+            where ``/proc`` is not.
         dirtied_bytes: pages made dirty on file systems with a disk, ``ru_oublock``.
         left_bytes: size of the files that it left.
     """
@@ -59,7 +61,8 @@ class Cost:
 def run(
     command: Sequence[str | Path], log: Path, leaves: Iterable[Path] = (), cwd: Path | None = None
 ) -> Cost:
-    """Run ``command`` to its end, output appended to ``log``; ``leaves`` are the files or folders that it makes.
+    """Run ``command`` to its end, output appended to ``log``; ``leaves`` are the files or folders
+    that it makes.
 
     Raises:
         SystemExit: the command failed; the end of its output is in the message.
@@ -151,7 +154,9 @@ def size_of(path: Path) -> int:
 
 
 def read_once(files: Iterable[Path]) -> float:
-    """Seconds to read the files one after the other into one reused buffer: what no program can be faster than."""
+    """Seconds to read the files one after the other into one reused buffer: what no program can be
+    faster than.
+    """
     buffer = bytearray(BUFFER_BYTES)
     began = time.perf_counter()
     for path in files:
@@ -162,7 +167,9 @@ def read_once(files: Iterable[Path]) -> float:
 
 
 def write_once(path: Path, num_bytes: int) -> float:
-    """Seconds to write a new file of ``num_bytes`` from one reused buffer, without waiting for the disk."""
+    """Seconds to write a new file of ``num_bytes`` from one reused buffer, without waiting for the
+    disk.
+    """
     buffer = memoryview(os.urandom(BUFFER_BYTES))
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:

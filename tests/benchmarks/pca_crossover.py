@@ -1,9 +1,10 @@
-"""Exact and randomized passes as the number of steps grows, beside what ``--pca auto`` estimates for them.
+"""Exact and randomized passes as the number of steps grows, beside what ``--pca auto`` estimates
+for them.
 
     python tests/benchmarks/pca_crossover.py WORK [--parameters D] [--steps T ...] [--repeats N]
 
-One process, after one pass of each kind that is not counted; the two in turn, nothing kept from before. Prints a table of
-processor seconds. Stores are made under WORK and removed.
+One process, after one pass of each kind that is not counted; the two in turn, nothing kept from
+before. Prints a table of processor seconds. Stores are made under WORK and removed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / "made.zarr"
     print(
-        "| T | exact CPU s | estimated | randomized CPU s | estimated | randomized / exact | estimated |"
+        "| T | exact CPU s | estimated | randomized CPU s | estimated | randomized / exact |"
+        " estimated |"
     )
     print("|---|---|---|---|---|---|---|")
     for count in given.steps:
@@ -57,10 +59,14 @@ def main() -> None:
                 found[name].append(seconds(path, name))
         middle = {name: statistics.median(values[1:]) for name, values in found.items()}
         cells = [
-            f"{middle[n]:.2f} ({min(found[n][1:]):.2f} to {max(found[n][1:]):.2f}) | {estimates[n]:.2f}"
+            f"{middle[n]:.2f} ({min(found[n][1:]):.2f} to {max(found[n][1:]):.2f}) |"
+            f" {estimates[n]:.2f}"
             for n in PASSES
         ]
-        ratios = f"{middle['randomized'] / middle['exact']:.2f} | {estimates['randomized'] / estimates['exact']:.2f}"
+        ratios = (
+            f"{middle['randomized'] / middle['exact']:.2f} |"
+            f" {estimates['randomized'] / estimates['exact']:.2f}"
+        )
         print(f"| {count} | {' | '.join(cells)} | {ratios} |", flush=True)
         shutil.rmtree(path)
 

@@ -1,7 +1,8 @@
-"""One job of ``pca_scaling.py`` in a process of its own: prints a JSON document with its seconds and what it found.
+"""One job of ``pca_scaling.py`` in a process of its own: prints a JSON document with its seconds
+and what it found.
 
-The matrix of the peers is the deltas as an uncompressed float32 file, ``[T, D]``; ours is the store, compressed. Imports are
-not counted, reading is.
+The matrix of the peers is the deltas as an uncompressed float32 file, ``[T, D]``; ours is the
+store, compressed. Imports are not counted, reading is.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def torch_lowrank(path: Path) -> dict:
 
 
 def relex(path: Path) -> dict:
-    """``compute_svd`` of the released RELEX scripts, run from a clone that ``RELEX_CLONE`` names, on the matrix in memory."""
+    """``compute_svd`` of the released RELEX scripts, run from a clone that ``RELEX_CLONE`` names,
+    on the matrix in memory.
+    """
     sys.path.insert(0, str(Path(os.environ["RELEX_CLONE"]) / "scripts"))
     module = importlib.import_module("svd_extrapolation")
     matrix = np.array(deltas(path))

@@ -1,10 +1,13 @@
-"""How the PCA passes scale, how near they come to only reading, and how they compare with other packages.
+"""How the PCA passes scale, how near they come to only reading, and how they compare with other
+packages.
 
-    python tests/benchmarks/pca_scaling.py WORK [--only limit size steps peers] [--json FILE] [--repeats N] [--plot FILE]
+    python tests/benchmarks/pca_scaling.py WORK [--only limit size steps peers] [--json FILE]
+    [--repeats N] [--plot FILE]
 
-Stores are made under WORK and removed. Every number is of a process of its own (``pca_passes.py``), all sides in turn; peak
-memory is that of memory which is no page of a file, with Python and its packages. Peers need the extra ``bench``, and the
-released RELEX scripts a clone that the variable RELEX_CLONE names.
+Stores are made under WORK and removed. Every number is of a process of its own (``pca_passes.py``),
+all sides in turn; peak memory is that of memory which is no page of a file, with Python and its
+packages. Peers need the extra ``bench``, and the released RELEX scripts a clone that the variable
+RELEX_CLONE names.
 """
 
 from __future__ import annotations
@@ -34,8 +37,14 @@ def job(work: Path, *words: str | Path) -> dict[str, Any]:
     out, log = work / "job.json", work / "jobs.log"
     remove(out)
     out.touch()
-    code = f"import sys, runpy; sys.argv = {[str(HERE / 'pca_passes.py'), *map(str, words)]!r}; sys.path.insert(0, {str(HERE)!r});"
-    code += f" sys.stdout = open({str(out)!r}, 'w'); runpy.run_path(sys.argv[0], run_name='__main__'); sys.stdout.close()"
+    code = (
+        f"import sys, runpy; sys.argv = {[str(HERE / 'pca_passes.py'), *map(str, words)]!r};"
+        f" sys.path.insert(0, {str(HERE)!r});"
+    )
+    code += (
+        f" sys.stdout = open({str(out)!r}, 'w'); runpy.run_path(sys.argv[0], run_name='__main__');"
+        " sys.stdout.close()"
+    )
     cost = run([sys.executable, "-c", code], log)
     text = out.read_text().strip()
     return {**(json.loads(text) if text else {}), "peak_bytes": cost.peak_anonymous_bytes}
@@ -89,7 +98,8 @@ def report(results: dict[str, Any]) -> None:
         if part not in results:
             continue
         print(
-            f"\n## {part}\n\n| D | T | job | wall s | CPU s | peak MB | error of the first two ratios |"
+            f"\n## {part}\n\n| D | T | job | wall s | CPU s | peak MB | error of the first two"
+            " ratios |"
         )
         print("|---|---|---|---|---|---|---|")
         for case in results[part]:
@@ -100,8 +110,9 @@ def report(results: dict[str, Any]) -> None:
                     error = f"{max(abs(a - b) for a, b in zip(rows[0]['ratios'], truth, strict=True)):.1e}"
                 peak = max(row["peak_bytes"] or 0 for row in rows) / 1e6
                 print(
-                    f"| {case['parameters']:.0e} | {case['steps']} | {name} | {middle(rows, 'seconds')} | "
-                    f"{middle(rows, 'cpu_seconds')} | {peak:.0f} | {error} |"
+                    f"| {case['parameters']:.0e} | {case['steps']} | {name} |"
+                    f" {middle(rows, 'seconds')} | {middle(rows, 'cpu_seconds')} | {peak:.0f} |"
+                    f" {error} |"
                 )
 
 

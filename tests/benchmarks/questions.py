@@ -2,8 +2,8 @@
 
     python tests/benchmarks/questions.py [STORE] [--tensors 400] [--steps 75]
 
-prints one JSON document. Gram matrices are made up; STORE, if given, is a store whose Gram matrices are known, and the
-spectrum command then has to answer from it without touching deltas or base.
+prints one JSON document. Gram matrices are made up; STORE, if given, is a store whose Gram matrices
+are known, and the spectrum command then has to answer from it without touching deltas or base.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ DIMENSIONS = 200
 
 
 def made_up_gram(num_tensors: int, num_steps: int, seed: int) -> Gram:
-    """Gram matrices of trajectories with some drift, some swing and much noise, for a model of 400 tensors or so."""
+    """Gram matrices of trajectories with some drift, some swing and much noise, for a model of 400
+    tensors or so.
+    """
     rng = np.random.default_rng(seed)
     steps = np.cumsum(rng.integers(1, 4, num_steps)).astype(np.int64)
     kinds = (
@@ -72,7 +74,9 @@ def made_up_gram(num_tensors: int, num_steps: int, seed: int) -> Gram:
 
 
 def asked(observed: Gram) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """Every method, and RELEX with every option that changes the work: ``(name, target, arguments)``."""
+    """Every method, and RELEX with every option that changes the work: ``(name, target,
+    arguments)``.
+    """
     future = 5.0 * float(observed.steps[-1])
     recorded = float(observed.steps[len(observed.steps) // 2])
     for method in METHODS:

@@ -1,10 +1,12 @@
 """Peak memory of the readers on generated checkpoints of two sizes: flat in the model's size.
 
-    python tests/benchmarks/readers.py FOLDER [--parameters 1e8 1e9] [--formats safetensors verl dcp zero-3]
+    python tests/benchmarks/readers.py FOLDER [--parameters 1e8 1e9] [--formats safetensors verl dcp
+    zero-3]
 
-Each checkpoint is written (float32, four ranks where there are ranks), read once from end to end by blocks in a process of
-its own, as an import reads it, and deleted. Prints a line of JSON for each: the process's peak memory, its share that is no
-page of a file, the same of a process that only loads the package, and seconds.
+Each checkpoint is written (float32, four ranks where there are ranks), read once from end to end by
+blocks in a process of its own, as an import reads it, and deleted. Prints a line of JSON for each:
+the process's peak memory, its share that is no page of a file, the same of a process that only
+loads the package, and seconds.
 """
 
 from __future__ import annotations

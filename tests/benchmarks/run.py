@@ -1,10 +1,13 @@
-"""Measure relexkit against its budgets, and against the released RELEX scripts where a clone of them is given.
+"""Measure relexkit against its budgets, and against the released RELEX scripts where a clone of
+them is given.
 
-    python tests/benchmarks/run.py [--run DIR] [--reference DIR] [--repeats N] [--only PART ...] [--json FILE]
+    python tests/benchmarks/run.py [--run DIR] [--reference DIR] [--repeats N] [--only PART ...]
+    [--json FILE]
 
-DIR has ``base/``, ``bfloat16/checkpoint-N`` and ``float32/checkpoint-N``, as ``docs/smollm2-run/make_run.py`` writes them;
-without it a small synthetic run is made. ``--reference`` is a clone of https://github.com/weizhepei/RELEX. Every number is
-of whole processes on this machine, ours and theirs in turn within one session; what counts are the ratios.
+DIR has ``base/``, ``bfloat16/checkpoint-N`` and ``float32/checkpoint-N``, as
+``docs/smollm2-run/make_run.py`` writes them; without it a small synthetic run is made.
+``--reference`` is a clone of https://github.com/weizhepei/RELEX. Every number is of whole processes
+on this machine, ours and theirs in turn within one session; what counts are the ratios.
 """
 
 from __future__ import annotations
@@ -80,7 +83,9 @@ class Bench:
         return sum(map(size_of, self.files(source))) < 0.6 * memory_bytes()
 
     def prepare_cache(self, source: str) -> None:
-        """The same start for everything that reads the checkpoints: all of them in the page cache, or none."""
+        """The same start for everything that reads the checkpoints: all of them in the page cache,
+        or none.
+        """
         if self.cold:
             forget([*self.files(source), *self.base.glob("*.safetensors")])
         else:
@@ -95,11 +100,13 @@ class Bench:
         return json.loads(output_of(words, self.log))
 
 
-# -- checkpoints in, a checkpoint out ---------------------------------------------------------------------------------
+# -- checkpoints in, a checkpoint out --------------------------------------------------------------
 
 
 def measure_pipeline(bench: Bench) -> dict[str, Any]:
-    """Import, Gram matrices, one extrapolated checkpoint; the released scripts; reading the files once."""
+    """Import, Gram matrices, one extrapolated checkpoint; the released scripts; reading the files
+    once.
+    """
     result: dict[str, Any] = {"startup": asdict(bench.relexkit("--version"))}
     for source in bench.sources():
         result[source] = {
@@ -182,7 +189,9 @@ def _released_deltas(bench: Bench, source: str) -> list[str | Path]:
 
 
 def _released_svd(bench: Bench, cache: Path | None = None) -> list[str | Path]:
-    """Their second command, rank 1 and linear as in the paper; with ``cache`` it also keeps directions and coefficients."""
+    """Their second command, rank 1 and linear as in the paper; with ``cache`` it also keeps
+    directions and coefficients.
+    """
     assert bench.reference is not None
     script = bench.reference / "scripts" / "svd_extrapolation.py"
     words: list[str | Path] = [
@@ -225,7 +234,7 @@ def _disk(bench: Bench, source: str) -> dict[str, Any]:
     }
 
 
-# -- further questions, further targets -------------------------------------------------------------------------------
+# -- further questions, further targets ------------------------------------------------------------
 
 
 def ensure_store(bench: Bench, source: str) -> Path:
@@ -293,11 +302,13 @@ def measure_targets(bench: Bench) -> dict[str, Any]:
     return result
 
 
-# -- agreement --------------------------------------------------------------------------------------------------------
+# -- agreement -------------------------------------------------------------------------------------
 
 
 def measure_agreement(bench: Bench) -> dict[str, Any]:
-    """Relative errors of predicted deltas against the released scripts and a float64 SVD, rounding to nearest."""
+    """Relative errors of predicted deltas against the released scripts and a float64 SVD, rounding
+    to nearest.
+    """
     store = ensure_store(bench, "bfloat16")
     made, pairs = [], []
     for axis in ("step", "row"):
@@ -343,14 +354,15 @@ def measure_agreement(bench: Bench) -> dict[str, Any]:
     return result
 
 
-# -- memory against size ----------------------------------------------------------------------------------------------
+# -- memory against size ---------------------------------------------------------------------------
 
 
 def measure_memory(bench: Bench, sizes: list[float], steps: list[int]) -> list[dict[str, Any]]:
-    """Peak memory of every command while the model and the number of steps grow, on checkpoints made for it.
+    """Peak memory of every command while the model and the number of steps grow, on checkpoints
+    made for it.
 
-    Float32 runs are recorded as float deltas. They take twice the disk, so they are left out where both the model and the
-    number of steps are the largest of several.
+    Float32 runs are recorded as float deltas. They take twice the disk, so they are left out where
+    both the model and the number of steps are the largest of several.
     """
     rows = []
     for source in bench.wanted:
@@ -397,7 +409,7 @@ def _memory_of(bench: Bench, source: str, size: float, count: int) -> dict[str, 
     }
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------
 
 
 def spread(values: Iterable[float], digits: str = ".2f") -> str:
@@ -503,7 +515,10 @@ def report_questions(console: Console, result: dict[str, Any]) -> None:
         [name, spread(seconds, ".3f"), inside["failed"].get(name, "")]
         for name, seconds in inside["seconds"].items()
     ]
-    title = f"Further questions inside one process, {inside['tensors']} tensors and {inside['steps']} steps, no weights read"
+    title = (
+        f"Further questions inside one process, {inside['tensors']} tensors and {inside['steps']}"
+        " steps, no weights read"
+    )
     table(console, title + " (budget: 1 s)", ["", "s", "failed with"], rows)
 
 
@@ -518,7 +533,10 @@ def report_targets(console: Console, result: dict[str, Any]) -> None:
     table(console, "Several targets in one command", ["", *COST_HEADINGS], rows)
     for source, found in result.items():
         more, writing = spread(found["further_target_seconds"]), spread(found["write_seconds"])
-        message = f"\n{source}: a further target takes {more} s; only writing its bytes takes {writing} s."
+        message = (
+            f"\n{source}: a further target takes {more} s; only writing its bytes takes"
+            f" {writing} s."
+        )
         console.print(message, highlight=False, soft_wrap=True)
 
 
@@ -581,7 +599,7 @@ REPORTS: dict[str, Callable[[Console, Any], None]] = {
 }
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -603,7 +621,8 @@ def main() -> None:
         if not bench.sources():
             wanted = " or ".join(f"{name}/" for name in bench.wanted)
             raise SystemExit(
-                f"{bench.run}: has no {wanted} inside; expected what docs/smollm2-run/make_run.py writes"
+                f"{bench.run}: has no {wanted} inside; expected what docs/smollm2-run/make_run.py"
+                " writes"
             )
         bench = replace(bench, target=given.target or 2 * bench.last_step())
         results: dict[str, Any] = {"machine": machine(), "run": _describe(bench, bool(given.run))}
@@ -749,11 +768,16 @@ def _print_machine(console: Console, results: dict[str, Any]) -> None:
         f"{mega(size)} MB in {source}" for source, size in described["checkpoint_bytes"].items()
     )
     lines = (
-        f"{about['processor']}, {about['cores']} cores, {mega(about['memory_bytes'])} MB of memory, {about['system']}, "
-        f"load {about['load_before']} at the start",
+        (
+            f"{about['processor']}, {about['cores']} cores, {mega(about['memory_bytes'])} MB of"
+            f" memory, {about['system']}, load {about['load_before']} at the start"
+        ),
         f"relexkit {about['relexkit']}, {packages}",
-        f"Run: {described['folder']}, up to step {described['last_step']}, {sizes}; target {described['target']}, "
-        f"{described['repeats']} repeats, page cache {described['page_cache']}. Cells: median (least to most); peaks: most.",
+        (
+            f"Run: {described['folder']}, up to step {described['last_step']}, {sizes}; target"
+            f" {described['target']}, {described['repeats']} repeats, page cache"
+            f" {described['page_cache']}. Cells: median (least to most); peaks: most."
+        ),
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

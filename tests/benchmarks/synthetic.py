@@ -1,10 +1,13 @@
-"""Make a run out of thin air: a Llama-shaped model whose weights drift and walk, saved after every step.
+"""Make a run out of thin air: a Llama-shaped model whose weights drift and walk, saved after every
+step.
 
-    python tests/benchmarks/synthetic.py OUT --parameters 2e6 --steps 8 [--layers 30] [--dtypes bfloat16 float32]
+    python tests/benchmarks/synthetic.py OUT --parameters 2e6 --steps 8 [--layers 30] [--dtypes
+    bfloat16 float32]
 
-leaves ``OUT/base`` (bfloat16) and ``OUT/DTYPE/checkpoint-N``, as ``docs/smollm2-run/make_run.py`` does. With ``--shards N``
-every checkpoint is cut into N files of which each step rewrites one; the others are hard links to the step before. That
-keeps 75 steps of 135M parameters within two gigabytes, for measurements that depend on sizes and not on values.
+leaves ``OUT/base`` (bfloat16) and ``OUT/DTYPE/checkpoint-N``, as ``docs/smollm2-run/make_run.py``
+does. With ``--shards N`` every checkpoint is cut into N files of which each step rewrites one; the
+others are hard links to the step before. That keeps 75 steps of 135M parameters within two
+gigabytes, for measurements that depend on sizes and not on values.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 WEIGHT_SCALE = 0.02
 UPDATE_SCALE = 1e-6
-"""Of one step's noise. About one bfloat16 weight in a hundred then changes at a step, as in real runs at small rates."""
+"""Of one step's noise. About one bfloat16 weight in a hundred then changes at a step, as in real
+runs at small rates.
+"""
 DRIFT_SCALE = 3e-7
 
 
 def model_config(num_parameters: float, num_layers: int) -> LlamaConfig:
-    """A Llama configuration with tied embeddings and about so many parameters (within a few per cent for large ones)."""
-    # A layer has 13 h^2 weights (four attention matrices, three of width 3 h), the embeddings 16 h^2.
+    """A Llama configuration with tied embeddings and about so many parameters (within a few per
+    cent for large ones).
+    """
+    # A layer has 13 h^2 weights (four attention matrices, three of width 3 h), the embeddings 16
+    # h^2.
     hidden = max(16, round((num_parameters / (13 * num_layers + 16)) ** 0.5 / 16) * 16)
     return LlamaConfig(
         hidden_size=hidden,
@@ -76,9 +84,11 @@ def write_run(
     shapes = tensor_shapes(config)
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else WEIGHT_SCALE * torch.randn(shape, generator=generator)
+        name: (
+            torch.ones(shape)
+            if len(shape) == 1
+            else WEIGHT_SCALE * torch.randn(shape, generator=generator)
+        )
         for name, shape in shapes.items()
     }
     # The base is bfloat16, and training starts from it.

@@ -1,13 +1,16 @@
-"""Speed of a GRPO step against TRL's ``GRPOTrainer``, and the cost of recording: whole runs in turn, each in its own process.
+"""Speed of a GRPO step against TRL's ``GRPOTrainer``, and the cost of recording: whole runs in
+turn, each in its own process.
 
-    python tests/benchmarks/training.py [--model DIR] [--steps N] [--repeats N] [--rollouts N] [--length N] [--mixed SHARE]
+    python tests/benchmarks/training.py [--model DIR] [--steps N] [--repeats N] [--rollouts N]
+    [--length N] [--mixed SHARE]
                                          [--json FILE]
 
-Both train the same model on the same prompts with the same rewards, numbers of rollouts and longest completion, float32, AdamW,
-one on-policy step per generation, on a CPU. A step is generation, rewards, loss and update; the first step of a run is left
-out. Without ``--model`` a small untrained Llama is made, which seldom ends a completion. ``--mixed`` is the share of prompts
-whose rollouts get different rewards (a hash of the text); the others teach nothing, and our trainer takes no backward pass for
-them.
+Both train the same model on the same prompts with the same rewards, numbers of rollouts and longest
+completion, float32, AdamW, one on-policy step per generation, on a CPU. A step is generation,
+rewards, loss and update; the first step of a run is left out. Without ``--model`` a small untrained
+Llama is made, which seldom ends a completion. ``--mixed`` is the share of prompts whose rollouts
+get different rewards (a hash of the text); the others teach nothing, and our trainer takes no
+backward pass for them.
 """
 
 from __future__ import annotations
@@ -124,7 +127,9 @@ def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:
 
 
 def theirs(options: argparse.Namespace) -> dict[str, float]:
-    """One run of TRL's trainer, measured by a callback between the beginning and the end of its steps."""
+    """One run of TRL's trainer, measured by a callback between the beginning and the end of its
+    steps.
+    """
     import resource
 
     import torch
@@ -247,9 +252,10 @@ def main() -> None:
     for part, runs in found.items():
         speeds, times = ([run[key] for run in runs] for key in ("tokens_per_second", "seconds"))
         print(
-            f"{part:26} {statistics.median(speeds):8.1f} completion tokens a second ({min(speeds):.1f} to {max(speeds):.1f}), "
-            f"{statistics.median(times):.3f} s a step ({min(times):.3f} to {max(times):.3f}), "
-            f"peak {max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"
+            f"{part:26} {statistics.median(speeds):8.1f} completion tokens a second"
+            f" ({min(speeds):.1f} to {max(speeds):.1f}), {statistics.median(times):.3f} s a step"
+            f" ({min(times):.3f} to {max(times):.3f}), peak"
+            f" {max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"
         )
     for name, first, second in (
         ("against TRL", PARTS[0], PARTS[2]),
@@ -260,7 +266,8 @@ def main() -> None:
             for a, b in zip(found[first], found[second], strict=True)
         ]
         print(
-            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) times the tokens a second"
+            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            " times the tokens a second"
         )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

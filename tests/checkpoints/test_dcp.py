@@ -1,4 +1,6 @@
-"""``torch.distributed.checkpoint`` folders: chunks of several ranks, trainers' layouts and names, damage, code."""
+"""``torch.distributed.checkpoint`` folders: chunks of several ranks, trainers' layouts and names,
+damage, code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""DeepSpeed ZeRO: files that DeepSpeed wrote and our own of other shapes, against its own conversion; damage, code."""
+"""DeepSpeed ZeRO: files that DeepSpeed wrote and our own of other shapes, against its own
+conversion; damage, code.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def weights() -> Weights:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_deepspeed_wrote_reads_as_deepspeed_reads_it(stage: int) -> None:
-    """``tests/data/make_zero.py`` made both. Only the frozen layer is 16 bits wide: it has no master."""
+    """``tests/data/make_zero.py`` made both. Only the frozen layer is 16 bits wide: it has no
+    master.
+    """
     checkpoint = open_checkpoint(DATA / f"stage{stage}")
     assert f"DeepSpeed ZeRO-{stage} float32 partitions of 2 ranks" in checkpoint.description
     reference = load_file(DATA / f"stage{stage}" / "reference.safetensors")

@@ -1,4 +1,6 @@
-"""Hostile input: random damage to every format, in processes that may use little memory and are watched."""
+"""Hostile input: random damage to every format, in processes that may use little memory and are
+watched.
+"""
 
 from __future__ import annotations
 

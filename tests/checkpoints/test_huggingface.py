@@ -212,7 +212,7 @@ def test_a_file_is_closed_after_an_error(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-# -- pickles ----------------------------------------------------------------------------------------------------------
+# -- pickles ---------------------------------------------------------------------------------------
 
 
 class Malicious:
@@ -283,7 +283,7 @@ def test_a_pickle_in_the_old_format_is_read_or_refused_with_a_reason(tmp_path: P
         open_checkpoint(tmp_path)
 
 
-# -- files and metrics ------------------------------------------------------------------------------------------------
+# -- files and metrics -----------------------------------------------------------------------------
 
 
 def test_configuration_and_tokenizer_files_are_kept_and_nothing_else(tmp_path: Path) -> None:

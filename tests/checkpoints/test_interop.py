@@ -1,4 +1,6 @@
-"""Checkpoints that trainers' own code wrote in real processes, against their own way of loading them. Slow."""
+"""Checkpoints that trainers' own code wrote in real processes, against their own way of loading
+them. Slow.
+"""
 
 from __future__ import annotations
 

@@ -408,7 +408,7 @@ def test_the_base_that_the_adapters_name_is_taken_when_it_is_here(
     ] == str(plain.base)
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -426,7 +426,10 @@ def edit_tensors(folder: Path, change: object) -> None:
     [
         (
             {"peft_type": "VERA"},
-            r"holds an adapter of type 'VERA'; expected LORA: merge every step with PEFT's merge_and_unload",
+            (
+                r"holds an adapter of type 'VERA'; expected LORA: merge every step with PEFT's"
+                r" merge_and_unload"
+            ),
         ),
         ({"use_dora": True}, r"uses use_dora \(DoRA rescales the merged rows"),
         ({"lora_bias": True}, r"uses lora_bias"),

@@ -1,4 +1,6 @@
-"""Tensors put together from boxes: any tiling and any range gives what slicing gives, and bad tilings are refused."""
+"""Tensors put together from boxes: any tiling and any range gives what slicing gives, and bad
+tilings are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Runs: names of steps, what is whole, which format is taken, step maps, and what is recognised and refused."""
+"""Runs: names of steps, what is whole, which format is taken, step maps, and what is recognised and
+refused.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +188,10 @@ def test_an_unknown_or_absent_format_is_refused(tmp_path: Path) -> None:
         (["mp_rank_00/model_optim_rng.pt"], r"export_ckpt('{0}', "),
         (
             ["policy/weights/iter_0000000/common.pt", "policy/weights/iter_0000000/metadata.json"],
-            "convert_megatron_to_hf.py --config {0}/config.yaml --megatron-ckpt-path {0}/policy/weights/iter_0000000",
+            (
+                "convert_megatron_to_hf.py --config {0}/config.yaml --megatron-ckpt-path"
+                " {0}/policy/weights/iter_0000000"
+            ),
         ),
         (
             ["pytorch_model_fsdp_rank0.bin"],
@@ -213,7 +218,7 @@ def test_an_export_beside_an_unsupported_layout_is_taken(tmp_path: Path) -> None
     assert_reads(open_run(tmp_path).checkpoint(5), weights())
 
 
-# -- step maps --------------------------------------------------------------------------------------------------------
+# -- step maps -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,7 @@ def test_a_map_that_joins_or_drops_everything_is_refused(tmp_path: Path) -> None
         open_run(tmp_path, step_map=str(tmp_path / "none.json"))
 
 
-# -- commands ---------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 
 def test_info_names_the_format_of_a_run_and_of_a_checkpoint(

@@ -1,4 +1,6 @@
-"""Pickles as data: what the standard library writes comes back, nothing runs, and no few bytes cost much."""
+"""Pickles as data: what the standard library writes comes back, nothing runs, and no few bytes cost
+much.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,9 @@ SLOW = {
 
 @pytest.mark.parametrize(("prepare", "again"), SLOW.values(), ids=SLOW.keys())
 def test_no_small_pickle_takes_quadratic_time_or_the_stack(prepare: bytes, again: bytes) -> None:
-    """Each of these takes minutes, or the process, in an unpickler that hashes or spreads what it is given."""
+    """Each of these takes minutes, or the process, in an unpickler that hashes or spreads what it
+    is given.
+    """
     began = time.monotonic()
     with pytest.raises(CheckpointError, match="its pickle is damaged"):
         load_data(repeated(prepare, again, 100_000), {"a.b": None}, where="x")

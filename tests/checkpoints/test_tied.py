@@ -1,4 +1,6 @@
-"""Tied heads: what the tensors say over all steps decides, whoever wrote the head and whatever the flag claims."""
+"""Tied heads: what the tensors say over all steps decides, whoever wrote the head and whatever the
+flag claims.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,8 @@ def test_heads_that_drift_apart_are_both_kept_and_said(tmp_path: Path, base: str
     store, notes = imported(tmp_path, base, "equal", "other", config={"tie_word_embeddings": True})
     assert not any(t.tied_to for t in store.layout.tensors)
     assert (
-        f"{HEAD} differs from {EMBEDDING} although config.json says they are tied: both are recorded"
-        in notes
+        f"{HEAD} differs from {EMBEDDING} although config.json says they are tied: both are"
+        " recorded" in notes
     )
     np.testing.assert_array_equal(state(store, HEAD, 1), raw_bits(tensors(2, "other")[HEAD]))
     np.testing.assert_array_equal(state(store, HEAD, -1), raw_bits(tensors(0, "absent")[EMBEDDING]))

@@ -1,4 +1,6 @@
-"""Questions about runs that have hardly begun, are still recorded, or jumped: answers, or one line that says what to do."""
+"""Questions about runs that have hardly begun, are still recorded, or jumped: answers, or one line
+that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def test_one_or_two_steps_without_metrics(tmp_path, capsys, count) -> None:
     status, _, err = asked(capsys, "linearity", store.path)
     assert status == 1
     assert (
-        err
-        == f"relexkit: {count} recorded step{'s fit' if count == 2 else ' fits'} every line; expected at least 3: record more\n"
+        err == f"relexkit: {count} recorded step{'s fit' if count == 2 else ' fits'} every line;"
+        " expected at least 3: record more\n"
     )
     status, _, _ = asked(capsys, "report", store.path, "-o", tmp_path / "report.html")
     assert status == 0
@@ -85,7 +87,8 @@ def test_a_run_that_begins_with_a_jump_is_refused(tmp_path, capsys) -> None:
         assert (status, out) == (1, "")
         assert (
             err
-            == f"relexkit: {store.path}: begins with a jump at step 1; expected steps of training before it\n"
+            == f"relexkit: {store.path}: begins with a jump at step 1; expected steps of training"
+            " before it\n"
         )
 
 

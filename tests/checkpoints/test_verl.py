@@ -1,4 +1,6 @@
-"""verl's FSDP shards: every mesh, uneven and empty parts, missing and foreign ranks, code in any rank."""
+"""verl's FSDP shards: every mesh, uneven and empty parts, missing and foreign ranks, code in any
+rank.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The benchmark program runs to its end on a tiny run and reports every part; how long anything took is not looked at."""
+"""The benchmark program runs to its end on a tiny run and reports every part; how long anything
+took is not looked at.
+"""
 
 import json
 import subprocess
@@ -35,14 +37,16 @@ def check_pipeline(pipeline: dict[str, Any]) -> None:
     stages = pipeline["relexkit"][0]
     parts = [stages[name] for name in ("import", "Gram", "extrapolate")]
     assert stages["all"]["peak_bytes"] == max(p["peak_bytes"] for p in parts)
-    # An interpreter with numpy inside takes more than 10 MB: the peak is that of the command, in bytes.
+    # An interpreter with numpy inside takes more than 10 MB: the peak is that of the command, in
+    # bytes.
     assert 1e7 < stages["all"]["peak_bytes"] < 2e9
     assert stages["import"]["left_bytes"] > pipeline["disk"]["steps"] > 0
 
 
 def check_agreement(agreement: dict[str, Any]) -> None:
     assert len(agreement) == 2
-    # The oracle is in float64; the float32 output resolves weights of 0.1 to 4e-9, updates are about 1e-6.
+    # The oracle is in float64; the float32 output resolves weights of 0.1 to 4e-9, updates are
+    # about 1e-6.
     assert all(0 < pair["worst"] < 1e-2 for pair in agreement.values())
 
 

@@ -1,4 +1,6 @@
-"""The command line as a user meets it: exit codes, one-line errors, JSON alone on standard output, words for odd runs."""
+"""The command line as a user meets it: exit codes, one-line errors, JSON alone on standard output,
+words for odd runs.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) ->
     return captured.err
 
 
-# -- one story through every command ----------------------------------------------------------------------------------
+# -- one story through every command ---------------------------------------------------------------
 
 
 def test_import_and_info(run_: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,7 +363,8 @@ def test_reconstruct_checkout_and_round(
         tmp_path / "rebuilt",
     )
     rebuilt = load_file(tmp_path / "rebuilt" / "step-7" / "model.safetensors")
-    # every direction is kept, so the step comes back but for values on a border between two roundings
+    # every direction is kept, so the step comes back but for values on a border between two
+    # roundings
     close = [
         np.mean(rebuilt[n].float().numpy() == t.float().numpy())
         for n, t in run_.weights[7].items()
@@ -402,7 +405,7 @@ def test_reconstruct_checkout_and_round(
     )
 
 
-# -- runs that are odd but not wrong ----------------------------------------------------------------------------------
+# -- runs that are odd but not wrong ---------------------------------------------------------------
 
 
 def odd_store(folder: Path, **options: Any) -> str:
@@ -414,8 +417,8 @@ def test_one_step_says_what_it_means(tmp_path: Path, capsys: pytest.CaptureFixtu
     path = odd_store(tmp_path, motion="drift", density=0.05, steps=(5,))
     out, _ = ok(capsys, "spectrum", path, "--scope", "layer")
     assert (
-        "One recorded step: there is one direction by definition; record more steps to learn anything."
-        in out
+        "One recorded step: there is one direction by definition; record more steps to learn"
+        " anything." in out
     )
     assert "nan" not in out.lower()
     for scope in ("tensor", "global"):
@@ -465,7 +468,7 @@ def test_float_rows_say_how_exact_they_are(
     assert "Resolution" not in ok(capsys, "spectrum", path)[0]
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def test_stated_errors_are_one_line(
@@ -659,9 +662,10 @@ def test_the_command_as_a_process(store: str, tmp_path: Path) -> None:
 
 def test_help_is_quick_and_complete() -> None:
     code = (
-        "import sys\nfrom relexkit.cli import main\n"
-        "try:\n    main(['extrapolate', '--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+        "import sys\nfrom relexkit.cli import main\ntry:\n    main(['extrapolate',"
+        " '--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\nheavy ="
+        " {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\nassert not heavy,"
+        " heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

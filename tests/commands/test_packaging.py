@@ -1,4 +1,6 @@
-"""The promises of the package as a whole: directions of imports, light start, exit statuses, no private places in files."""
+"""The promises of the package as a whole: directions of imports, light start, exit statuses, no
+private places in files.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def our_files() -> list[Path]:
 
 
 def imported_packages(source: str) -> set[str]:
-    """Top-level names of everything a module imports anywhere, also inside functions and by ``import_module("name")``."""
+    """Top-level names of everything a module imports anywhere, also inside functions and by
+    ``import_module("name")``.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -98,7 +102,10 @@ def test_imports_have_one_direction(package):
 
 
 def test_the_walk_over_imports_sees_what_it_must():
-    source = "import analysis.figures\ndef f():\n    from trainer.commands.demo import run\n    import relexkit as r\n"
+    source = (
+        "import analysis.figures\ndef f():\n    from trainer.commands.demo import run\n    import"
+        " relexkit as r\n"
+    )
     assert imported_packages(source) == {"analysis", "trainer", "relexkit"}
 
 
@@ -193,8 +200,14 @@ def test_modules_of_a_layer_use_those_before_them(package):
     [
         "import relexkit",
         "import relexkit.cli; relexkit.cli._parser()",
-        "from relexkit.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert e.code == 0",
-        "from relexkit.cli import main\ntry: main(['demo', '--help'])\nexcept SystemExit as e: assert e.code == 0",
+        (
+            "from relexkit.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert"
+            " e.code == 0"
+        ),
+        (
+            "from relexkit.cli import main\ntry: main(['demo', '--help'])\nexcept SystemExit as e:"
+            " assert e.code == 0"
+        ),
     ],
 )
 def test_starting_loads_no_heavy_package(start):
@@ -280,7 +293,9 @@ def test_help_lists_every_command(capsys):
 
 
 def test_no_file_of_ours_names_a_private_place():
-    """A path of the machine where a file was written works nowhere else, and says what is nobody's business."""
+    """A path of the machine where a file was written works nowhere else, and says what is nobody's
+    business.
+    """
     names = ("work", "root", "home", "Users", "opt", "tmp", "mnt")
     places = re.compile(
         rb"(?<![\w.:/~\-])/(" + "|".join(names).encode() + rb")/[\w.]|[\w-]+\.internal\b"
@@ -313,7 +328,9 @@ def test_every_requirement_is_pinned():
 
 
 def test_every_pin_is_installed():
-    """The environment that runs these tests is the pinned one: the same versions, whatever build of torch."""
+    """The environment that runs these tests is the pinned one: the same versions, whatever build of
+    torch.
+    """
     from importlib.metadata import version
 
     pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

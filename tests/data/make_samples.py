@@ -2,7 +2,8 @@
 
     python tests/data/make_samples.py
 
-Run once for a format version and commit the result: later releases must read these very files (`tests/test_format.py`).
+Run once for a format version and commit the result: later releases must read these very files
+(`tests/test_format.py`).
 """
 
 import contextlib

@@ -1,9 +1,11 @@
-"""Make ``zero/``: checkpoints of a module of 80 parameters that DeepSpeed itself wrote, and what its own tool reads from them.
+"""Make ``zero/``: checkpoints of a module of 80 parameters that DeepSpeed itself wrote, and what
+its own tool reads from them.
 
     pip install 'relexkit[interop]' && python tests/data/make_zero.py
 
-Two gloo processes on CPU, bfloat16 with float32 masters, two parameter groups, a tied head, frozen parameters, a buffer.
-The committed files are from DeepSpeed 0.19.8 and PyTorch 2.13.0. ``reference.safetensors`` is the answer of
+Two gloo processes on CPU, bfloat16 with float32 masters, two parameter groups, a tied head, frozen
+parameters, a buffer. The committed files are from DeepSpeed 0.19.8 and PyTorch 2.13.0.
+``reference.safetensors`` is the answer of
 ``deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint``.
 """
 
@@ -24,7 +26,9 @@ OUT = Path(__file__).parent / "zero"
 
 
 class Model(torch.nn.Module):
-    """An embedding that is also the head, a frozen layer, a norm, and a buffer; odd sizes, so that partitions are padded."""
+    """An embedding that is also the head, a frozen layer, a norm, and a buffer; odd sizes, so that
+    partitions are padded.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> TrajectoryStore:
 
 
 def expected(store: TrajectoryStore, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram and number of still weights of each tensor from checked-out checkpoints, weight by weight."""
+    """Histogram and number of still weights of each tensor from checked-out checkpoints, weight by
+    weight.
+    """
     from safetensors.torch import load_file
 
     states = [
@@ -81,7 +83,9 @@ def test_every_encoding_equals_numpy_weight_by_weight(
 
 
 def test_the_walk_has_the_r2_of_brownian_motion() -> None:
-    """Mean of R^2 of a random walk on time over many steps, against a direct simulation by cumulative sums."""
+    """Mean of R^2 of a random walk on time over many steps, against a direct simulation by
+    cumulative sums.
+    """
     steps = np.arange(1, 201)
     shares = module._null_shares(np.minimum.outer(steps, steps).astype(float), steps)
     walks = np.random.default_rng(1).standard_normal((20000, 200)).cumsum(axis=1)

@@ -1,4 +1,6 @@
-"""The walk without direction: hand-computed statistics, simulated walks with the optimizer's own recursion, false alarms."""
+"""The walk without direction: hand-computed statistics, simulated walks with the optimizer's own
+recursion, false alarms.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_statistics_are_those_of_the_spectrum(centered: bool) -> None:
 
 
 def test_flipped_signs_keep_every_innovation_and_forget_directions() -> None:
-    """On a noiseless line of independent updates, by hand: every flip is a one-dimensional walk, its mean that of min(s, t)."""
+    """On a noiseless line of independent updates, by hand: every flip is a one-dimensional walk,
+    its mean that of min(s, t).
+    """
     line = np.arange(1.0, 31)[:, None] * np.ones(5)
     null = calibrate(line @ line.T[None], np.arange(1, 31), num_parameters=5, momentum=0.0)
     whole = null.whole

@@ -42,7 +42,8 @@ def test_directions_equal_the_svd_of_the_deltas(
     rank = int((singular > 1e-7 * singular[0]).sum())
     assert rank == min(num_columns, len(STEPS) - (centered and num_columns >= len(STEPS)))
     assert len(found.singular_values) == rank
-    # eigenvalues carry an error of 1e-16 of the largest, singular values in proportion to their distance from the first
+    # eigenvalues carry an error of 1e-16 of the largest, singular values in proportion to their
+    # distance from the first
     np.testing.assert_allclose(found.singular_values, singular[:rank], rtol=1e-9)
     np.testing.assert_allclose(
         found.explained_variance_ratio, singular[:rank] ** 2 / (singular**2).sum(), rtol=1e-9
@@ -186,7 +187,9 @@ def test_two_steps_have_no_r2_because_every_line_fits() -> None:
 
 @pytest.mark.parametrize("num_steps", [3, 9, 14, 40, 77])
 def test_a_move_at_the_first_step_only_leaves_no_centered_direction(num_steps: int) -> None:
-    """All rows are equal, so nothing varies about the mean: what is left after centering is rounding."""
+    """All rows are equal, so nothing varies about the mean: what is left after centering is
+    rounding.
+    """
     for seed in range(20):
         deltas = np.tile(np.random.default_rng(seed).standard_normal(30) * 1e-3, (num_steps, 1))
         [found] = spectrum(
@@ -225,7 +228,9 @@ def test_num_directions_by_hand() -> None:
 
 
 def test_the_null_has_the_shares_of_the_analytic_limit() -> None:
-    """Eigenfunctions sin((k - 1/2) pi x) of min(s, t): 8 / ((2k - 1)^2 pi^2) of the energy, and R^2 of sin(pi x / 2) on x."""
+    """Eigenfunctions sin((k - 1/2) pi x) of min(s, t): 8 / ((2k - 1)^2 pi^2) of the energy, and R^2
+    of sin(pi x / 2) on x.
+    """
     steps = np.arange(1, 801)
     null = decompose(walk_gram(steps))
     ratios = null.explained_variance_ratio

@@ -1,4 +1,6 @@
-"""The trajectory model: against dense algebra, on simulated trajectories of every kind, and on a real run."""
+"""The trajectory model: against dense algebra, on simulated trajectories of every kind, and on a
+real run.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def trajectory(
     noise: float = 1.0,
     rates: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Deltas ``[num_steps, D]`` of a simulated run, step by step; a warm optimizer took 200 steps before it."""
+    """Deltas ``[num_steps, D]`` of a simulated run, step by step; a warm optimizer took 200 steps
+    before it.
+    """
     rng = np.random.default_rng(seed)
     direction = rng.standard_normal(D)
     before = 200 if warm else 0
@@ -74,7 +78,7 @@ def fitted(deltas: np.ndarray, steps: np.ndarray, **options: np.ndarray) -> Traj
     return fit_trajectory(deltas @ deltas.T, steps, num_parameters=D, **options)
 
 
-# -- the algebra, against dense matrices and explicit recursions ------------------------------------------------------
+# -- the algebra, against dense matrices and explicit recursions -----------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.6, 0.9])
@@ -162,7 +166,9 @@ def test_a_grid_of_several_optimizer_steps_gives_nearly_the_same_weights(
 
 
 def test_a_walk_with_momentum_stands_still_without_coasting() -> None:
-    """The model goes on by most of what momentum still holds, ``beta / (1 - beta)`` updates; its drift alone hardly moves."""
+    """The model goes on by most of what momentum still holds, ``beta / (1 - beta)`` updates; its
+    drift alone hardly moves.
+    """
     deltas = trajectory(7, 60, beta=0.9)
     fit = fitted(deltas, np.arange(1, 61))
     held = 0.9 / (1 - 0.9) * (deltas[-1] - deltas[-2])
@@ -175,7 +181,7 @@ def test_a_walk_with_momentum_stands_still_without_coasting() -> None:
     assert np.linalg.norm(drifted) < 0.1 * np.linalg.norm(coasted)
 
 
-# -- simulated runs ---------------------------------------------------------------------------------------------------
+# -- simulated runs --------------------------------------------------------------------------------
 
 WALKS = {
     "independent updates": {},
@@ -211,7 +217,8 @@ def test_prediction_is_never_worse_than_hold_or_relex(kind: str) -> None:
         squares += [relative_error(a, observed, deltas[-1]) ** 2 for a in weights]
     assert last == len(weights[-1])
     *others, model = np.sqrt(squares)
-    # the fit itself costs something where hold is the best that can be done; one percent, measured below 0.3
+    # the fit itself costs something where hold is the best that can be done; one percent, measured
+    # below 0.3
     assert model < 1.01 * min(others)
 
 
@@ -227,7 +234,9 @@ def test_no_drift_is_claimed_on_walks(kind: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_drift_is_found_when_it_outweighs_the_noise_twofold(beta: float) -> None:
-    """``rho_T = drift^2 T = 2`` for independent updates; momentum changes neither sum at the last step much."""
+    """``rho_T = drift^2 T = 2`` for independent updates; momentum changes neither sum at the last
+    step much.
+    """
     for seed in range(3):
         fit = fitted(trajectory(200 + seed, 40, drift=np.sqrt(2 / 40), beta=beta), np.arange(1, 41))
         assert fit.p_value < 1e-6
@@ -263,7 +272,9 @@ def test_hyperparameters_of_a_turning_drift_are_recovered(lifetime: float, beta:
 
 @pytest.mark.parametrize("memory", [0.3, 0.6])
 def test_a_memory_of_the_noise_is_told_from_momentum_and_drift(memory: float) -> None:
-    """Gradients with a drift, and noise of which neighbours correlate; without the memory the drift seemed to die at once."""
+    """Gradients with a drift, and noise of which neighbours correlate; without the memory the drift
+    seemed to die at once.
+    """
     rng = np.random.default_rng(13)
     noise = rng.standard_normal((80, D))
     for index in range(1, 80):
@@ -331,7 +342,8 @@ def test_variance_is_the_squared_error_to_expect(kind: str) -> None:
     fit = fitted(deltas[:50], np.arange(1, 51))
     for target in (51, 60, 100):
         square = ((deltas[:50].T @ fit.weights(float(target)) - deltas[target - 1]) ** 2).sum()
-        # 2000 independent parameters scatter by 3 %; the doubt about the drift's survival makes the rest cautious
+        # 2000 independent parameters scatter by 3 %; the doubt about the drift's survival makes the
+        # rest cautious
         assert 0.6 < square / fit.variance(float(target)) < 1.15
 
 
@@ -360,11 +372,13 @@ def test_of_many_recorded_steps_the_latest_and_some_earlier_ones_are_used() -> N
     )
 
 
-# -- a real run, and use ----------------------------------------------------------------------------------------------
+# -- a real run, and use ---------------------------------------------------------------------------
 
 
 def real(precision: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gram matrix of all parameters of a GRPO run of SmolLM2-135M over 160 steps, from weights of this precision."""
+    """Gram matrix of all parameters of a GRPO run of SmolLM2-135M over 160 steps, from weights of
+    this precision.
+    """
     with np.load(Path(__file__).parents[1] / "data" / "smollm2_addition_160.npz") as data:
         gram = np.zeros((160, 160))
         gram[np.triu_indices(160)] = data[precision]
@@ -378,7 +392,9 @@ def error_of(gram: np.ndarray, weights: np.ndarray, target: int) -> float:
 
 
 def test_real_run_on_which_relex_collapses() -> None:
-    """Errors of the whole model's delta; hold has 0.48, 0.45, 0.75, 0.39, 0.55 and 0.353, RELEX 0.50 to 2.7."""
+    """Errors of the whole model's delta; hold has 0.48, 0.45, 0.75, 0.39, 0.55 and 0.353, RELEX
+    0.50 to 2.7.
+    """
     gram, steps, size = real("float32")
     expected = {
         (10, 20): 0.26,

@@ -1,4 +1,6 @@
-"""Products through PyTorch, here on the processor, against those of NumPy; what is said where a device is missing."""
+"""Products through PyTorch, here on the processor, against those of NumPy; what is said where a
+device is missing.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(command: list[str], size: int) -> list[subprocess.Popen[str]]:
-    """``size`` processes of a command with the variables that torchrun sets, but nobody to end them."""
+    """``size`` processes of a command with the variables that torchrun sets, but nobody to end
+    them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,7 +118,9 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_same_to_rounding(found: np.ndarray, expected: np.ndarray) -> None:
-    """Pieces summed in float32 begin where a process's columns do: equal to what an exact pass states, 1e-6 of the trace."""
+    """Pieces summed in float32 begin where a process's columns do: equal to what an exact pass
+    states, 1e-6 of the trace.
+    """
     assert (
         np.abs(found - expected).max(axis=(1, 2))
         <= ROUNDING_ERROR * np.trace(expected, axis1=1, axis2=2)
@@ -198,9 +202,10 @@ def test_a_process_that_dies_stops_the_others(dense: Path, tmp_path: Path) -> No
     path = tmp_path / "run.zarr"
     shutil.copytree(dense, path)
     dying = (
-        "import os, sys\nfrom relexkit.gram_matrix.onepass import Pass\nfrom relexkit.cli import main\nreal = Pass.run\n"
-        "def run(self):\n    if os.environ['RANK'] == '1' and self.part == 1: os._exit(9)\n    return real(self)\n"
-        f"Pass.run = run\nsys.exit(main(['spectrum', {str(path)!r}]))"
+        "import os, sys\nfrom relexkit.gram_matrix.onepass import Pass\nfrom relexkit.cli import"
+        " main\nreal = Pass.run\ndef run(self):\n    if os.environ['RANK'] == '1' and self.part =="
+        " 1: os._exit(9)\n    return real(self)\nPass.run = run\nsys.exit(main(['spectrum',"
+        f" {str(path)!r}]))"
     )
     (status, out, err), (died, _, _) = outcomes(start([sys.executable, "-c", dying], 2))
     assert died == 9

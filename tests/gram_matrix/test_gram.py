@@ -19,7 +19,9 @@ from relexkit.store import WriterLock
 from relexkit.weights.dtypes import round_to_mantissa_bits
 
 TOLERANCE = 1e-6
-"""Products of at most 8192 columns are added in float32, the sums in float64: about 1e-7 of the norms."""
+"""Products of at most 8192 columns are added in float32, the sums in float64: about 1e-7 of the
+norms.
+"""
 
 BIG = {
     EMBEDDING: (700, 301),
@@ -38,7 +40,9 @@ def encodings(store: TrajectoryStore) -> set[str]:
 
 
 def deltas_of(run: Run, name: str, mantissa_bits: int | None = None) -> np.ndarray:
-    """``M`` float64 ``[T, D]`` from the raw tensors; rounded to the mantissa bits of a float store if given."""
+    """``M`` float64 ``[T, D]`` from the raw tensors; rounded to the mantissa bits of a float store
+    if given.
+    """
     rows = np.stack([run.delta(step, name) for step in run.steps])
     if mantissa_bits is not None:
         flat = np.ascontiguousarray(rows.astype(np.float32).reshape(-1))
@@ -448,7 +452,9 @@ def test_unit_moves_of_a_scope_are_unknown_if_one_member_is_unknown() -> None:
 
 @pytest.mark.parametrize("encoding", ["sparse", "float"])
 def test_memory_does_not_grow_with_the_number_of_steps(encoding: str, tmp_path: Path) -> None:
-    """With 2 MiB to work in, 20 steps need what 5 steps need (8.4 MB of float32 deltas against 34 MB)."""
+    """With 2 MiB to work in, 20 steps need what 5 steps need (8.4 MB of float32 deltas against 34
+    MB).
+    """
     shapes = {EMBEDDING: (1000, 419)}
     dtype = "bfloat16" if encoding == "sparse" else "float32"
     peaks = []

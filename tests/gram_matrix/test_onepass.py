@@ -1,4 +1,6 @@
-"""The plan of a pass and its counts; the products themselves are held to oracles in test_gram.py and test_randomized.py."""
+"""The plan of a pass and its counts; the products themselves are held to oracles in test_gram.py
+and test_randomized.py.
+"""
 
 from __future__ import annotations
 

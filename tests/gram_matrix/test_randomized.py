@@ -54,7 +54,9 @@ def spectra() -> dict[str, np.ndarray]:
 
 
 def svd(deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors and singular values in float64; of a long matrix, after an orthogonal reduction of its columns."""
+    """Left singular vectors and singular values in float64; of a long matrix, after an orthogonal
+    reduction of its columns.
+    """
     triangle = np.linalg.qr(deltas.T, mode="r")
     left, singular, _ = np.linalg.svd(triangle.T)
     return left, np.pad(singular, (0, 2))
@@ -154,7 +156,9 @@ def test_norms_trace_and_counts_are_exact(cases) -> None:
 @settings(deadline=None, max_examples=40)
 @given(trajectories(max_steps=40, max_columns=60), st.integers(0, 3))
 def test_any_shape_through_the_completion(drawn: Trajectory, seed: int) -> None:
-    """Irregular steps, zero rows, fewer columns than steps, tiny and huge: PSD, exact norms, what lies in Q exact."""
+    """Irregular steps, zero rows, fewer columns than steps, tiny and huge: PSD, exact norms, what
+    lies in Q exact.
+    """
     matrix = drawn.deltas @ drawn.deltas.T
     count = min(len(drawn.steps), 6)
     basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(drawn.steps), count)))[0]
@@ -177,7 +181,9 @@ def test_any_shape_through_the_completion(drawn: Trajectory, seed: int) -> None:
 def test_any_shape_through_a_store(
     tmp_path_factory: pytest.TempPathFactory, drawn: Trajectory
 ) -> None:
-    """Where ``Q`` spans all steps or all motion, the randomized result is the exact one; components never exceed steps."""
+    """Where ``Q`` spans all steps or all motion, the randomized result is the exact one; components
+    never exceed steps.
+    """
     store = store_of(
         tmp_path_factory.mktemp("drawn") / "run.zarr", {"w": drawn.deltas}, drawn.steps
     )

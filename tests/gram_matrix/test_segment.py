@@ -1,4 +1,6 @@
-"""Runs with jumps: what analysis takes of them, and the segment since the last jump against the definition."""
+"""Runs with jumps: what analysis takes of them, and the segment since the last jump against the
+definition.
+"""
 
 from __future__ import annotations
 

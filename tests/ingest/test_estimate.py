@@ -46,7 +46,8 @@ def test_the_size_is_that_of_the_store_that_an_import_writes(
     sizes = import_checkpoints(
         run.source, tmp_path / "s.zarr", base=run.base, encoding=encoding
     ).store.num_bytes()
-    # a slice of the same random changes; descriptions (zarr.json) and the index are not scaled down with it
+    # a slice of the same random changes; descriptions (zarr.json) and the index are not scaled down
+    # with it
     assert found.step_bytes == pytest.approx(
         sizes.get("updates", 0) + sizes.get("deltas", 0), rel=0.15
     )

@@ -1,4 +1,6 @@
-"""Import: every bit of every step comes back, every bad input is refused by name, and nothing half-written stays."""
+"""Import: every bit of every step comes back, every bad input is refused by name, and nothing
+half-written stays.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def assert_same_content(first: Path, second: Path) -> None:
         assert one[name] == two[name], name
 
 
-# -- lossless ---------------------------------------------------------------------------------------------------------
+# -- lossless --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -224,7 +226,7 @@ def test_the_encoding_follows_the_density_and_the_wish(
     store.verify()
 
 
-# -- bases, selections, ties ------------------------------------------------------------------------------------------
+# -- bases, selections, ties -----------------------------------------------------------------------
 
 
 def test_step_0_is_the_base_when_none_is_given(tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_one_step_no_motion_and_frozen_tensors_work(tmp_path: Path) -> None:
     )
 
 
-# -- appending --------------------------------------------------------------------------------------------------------
+# -- appending -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -440,7 +442,7 @@ def test_more_steps_than_the_arrays_were_made_for(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.metrics()["reward"], np.arange(1, 135) / 10)
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def set_value(name: str, index: int, value: float) -> Callable[[Weights], None]:
@@ -552,7 +554,9 @@ def test_a_bad_step_is_named_and_the_steps_before_it_stay(
 def test_a_tensor_that_shrank_or_grew_is_named(
     tmp_path: Path, layout: str, step: int, rows: int, head: str | None
 ) -> None:
-    """Sampling the density and comparing tied weights read ahead: they must not read beyond a shorter tensor."""
+    """Sampling the density and comparing tied weights read ahead: they must not read beyond a
+    shorter tensor.
+    """
     run = write_run(tmp_path, layout=layout, head=head)
     tensors = run.weights[step] | {EMBEDDING: torch.ones(rows, 8, dtype=torch.bfloat16)}
     write_checkpoint(run.folders[step], tensors, layout=layout)
@@ -721,7 +725,7 @@ def test_a_float32_base_of_bfloat16_steps_says_how_to_round_it(tmp_path: Path) -
         import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base)
 
 
-# -- the place of the store -------------------------------------------------------------------------------------------
+# -- the place of the store ------------------------------------------------------------------------
 
 
 def test_what_is_no_store_is_neither_overwritten_nor_deleted(tmp_path: Path) -> None:
@@ -787,14 +791,16 @@ def test_a_store_that_is_being_written_is_refused_and_named(tmp_path: Path) -> N
     check_lossless(import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store, run)
 
 
-# -- disk full --------------------------------------------------------------------------------------------------------
+# -- disk full -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [100, 2_000, 8_000, 20_000, 40_000])
 def test_a_file_size_limit_is_a_stated_error_and_leaves_whole_steps(
     tmp_path: Path, limit: int
 ) -> None:
-    """The kernel refuses to let a file grow past RLIMIT_FSIZE (EFBIG), as it refuses on a full disk."""
+    """The kernel refuses to let a file grow past RLIMIT_FSIZE (EFBIG), as it refuses on a full
+    disk.
+    """
     run = write_run(tmp_path, shapes={"w": (30_000,), "v": (300, 9)}, density=0.6, steps=(1, 2, 3))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "s.zarr"
@@ -813,7 +819,9 @@ def test_a_file_size_limit_is_a_stated_error_and_leaves_whole_steps(
 def test_a_full_disk_at_any_write_leaves_whole_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """The k-th write of the store and all after it fail with ENOSPC, for growing k until an import gets through."""
+    """The k-th write of the store and all after it fail with ENOSPC, for growing k until an import
+    gets through.
+    """
     import zarr.storage._local as local
 
     from relexkit.store.fastpath import chunk_files

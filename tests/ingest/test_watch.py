@@ -212,7 +212,10 @@ def test_a_step_that_reads_back_differently_deletes_nothing(
     monkeypatch.setattr(StoreWriter, "write_sparse", wrong)
     with pytest.raises(
         StoreError,
-        match=r"step 2 reads back differently from its checkpoint, near tensor '.*'; nothing was deleted",
+        match=(
+            r"step 2 reads back differently from its checkpoint, near tensor '.*'; nothing was"
+            r" deleted"
+        ),
     ):
         watch(folder, tmp_path / "s.zarr", base=run.base, delete_after=True, **QUICK)
     assert len(list(folder.iterdir())) == 4

@@ -1,8 +1,8 @@
 """Agreement with the released RELEX scripts on consecutive steps.
 
-The pipeline is derived again here from its description: weights cast to float16, differences in float16, Gram matrix in
-float32, one direction per tensor, a line against row numbers. Set RELEXKIT_REFERENCE to a clone of the released scripts
-(weizhepei/RELEX) and they are run as well.
+The pipeline is derived again here from its description: weights cast to float16, differences in
+float16, Gram matrix in float32, one direction per tensor, a line against row numbers. Set
+RELEXKIT_REFERENCE to a clone of the released scripts (weizhepei/RELEX) and they are run as well.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def test_row_and_step_axes_agree_on_consecutive_steps(tmp_path: Path) -> None:
 
 
 def grid_run(folder: Path) -> Run:
-    """Bfloat16 weights on a grid of 2^-9, so that float16 holds every weight and every difference exactly."""
+    """Bfloat16 weights on a grid of 2^-9, so that float16 holds every weight and every difference
+    exactly.
+    """
     random = np.random.default_rng(23)
     shapes = LLAMA_SHAPES
     line = {n: random.standard_normal(s) for n, s in shapes.items()}

@@ -1,4 +1,6 @@
-"""Written checkpoints against float64 predictions from the raw tensors, recorded bits, transformers, and crashes."""
+"""Written checkpoints against float64 predictions from the raw tensors, recorded bits,
+transformers, and crashes.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,9 @@ def test_hold_reproduces_the_last_step_bit_for_bit(case: str, tmp_path: Path) ->
 
 
 def test_a_negative_zero_that_never_moved_stays_negative(tmp_path: Path) -> None:
-    """A base of -0.0 plus a delta of nothing is -0.0: predictions leave alone what the run left alone."""
+    """A base of -0.0 plus a delta of nothing is -0.0: predictions leave alone what the run left
+    alone.
+    """
     for case in ("sparse", "exact", "float"):
         dtype = getattr(torch, CASES[case]["dtype"])
         run = write_run(tmp_path / case, motion="drift", steps=(2, 3), **CASES[case])
@@ -248,7 +252,8 @@ def test_stochastic_rounding_takes_neighbours_and_keeps_the_mean(tmp_path: Path)
     error = torch.cat(
         [((mean[n] - exact[n].double()) / (exact[n].abs() + 1e-9)).reshape(-1) for n in exact]
     )
-    # one draw is off by at most 2**-7; the mean of 40 draws and 1,800 weights by its 1/270th, three times over
+    # one draw is off by at most 2**-7; the mean of 40 draws and 1,800 weights by its 1/270th, three
+    # times over
     assert error.mean().abs() < 3 * 2.0**-7 / np.sqrt(40 * error.numel())
 
 
@@ -287,7 +292,9 @@ def test_checkout_is_bit_for_bit_after_the_folders_are_gone(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("asked", ["exact", "float"])
 def test_parts_that_hold_one_value_only(asked: str, dtype: str, tmp_path: Path) -> None:
-    """A base of zeros, a step that moves every weight by minus one unit, one that moves nothing: data, not missing chunks."""
+    """A base of zeros, a step that moves every weight by minus one unit, one that moves nothing:
+    data, not missing chunks.
+    """
     kind, integer = getattr(torch, dtype), {"float32": torch.int32, "bfloat16": torch.int16}[dtype]
     zeros, ones = torch.zeros(40, dtype=kind), torch.linspace(0.1, 0.9, 40).to(kind)
     for case, base in {"zeros": zeros, "ones": ones}.items():
@@ -367,7 +374,7 @@ def test_an_output_dtype_is_written_into_the_config(tmp_path: Path) -> None:
     assert tensors_of(p.folder)[EMBEDDING].dtype == torch.float16
 
 
-# -- transformers -----------------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -463,7 +470,7 @@ def test_apply_refuses_a_model_that_does_not_fit(tmp_path: Path) -> None:
         apply(store, Reshaped(), weights)
 
 
-# -- rounding of any checkpoint ---------------------------------------------------------------------------------------
+# -- rounding of any checkpoint --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["hf", "sharded", "bin"])
@@ -525,7 +532,7 @@ def test_round_refuses_what_the_format_cannot_hold_and_leaves_nothing(tmp_path: 
         round_checkpoint(tmp_path / "big", tmp_path / "out", dtype="int8")
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------
 
 
 def test_a_rerun_skips_a_finished_folder_and_refuses_another(tmp_path: Path) -> None:
@@ -617,7 +624,9 @@ def test_a_full_disk_leaves_nothing(
         calls = 0 if action is actions[0] else 1
         with pytest.raises(
             StoreError,
-            match=r"cannot be written \(No space left on device\); nothing was left there: free space",
+            match=(
+                r"cannot be written \(No space left on device\); nothing was left there: free space"
+            ),
         ):
             action()
         assert listing(tmp_path / "out") == set()
@@ -743,7 +752,7 @@ def test_model_card(tmp_path: Path) -> None:
     assert "variance" not in card
 
 
-# -- crashes ----------------------------------------------------------------------------------------------------------
+# -- crashes ---------------------------------------------------------------------------------------
 
 CHILD = """
 import sys
@@ -826,8 +835,8 @@ def test_a_file_size_limit_is_a_stated_error(tmp_path: Path) -> None:
     _, store = make(tmp_path, "sparse", shapes=BIG, extras=False)
     gram(store)
     code = (
-        "import resource, sys\nfrom relexkit import cli\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nsys.exit(cli.main(sys.argv[1:]))"
+        "import resource, sys\nfrom relexkit import cli\nresource.setrlimit(resource.RLIMIT_FSIZE,"
+        " (100_000, 100_000))\nsys.exit(cli.main(sys.argv[1:]))"
     )
     ran = subprocess.run(
         [
@@ -854,7 +863,9 @@ def test_a_file_size_limit_is_a_stated_error(tmp_path: Path) -> None:
 
 
 def test_checkout_of_another_store_is_not_taken_for_finished(tmp_path: Path) -> None:
-    """Two runs of the same base in folders of the same name say the same of themselves, but for their weights."""
+    """Two runs of the same base in folders of the same name say the same of themselves, but for
+    their weights.
+    """
     first = write_run(tmp_path / "a", steps=(1, 2), seed=3)
     second = write_run(tmp_path / "b", steps=(1, 2), seed=3, density=0.5)
     stores = [

@@ -1,4 +1,6 @@
-"""Every method against a formula on the explicit delta matrix: SVD, least squares and the released fits, re-derived here."""
+"""Every method against a formula on the explicit delta matrix: SVD, least squares and the released
+fits, re-derived here.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def predicted(
 
 
 def close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-8) -> None:
-    """Relative error of the predicted delta; eigenvectors of G carry about 1e-16 times the squared condition."""
+    """Relative error of the predicted delta; eigenvectors of G carry about 1e-16 times the squared
+    condition.
+    """
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
 
 
@@ -94,7 +98,8 @@ def test_autoregressive_refit_ends_at_a_target_between_steps() -> None:
     close(predicted(line, STEPS, 20, refit_every=2), line[0] * 20)
 
 
-# The released scripts fit against row numbers 0..W-1 and evaluate at W-1 + (target - last step); with refitting they
+# The released scripts fit against row numbers 0..W-1 and evaluate at W-1 + (target - last step);
+# with refitting they
 # evaluate at row W at every step, also between refits.
 
 
@@ -137,7 +142,9 @@ def test_row_axis_equals_the_released_formulas(
     )
     if (
         fit == "sinusoid"
-    ):  # of a nearly straight coefficient any long wave is as good: only a turning one has a single best fit
+        # of a nearly straight coefficient any long wave is as good: only a turning one has a single
+        # best fit
+    ):
         turning = 2 + np.sin(2 * np.pi * np.arange(len(steps)) / 4.6 + 0.3)
         deltas = np.outer(turning, deltas[-1]) + 0.01 * deltas
     coefficients, right = directions(deltas, 1)
@@ -145,7 +152,8 @@ def test_row_axis_equals_the_released_formulas(
     at = len(tail) - 1 + (47 - steps[-1])
     expected = released_row_fit(tail, at, fit, degree) * right[0]
     options: dict[str, Any] = {"degree": degree} if fit == "polynomial" else {}
-    # curve_fit stops at a relative change of 1.5e-8 in the sum of squares, and in floating point depends on the sign
+    # curve_fit stops at a relative change of 1.5e-8 in the sum of squares, and in floating point
+    # depends on the sign
     close(
         predicted(deltas, steps, 47, fit=fit, window=window, axis="row", **options), expected, 1e-5
     )
@@ -225,7 +233,8 @@ def test_reconstruct_projects_a_step_on_the_first_directions(rank: int) -> None:
     coefficients, right = directions(DELTAS, rank)
     for row, step in enumerate(STEPS):
         found = predicted(DELTAS, STEPS, step, "reconstruct", rank=rank)
-        # small early steps are read against the size of the run: directions are fixed to 1e-8 of the first
+        # small early steps are read against the size of the run: directions are fixed to 1e-8 of
+        # the first
         assert np.linalg.norm(found - coefficients[row] @ right) <= 1e-8 * np.linalg.norm(DELTAS)
 
 
@@ -303,7 +312,10 @@ def test_one_step_works_where_one_step_is_enough() -> None:
     ("message", "method", "options"),
     [
         (
-            r"1 recorded step cannot fix a polynomial of degree 1; record more steps, .*two-point or hold",
+            (
+                r"1 recorded step cannot fix a polynomial of degree 1; record more steps,"
+                r" .*two-point or hold"
+            ),
             "relex",
             {},
         ),
@@ -432,7 +444,8 @@ def test_relex_with_every_direction_is_least_squares_per_weight(
     weights = predict_weights(
         gram_of({"w": given_run.deltas}, given_run.steps), [target], method="least-squares"
     )[0, 0]
-    # directions below 1e-7 of the first are dropped, those near it are known to about a tenth of their size
+    # directions below 1e-7 of the first are dropped, those near it are known to about a tenth of
+    # their size
     bound = 1e-6 * np.linalg.norm(given_run.deltas, 2) * max(1.0, float(np.linalg.norm(weights)))
     assert np.linalg.norm(found - given_run.deltas.T @ weights) <= bound
 

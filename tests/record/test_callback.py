@@ -177,7 +177,9 @@ def test_only_every_nth_step_and_matching_tensors_are_recorded(tmp_path: Path) -
     frozen.model.layers[0].mlp.requires_grad_(False)
     with pytest.raises(
         RelexkitError,
-        match=r"tensors near '.*' were recorded otherwise in .*; expected the same include, exclude",
+        match=(
+            r"tensors near '.*' were recorded otherwise in .*; expected the same include, exclude"
+        ),
     ):
         small_trainer(tmp_path / "run", other, model=frozen, save_steps=4).train(
             resume_from_checkpoint=str(tmp_path / "run/checkpoint-4")
@@ -189,7 +191,9 @@ def test_patterns_that_leave_nothing_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(
         RelexkitError,
-        match=r"include \['nothing'\] and exclude \[\] leave no trained tensor; the model has model",
+        match=(
+            r"include \['nothing'\] and exclude \[\] leave no trained tensor; the model has model"
+        ),
     ):
         small_trainer(
             tmp_path / "run", RecorderCallback(tmp_path / "s.zarr", include=["nothing"])
@@ -246,7 +250,10 @@ def test_a_store_that_ends_too_early_for_the_checkpoint_is_refused(tmp_path: Pat
     small_trainer(tmp_path / "run", RecorderCallback(tmp_path / "other.zarr"), max_steps=5).train()
     with pytest.raises(
         StoreError,
-        match=r"holds 2 steps from 1 to 2; expected step 5 in it, because training resumes from step 5",
+        match=(
+            r"holds 2 steps from 1 to 2; expected step 5 in it, because training resumes from"
+            r" step 5"
+        ),
     ):
         small_trainer(tmp_path / "run", RecorderCallback(tmp_path / "s.zarr")).train(
             resume_from_checkpoint=str(tmp_path / "run/checkpoint-5")

@@ -256,7 +256,10 @@ def quantised() -> Any:
     [
         (
             begun,
-            "the adapter is not new: its delta is not zero before the first step; merge it into the base",
+            (
+                "the adapter is not new: its delta is not zero before the first step; merge it into"
+                " the base"
+            ),
         ),
         (merged, "the adapter is merged into the base; call unmerge_adapter"),
         (quantised, r"q_proj.weight' is kept in another shape, \[128, 1\], probably quantised"),

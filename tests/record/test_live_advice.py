@@ -1,4 +1,6 @@
-"""Advice while a run trains: what ``advise`` says of the same steps, in the background, and never an error."""
+"""Advice while a run trains: what ``advise`` says of the same steps, in the background, and never
+an error.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,10 @@ def test_it_takes_a_share_of_the_time_only(monkeypatch) -> None:
     recorder = SimpleNamespace(live_sketch=None, store=SimpleNamespace(path="none"))
     live, news = LiveAdvice(recorder, every=2, share=0.1), {}
     for last in range(
-        1, 41
-    ):  # two seconds a step: after an advice of three seconds the next one is due thirty seconds later
+        1,
+        41,
+        # two seconds a step: after an advice of three seconds the next one is due thirty seconds later
+    ):
         clock.now = 2.0 * last
         recorder.live_sketch = (np.arange(1, last + 1), np.zeros((last, 4), np.float32))
         if (found := live.update()) is not None:

@@ -1,4 +1,6 @@
-"""Weights of sharded and wrapped models, one whole tensor at a time. FSDP is in test_callback.py, with two processes."""
+"""Weights of sharded and wrapped models, one whole tensor at a time. FSDP is in test_callback.py,
+with two processes.
+"""
 
 import subprocess
 import sys
@@ -105,8 +107,9 @@ def test_float32_masters_of_deepspeed_are_recorded(stage: int, tmp_path: Path) -
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
     read = (
-        "import sys, torch; from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as read; "
-        "torch.save(read(sys.argv[1], 'last'), sys.argv[2])"
+        "import sys, torch; from deepspeed.utils.zero_to_fp32 import"
+        " get_fp32_state_dict_from_zero_checkpoint as read; torch.save(read(sys.argv[1], 'last'),"
+        " sys.argv[2])"
     )
     subprocess.run(
         [sys.executable, "-c", read, str(tmp_path / "saved"), str(tmp_path / "masters.pt")],

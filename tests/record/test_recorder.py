@@ -1,4 +1,6 @@
-"""A live model into a store: against what the model held, across restarts, failures and several processes."""
+"""A live model into a store: against what the model held, across restarts, failures and several
+processes.
+"""
 
 from __future__ import annotations
 

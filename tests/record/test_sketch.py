@@ -24,7 +24,8 @@ def fed(sketch: Sketch, deltas: np.ndarray, steps: np.ndarray) -> Sketch:
 def shapes() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     walk = trajectory("walk", STEPS, 300_000, seed=1).deltas
-    # an update of a matrix is often of low rank: proportional rows, which must not fall on each other
+    # an update of a matrix is often of low rank: proportional rows, which must not fall on each
+    # other
     proportional = np.stack(
         [np.outer(random.standard_normal(300), np.ones(1000)).reshape(-1) * s for s in STEPS]
     )
@@ -48,7 +49,8 @@ def test_inner_products_are_estimated_to_their_stated_error(name: str) -> None:
         errors.append((found - deltas @ deltas.T) / np.outer(norms, norms))
         ratios.append(decompose(found).explained_variance_ratio[0])
     spread = np.sqrt(np.mean(np.square(errors)))
-    # sqrt(2 / width) is 1.1 %. One column has only 300 elements, each a bucket of its own: fewer collisions, larger ones
+    # sqrt(2 / width) is 1.1 %. One column has only 300 elements, each a bucket of its own: fewer
+    # collisions, larger ones
     assert spread < (0.02 if name != "column" else 0.1)
     truth = decompose(deltas @ deltas.T).explained_variance_ratio[0]
     assert abs(np.mean(ratios) - truth) < (0.01 if name != "column" else 0.05)

@@ -1,6 +1,7 @@
 """Kill the import anywhere: the store holds whole steps only, and the same command completes it.
 
-This file is also the program that does the killing: it imports relexkit once and forks a fresh import for every crash.
+This file is also the program that does the killing: it imports relexkit once and forks a fresh
+import for every crash.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ MUTATIONS = {
     "os.truncate",
     "shutil.rmtree",
 }
-"""Audit events of the interpreter that change a file system; writing shows as ``open`` with a writing mode."""
+"""Audit events of the interpreter that change a file system; writing shows as ``open`` with a
+writing mode.
+"""
 
 CRASHED = 99
 
 
 def in_child(work: Callable[[], Any]) -> Iterator[Any]:
-    """Fork and run ``work`` there; yields the process id at once, then its result (None if it died)."""
+    """Fork and run ``work`` there; yields the process id at once, then its result (None if it
+    died).
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -66,7 +71,9 @@ def run_child(work: Callable[[], Any]) -> Any:
 
 
 def crash_at(count: int, below: str) -> None:
-    """End this process, as a kill would, just before its ``count``-th change of a file under ``below``."""
+    """End this process, as a kill would, just before its ``count``-th change of a file under
+    ``below``.
+    """
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -108,7 +115,9 @@ def look(out: Path) -> dict[str, Any]:
 
 
 class Killer:
-    """Forks imports of one run and kills them. Nothing here may start a thread: it would not survive the fork."""
+    """Forks imports of one run and kills them. Nothing here may start a thread: it would not
+    survive the fork.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -149,7 +158,9 @@ class Killer:
         print(json.dumps({"changes": count}), flush=True)
 
     def twice(self, stride: int) -> None:
-        """Crash, then crash early in the restart, which clears away or discards what is unfinished, then complete."""
+        """Crash, then crash early in the restart, which clears away or discards what is unfinished,
+        then complete.
+        """
         for count in range(3, 500, stride):
             for again in (2, 4, 7, 15):
                 out = self.folder / f"{count}-{again}.zarr"
@@ -161,7 +172,9 @@ class Killer:
                 )
 
     def at_random(self, kills: int, seed: int) -> None:
-        """SIGKILL the command at random moments; after each kill look, then run it again, until it gets through."""
+        """SIGKILL the command at random moments; after each kill look, then run it again, until it
+        gets through.
+        """
         moments = random.Random(seed)
         command = ["import", str(self.source), "-o", "", "--base", str(self.base), "--json"]
         began = time.monotonic()
@@ -220,7 +233,9 @@ def check_reports(reports: list[dict[str, Any]], steps: list[int]) -> None:
 
 
 def write_small_run(folder: Path) -> list[int]:
-    """Float16 matrices in a log, a dense float32 vector, a buffer and metrics: every kind of file, few of each."""
+    """Float16 matrices in a log, a dense float32 vector, a buffer and metrics: every kind of file,
+    few of each.
+    """
     steps = [1, 2, 4]
     shapes = {"model.embed_tokens.weight": (53, 8), "model.norm.weight": (40,)}
     write_run(
@@ -283,7 +298,9 @@ def test_killed_at_random_moments_the_store_opens_and_the_same_command_completes
 
 
 def test_the_command_itself_survives_sigkill(tmp_path: Path) -> None:
-    """``python -m relexkit import`` in a process of its own, killed as soon as the store has its first, fourth... step."""
+    """``python -m relexkit import`` in a process of its own, killed as soon as the store has its
+    first, fourth... step.
+    """
     steps = list(range(1, 13))
     run = write_run(tmp_path, steps=steps, density=0.08)
     out = tmp_path / "s.zarr"

@@ -1,4 +1,6 @@
-"""Stores written by an earlier release are read for ever: the committed samples hold what is committed beside them."""
+"""Stores written by an earlier release are read for ever: the committed samples hold what is
+committed beside them.
+"""
 
 import shutil
 from pathlib import Path

@@ -43,7 +43,9 @@ def bucket() -> Iterator[str]:
 def pair(
     bucket: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, TrajectoryStore, TrajectoryStore]:
-    """One run, its local store and its remote one, written in two goes. Dense rows; the sparse log comes below."""
+    """One run, its local store and its remote one, written in two goes. Dense rows; the sparse log
+    comes below.
+    """
     folder = tmp_path_factory.mktemp("remote")
     run = write_run(
         folder,

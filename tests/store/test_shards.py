@@ -1,4 +1,6 @@
-"""The shortcut past Zarr's pipeline gives what Zarr gives, for every range and kind of array, and refuses damage."""
+"""The shortcut past Zarr's pipeline gives what Zarr gives, for every range and kind of array, and
+refuses damage.
+"""
 
 from pathlib import Path
 

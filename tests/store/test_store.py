@@ -41,7 +41,7 @@ def small_store(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "s.zarr"
 
 
-# -- damage -----------------------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 def observe(path: Path) -> dict[str, Any]:
@@ -66,7 +66,9 @@ def observe(path: Path) -> dict[str, Any]:
 
 
 def verdict(path: Path, intact: dict[str, Any]) -> str | None:
-    """What went wrong with a damaged store; None if it was refused in one line or is provably unaffected."""
+    """What went wrong with a damaged store; None if it was refused in one line or is provably
+    unaffected.
+    """
     try:
         seen = observe(path)
     except StoreError as error:
@@ -191,7 +193,7 @@ def test_chunks_of_two_steps_that_were_swapped_are_noticed(small_store: Path) ->
     TrajectoryStore(small_store).verify()
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 def test_what_is_no_store_is_refused_in_words(tmp_path: Path) -> None:
@@ -239,12 +241,14 @@ def test_a_step_that_is_not_recorded_is_refused(bfloat16_store: TrajectoryStore)
 
 
 def count_opened_files(path: Path) -> int:
-    """Files below ``path`` that opening a store opens, counted by the interpreter's audit events in a new process."""
+    """Files below ``path`` that opening a store opens, counted by the interpreter's audit events in
+    a new process.
+    """
     script = (
-        "import sys\nfrom relexkit import TrajectoryStore\nopened = []\n"
-        "def hook(event, arguments):\n"
-        "    if event == 'open' and str(arguments[0]).startswith(sys.argv[1]): opened.append(arguments[0])\n"
-        "sys.addaudithook(hook)\nstore = TrajectoryStore(sys.argv[1])\nprint(len(store.steps), len(opened))\n"
+        "import sys\nfrom relexkit import TrajectoryStore\nopened = []\ndef hook(event,"
+        " arguments):\n    if event == 'open' and str(arguments[0]).startswith(sys.argv[1]):"
+        " opened.append(arguments[0])\nsys.addaudithook(hook)\nstore ="
+        " TrajectoryStore(sys.argv[1])\nprint(len(store.steps), len(opened))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
@@ -266,7 +270,7 @@ def test_opening_a_store_of_a_thousand_steps_reads_as_few_files_as_one_of_five(
     assert count_opened_files(tmp_path / "long.zarr") == few
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def test_readers_see_committed_steps_only(bfloat16_run: Run, tmp_path: Path) -> None:
@@ -332,7 +336,9 @@ def test_another_process_that_writes_is_named_and_its_death_frees_the_store(
         assert owner.stdout.readline() == "locked\n"
         with pytest.raises(
             StoreError,
-            match=rf"s\.zarr: is being written by process {owner.pid} of .* on .*; wait until it ends",
+            match=(
+                rf"s\.zarr: is being written by process {owner.pid} of .* on .*; wait until it ends"
+            ),
         ):
             import_checkpoints(bfloat16_run.source, out, base=bfloat16_run.base)
         assert TrajectoryStore(out).steps.tolist() == [1, 2]  # readers do not care
@@ -340,7 +346,7 @@ def test_another_process_that_writes_is_named_and_its_death_frees_the_store(
     assert import_checkpoints(bfloat16_run.source, out, base=bfloat16_run.base).added == [3, 5, 9]
 
 
-# -- helpers ----------------------------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def test_blocks_cover_every_column_once() -> None:

@@ -55,11 +55,13 @@ def test_a_group_without_variance_has_no_advantage(scale):
     assert (group_advantages(torch.full((2, 4), 0.3), scale) == 0).all()
 
 
-# -- LamPO ------------------------------------------------------------------------------------------------------------
+# -- LamPO -----------------------------------------------------------------------------------------
 
 
 def test_lampo_by_hand():
-    """Rewards 1 and 0, and a policy that prefers the better one by ln 3: the weight is sigmoid(-ln 3) = 1/4."""
+    """Rewards 1 and 0, and a policy that prefers the better one by ln 3: the weight is sigmoid(-ln
+    3) = 1/4.
+    """
     reward, logp = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -np.log(3)]])
     np.testing.assert_allclose(lampo_advantages(reward, logp, 1.0), [[0.25, -0.25]], rtol=1e-6)
     np.testing.assert_allclose(lampo_advantages(reward, -logp, 1.0), [[0.75, -0.75]], rtol=1e-6)

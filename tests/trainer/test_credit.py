@@ -1,4 +1,6 @@
-"""Advantages, token coefficients and measurements inside a training: their effects, the same whatever the split."""
+"""Advantages, token coefficients and measurements inside a training: their effects, the same
+whatever the split.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,7 @@ def test_two_processes_agree_with_one(base, tmp_path, run):
                 ), name
 
 
-# -- re-grounding -----------------------------------------------------------------------------------------------------
+# -- re-grounding ----------------------------------------------------------------------------------
 
 REGROUNDING: dict[str, Any] = {"max_steps": 11, "regrounding": {"train_steps": 3, "jump_steps": 2}}
 
@@ -206,7 +208,7 @@ def test_regrounding_needs_one_process(base, tmp_path):
         check_processes(settings(base, tmp_path / "run", gradient_noise_parts=4), two)
 
 
-# -- rewards, informativeness, bad input ------------------------------------------------------------------------------
+# -- rewards, informativeness, bad input -----------------------------------------------------------
 
 
 def test_rouge_l_by_hand():

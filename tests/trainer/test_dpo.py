@@ -1,4 +1,6 @@
-"""DPO: losses and gradients equal TRL's, micro-batches that change nothing, and a model that learns its pairs."""
+"""DPO: losses and gradients equal TRL's, micro-batches that change nothing, and a model that learns
+its pairs.
+"""
 
 from __future__ import annotations
 

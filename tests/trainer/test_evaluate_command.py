@@ -1,4 +1,6 @@
-"""``relexkit evaluate`` on folders and on steps of a store: each equals an evaluation of the written checkpoint."""
+"""``relexkit evaluate`` on folders and on steps of a store: each equals an evaluation of the
+written checkpoint.
+"""
 
 from __future__ import annotations
 

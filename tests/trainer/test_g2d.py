@@ -75,7 +75,9 @@ def test_one_run_gives_every_k(run, tmp_path):
 
 
 def test_the_recorded_run_is_extrapolated_like_any_other(run, tmp_path):
-    """LamPO with DelTA, recorded, extrapolated: the prediction loads, and RELEX of the last steps goes on from them."""
+    """LamPO with DelTA, recorded, extrapolated: the prediction loads, and RELEX of the last steps
+    goes on from them.
+    """
     (prediction,) = extrapolate(
         TrajectoryStore(run / "run.zarr"), [5], tmp_path / "out", rounding="nearest"
     )

@@ -51,7 +51,8 @@ def test_intervals_cover_what_they_should():
         covered[0] += low <= 2 / 3 <= high
         difference = paired_difference(first, second)
         covered[1] += difference.interval[0] <= 0.5 * 0.2 * 2 / 3 <= difference.interval[1]
-    # 95 % within four standard errors of 2000 draws (0.5 %), and one more on top for the approximation
+    # 95 % within four standard errors of 2000 draws (0.5 %), and one more on top for the
+    # approximation
     assert (covered / 2000 > 0.92).all()
     assert (covered / 2000 < 0.985).all()
 

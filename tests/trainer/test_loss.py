@@ -1,4 +1,6 @@
-"""The surrogate against direct formulas, and against TRL's loss and its gradients on identical inputs."""
+"""The surrogate against direct formulas, and against TRL's loss and its gradients on identical
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def config(**options: Any) -> GRPOConfig:
 
 
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Four completions of 5, 3, 0 and 1 tokens; the ratios lie on both sides of the clip range, advantages of both signs."""
+    """Four completions of 5, 3, 0 and 1 tokens; the ratios lie on both sides of the clip range,
+    advantages of both signs.
+    """
     generator = torch.Generator().manual_seed(seed)
     mask_BT = (torch.arange(5) < torch.tensor([5, 3, 0, 1])[:, None]).float()
     logp_BT = -torch.rand(4, 5, generator=generator) * 2
@@ -187,7 +191,7 @@ def test_a_ratio_that_overflows_stays_finite():
     assert torch.isfinite(outputs.loss)
 
 
-# -- against TRL ------------------------------------------------------------------------------------------------------
+# -- against TRL -----------------------------------------------------------------------------------
 
 
 def tiny_model(seed: int) -> LlamaForCausalLM:
@@ -310,7 +314,8 @@ def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
         ref_logp_BT=batch["ref_per_token_logps"],
     )
     ours.loss.backward()
-    # positions count from each row's first token here and from the padding there: rotary embeddings see differences only
+    # positions count from each row's first token here and from the padding there: rotary embeddings
+    # see differences only
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-4, atol=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
@@ -319,7 +324,9 @@ def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_equal_those_of_trl(trl_trainer, scale):
-    """TRL computes them inside its generation; its own lines are not callable, so its trainer runs them on given rewards."""
+    """TRL computes them inside its generation; its own lines are not callable, so its trainer runs
+    them on given rewards.
+    """
     from trainer.credit.advantage import group_advantages
 
     rewards = torch.tensor([0.0, 1.0, 0.25, 0.25, 1.0, 0.5, 0.0, 0.0])

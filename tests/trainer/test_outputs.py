@@ -1,4 +1,6 @@
-"""Log-probabilities along a run, and generation from extrapolated logits, against models written out and loaded again."""
+"""Log-probabilities along a run, and generation from extrapolated logits, against models written
+out and loaded again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Successive halving against models of known accuracy: what it finds, at which cost, and whether its interval is right."""
+"""Successive halving against models of known accuracy: what it finds, at which cost, and whether
+its interval is right.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from trainer.experiments.race import BASELINE, Race, race
 
 
 class Models:
-    """Candidates with given accuracies on problems of varying difficulty, answered with common noise."""
+    """Candidates with given accuracies on problems of varying difficulty, answered with common
+    noise.
+    """
 
     def __init__(self, accuracies: list[float], baseline: float, num_problems: int, seed: int):
         rng = np.random.default_rng(seed)
@@ -74,7 +78,9 @@ def test_a_third_of_the_answers_finds_the_best_within_its_interval() -> None:
 
 
 def test_nothing_better_than_the_baseline_is_not_called_better() -> None:
-    """Twelve candidates exactly as good as the baseline: the winner of the first half is no better on fresh problems."""
+    """Twelve candidates exactly as good as the baseline: the winner of the first half is no better
+    on fresh problems.
+    """
     verdicts = [
         race(12, 200, Models([0.5] * 12, 0.5, 200, seed).answer).fresh.verdict for seed in range(60)
     ]

@@ -63,7 +63,9 @@ def test_streams_belong_to_keys_and_seeds():
 
 
 def test_sampling_draws_from_the_models_distribution():
-    """Frequencies of the first token against the softmax at temperature 1.5: chi-squared below its 99.9 % point."""
+    """Frequencies of the first token against the softmax at temperature 1.5: chi-squared below its
+    99.9 % point.
+    """
     model, tokenizer, count = tiny_model(), tiny_tokenizer(), 2000
     drawn = sample(
         prompts=["12>"] * count,

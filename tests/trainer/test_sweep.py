@@ -1,4 +1,6 @@
-"""The sweep on a tiny trained run: what it says of a candidate is what its written checkpoint scores."""
+"""The sweep on a tiny trained run: what it says of a candidate is what its written checkpoint
+scores.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def write_lines(path, rows):
     return str(path)
 
 
-# -- built-in families ------------------------------------------------------------------------------------------------
+# -- built-in families -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +53,9 @@ def test_arithmetic_answers_are_right_and_splits_share_nothing(family):
 
 
 def test_splits_of_other_sizes_share_nothing_either_and_seeds_differ():
-    """A run on few problems and an evaluation on many: only the seed says what is kept for validation."""
+    """A run on few problems and an evaluation on many: only the seed says what is kept for
+    validation.
+    """
     few = load_task(
         {
             "name": "arithmetic",
@@ -112,7 +114,7 @@ def test_arithmetic_refuses_what_it_cannot_make():
         load_task("arithmetics")
 
 
-# -- reasoning_gym ----------------------------------------------------------------------------------------------------
+# -- reasoning_gym ---------------------------------------------------------------------------------
 
 
 def test_gym_uses_the_data_sets_own_scorer():
@@ -171,7 +173,7 @@ def test_gym_names_what_is_unknown():
         load_task("reasoning_gym")
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_files_give_the_same_problems_whatever_their_format(tmp_path):
@@ -252,7 +254,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         load_task({"name": "file", "path": path, "reward": "maths"})
 
 
-# -- mathematics ------------------------------------------------------------------------------------------------------
+# -- mathematics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_comparison_of_huge_powers_ends_and_threads_can_compare(monkeypatch):
     assert found == [True]
 
 
-# -- functions of the user's own, and their errors --------------------------------------------------------------------
+# -- functions of the user's own, and their errors -------------------------------------------------
 
 OWN = """
 from trainer.tasks import Problem

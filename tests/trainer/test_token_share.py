@@ -39,7 +39,9 @@ CLASSES = {0: "special", 1: "digits", 2: "rest"}
 
 
 def masses():
-    """A = 2: tokens 1, 2 with norms 1, 3. A = -1: tokens 1, 0 with norms 2, 4, and coefficients 1/2, 2."""
+    """A = 2: tokens 1, 2 with norms 1, 3. A = -1: tokens 1, 0 with norms 2, 4, and coefficients
+    1/2, 2.
+    """
     return token_masses(
         [[1, 2], [1, 0]], [2.0, -1.0], [[1.0, 3.0], [2.0, 4.0]], [[1.0, 1.0], [0.5, 2.0]]
     )

@@ -1,4 +1,6 @@
-"""DelTA coefficients against a float64 implementation that is written from the paper's formulas, with everything in memory."""
+"""DelTA coefficients against a float64 implementation that is written from the paper's formulas,
+with everything in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The training loop: repeatable, resumable, the same in two processes, and clear about what it cannot do."""
+"""The training loop: repeatable, resumable, the same in two processes, and clear about what it
+cannot do.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Bit for bit: the trained weights, the store, every rollout, and every metric that is not a time."""
+    """Bit for bit: the trained weights, the store, every rollout, and every metric that is not a
+    time.
+    """
     assert torch.equal(weights(first), weights(second))
     stores = [TrajectoryStore(folder / "run.zarr") for folder in (first, second)]
     stores[1].verify()
@@ -149,7 +153,8 @@ def test_splitting_a_step_into_micro_batches_changes_rounding_only(base, tmp_pat
         )
         for tokens in (1, 10_000)
     ]
-    # AdamW divides by the root of the second moment, so where a gradient is nearly zero its rounding shows
+    # AdamW divides by the root of the second moment, so where a gradient is nearly zero its
+    # rounding shows
     limit = 0.2 if options.get("bf16") else 1e-2
     assert (found[0] - found[1]).norm() < limit * (found[1] - start).norm()
 
@@ -236,7 +241,9 @@ def test_learning_rates_are_those_of_transformers(schedule):
 def test_rows_without_an_advantage_are_left_out_of_the_backward_pass(
     base, tmp_path, monkeypatch, options
 ):
-    """Against a run in which every row takes it: same weights and log up to rounding, and fewer rows with a gradient."""
+    """Against a run in which every row takes it: same weights and log up to rounding, and fewer
+    rows with a gradient.
+    """
     trained: dict[str, list[int]] = {}
 
     def run(name: str) -> Path:
@@ -284,7 +291,9 @@ def _all_train(trains: list[bool]) -> list[bool]:
 
 
 def test_a_step_without_any_advantage_coasts_on_momentum(base, tmp_path):
-    """As TRL's does on a gradient of zero: the second step moves by what AdamW remembers of the first."""
+    """As TRL's does on a gradient of zero: the second step moves by what AdamW remembers of the
+    first.
+    """
     sometimes = {"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make_vanishing"}
     folder = train(
         settings(base, tmp_path / "run", task=sometimes, max_steps=2, num_generations=16)
@@ -299,14 +308,15 @@ def test_a_step_without_any_advantage_coasts_on_momentum(base, tmp_path):
         load_file(path / "model.safetensors") for path in (start, first, second)
     )
     for name, tensor in after.items():
-        # AdamW: first lr sign(g); then m = 0.9 * 0.1 g / (1 - 0.9^2) over sqrt of v = 0.999 * 0.001 g^2 / (1 - 0.999^2)
+        # AdamW: first lr sign(g); then m = 0.9 * 0.1 g / (1 - 0.9^2) over sqrt of v = 0.999 * 0.001
+        # g^2 / (1 - 0.999^2)
         ratio = (0.09 / 0.19) / (0.000999 / 0.001999) ** 0.5
         moved = middle[name] - before[name]
         sure = moved.abs() > 0.99e-3  # gradients far above epsilon
         np.testing.assert_allclose((tensor - middle[name])[sure], ratio * moved[sure], rtol=0.02)
 
 
-# -- killed, resumed, in several processes ----------------------------------------------------------------------------
+# -- killed, resumed, in several processes ---------------------------------------------------------
 
 
 def start(config: Path, processes: int = 1) -> subprocess.Popen[str]:
@@ -428,7 +438,7 @@ def test_a_lost_process_ends_the_run_and_it_can_go_on(base, tmp_path):
     assert lines(folder) > reached
 
 
-# -- what cannot be done ----------------------------------------------------------------------------------------------
+# -- what cannot be done ---------------------------------------------------------------------------
 
 
 def test_a_failing_reward_is_named_with_its_prompt(base, tmp_path):

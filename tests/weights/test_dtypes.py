@@ -96,11 +96,13 @@ def test_nonfinite_index_on_every_bit_pattern(dtype: str) -> None:
     np.testing.assert_array_equal(found, finite)
 
 
-# -- nearest ----------------------------------------------------------------------------------------------------------
+# -- nearest ---------------------------------------------------------------------------------------
 
 
 def edge_values(dtype: str) -> np.ndarray:
-    """Every finite value, every middle between neighbours and the float32 numbers on both sides of each middle."""
+    """Every finite value, every middle between neighbours and the float32 numbers on both sides of
+    each middle.
+    """
     values = np.unique(torch_values(finite_bits(dtype), dtype).astype(np.float64))
     middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
     around = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
@@ -141,7 +143,10 @@ def test_nan_and_infinity_are_refused_with_tensor_and_element(
     rounding: str, dtype: str, bad: float
 ) -> None:
     values = np.array([1.0, 2.0, bad, 4.0], np.float32)
-    pattern = rf"tensor 'a\.b': element 102 has the value .*{'nan' if math.isnan(bad) else 'inf'}.*, which {dtype} cannot hold"
+    pattern = (
+        rf"tensor 'a\.b': element 102 has the value .*{'nan' if math.isnan(bad) else 'inf'}.*,"
+        rf" which {dtype} cannot hold"
+    )
     with pytest.raises(RelexkitError, match=pattern):
         round_bits(values, dtype, rounding, tensor="a.b", start=100)  # type: ignore[arg-type]
 
@@ -164,7 +169,9 @@ def test_overflow_by_rounding_is_refused(dtype: str) -> None:
     over = np.array([0.5, np.float32(np.float64(largest) + 0.75 * np.float64(step))], np.float32)
     with pytest.raises(
         RelexkitError,
-        match=rf"tensor 't': element 1 has the value .*, which {dtype} cannot hold.*--dtype float32",
+        match=(
+            rf"tensor 't': element 1 has the value .*, which {dtype} cannot hold.*--dtype float32"
+        ),
     ):
         round_bits(over, dtype, "nearest", tensor="t")
     np.testing.assert_array_equal(
@@ -172,7 +179,7 @@ def test_overflow_by_rounding_is_refused(dtype: str) -> None:
     )
 
 
-# -- stochastic -------------------------------------------------------------------------------------------------------
+# -- stochastic ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
@@ -188,13 +195,16 @@ def neighbours(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """The largest representable number at or below each value, and the smallest at or above."""
     grid = np.unique(torch_values(finite_bits(dtype), dtype).astype(np.float64))
     wide = values.astype(np.float64)
-    return grid[np.searchsorted(grid, wide, side="right") - 1], grid[
-        np.searchsorted(grid, wide, side="left")
-    ]
+    return (
+        grid[np.searchsorted(grid, wide, side="right") - 1],
+        grid[np.searchsorted(grid, wide, side="left")],
+    )
 
 
 def spread(dtype: str) -> np.ndarray:
-    """Values over the whole range of the format, of both signs, subnormals and a few above the smallest normal included."""
+    """Values over the whole range of the format, of both signs, subnormals and a few above the
+    smallest normal included.
+    """
     random = np.random.default_rng(1)
     info = torch.finfo(TORCH[dtype])
     low, high = math.log(max(info.smallest_normal / 2**12, 1e-44)), math.log(info.max / 2)
@@ -223,7 +233,8 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_keeps_the_sign(
     ],
 )
 def test_stochastic_rounding_is_unbiased(dtype: str, low: float, high: float) -> None:
-    # For the seed below the outcome is fixed. Had it been drawn anew, |z| > 6 has odds of 2e-9 for each of the two
+    # For the seed below the outcome is fixed. Had it been drawn anew, |z| > 6 has odds of 2e-9 for
+    # each of the two
     # statistics; a bias of 1 % of the spacing gives z = 0.01 * sqrt(400000) / 0.41 = 15.
     random = np.random.default_rng(2)
     values = np.exp(random.uniform(math.log(low), math.log(high), 400_000)).astype(np.float32)
@@ -289,7 +300,8 @@ def test_seeds_tensors_and_positions_draw_differently() -> None:
     ]
     for i, first in enumerate(draws):
         for second in draws[i + 1 :]:
-            # agreement of independent draws: binomial(4096, 2**-16); more than 5 has odds below 1e-9
+            # agreement of independent draws: binomial(4096, 2**-16); more than 5 has odds below
+            # 1e-9
             assert np.count_nonzero(first == second) <= 5
     np.testing.assert_array_equal(draws[3][:-1], draws[0][1:])  # the same stream, one element later
 
@@ -317,7 +329,7 @@ def test_stochastic_bits_are_the_same_in_every_version() -> None:
     np.testing.assert_array_equal(random_bits(12, "w", 0, 32), expected)
 
 
-# -- mantissa ---------------------------------------------------------------------------------------------------------
+# -- mantissa --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mantissa_bits", range(1, 24))

@@ -207,7 +207,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path]
         SafetensorsFile(tmp_path / "m.safetensors")
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_in_pieces(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:

@@ -1,10 +1,11 @@
 """``relexkit demo``: the whole story on a small model, from a training run to an honest table.
 
-The model that comes with the package is trained by GRPO while its float32 weights are recorded. Then everything is done as if
-the run had been stopped half-way: its geometry beside the null, the errors of every method in the run's own past, predictions
-for the step where training really ended and for twice as far. All models answer the same held-out problems, and a sweep looks
-for a better one than the step that was reached. Each step is the ``relexkit`` command that is printed before it, called in this
-process.
+The model that comes with the package is trained by GRPO while its float32 weights are recorded.
+Then everything is done as if the run had been stopped half-way: its geometry beside the null, the
+errors of every method in the run's own past, predictions for the step where training really ended
+and for twice as far. All models answer the same held-out problems, and a sweep looks for a better
+one than the step that was reached. Each step is the ``relexkit`` command that is printed before it,
+called in this process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the demo as the command line asks for it."""
     if arguments.steps < 8:
         raise RelexkitError(
-            f"--steps {arguments.steps} is too small; expected at least 8: half of them are extrapolated"
+            f"--steps {arguments.steps} is too small; expected at least 8: half of them are"
+            " extrapolated"
         )
     began = time.monotonic()
     tell_story(arguments.out, arguments.steps, arguments.seed)
@@ -49,8 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
 def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     """Do everything in ``folder`` and print it; a training that an earlier call began is continued.
 
-    Returns what ``summary.json`` holds: ``until``, ``targets``, ``seconds`` of the training, and the ``models`` as
-    ``relexkit evaluate --json`` prints them, each compared with the model at ``until``. ``sweep.json`` holds the sweep.
+    Returns what ``summary.json`` holds: ``until``, ``targets``, ``seconds`` of the training, and
+    the ``models`` as ``relexkit evaluate --json`` prints them, each compared with the model at
+    ``until``. ``sweep.json`` holds the sweep.
 
     Raises:
         RelexkitError: the folder holds a run with other settings, or a command failed.
@@ -58,7 +61,8 @@ def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     until, targets = steps // 2, (steps, 2 * steps)
     store = folder / "run" / "run.zarr"
     _headline(
-        f"1. Train: {steps} steps of GRPO on a model that sorts digits now and then, every step recorded in float32"
+        f"1. Train: {steps} steps of GRPO on a model that sorts digits now and then, every step"
+        " recorded in float32"
     )
     began = time.monotonic()
     _train(folder / "run", steps, seed)
@@ -69,7 +73,8 @@ def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     _command("backtest", store, "--until", *sorted({max(2, until // 4), max(2, until // 2), until}))
     _command("advise", store)
     _headline(
-        f"4. Extrapolate: steps 1 to {until} predict step {targets[0]}, which was trained too, and step {targets[1]}"
+        f"4. Extrapolate: steps 1 to {until} predict step {targets[0]}, which was trained too, and"
+        f" step {targets[1]}"
     )
     for method in METHODS:
         _command(
@@ -96,7 +101,8 @@ def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     for line in verdicts(summary):
         print(line)
     _headline(
-        f"6. Search on the task, from step {until}: a few predictions, and the average of the latest steps"
+        f"6. Search on the task, from step {until}: a few predictions, and the average of the"
+        " latest steps"
     )
     found = _sweep(store, until, targets)
     _write_text(folder / "sweep.json", json.dumps(found, indent=2) + "\n")
@@ -111,7 +117,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
     until, end = f"step {summary['until']}", f"step {summary['targets'][0]}"
     gain = models[end]["greedy"]["accuracy"] - models["base"]["greedy"]["accuracy"]
     lines = [
-        f"Training gained {100 * gain:+.1f} points of greedy accuracy in {summary['targets'][0]} steps."
+        f"Training gained {100 * gain:+.1f} points of greedy accuracy in {summary['targets'][0]}"
+        " steps."
     ]
     for name, model in models.items():
         if "->" not in name:
@@ -119,8 +126,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
         low, high = model["difference"]["interval"]
         word = "wins against" if low > 0 else "loses to" if high < 0 else "cannot be told from"
         lines.append(
-            f"{name} {word} {until}, which it was predicted from ({model['difference']['accuracy']:+.3f}, 95 % interval "
-            f"{low:+.3f} to {high:+.3f})."
+            f"{name} {word} {until}, which it was predicted from"
+            f" ({model['difference']['accuracy']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})."
         )
     return lines
 

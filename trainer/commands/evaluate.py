@@ -1,4 +1,6 @@
-"""The ``relexkit evaluate`` command: a folder, or steps of a store that were recorded or are predicted, on one task."""
+"""The ``relexkit evaluate`` command: a folder, or steps of a store that were recorded or are
+predicted, on one task.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,8 @@ def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
         return
     if arguments.step or arguments.to or arguments.dtype != "float32":
         raise RelexkitError(
-            f"{arguments.model[0]}: is not a store; --step, --to and --dtype need one: see also `round`"
+            f"{arguments.model[0]}: is not a store; --step, --to and --dtype need one: see also"
+            " `round`"
         )
     from trainer.policy.setup import load_model
 
@@ -221,7 +224,9 @@ def document(found: dict[str, Evaluation], arguments: argparse.Namespace) -> dic
 
 
 def print_table(found: dict[str, Evaluation], pass_at: list[int]) -> None:
-    """A row for each model: accuracies with intervals, pass@k, and the paired difference to the first one."""
+    """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
+    first one.
+    """
     from rich.table import Table
 
     first_name, first = next(iter(found.items()))

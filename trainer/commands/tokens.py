@@ -1,4 +1,6 @@
-"""The ``relexkit tokens`` command: the share of each class of tokens, and of single tokens, in the update of a run."""
+"""The ``relexkit tokens`` command: the share of each class of tokens, and of single tokens, in the
+update of a run.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def token_shares(run_folder: Path, *, until: int | None = None, top: int = 20) -> dict[str, Any]:
-    """Shares of ``sum |A| |v|`` over the rollouts of a run (``trainer.credit.token_share``): ``classes`` and ``tokens``.
+    """Shares of ``sum |A| |v|`` over the rollouts of a run (``trainer.credit.token_share``):
+    ``classes`` and ``tokens``.
 
     Memory: the columns that are needed, of all rollouts.
 
@@ -65,7 +68,8 @@ def token_shares(run_folder: Path, *, until: int | None = None, top: int = 20) -
         )
     if table.column("token_norms").null_count:
         raise RelexkitError(
-            f"{run_folder}: rollouts without token norms; train with token_shares: true to have them"
+            f"{run_folder}: rollouts without token norms; train with token_shares: true to have"
+            " them"
         )
     final = run_folder / "final"
     tokenizer = load_tokenizer(

@@ -11,7 +11,9 @@ from relexkit.commands.console import print_json, print_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``relexkit train``: a file, then options by the names of ``trainer.config.GRPOConfig``."""
+    """Arguments of ``relexkit train``: a file, then options by the names of
+    ``trainer.config.GRPOConfig``.
+    """
     from trainer.config import GRPOConfig
 
     parser.add_argument(
@@ -22,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """An option for every field of a configuration, as YAML text, and what they mean below the help."""
+    """An option for every field of a configuration, as YAML text, and what they mean below the
+    help.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
     parser.epilog = (
@@ -51,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = given_options(arguments, GRPOConfig)
     if arguments.config is None and not given:
         raise RelexkitError(
-            "no configuration was given; expected a YAML file, or --model, --task and --output at least"
+            "no configuration was given; expected a YAML file, or --model, --task and --output at"
+            " least"
         )
     config = load_config(arguments.config, given)
     from trainer.loop.run_log import read_log

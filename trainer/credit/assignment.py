@@ -1,4 +1,6 @@
-"""Who gets the credit for a reward: advantages of the rollouts, coefficients of their tokens, and how both are measured."""
+"""Who gets the credit for a reward: advantages of the rollouts, coefficients of their tokens, and
+how both are measured.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def open_watcher(config: GRPOConfig, model: Any) -> TokenStates | None:
 
 
 def rouge_l(problem: Problem, completion: str) -> float:
-    """ROUGE-L, the F-measure of the longest common subsequence of words, of a completion against the reference solution.
+    """ROUGE-L, the F-measure of the longest common subsequence of words, of a completion against
+    the reference solution.
 
     Raises:
         RelexkitError: the problem has no reference solution.
@@ -39,8 +42,8 @@ def rouge_l(problem: Problem, completion: str) -> float:
 
     if problem.reference is None:
         raise RelexkitError(
-            f"rouge_weight: problem {problem.key} has no reference solution to compare with; name the column that holds "
-            "them as `reference` of the task, or leave rouge_weight at 0"
+            f"rouge_weight: problem {problem.key} has no reference solution to compare with; name"
+            " the column that holds them as `reference` of the task, or leave rouge_weight at 0"
         )
     return RougeScorer(["rougeL"]).score(problem.reference, completion)["rougeL"].fmeasure
 
@@ -72,7 +75,9 @@ def token_weights(
     advantage_PG: torch.Tensor,
     counted: Sequence[int],
 ) -> list[torch.Tensor] | None:
-    """Coefficients of every rollout's tokens, or None where all are 1. ``policy`` as in ``trainer.loop.train``."""
+    """Coefficients of every rollout's tokens, or None where all are 1. ``policy`` as in
+    ``trainer.loop.train``.
+    """
     if config.token_weighting == "none":
         return None
     assert states is not None
@@ -107,7 +112,9 @@ def token_share_metrics(
     tokenizer: Any,
     processes: Processes,
 ) -> dict[str, float]:
-    """Share of each class of tokens in ``sum |A| |v|``, and with the coefficients if there are any, over all processes."""
+    """Share of each class of tokens in ``sum |A| |v|``, and with the coefficients if there are any,
+    over all processes.
+    """
     norms = [norm.cpu().numpy() for norm in states.norms]
     coefficients = None if weights is None else [weight.cpu().numpy() for weight in weights]
     own = token_masses(
@@ -123,11 +130,12 @@ def token_share_metrics(
 
 
 def informativeness(right_PG: torch.Tensor, logp: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Sums over the prompts of this process of what tells how much there is to learn from their rollouts (G2D, arXiv
-    2605.21266).
+    """Sums over the prompts of this process of what tells how much there is to learn from their
+    rollouts (G2D, arXiv 2605.21266).
 
-    ``mixed``: prompts with right and wrong rollouts; ``margin``: over these, how much larger the mean log-probability of a
-    token is in right rollouts than in wrong ones; ``rate`` and ``square``: shares of right rollouts and their squares.
+    ``mixed``: prompts with right and wrong rollouts; ``margin``: over these, how much larger the
+    mean log-probability of a token is in right rollouts than in wrong ones; ``rate`` and
+    ``square``: shares of right rollouts and their squares.
 
     Args:
         right_PG: 1 where the task calls a rollout right.

@@ -1,9 +1,11 @@
-"""How noisy the gradient of a step is: its variance over prompts beside its square, from the gradients of parts of the step.
+"""How noisy the gradient of a step is: its variance over prompts beside its square, from the
+gradients of parts of the step.
 
-With the gradient ``G = sum_k g_k`` of a step on ``P`` prompts in ``K`` parts, ``tr = P/(K-1) (K sum |g_k|^2 - |G|^2)`` is an
-unbiased estimate of the trace of the covariance of one prompt's gradient, and ``|G|^2 - tr/P`` one of the square of the true
-gradient. The ratio of their means over steps is the gradient noise scale, in prompts (arXiv 1812.06162, appendix A): the
-number of prompts at which noise and signal of a step are equal. It does not change when all advantages are multiplied by a
+With the gradient ``G = sum_k g_k`` of a step on ``P`` prompts in ``K`` parts, ``tr = P/(K-1) (K sum
+|g_k|^2 - |G|^2)`` is an unbiased estimate of the trace of the covariance of one prompt's gradient,
+and ``|G|^2 - tr/P`` one of the square of the true gradient. The ratio of their means over steps is
+the gradient noise scale, in prompts (arXiv 1812.06162, appendix A): the number of prompts at which
+noise and signal of a step are equal. It does not change when all advantages are multiplied by a
 number.
 """
 
@@ -18,8 +20,8 @@ import torch
 class GradientParts:
     """Keeps apart the gradients that the parts of a step leave in an optimizer's parameters.
 
-    Memory: a second copy of the gradients. (A sharded model's own parameters may be the gathered ones for the moment, which
-    never get a gradient.)
+    Memory: a second copy of the gradients. (A sharded model's own parameters may be the gathered
+    ones for the moment, which never get a gradient.)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -42,7 +44,9 @@ class GradientParts:
         self._squares.append(square)
 
     def end_step(self, prompts: float, total: Callable[..., list[float]]) -> dict[str, float]:
-        """Give the whole gradient back to the parameters; what is logged of it. ``total`` sums numbers over processes."""
+        """Give the whole gradient back to the parameters; what is logged of it. ``total`` sums
+        numbers over processes.
+        """
         for parameter, gradient in zip(self._parameters, self._sums, strict=True):
             parameter.grad = gradient
         whole = sum(float(_local(g).double().square().sum()) for g in self._sums if g is not None)
@@ -53,7 +57,9 @@ class GradientParts:
 
 
 def noise_scale(traces: Any, signals: Any) -> float:
-    """The gradient noise scale in prompts from the logged numbers of several steps; infinite if no signal is left."""
+    """The gradient noise scale in prompts from the logged numbers of several steps; infinite if no
+    signal is left.
+    """
     trace, signal = float(sum(traces)), float(sum(signals))
     return trace / signal if signal > 0 else float("inf")
 

@@ -1,18 +1,21 @@
 """The clipped surrogate and its aggregations, under TRL's names and equal to TRL's on equal inputs.
 
-With ``d = logp - old_logp`` the importance ratio is ``w = exp(d)`` of each token, or, at the ``sequence`` level (GSPO), ``exp``
-of the mean of ``d`` over the completion. The loss of a token is ``-min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A)``, the
-first ``w`` capped at ``delta`` if that is given, plus ``beta`` times the KL divergence to the reference by the k3 estimator,
-``exp(ref - logp) - (ref - logp) - 1``, times ``w`` with ``use_bias_correction_kl`` (its gradient is then that of the reverse
-divergence, arXiv 2512.02556; TRL's default since 1.16, not ours). Sums run over the completion tokens that count:
+With ``d = logp - old_logp`` the importance ratio is ``w = exp(d)`` of each token, or, at the
+``sequence`` level (GSPO), ``exp`` of the mean of ``d`` over the completion. The loss of a token is
+``-min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A)``, the first ``w`` capped at ``delta`` if that
+is given, plus ``beta`` times the KL divergence to the reference by the k3 estimator, ``exp(ref -
+logp) - (ref - logp) - 1``, times ``w`` with ``use_bias_correction_kl`` (its gradient is then that
+of the reverse divergence, arXiv 2512.02556; TRL's default since 1.16, not ours). Sums run over the
+completion tokens that count:
 
     grpo     mean over sequences of the mean over their tokens
     bnpo     sum over tokens / tokens of the optimizer step
-    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is one step
-    dr_grpo  sum over tokens / (sequences x max_completion_length)
+    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is
+    one step dr_grpo  sum over tokens / (sequences x max_completion_length)
 
-Where we differ from TRL: the denominators are those of the whole optimizer step over all processes, so that splitting a step
-into micro-batches or processes does not change it (TRL averages ``bnpo`` and ``grpo`` over micro-batches).
+Where we differ from TRL: the denominators are those of the whole optimizer step over all processes,
+so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``
+and ``grpo`` over micro-batches).
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _MAX_LOG_RATIO = 20.0  # exp of more is useless as a weight and overflows in the
 class Denominators:
     """What sums are divided by: counts of the whole optimizer step, over all processes.
 
-    ``sequences`` and ``tokens`` of the step, ``generation_tokens`` of the generation that it belongs to.
+    ``sequences`` and ``tokens`` of the step, ``generation_tokens`` of the generation that it
+    belongs to.
     """
 
     sequences: float
@@ -42,7 +46,9 @@ class Denominators:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutputs:
-    """``loss``, a scalar with gradient: this micro-batch's share of the step's. ``sums``: detached sums over its tokens."""
+    """``loss``, a scalar with gradient: this micro-batch's share of the step's. ``sums``: detached
+    sums over its tokens.
+    """
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
@@ -64,9 +70,11 @@ def policy_loss(
     Args:
         logp_BT: float32 log-probabilities of the completion tokens under the model, with gradient.
         mask_BT: 1 where a token counts.
-        old_logp_BT: those under the policy that sampled them; ``logp_BT`` itself, detached, if the batch is on-policy.
+        old_logp_BT: those under the policy that sampled them; ``logp_BT`` itself, detached, if the
+            batch is on-policy.
         ref_logp_BT: those under the reference; needed if ``config.beta`` is not 0.
-        weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1 if None.
+        weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1
+            if None.
     """
     old = logp_BT.detach() if old_logp_BT is None else old_logp_BT
     difference_BT = logp_BT - old
@@ -96,7 +104,9 @@ def policy_loss(
 
 
 def k3_divergence(logp_BT: torch.Tensor, ref_logp_BT: torch.Tensor) -> torch.Tensor:
-    """Non-negative estimate of the KL divergence to the reference at each sampled token, ``[B, T]`` (Schulman's k3)."""
+    """Non-negative estimate of the KL divergence to the reference at each sampled token, ``[B, T]``
+    (Schulman's k3).
+    """
     difference_BT = (ref_logp_BT - logp_BT).clamp(max=_MAX_LOG_RATIO)
     return difference_BT.exp() - difference_BT - 1
 
@@ -107,7 +117,9 @@ def aggregate(
     denominators: Denominators,
     config: GRPOConfig,
 ) -> torch.Tensor:
-    """One number of the token losses of a micro-batch; over the micro-batches of a step these add up to its loss."""
+    """One number of the token losses of a micro-batch; over the micro-batches of a step these add
+    up to its loss.
+    """
     sum_B = (token_loss_BT * mask_BT).sum(dim=1)
     if config.loss_type == "grpo":
         return (sum_B / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(1.0, denominators.sequences)

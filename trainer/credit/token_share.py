@@ -1,9 +1,10 @@
 """Which tokens carry the update: the share of ``sum |A| |v|`` by token and by class of token.
 
-``|A|`` is the advantage of a token's rollout and ``|v|`` the length of its gradient proxy (``trainer.credit.token_states``), so a
-token's share is its part of all that pulls at the output head, whatever cancels there. A claim that is often made of such
-runs, that formatting and other shared tokens carry over 80 % of the update, is the share named ``shared``: of token ids that
-occur on both sides of the batch, in rollouts that are reinforced and in others that are suppressed.
+``|A|`` is the advantage of a token's rollout and ``|v|`` the length of its gradient proxy
+(``trainer.credit.token_states``), so a token's share is its part of all that pulls at the output
+head, whatever cancels there. A claim that is often made of such runs, that formatting and other
+shared tokens carry over 80 % of the update, is the share named ``shared``: of token ids that occur
+on both sides of the batch, in rollouts that are reinforced and in others that are suppressed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from typing import Any
 import numpy as np
 
 CLASSES = ("whitespace", "punctuation", "digits", "discourse", "special", "rest")
-"""Classes of tokens; punctuation includes operators, ``special`` is the end of sequence and its like."""
+"""Classes of tokens; punctuation includes operators, ``special`` is the end of sequence and its
+like.
+"""
 
 _DISCOURSE = (
-    "so thus therefore hence then now first second third next finally also but however although because since if when wait hmm "
-    "okay ok well let alternatively instead again actually indeed given suppose recall note"
+    "so thus therefore hence then now first second third next finally also but however although"
+    " because since if when wait hmm okay ok well let alternatively instead again actually indeed"
+    " given suppose recall note"
 )
 
 Masses = dict[int, np.ndarray]
-"""By token id: ``sum |A| |v|`` over tokens with ``A > 0`` and ``A < 0``, and the same two times the token coefficients."""
+"""By token id: ``sum |A| |v|`` over tokens with ``A > 0`` and ``A < 0``, and the same two times the
+token coefficients.
+"""
 
 
 def token_class(text: str) -> str:
@@ -60,7 +66,9 @@ def token_masses(
     norms: Iterable[Sequence[float] | np.ndarray],
     weights: Iterable[Sequence[float] | np.ndarray] | None = None,
 ) -> Masses:
-    """The masses of the tokens of rollouts: their ids, advantages, and by token ``|v|`` and coefficients (1 if None)."""
+    """The masses of the tokens of rollouts: their ids, advantages, and by token ``|v|`` and
+    coefficients (1 if None).
+    """
     rows = [np.asarray(row, np.int64) for row in completion_ids]
     signed = list(advantages)
     mass = [abs(a) * np.asarray(n, np.float64) for a, n in zip(signed, norms, strict=True)]
@@ -93,7 +101,9 @@ def add_masses(parts: Iterable[Masses]) -> Masses:
 def class_shares(
     masses: Masses, classes: Mapping[int, str] | TokenClasses, *, weighted: bool = False
 ) -> dict[str, float]:
-    """Shares of ``CLASSES``, which add up to 1, and of ``shared`` ids; NaN where every advantage is zero."""
+    """Shares of ``CLASSES``, which add up to 1, and of ``shared`` ids; NaN where every advantage is
+    zero.
+    """
     first = 2 if weighted else 0
     sums, shared = dict.fromkeys(CLASSES, 0.0), 0.0
     for token, values in masses.items():

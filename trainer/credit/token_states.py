@@ -1,13 +1,16 @@
-"""What the policy computed when it drew each token: its probability and the hidden state that went into the output head.
+"""What the policy computed when it drew each token: its probability and the hidden state that went
+into the output head.
 
-A rollout passes through the model once to be sampled, and that pass has already computed all that DelTA, LamPO and the
-measurements of the token gradient need. Kept are, of every completion token ``t`` with probability ``p`` and hidden state ``h``
-(arXiv 2605.21467):
+A rollout passes through the model once to be sampled, and that pass has already computed all that
+DelTA, LamPO and the measurements of the token gradient need. Kept are, of every completion token
+``t`` with probability ``p`` and hidden state ``h`` (arXiv 2605.21467):
 
-    v = (1 - p) h     the token-gradient proxy: the gradient of log p with respect to the row of t in the output head
+    v = (1 - p) h     the token-gradient proxy: the gradient of log p with respect to the row of t
+    in the output head
     |v|               and log p, one number each
 
-``p`` is that of the distribution at the sampling temperature, before any cut by ``top_k`` or ``top_p``.
+``p`` is that of the distribution at the sampling temperature, before any cut by ``top_k`` or
+``top_p``.
 """
 
 from __future__ import annotations
@@ -22,18 +25,24 @@ from trainer.policy.log_probabilities import make_batch, micro_batches, token_lo
 from trainer.policy.sampling import Completion, Watcher
 
 KEPT_BYTES = 2**29
-"""Most bytes of ``v`` that a process keeps; those of further rollouts are computed again by a forward pass when needed."""
+"""Most bytes of ``v`` that a process keeps; those of further rollouts are computed again by a
+forward pass when needed.
+"""
 
 
 class TokenStates(Watcher):
-    """Collects what ``trainer.policy.sampling.generate`` computes, row by row in the order of its prompts.
+    """Collects what ``trainer.policy.sampling.generate`` computes, row by row in the order of its
+    prompts.
 
-    Memory: ``KEPT_BYTES`` at most, besides the states of the batch that is being generated (``[B, T, H]`` float32: a small part
-    of its key-value cache); none with ``keep_states=False``, which leaves ``blocks`` and ``missing`` empty.
+    Memory: ``KEPT_BYTES`` at most, besides the states of the batch that is being generated (``[B,
+    T, H]`` float32: a small part of its key-value cache); none with ``keep_states=False``, which
+    leaves ``blocks`` and ``missing`` empty.
 
     Attributes:
-        logp, norms: ``log p`` and ``|v|`` of every row's completion tokens, ``float32 [tokens]`` each.
-        blocks: row numbers, and their ``v`` one after the other, ``float32 [tokens of these rows, H]``.
+        logp, norms: ``log p`` and ``|v|`` of every row's completion tokens, ``float32 [tokens]``
+            each.
+        blocks: row numbers, and their ``v`` one after the other, ``float32 [tokens of these rows,
+            H]``.
         missing: numbers of the rows whose states did not fit.
     """
 
@@ -61,7 +70,9 @@ class TokenStates(Watcher):
             handle.remove()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As the first logits processor of the generation: keeps what the last token's probability takes."""
+        """As the first logits processor of the generation: keeps what the last token's probability
+        takes.
+        """
         if self._scores:
             self._scores[-1] = self._log_probability(self._scores[-1], input_ids[:, -1])
         self._scores.append(scores)
@@ -72,7 +83,9 @@ class TokenStates(Watcher):
         return scores_BV.gather(1, token_B[:, None])[:, 0] - scores_BV.logsumexp(dim=1)
 
     def finish(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Take over a batch: the tokens that it drew ``int64 [B, T]``, and how many of each row belong to the completion."""
+        """Take over a batch: the tokens that it drew ``int64 [B, T]``, and how many of each row
+        belong to the completion.
+        """
         if self._scores:
             self._scores[-1] = self._log_probability(self._scores[-1], tokens_BT[:, -1])
         logp_BT = torch.stack(self._scores, dim=1)
@@ -106,7 +119,9 @@ class TokenStates(Watcher):
         pad: int,
         autocast: bool,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Every row's ``v`` once, in blocks as those of ``blocks``; rows that are missing take a forward pass of the model."""
+        """Every row's ``v`` once, in blocks as those of ``blocks``; rows that are missing take a
+        forward pass of the model.
+        """
         yield from self.blocks
         for group in micro_batches([completions[row] for row in self.missing], max_tokens):
             rows = [self.missing[index] for index in group]

@@ -1,12 +1,15 @@
-"""DelTA: token coefficients from which side of the batch a token's gradient is on (arXiv 2605.21467).
+"""DelTA: token coefficients from which side of the batch a token's gradient is on (arXiv
+2605.21467).
 
-With ``v`` the token-gradient proxy of ``trainer.credit.token_states`` and ``A`` the advantage of a token's rollout, the centroids of
-both sides are ``mu_side = sum |A| v / sum |A|`` over the tokens of rollouts with ``A > 0`` and ``A < 0``. A token's margin ``m
-= |v - mu_other|^2 - |v - mu_own|^2`` says how much it belongs to its own side, ``gamma`` is the (population) standard
-deviation of the margins of a side, and ``alpha = sigmoid(m / gamma)`` weights the token in refined centroids. After the last
-refinement the coefficient is ``low + (high - low) sigmoid(m / gamma)`` with the margins to the refined centroids and the
-``gamma`` of the last round's; tokens of rollouts with ``A = 0`` get ``low``; all are divided by their mean over the tokens
-that count. This is what the authors' code computes (RUCBM/DelTA, whose variances in the distance are ones).
+With ``v`` the token-gradient proxy of ``trainer.credit.token_states`` and ``A`` the advantage of a
+token's rollout, the centroids of both sides are ``mu_side = sum |A| v / sum |A|`` over the tokens
+of rollouts with ``A > 0`` and ``A < 0``. A token's margin ``m = |v - mu_other|^2 - |v - mu_own|^2``
+says how much it belongs to its own side, ``gamma`` is the (population) standard deviation of the
+margins of a side, and ``alpha = sigmoid(m / gamma)`` weights the token in refined centroids. After
+the last refinement the coefficient is ``low + (high - low) sigmoid(m / gamma)`` with the margins to
+the refined centroids and the ``gamma`` of the last round's; tokens of rollouts with ``A = 0`` get
+``low``; all are divided by their mean over the tokens that count. This is what the authors' code
+computes (RUCBM/DelTA, whose variances in the distance are ones).
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Any
 import torch
 
 Sweep = Callable[[], Iterable[tuple[Sequence[int], torch.Tensor]]]
-"""Gives every rollout's ``v`` once: row numbers, and their tokens one after the other, ``float32 [tokens, H]``."""
+"""Gives every rollout's ``v`` once: row numbers, and their tokens one after the other, ``float32
+[tokens, H]``.
+"""
 
 _LEAST_VARIANCE = 1e-8  # of the margins, as in the authors' code: equal margins give alpha = 1/2
 
@@ -33,14 +38,17 @@ def delta_coefficients(
     high: float = 1.2,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> list[torch.Tensor]:
-    """Coefficients of every rollout's tokens, ``float32 [tokens]`` each, with mean 1 over the tokens that count.
+    """Coefficients of every rollout's tokens, ``float32 [tokens]`` each, with mean 1 over the
+    tokens that count.
 
     Args:
         sweep: called ``2 (iterations + 1)`` times; one block of it is in memory at a time.
         advantage_R: ``float32 [R]`` of the rollouts, zero allowed.
-        lengths, counted: tokens of each rollout, and whether they count; those of a rollout that is masked out do not.
+        lengths, counted: tokens of each rollout, and whether they count; those of a rollout that is
+            masked out do not.
         iterations: refinements of the centroids, ``K`` in the paper; 0 takes the first ones.
-        total: sum of a float64 tensor over all processes, which then get the coefficients of one common batch.
+        total: sum of a float64 tensor over all processes, which then get the coefficients of one
+            common batch.
 
     Where one of the sides has no token, all coefficients are 1. Sums are in float64.
     """
@@ -76,7 +84,9 @@ def delta_coefficients(
 
 
 class _Sides:
-    """The tokens of a batch on their two sides, index 0 for ``A > 0`` and 1 for ``A < 0``; ``A = 0`` is on neither."""
+    """The tokens of a batch on their two sides, index 0 for ``A > 0`` and 1 for ``A < 0``; ``A =
+    0`` is on neither.
+    """
 
     def __init__(
         self,
@@ -107,7 +117,9 @@ class _Sides:
         return None if bool((sums[:, -1] == 0).any()) else (sums[:, :-1] / sums[:, -1:]).float()
 
     def margins(self, mu_2H: torch.Tensor) -> list[torch.Tensor]:
-        """``m`` of every rollout's tokens; linear in ``v``, whose own square is on both sides of the difference."""
+        """``m`` of every rollout's tokens; linear in ``v``, whose own square is on both sides of
+        the difference.
+        """
         found: list[torch.Tensor] = [torch.empty(0)] * len(self._lengths)
         offset = mu_2H[1].square().sum() - mu_2H[0].square().sum()
         for rows, proxy_NH in self._sweep():

@@ -1,6 +1,8 @@
-"""Accuracy of a model on a task: greedy, sampled and pass@k, kept by problem, so that models can be compared in pairs.
+"""Accuracy of a model on a task: greedy, sampled and pass@k, kept by problem, so that models can be
+compared in pairs.
 
-Every model sees the same problems, and sample ``i`` of a problem draws the same noise in every model (``trainer.policy.sampling``).
+Every model sees the same problems, and sample ``i`` of a problem draws the same noise in every
+model (``trainer.policy.sampling``).
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ class Evaluation:
     """What a model scored on ``N`` problems, greedily and in ``S`` samples of each.
 
     Attributes:
-        task, split, seed, temperature, max_completion_length: what was asked; two evaluations compare if these agree.
+        task, split, seed, temperature, max_completion_length: what was asked; two evaluations
+            compare if these agree.
         keys: of the problems, ``N``.
         greedy_N: rewards of the greedy answers, ``float64 [N]``, or ``[0]`` where there were none.
         sampled_NS: rewards of the samples, ``float64 [N, S]``; ``S`` may be 0.
         texts: the greedy answers (the first sample of each problem where there are none).
-        mean_length, truncated: tokens of an answer, and share of answers that did not end in time, over all answers.
+        mean_length, truncated: tokens of an answer, and share of answers that did not end in time,
+            over all answers.
     """
 
     task: str
@@ -53,7 +57,9 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of the problems with a right greedy answer (of right samples where there was no greedy answer)."""
+        """Share of the problems with a right greedy answer (of right samples where there was no
+        greedy answer).
+        """
         return float(self.values().mean())
 
     @property
@@ -68,7 +74,9 @@ class Evaluation:
 
     @property
     def sampled_interval(self) -> tuple[float, float]:
-        """95 % interval of ``sampled_accuracy``; samples of one problem are not independent, and count accordingly."""
+        """95 % interval of ``sampled_accuracy``; samples of one problem are not independent, and
+        count accordingly.
+        """
         return mean_interval((self.sampled_NS >= RIGHT).mean(axis=1), self.sampled_NS.size)
 
     @property
@@ -77,7 +85,9 @@ class Evaluation:
         return float((self.greedy_N if len(self.greedy_N) else self.sampled_NS).mean())
 
     def values(self, kind: str | None = None) -> np.ndarray:
-        """Share of right answers to each problem, ``greedy`` or ``sampled``, ``float64 [N]`` (default: as ``accuracy``)."""
+        """Share of right answers to each problem, ``greedy`` or ``sampled``, ``float64 [N]``
+        (default: as ``accuracy``).
+        """
         if (kind or ("greedy" if len(self.greedy_N) else "sampled")) == "greedy":
             return (self.greedy_N >= RIGHT).astype(np.float64)
         return (self.sampled_NS >= RIGHT).mean(axis=1)
@@ -90,13 +100,15 @@ class Evaluation:
         """
         if not 1 <= k <= self.num_samples:
             raise RelexkitError(
-                f"pass@{k} needs {k} samples of a problem, there are {self.num_samples}; ask for more samples"
+                f"pass@{k} needs {k} samples of a problem, there are {self.num_samples}; ask for"
+                " more samples"
             )
         value_N = pass_at_k((self.sampled_NS >= RIGHT).sum(axis=1), self.num_samples, k)
         return float(value_N.mean()), mean_interval(value_N, self.sampled_NS.size)
 
     def minus(self, other: Evaluation, kind: str | None = None) -> Difference:
-        """How much more accurate this model is than ``other``, in pairs over the common problems and seeds.
+        """How much more accurate this model is than ``other``, in pairs over the common problems
+        and seeds.
 
         Raises:
             RelexkitError: the two did not answer the same problems under the same settings.
@@ -113,7 +125,8 @@ class Evaluation:
         for name in names:
             if getattr(self, name) != getattr(other, name):
                 raise RelexkitError(
-                    f"evaluations with another {name} cannot be compared in pairs; evaluate both alike"
+                    f"evaluations with another {name} cannot be compared in pairs; evaluate both"
+                    " alike"
                 )
         return paired_difference(self.values(kind), other.values(kind))
 
@@ -160,13 +173,16 @@ def evaluate(
     batch_size: int = 64,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Greedy answers and ``samples`` sampled ones to the first ``num_problems`` of a split (None: all), scored by the task.
+    """Greedy answers and ``samples`` sampled ones to the first ``num_problems`` of a split (None:
+    all), scored by the task.
 
-    The model's weights, mode and settings stay as they are. Answers do not depend on ``batch_size``, up to logits that differ
-    in their last bits (``trainer.policy.sampling``). Memory: the key-value cache of ``batch_size`` rows.
+    The model's weights, mode and settings stay as they are. Answers do not depend on
+    ``batch_size``, up to logits that differ in their last bits (``trainer.policy.sampling``).
+    Memory: the key-value cache of ``batch_size`` rows.
 
     Raises:
-        RelexkitError: nothing is asked for, a prompt does not fit, or the reward function fails; the prompt is named.
+        RelexkitError: nothing is asked for, a prompt does not fit, or the reward function fails;
+            the prompt is named.
     """
     if (
         samples < 0
@@ -174,7 +190,8 @@ def evaluate(
         or (num_problems is not None and num_problems < 1)
     ):
         raise RelexkitError(
-            f"num_problems {num_problems}, samples {samples}, greedy {greedy}: leave nothing to evaluate; ask for an answer"
+            f"num_problems {num_problems}, samples {samples}, greedy {greedy}: leave nothing to"
+            " evaluate; ask for an answer"
         )
     problems = list(task.problems(split))[:num_problems]
     prompts = [prompt_text(problem, tokenizer) for problem in problems]

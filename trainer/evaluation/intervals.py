@@ -1,4 +1,6 @@
-"""What a finite number of problems says about accuracies: 95 % intervals, differences on common problems, pass@k."""
+"""What a finite number of problems says about accuracies: 95 % intervals, differences on common
+problems, pass@k.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ _Z95 = 1.959963984540054
 
 
 def mean_interval(value_N: np.ndarray, num_answers: int | None = None) -> tuple[float, float]:
-    """95 % interval of the mean of a problem's value between 0 and 1, over ``N`` problems drawn from many.
+    """95 % interval of the mean of a problem's value between 0 and 1, over ``N`` problems drawn
+    from many.
 
-    Wilson's interval with the number of trials that has the variance observed between problems, at least ``N`` and at most
-    ``num_answers`` (default ``N``), the answers behind the values. For values 0 and 1 this is Wilson's interval itself.
+    Wilson's interval with the number of trials that has the variance observed between problems, at
+    least ``N`` and at most ``num_answers`` (default ``N``), the answers behind the values. For
+    values 0 and 1 this is Wilson's interval itself.
     """
     count = len(value_N)
     mean, variance = float(np.mean(value_N)), float(np.var(value_N))
@@ -30,7 +34,9 @@ def mean_interval(value_N: np.ndarray, num_answers: int | None = None) -> tuple[
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the first minus the second over ``num_problems`` common problems, with its 95 % interval."""
+    """Mean of the first minus the second over ``num_problems`` common problems, with its 95 %
+    interval.
+    """
 
     difference: float
     interval: tuple[float, float]
@@ -46,8 +52,9 @@ class Difference:
 def paired_difference(first_N: np.ndarray, second_N: np.ndarray) -> Difference:
     """Mean difference of two models' values (between 0 and 1) on the same problems.
 
-    Interval after Agresti and Min (2005): Wald's for paired values with half an observation added to each of both right, both
-    wrong, only the first and only the second right, which keeps its coverage where few problems differ.
+    Interval after Agresti and Min (2005): Wald's for paired values with half an observation added
+    to each of both right, both wrong, only the first and only the second right, which keeps its
+    coverage where few problems differ.
     """
     difference_N = np.asarray(first_N, np.float64) - np.asarray(second_N, np.float64)
     count = len(difference_N) + 2
@@ -62,9 +69,11 @@ def paired_difference(first_N: np.ndarray, second_N: np.ndarray) -> Difference:
 
 
 def pass_at_k(num_right_N: np.ndarray, num_samples: int, k: int) -> np.ndarray:
-    """Unbiased estimate, for every problem, that at least one of ``k`` samples is right: ``1 - C(n - c, k) / C(n, k)``.
+    """Unbiased estimate, for every problem, that at least one of ``k`` samples is right: ``1 - C(n
+    - c, k) / C(n, k)``.
 
-    With ``n = num_samples`` samples of which ``c`` are right (Chen et al. 2021, arXiv 2107.03374); ``float64 [N]``.
+    With ``n = num_samples`` samples of which ``c`` are right (Chen et al. 2021, arXiv 2107.03374);
+    ``float64 [N]``.
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"k is {k}; expected 1 to the number of samples, {num_samples}")

@@ -1,8 +1,9 @@
 """Direct preference optimisation (DPO, arXiv 2305.18290) of a model on preference pairs, in place.
 
-With ``s`` the log-probability of a completion, summed or averaged over its tokens, and ``s_ref`` that under the reference, the
-loss of a pair is ``-(1 - e) log sigmoid(beta z) - e log sigmoid(-beta z)``, ``z = (s - s_ref)_chosen - (s - s_ref)_rejected``
-and ``e`` the label smoothing: with ``e = 0`` TRL's ``sigmoid`` on sums and ``sigmoid_norm`` on averages.
+With ``s`` the log-probability of a completion, summed or averaged over its tokens, and ``s_ref``
+that under the reference, the loss of a pair is ``-(1 - e) log sigmoid(beta z) - e log sigmoid(-beta
+z)``, ``z = (s - s_ref)_chosen - (s - s_ref)_rejected`` and ``e`` the label smoothing: with ``e =
+0`` TRL's ``sigmoid`` on sums and ``sigmoid_norm`` on averages.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Losses ``float32 [B]`` of pairs from the margins ``s_chosen - s_rejected`` of the policy and of the reference."""
+    """Losses ``float32 [B]`` of pairs from the margins ``s_chosen - s_rejected`` of the policy and
+    of the reference.
+    """
     z_B = beta * (margin_B - reference_margin_B)
     return -(1 - label_smoothing) * F.logsigmoid(z_B) - label_smoothing * F.logsigmoid(-z_B)
 
@@ -43,7 +46,9 @@ def dpo_loss(
 def reference_margins(
     model: Any, pairs: Sequence[Pair], config: G2DConfig, pad: int, autocast: bool
 ) -> torch.Tensor:
-    """``s_chosen - s_rejected`` of every pair under ``model``, ``float32 [N]``, computed once, without gradient."""
+    """``s_chosen - s_rejected`` of every pair under ``model``, ``float32 [N]``, computed once,
+    without gradient.
+    """
     sides = []
     for completions in _sides(pairs):
         logps = sampled_logprobs(model, completions, 1.0, config.micro_batch_tokens, pad, autocast)
@@ -64,8 +69,9 @@ def train_dpo(
 ) -> list[dict[str, float]]:
     """Train a model on pairs, in place; returns what was logged of every step, named as in TRL.
 
-    Pairs are shuffled anew for each epoch by the seed alone, so a run is repeatable bit for bit on a CPU. Memory: gradients and
-    AdamW's moments beside the weights, and the activations of a micro-batch.
+    Pairs are shuffled anew for each epoch by the seed alone, so a run is repeatable bit for bit on
+    a CPU. Memory: gradients and AdamW's moments beside the weights, and the activations of a
+    micro-batch.
 
     Raises:
         RelexkitError: the loss is not finite; the weights are those of the step before.
@@ -93,7 +99,8 @@ def train_dpo(
         }
         if not (torch.isfinite(torch.tensor([entry["loss"], norm])).all()):
             raise RelexkitError(
-                f"DPO step {step + 1}: the loss is {entry['loss']}; expected a number: lower learning_rate"
+                f"DPO step {step + 1}: the loss is {entry['loss']}; expected a number: lower"
+                " learning_rate"
             )
         optimizer.step()
         metrics.append(entry)
@@ -110,7 +117,9 @@ def _accumulate(
     pad: int,
     autocast: bool,
 ) -> dict[str, float]:
-    """Gradients of the mean loss of a batch of pairs, micro-batch by micro-batch; sums over the pairs."""
+    """Gradients of the mean loss of a batch of pairs, micro-batch by micro-batch; sums over the
+    pairs.
+    """
     sums = dict.fromkeys(("loss", "rewards/accuracies", "rewards/margins"), 0.0)
     chosen, rejected = _sides(pairs)
     longest = [

@@ -1,10 +1,13 @@
-"""G2D (arXiv 2605.21266): a few steps of GRPO, then one pass of DPO on preference pairs from their rollouts.
+"""G2D (arXiv 2605.21266): a few steps of GRPO, then one pass of DPO on preference pairs from their
+rollouts.
 
     relexkit g2d RUN --steps K... -o OUT [--option value ...]
 
-Every ``K`` takes the recorded weights and the logged rollouts of one training run, so a sweep over ``K`` trains nothing online
-again. ``OUT/step-K/`` gets ``final/`` (the model), ``pairs.jsonl`` (TRL's preference format), ``metrics.jsonl`` (of DPO) and
-``summary.json``: the number of pairs and what else governs the result, and accuracies before and after.
+Every ``K`` takes the recorded weights and the logged rollouts of one training run, so a sweep over
+``K`` trains nothing online again. ``OUT/step-K/`` gets ``final/`` (the model), ``pairs.jsonl``
+(TRL's preference format), ``metrics.jsonl`` (of DPO) and
+``summary.json``: the number of pairs and what else governs the result, and accuracies before and
+after.
 """
 
 from __future__ import annotations
@@ -28,12 +31,15 @@ if TYPE_CHECKING:
     from trainer.tasks import Task
 
 _LARGEST_DIFFERENCE = 0.1
-"""Mean difference, in nats a token, by which a log-probability may differ that is computed again; recorded weights are
-rounded."""
+"""Mean difference, in nats a token, by which a log-probability may differ that is computed again;
+recorded weights are rounded.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``relexkit g2d``: where from, where to, then options by the names of ``trainer.config.G2DConfig``."""
+    """Arguments of ``relexkit g2d``: where from, where to, then options by the names of
+    ``trainer.config.G2DConfig``.
+    """
     from trainer.commands.train import add_options
     from trainer.config import G2DConfig
 
@@ -86,10 +92,12 @@ def g2d(
 ) -> list[dict[str, Any]]:
     """G2D from each of ``steps`` of a training run; the summaries, in their order.
 
-    Memory: three times the model in float32 beside its activations (gradients and moments), loaded once.
+    Memory: three times the model in float32 beside its activations (gradients and moments), loaded
+    once.
 
     Raises:
-        RelexkitError: no such run or step, rollouts of another tokenizer or run, no pairs, or ``out`` has other settings.
+        RelexkitError: no such run or step, rollouts of another tokenizer or run, no pairs, or
+            ``out`` has other settings.
     """
     source = _Run(Path(run_folder), config, rollouts)
     source.check(steps)
@@ -123,7 +131,8 @@ class _Run:
 
         if not (folder / "config.yaml").is_file():
             raise RelexkitError(
-                f"{folder}: is not the folder of a training run; expected config.yaml, run.zarr and rollouts/"
+                f"{folder}: is not the folder of a training run; expected config.yaml, run.zarr and"
+                " rollouts/"
             )
         self.trained: GRPOConfig = load_config(folder / "config.yaml")
         self.store = TrajectoryStore(folder / "run.zarr")
@@ -149,7 +158,9 @@ class _Run:
         return pad_token(self.stored.tokenizer)
 
     def check(self, steps: Sequence[int]) -> None:
-        """Refuse steps that are not recorded, and rollouts that this run's tokenizer or policy did not make."""
+        """Refuse steps that are not recorded, and rollouts that this run's tokenizer or policy did
+        not make.
+        """
         from trainer.policy.sampling import encode_prompt
 
         for step in steps:
@@ -160,7 +171,8 @@ class _Run:
         ]
         if not firsts:
             raise RelexkitError(
-                f"{self._where}: no rollouts of a recorded policy; expected those of the run {self.store.path}"
+                f"{self._where}: no rollouts of a recorded policy; expected those of the run"
+                f" {self.store.path}"
             )
         rows = (
             self.rollouts.filter(_equal(self.rollouts, "step", firsts[0])).slice(0, 8).to_pylist()
@@ -170,7 +182,8 @@ class _Run:
             text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
             if encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"] or text != row["text"]:
                 raise RelexkitError(
-                    f"{self._where}: was written with another tokenizer than that of {self.store.path}; expected its own log"
+                    f"{self._where}: was written with another tokenizer than that of"
+                    f" {self.store.path}; expected its own log"
                 )
         self._check_policy(rows, firsts[0])
 
@@ -196,19 +209,24 @@ class _Run:
         difference = float((again - logged).abs().mean()) if len(logged) else 0.0
         if difference > _LARGEST_DIFFERENCE:
             raise RelexkitError(
-                f"{self._where}: was not sampled by the run of {self.store.path}: its log-probabilities differ by "
-                f"{difference:.2g} nats a token from those of step {first - 1}; expected the rollouts of this run"
+                f"{self._where}: was not sampled by the run of {self.store.path}: its"
+                f" log-probabilities differ by {difference:.2g} nats a token from those of step"
+                f" {first - 1}; expected the rollouts of this run"
             )
 
     def until(self, step: int) -> pyarrow.Table:
-        """The rollouts that pairs are made of: of the steps up to ``step``, or fresh ones to their prompts."""
+        """The rollouts that pairs are made of: of the steps up to ``step``, or fresh ones to their
+        prompts.
+        """
         import pyarrow.compute as pc
 
         logged = self.rollouts.filter(pc.less_equal(self.rollouts.column("step"), step))
         return logged if self.config.pairs == "training" else self._fresh(step, logged)
 
     def _fresh(self, step: int, logged: pyarrow.Table) -> pyarrow.Table:
-        """As many rollouts of the policy of ``step`` as a group has, to every prompt that was trained on."""
+        """As many rollouts of the policy of ``step`` as a group has, to every prompt that was
+        trained on.
+        """
         from trainer.credit.token_states import TokenStates
         from trainer.loop.rollout_log import Rollout, as_table
         from trainer.policy.sampling import Sampling, generate

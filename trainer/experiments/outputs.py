@@ -1,9 +1,11 @@
-"""``relexkit probe``: are the outputs linear in the step (arXiv 2601.04537), and what do two steps' logits say of a later one?
+"""``relexkit probe``: are the outputs linear in the step (arXiv 2601.04537), and what do two steps'
+logits say of a later one?
 
-The log-probability of every token of fixed probe texts is computed at recorded steps, one after the other put in place into
-one loaded model. A token's R^2 on the step says how straight it moves; the lines are continued and compared with what a
-predicted checkpoint really gives. Logit extrapolation continues the logits of two recorded steps while generating, token by
-token, without any predicted weights.
+The log-probability of every token of fixed probe texts is computed at recorded steps, one after the
+other put in place into one loaded model. A token's R^2 on the step says how straight it moves; the
+lines are continued and compared with what a predicted checkpoint really gives. Logit extrapolation
+continues the logits of two recorded steps while generating, token by token, without any predicted
+weights.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class OutputLinearity:
     Attributes:
         steps: ``int64 [T]``.
         logprobs: ``float64 [T, K]``.
-        r2: ``float64 [K]``, of each token's log-probability on the step; NaN where it moved by less than a thousandth of a nat.
+        r2: ``float64 [K]``, of each token's log-probability on the step; NaN where it moved by less
+            than a thousandth of a nat.
         targets: ``float64 [J]``, predicted steps.
         continued: ``float64 [J, K]``, the tokens' least-squares lines at the targets.
         predicted: ``float64 [J, K]``, what the predicted checkpoints give.
@@ -52,7 +55,9 @@ class OutputLinearity:
 
 
 def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """Log-probability of every token but the first of every text, given what precedes it, ``float64 [K]``."""
+    """Log-probability of every token but the first of every text, given what precedes it, ``float64
+    [K]``.
+    """
     found = []
     with torch.no_grad():
         for text in texts:
@@ -79,10 +84,12 @@ def output_linearity(
     device: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
-    """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at predicted ones.
+    """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
+    predicted ones.
 
     Raises:
-        RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction that cannot be made.
+        RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction
+            that cannot be made.
     """
     texts = [text for text in texts if text.strip()]
     observed = gram(store, progress=progress).until(until)
@@ -94,7 +101,8 @@ def output_linearity(
     model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError(
-            "the probe texts hold no token to predict; expected lines of text of at least two tokens"
+            "the probe texts hold no token to predict; expected lines of text of at least two"
+            " tokens"
         )
     rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
     found = []
@@ -131,9 +139,11 @@ def extrapolated_completion(
     factor: float,
     max_completion_length: int,
 ) -> str:
-    """Greedy completion from the logits ``later + factor (later - earlier)`` of two models, with a cache each.
+    """Greedy completion from the logits ``later + factor (later - earlier)`` of two models, with a
+    cache each.
 
-    ``factor`` is ``(t - s_j) / (s_j - s_i)`` for models of the steps ``s_i < s_j`` and a step ``t``; 0 is the later model.
+    ``factor`` is ``(t - s_j) / (s_j - s_i)`` for models of the steps ``s_i < s_j`` and a step
+    ``t``; 0 is the later model.
     """
     tokens = torch.tensor([encode_prompt(tokenizer, prompt)], device=later.device)
     ends, caches, completion = set(end_tokens(later, tokenizer)), [None, None], []
@@ -160,7 +170,8 @@ def logit_extrapolation(
     max_completion_length: int,
     device: str | None = None,
 ) -> list[str]:
-    """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory: two models in float32.
+    """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
+    two models in float32.
 
     Raises:
         RelexkitError: a step is not recorded, or the steps do not ascend.
@@ -168,7 +179,8 @@ def logit_extrapolation(
     first, second = steps
     if not 0 <= first < second:
         raise RelexkitError(
-            f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a later one"
+            f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
+            " later one"
         )
     stored = StoredModel(store, device=_device(device))
     stored.put(recorded_weights(store, first))
@@ -191,7 +203,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-# -- command ----------------------------------------------------------------------------------------------------------
+# -- command ---------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -277,7 +289,10 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         (
             "R² on the step",
-            f"median {number(shares[1])}, 80 % of the tokens {number(shares[0])} to {number(shares[2])}",
+            (
+                f"median {number(shares[1])}, 80 % of the tokens {number(shares[0])} to"
+                f" {number(shares[2])}"
+            ),
         ),
     ]
     rows += [
@@ -288,6 +303,7 @@ def run(arguments: argparse.Namespace) -> None:
         for target, error in zip(found.targets, errors, strict=True)
     ]
     print_pairs(
-        f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to {found.steps[-1]}",
+        f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to"
+        f" {found.steps[-1]}",
         rows,
     )

@@ -1,4 +1,6 @@
-"""Preference pairs from rollouts: a right answer preferred to a wrong one to the same prompt (G2D, arXiv 2605.21266)."""
+"""Preference pairs from rollouts: a right answer preferred to a wrong one to the same prompt (G2D,
+arXiv 2605.21266).
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two rollouts of one prompt, of which ``chosen`` is right and ``rejected`` is wrong: texts, and token numbers.
+    """Two rollouts of one prompt, of which ``chosen`` is right and ``rejected`` is wrong: texts,
+    and token numbers.
 
-    ``margin`` is how much larger the mean log-probability of a token is in the chosen one, under the policies that sampled
-    them.
+    ``margin`` is how much larger the mean log-probability of a token is in the chosen one, under
+    the policies that sampled them.
     """
 
     problem: str
@@ -47,7 +50,8 @@ class Informativeness:
         pairs: preference pairs that were made.
         accuracy: share of right rollouts.
         accuracy_spread: standard deviation over prompts of their share of right rollouts.
-        entropy: minus the mean log-probability of a token, an estimate of the policy's entropy at its temperature, in nats.
+        entropy: minus the mean log-probability of a token, an estimate of the policy's entropy at
+            its temperature, in nats.
         margin: mean of the pairs' ``margin``; NaN without pairs.
     """
 
@@ -69,9 +73,11 @@ def make_pairs(
     difficulty: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
 ) -> list[Pair]:
-    """Pairs of right and wrong rollouts of the same prompt, over all steps together, in the order of the prompts.
+    """Pairs of right and wrong rollouts of the same prompt, over all steps together, in the order
+    of the prompts.
 
-    A prompt's distinct right and wrong completions are shuffled and paired one to one, so none is used twice.
+    A prompt's distinct right and wrong completions are shuffled and paired one to one, so none is
+    used twice.
 
     Args:
         rollouts: as ``trainer.loop.rollout_log.read_rollouts`` gives them.
@@ -106,15 +112,22 @@ def make_pairs(
         found += [_pair(problem, *two) for two in zip(*sides, strict=False)]
     if not found:
         reason = (
-            "every prompt is either always or never solved; take more steps, other problems, or fresh rollouts"
+            "every prompt is either always or never solved; take more steps, other problems, or"
+            " fresh rollouts"
             if not mixed
-            else f"none of the {mixed} prompts with right and wrong rollouts is within the difficulty {difficulty[0]:g} to "
-            f"{difficulty[1]:g}; widen it"
-            if not within
-            else f"no prompt has a right and a wrong completion of at most {max_length} tokens; raise max_length"
+            else (
+                f"none of the {mixed} prompts with right and wrong rollouts is within the"
+                f" difficulty {difficulty[0]:g} to {difficulty[1]:g}; widen it"
+                if not within
+                else (
+                    f"no prompt has a right and a wrong completion of at most {max_length} tokens;"
+                    " raise max_length"
+                )
+            )
         )
         raise RelexkitError(
-            f"{len(rollouts)} rollouts of {len(by_prompt)} prompts give no preference pair: {reason}"
+            f"{len(rollouts)} rollouts of {len(by_prompt)} prompts give no preference pair:"
+            f" {reason}"
         )
     return found
 
@@ -138,7 +151,9 @@ def informativeness(rollouts: pyarrow.Table, pairs: Sequence[Pair]) -> Informati
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """The pairs in TRL's preference format, a JSON line each with ``prompt``, ``chosen`` and ``rejected``."""
+    """The pairs in TRL's preference format, a JSON line each with ``prompt``, ``chosen`` and
+    ``rejected``.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "w") as file:
         for pair in pairs:

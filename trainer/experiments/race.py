@@ -1,9 +1,11 @@
-"""Successive halving among models on common problems: who is clearly behind stops early, who is left gets the fresh problems.
+"""Successive halving among models on common problems: who is clearly behind stops early, who is
+left gets the fresh problems.
 
-Every candidate answers the first eighth of the problems, a third of them the next eighth, a ninth the next quarter, and one the
-last half; the baseline, the last observed step, answers all. What decides is the mean over common problems, so luck with the
-problems cancels. The last half is fresh for the one candidate that reaches it: nothing was chosen on it, so its paired interval
-against the baseline means what it says (Jamieson and Talwalkar 2016 for the scheme).
+Every candidate answers the first eighth of the problems, a third of them the next eighth, a ninth
+the next quarter, and one the last half; the baseline, the last observed step, answers all. What
+decides is the mean over common problems, so luck with the problems cancels. The last half is fresh
+for the one candidate that reaches it: nothing was chosen on it, so its paired interval against the
+baseline means what it says (Jamieson and Talwalkar 2016 for the scheme).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import numpy as np
 from trainer.evaluation.intervals import Difference, mean_interval, paired_difference
 
 Answer = Callable[[int, int, int], np.ndarray]
-"""``(candidate, begin, end) -> values between 0 and 1 of problems begin:end``; candidate -1 is the baseline."""
+"""``(candidate, begin, end) -> values between 0 and 1 of problems begin:end``; candidate -1 is the
+baseline.
+"""
 
 BASELINE = -1
 _EIGHTHS = (1, 2, 4, 8)  # ends of the rungs, in eighths of the problems
@@ -31,7 +35,8 @@ class Standing:
     Attributes:
         values: of the problems it answered, the first so many.
         accuracy, interval: their mean with its 95 % interval.
-        against: paired difference to the baseline on these problems; chosen among many, so the best ones look too good.
+        against: paired difference to the baseline on these problems; chosen among many, so the best
+            ones look too good.
     """
 
     values: np.ndarray
@@ -48,8 +53,10 @@ class Race:
         baseline: what the baseline scored on all problems.
         standings: of every candidate, in their order.
         winner: index of the candidate that reached the last rung.
-        fresh: its paired difference to the baseline on the last rung, on whose problems nothing was chosen.
-        num_answers, full_answers: problems answered by candidates and baseline, and what the full grid would have taken.
+        fresh: its paired difference to the baseline on the last rung, on whose problems nothing was
+            chosen.
+        num_answers, full_answers: problems answered by candidates and baseline, and what the full
+            grid would have taken.
     """
 
     baseline: Standing
@@ -61,7 +68,8 @@ class Race:
 
 
 def race(num_candidates: int, num_problems: int, answer: Answer, *, halving: bool = True) -> Race:
-    """Run the race; without ``halving`` every candidate answers everything (the full grid), and the winner is the best on it.
+    """Run the race; without ``halving`` every candidate answers everything (the full grid), and the
+    winner is the best on it.
 
     ``num_candidates`` is at least 1, ``num_problems`` at least 16.
     """
@@ -97,7 +105,9 @@ def race(num_candidates: int, num_problems: int, answer: Answer, *, halving: boo
 
 
 def _leaders(seen: dict[int, list[np.ndarray]], alive: Sequence[int], count: int) -> list[int]:
-    """The best ``count`` of those alive, all of whom answered the same problems, less those surely behind the best."""
+    """The best ``count`` of those alive, all of whom answered the same problems, less those surely
+    behind the best.
+    """
     values = {index: np.concatenate(seen[index]) for index in alive}
     ordered = sorted(alive, key=lambda index: (-values[index].mean(), index))
     best = values[ordered[0]]

@@ -1,8 +1,9 @@
 """``relexkit sweep``: predicted checkpoints on a validation task, in memory, and a recommendation.
 
-Weight-space skill is necessary, not sufficient. Candidates are predictions for several steps by several methods, options and
-scales; each is put in place into one loaded model and raced against the last observed step (``trainer.experiments.race``) on problems that
-training never saw, every model with the same noise.
+Weight-space skill is necessary, not sufficient. Candidates are predictions for several steps by
+several methods, options and scales; each is put in place into one loaded model and raced against
+the last observed step (``trainer.experiments.race``) on problems that training never saw, every
+model with the same noise.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def grid(
     windows: Sequence[int | None] = (None,),
     last_step: float | None = None,
 ) -> list[Candidate]:
-    """All combinations; rank, fit and window multiply RELEX only, its ablation grid on the task, and window the average.
+    """All combinations; rank, fit and window multiply RELEX only, its ablation grid on the task,
+    and window the average.
 
-    What does not depend on the target, hold and average, is one candidate for ``last_step`` (by default the first target).
+    What does not depend on the target, hold and average, is one candidate for ``last_step`` (by
+    default the first target).
     """
     candidates = []
     for method, target, scale in itertools.product(methods, targets, scales):
@@ -113,13 +116,15 @@ def sweep(
         until: predict from the steps up to this one; the baseline is the last of them.
         num_problems: the first so many of the validation split; None for all.
         samples: 0 for greedy answers, else so many sampled ones of each problem.
-        dtype, rounding: of the weights, as a written checkpoint would have them; computed with in float32.
+        dtype, rounding: of the weights, as a written checkpoint would have them; computed with in
+            float32.
         device: of PyTorch; None for a GPU if there is one.
 
     Memory: the model in float32. One pass over the deltas for each candidate and rung.
 
     Raises:
-        RelexkitError: too few problems, no candidate, or a prediction that cannot be made (the candidate is named).
+        RelexkitError: too few problems, no candidate, or a prediction that cannot be made (the
+            candidate is named).
     """
     import torch
 
@@ -129,7 +134,8 @@ def sweep(
     problems = list(task.problems("validation"))[:num_problems]
     if len(problems) < _FEWEST_PROBLEMS:
         raise RelexkitError(
-            f"task {task.name!r}: {len(problems)} validation problems tell nothing apart; expected at least {_FEWEST_PROBLEMS}"
+            f"task {task.name!r}: {len(problems)} validation problems tell nothing apart; expected"
+            f" at least {_FEWEST_PROBLEMS}"
         )
     if not candidates:
         raise RelexkitError("there is no candidate; give --to STEP and --method")
@@ -190,7 +196,10 @@ def recommendation(candidates: Sequence[Candidate], result: Race, last_step: int
     """One sentence: what to use, on what evidence."""
     fresh, best = result.fresh, candidates[result.winner]
     low, high = fresh.interval
-    told = f"({fresh.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {fresh.num_problems} fresh problems)"
+    told = (
+        f"({fresh.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {fresh.num_problems} fresh"
+        " problems)"
+    )
     if fresh.verdict == "above":
         return f"Use {best.name}: it beats step {last_step} {told}."
     if fresh.verdict == "below":
@@ -242,7 +251,7 @@ def document(
     }
 
 
-# -- command ----------------------------------------------------------------------------------------------------------
+# -- command ---------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -361,9 +370,11 @@ def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Cand
     task = load_task(yaml.safe_load(arguments.task))
     store = TrajectoryStore(arguments.store)
     seen = store.steps[
-        : None
-        if arguments.until is None
-        else np.searchsorted(store.steps, arguments.until, side="right")
+        : (
+            None
+            if arguments.until is None
+            else np.searchsorted(store.steps, arguments.until, side="right")
+        )
     ]
     last_step = int(seen[-1]) if len(seen) else 0  # without any, the sweep says what is wrong
     candidates = grid(
@@ -459,7 +470,8 @@ def print_table(found: dict[str, Any]) -> None:
     console().print(table)
     share = found["answers"] / found["answers_of_full_grid"]
     print(
-        f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of the full grid."
+        f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
+        " the full grid."
     )
     print(found["recommendation"])
 

@@ -19,9 +19,11 @@ CONFIG = "config.yaml"
 
 
 def claim_folder(folder: Path, config: str) -> None:
-    """Make ``folder`` the folder of the run with the resolved configuration ``config``, or find that it is.
+    """Make ``folder`` the folder of the run with the resolved configuration ``config``, or find
+    that it is.
 
-    A longer ``max_steps`` of a run with a constant learning rate is the same run, and so is another logging or saving rhythm.
+    A longer ``max_steps`` of a run with a constant learning rate is the same run, and so is another
+    logging or saving rhythm.
 
     Raises:
         RelexkitError: it holds something else, or a run with other options; the message names them.
@@ -47,7 +49,8 @@ def claim_folder(folder: Path, config: str) -> None:
         ]
         if other:
             raise RelexkitError(
-                f"{folder}: holds a run with other options ({', '.join(other)}); choose another output"
+                f"{folder}: holds a run with other options ({', '.join(other)}); choose another"
+                " output"
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise RelexkitError(
@@ -60,7 +63,8 @@ def claim_folder(folder: Path, config: str) -> None:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:
-    """Write the model as a Hugging Face folder in float32, under a temporary name first; a collective call.
+    """Write the model as a Hugging Face folder in float32, under a temporary name first; a
+    collective call.
 
     Sharded weights are gathered one by one; the first process holds them all while it writes.
     """

@@ -1,4 +1,6 @@
-"""One generation: which prompts, their rollouts, rewards, advantages and token coefficients, and their log."""
+"""One generation: which prompts, their rollouts, rewards, advantages and token coefficients, and
+their log.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,12 @@ from trainer.tasks import Problem, Task, prompt_text, score
 class Generation:
     """Rollouts of this process for ``P`` prompts, ``G`` of each, row ``p * G + g``.
 
-    ``right`` says of each row whether the task calls it right. ``token_weights`` are the coefficients of its tokens, None where
-    all are 1, and ``token_norms`` their ``|v|`` where measured (``trainer.credit.token_states``); ``shares`` are metrics of these.
-    ``old_logp`` and ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling policy and
-    under the reference; None where they are not needed. ``counts`` is 0 for a completion that is masked out. ``seconds`` is
-    how long sampling and scoring took.
+    ``right`` says of each row whether the task calls it right. ``token_weights`` are the
+    coefficients of its tokens, None where all are 1, and ``token_norms`` their ``|v|`` where
+    measured (``trainer.credit.token_states``); ``shares`` are metrics of these. ``old_logp`` and
+    ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling
+    policy and under the reference; None where they are not needed. ``counts`` is 0 for a completion
+    that is masked out. ``seconds`` is how long sampling and scoring took.
     """
 
     problems: list[Problem]
@@ -54,7 +57,9 @@ class Generation:
 
 
 def prompt_numbers(num_problems: int, config: GRPOConfig, generation: int) -> list[int]:
-    """Which problems a generation takes: every problem once an epoch, in an order drawn anew for each epoch."""
+    """Which problems a generation takes: every problem once an epoch, in an order drawn anew for
+    each epoch.
+    """
     first = generation * config.num_prompts
     places = [
         divmod(position, num_problems) for position in range(first, first + config.num_prompts)
@@ -115,10 +120,12 @@ def roll_out(
         right=right,
         token_weights=weights,
         token_norms=None if measured is None else measured.norms,
-        shares={}
-        if measured is None
-        else token_share_metrics(
-            measured, completions, advantage_PG, weights, policy.tokenizer, policy.processes
+        shares=(
+            {}
+            if measured is None
+            else token_share_metrics(
+                measured, completions, advantage_PG, weights, policy.tokenizer, policy.processes
+            )
         ),
         seconds=time.monotonic() - began,
         old_logp=None,
@@ -154,7 +161,9 @@ def _scores(
 
 
 def log_rollouts(folder: Path, step: int, generation: Generation, processes: Processes) -> None:
-    """Write the rollouts of the generation that ``step`` began, once their log-probabilities are known; a collective call."""
+    """Write the rollouts of the generation that ``step`` began, once their log-probabilities are
+    known; a collective call.
+    """
     assert generation.old_logp is not None, (
         "the first step on a generation fills in its log-probabilities"
     )

@@ -1,8 +1,10 @@
-"""Periodic re-grounding (arXiv 2601.04537): train some steps, jump to where they lead, train again from there.
+"""Periodic re-grounding (arXiv 2601.04537): train some steps, jump to where they lead, train again
+from there.
 
-The prediction is made from the steps since the last jump alone, relative to the weights that it led to, from the deltas in the
-store. The optimizer goes on with the moments and the step count that it has: the moments describe the gradient at the place
-that the jump left, a state that starts anew would take a first step as long as if the run had just begun.
+The prediction is made from the steps since the last jump alone, relative to the weights that it led
+to, from the deltas in the store. The optimizer goes on with the moments and the step count that it
+has: the moments describe the gradient at the place that the jump left, a state that starts anew
+would take a first step as long as if the run had just begun.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ def last_jump(recorder: Recorder) -> int:
 
 
 def is_due(rule: Regrounding, step: int, start: int, max_steps: int) -> bool:
-    """Whether the next steps are jumped over: enough were trained since ``start``, and the run is long enough."""
+    """Whether the next steps are jumped over: enough were trained since ``start``, and the run is
+    long enough.
+    """
     return step - start >= rule.train_steps and step + rule.jump_steps <= max_steps
 
 
 def jump(
     rule: Regrounding, recorder: Recorder, model: Any, step: int, start: int
 ) -> tuple[int, dict[str, float]]:
-    """Put the prediction for ``rule.jump_steps`` later into the model and record it; the step it leads to, and what is logged.
+    """Put the prediction for ``rule.jump_steps`` later into the model and record it; the step it
+    leads to, and what is logged.
 
     Raises:
         ExtrapolationError: nothing can be predicted from these steps.

@@ -1,4 +1,5 @@
-"""Every rollout of a run: a folder with one Parquet file for each generation (and process), readable as one table.
+"""Every rollout of a run: a folder with one Parquet file for each generation (and process),
+readable as one table.
 
 A file is written under another name and renamed, so a kill leaves whole files only.
 """
@@ -32,7 +33,8 @@ class Rollout:
         logprobs: of the completion tokens under the policy that sampled them, at its temperature.
         truncated: the length ran out before an end.
         right: the task's own reward is 1 or more.
-        token_norms, token_weights: by token, where they were computed: ``|v|`` (``trainer.credit.token_states``) and coefficients.
+        token_norms, token_weights: by token, where they were computed: ``|v|``
+            (``trainer.credit.token_states``) and coefficients.
     """
 
     step: int
@@ -105,7 +107,8 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], *, process:
 def read_rollouts(
     folder: str | Path, *, columns: Sequence[str] | None = None, steps: Sequence[int] | None = None
 ) -> pyarrow.Table:
-    """All rollouts, or those whose ``step`` is among ``steps``, in order of step and process, as one table.
+    """All rollouts, or those whose ``step`` is among ``steps``, in order of step and process, as
+    one table.
 
     Raises:
         RelexkitError: the folder holds none, or a file is damaged.
@@ -116,7 +119,8 @@ def read_rollouts(
     paths = [path for step, path in _files(Path(folder)) if steps is None or step in set(steps)]
     if not paths:
         raise RelexkitError(
-            f"{folder}: holds no rollouts{' of these steps' if steps else ''}; expected those of a training run"
+            f"{folder}: holds no rollouts{' of these steps' if steps else ''}; expected those of a"
+            " training run"
         )
     try:
         return pa.concat_tables(

@@ -1,4 +1,6 @@
-"""The log of a run: one JSON line a step, TensorBoard events, and a progress bar; a resumed run continues all of them."""
+"""The log of a run: one JSON line a step, TensorBoard events, and a progress bar; a resumed run
+continues all of them.
+"""
 
 from __future__ import annotations
 
@@ -88,9 +90,11 @@ class RunLog(AbstractContextManager):
     def say(self, message: str) -> None:
         """A message above the bar, on standard error."""
         if self._active:
-            self._bar.console.print(
-                message, markup=False, highlight=False
-            ) if not self._bar.disable else print(message, file=sys.stderr)
+            (
+                self._bar.console.print(message, markup=False, highlight=False)
+                if not self._bar.disable
+                else print(message, file=sys.stderr)
+            )
 
     def __exit__(self, *_: object) -> None:
         if self._active:

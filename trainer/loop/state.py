@@ -1,7 +1,8 @@
-"""The full state of a run for a resume: weights and optimizer of every process, under a name that says the step.
+"""The full state of a run for a resume: weights and optimizer of every process, under a name that
+says the step.
 
-Random numbers and the position in the data are functions of seed and step, so there is nothing else to keep. A state is
-written beside the former one, renamed when complete, and only then replaces it.
+Random numbers and the position in the data are functions of seed and step, so there is nothing else
+to keep. A state is written beside the former one, renamed when complete, and only then replaces it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _NAME = re.compile(r"step-(\d+)")
 def save_state(
     folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> None:
-    """Keep the state after ``step`` as ``folder/step-N``, one file a process; a collective call. Removes former ones."""
+    """Keep the state after ``step`` as ``folder/step-N``, one file a process; a collective call.
+    Removes former ones.
+    """
     temporary, final = folder / f".step-{step}.partial", folder / f"step-{step}"
     if final.exists():
         return
@@ -78,7 +81,8 @@ def load_state(
     count = len(list(place.glob("process-*.pt")))
     if count != processes.size:
         raise RelexkitError(
-            f"{place}: was saved by {count} processes, these are {processes.size}; start as many as then"
+            f"{place}: was saved by {count} processes, these are {processes.size}; start as many as"
+            " then"
         )
     state = torch.load(
         place / f"process-{processes.rank}.pt", map_location="cpu", weights_only=True
@@ -104,7 +108,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _restored(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """An optimizer's value as it was: of the parameter's kind and device, or a count on that device."""
+    """An optimizer's value as it was: of the parameter's kind and device, or a count on that
+    device.
+    """
     if value.ndim == 0:
         return value.to(parameter.device)
     restored = torch.zeros_like(parameter, requires_grad=False)

@@ -20,10 +20,12 @@ from trainer.policy.setup import Policy, learning_rate
 def optimizer_step(
     config: GRPOConfig, policy: Policy, generation: Generation, part: int, step: int
 ) -> dict[str, float]:
-    """Take optimizer step ``step`` on one part of a generation, in place; returns what is logged, named as in TRL.
+    """Take optimizer step ``step`` on one part of a generation, in place; returns what is logged,
+    named as in TRL.
 
     Raises:
-        RelexkitError: the loss or the gradient is not finite; the weights are those of the step before.
+        RelexkitError: the loss or the gradient is not finite; the weights are those of the step
+            before.
     """
     rows = _rows_of_part(config, generation, part)
     completions = [generation.completions[row] for row in rows]
@@ -50,8 +52,9 @@ def optimizer_step(
     for name, value in (("loss", total["loss"]), ("gradient norm", grad_norm)):
         if not torch.isfinite(torch.tensor(value)):
             raise RelexkitError(
-                f"step {step}: the {name} is {value}; expected a finite number: the weights of step {step - 1} are recorded, "
-                "lower learning_rate or max_grad_norm and resume from the last state, or start again"
+                f"step {step}: the {name} is {value}; expected a finite number: the weights of step"
+                f" {step - 1} are recorded, lower learning_rate or max_grad_norm and resume from"
+                " the last state, or start again"
             )
     policy.optimizer.step()
     if generation.old_logp is None:
@@ -83,7 +86,8 @@ def _accumulate(
 ) -> tuple[dict[str, float], list[torch.Tensor], dict[str, float]]:
     """Gradients of the step's loss, micro-batch by micro-batch.
 
-    Returns sums over its tokens, every row's log-probabilities, and what is logged of the gradient's noise.
+    Returns sums over its tokens, every row's log-probabilities, and what is logged of the
+    gradient's noise.
     """
     device = policy.model.device
     completions = [generation.completions[row] for row in rows]
@@ -91,7 +95,8 @@ def _accumulate(
     counts_B = torch.tensor(
         [generation.counts[row] for row in rows], dtype=torch.float32, device=device
     )
-    # What cannot move the weights takes no backward pass; processes exchange gradients, so there each takes every row.
+    # What cannot move the weights takes no backward pass; processes exchange gradients, so there
+    # each takes every row.
     may_skip = not config.beta and policy.processes.size == 1
     trains_B = ((advantage_B * counts_B != 0) | (not may_skip)).tolist()
     groups = _grouped(config, completions, trains_B)
@@ -144,9 +149,11 @@ def _accumulate(
 def _grouped(
     config: GRPOConfig, completions: Sequence[Completion], trains: Sequence[bool]
 ) -> list[tuple[list[int], bool]]:
-    """Micro-batches of rows that all train or all do not, and whether a part of the step, whose gradient is measured, ends.
+    """Micro-batches of rows that all train or all do not, and whether a part of the step, whose
+    gradient is measured, ends.
 
-    Gradients are exchanged between processes where a part ends, so every process must have as many parts.
+    Gradients are exchanged between processes where a part ends, so every process must have as many
+    parts.
     """
     count = max(1, config.gradient_noise_parts)
     groups: list[tuple[list[int], bool]] = []
@@ -205,7 +212,9 @@ def _step_metrics(
 def _informativeness(
     policy: Policy, generation: Generation, rows: list[int], shape: torch.Size, groups: float
 ) -> dict[str, float]:
-    """Share of prompts with right and wrong rollouts, by how much the policy prefers the right ones, spread of the accuracy."""
+    """Share of prompts with right and wrong rollouts, by how much the policy prefers the right
+    ones, spread of the accuracy.
+    """
     assert generation.old_logp is not None
     right_PG = torch.tensor([generation.right[row] for row in rows]).view(shape)
     sums = informativeness(right_PG, [generation.old_logp[row] for row in rows])

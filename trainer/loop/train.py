@@ -1,14 +1,15 @@
-"""Group relative policy optimisation (GRPO, arXiv 2402.03300): prompts, rollouts, rewards, advantages, steps, recording.
+"""Group relative policy optimisation (GRPO, arXiv 2402.03300): prompts, rollouts, rewards,
+advantages, steps, recording.
 
     relexkit train CONFIG.yaml [--key value ...]
 
-leaves in the output folder ``config.yaml`` (resolved), ``run.zarr`` (the trajectory store, from the float32 master weights),
-``rollouts/`` (every rollout, one table), ``metrics.jsonl``, ``events/`` (TensorBoard), ``state/`` (for a resume) and ``final/``
-(the trained model).
+leaves in the output folder ``config.yaml`` (resolved), ``run.zarr`` (the trajectory store, from the
+float32 master weights), ``rollouts/`` (every rollout, one table), ``metrics.jsonl``, ``events/``
+(TensorBoard), ``state/`` (for a resume) and ``final/`` (the trained model).
 
-The order of the prompts, the noise of every rollout and dropout are functions of the seed and the step, so a run that is
-killed and started again goes on from its last state to the same bits on a CPU, and the number of processes changes rounding
-only.
+The order of the prompts, the noise of every rollout and dropout are functions of the seed and the
+step, so a run that is killed and started again goes on from its last state to the same bits on a
+CPU, and the number of processes changes rounding only.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ _WARN_STEPS = 10  # without any difference between the rewards of a group
 def train(config: GRPOConfig) -> Path:
     """Run or resume a training; returns its folder.
 
-    With ``torchrun`` every process calls this. Memory: the weights in float32, as much for gradients, twice as much for the
-    optimizer, one copy for the recorder, a reference if ``beta`` is not 0, and the activations and logits of a micro-batch.
+    With ``torchrun`` every process calls this. Memory: the weights in float32, as much for
+    gradients, twice as much for the optimizer, one copy for the recorder, a reference if ``beta``
+    is not 0, and the activations and logits of a micro-batch.
 
     Raises:
-        RelexkitError: the folder holds a run with other options, the task or a prompt cannot be used, a reward function fails,
-            or the loss is not finite; what was recorded before stays, and the same call goes on from the last state.
+        RelexkitError: the folder holds a run with other options, the task or a prompt cannot be
+            used, a reward function fails, or the loss is not finite; what was recorded before
+            stays, and the same call goes on from the last state.
     """
     device = choose_device(config)
     with process_group(device) as processes, ExitStack() as stack:
@@ -74,7 +77,8 @@ def train(config: GRPOConfig) -> Path:
                 and is_due(rule, step, start, config.max_steps)
             ):
                 log.say(
-                    f"step {step}: jumps to what {rule.method} predicts for step {step + rule.jump_steps}"
+                    f"step {step}: jumps to what {rule.method} predicts for step"
+                    f" {step + rule.jump_steps}"
                 )
                 step, metrics = jump(rule, recorder, policy.model, step, start)
                 start = step
@@ -112,7 +116,7 @@ def train(config: GRPOConfig) -> Path:
     return folder
 
 
-# -- preparing --------------------------------------------------------------------------------------------------------
+# -- preparing -------------------------------------------------------------------------------------
 
 
 def check_processes(config: GRPOConfig, processes: Processes) -> None:
@@ -124,14 +128,14 @@ def check_processes(config: GRPOConfig, processes: Processes) -> None:
     unit = processes.size * config.num_generations * config.steps_per_generation
     if config.generation_batch_size % unit:
         raise RelexkitError(
-            f"generation_batch_size: {config.generation_batch_size} does not split over {processes.size} processes; expected a "
-            f"multiple of {unit}"
+            f"generation_batch_size: {config.generation_batch_size} does not split over"
+            f" {processes.size} processes; expected a multiple of {unit}"
         )
     groups = config.generation_batch_size // unit
     if config.gradient_noise_parts > groups:
         raise RelexkitError(
-            f"gradient_noise_parts: {config.gradient_noise_parts} parts of {groups} groups in each of {processes.size} "
-            "processes leave some empty; expected at most as many"
+            f"gradient_noise_parts: {config.gradient_noise_parts} parts of {groups} groups in each"
+            f" of {processes.size} processes leave some empty; expected at most as many"
         )
 
 
@@ -168,7 +172,9 @@ def _is_store(path: Path) -> bool:
 def _warn_without_signal(
     log: RunLog, metrics: dict[str, float], step: int, first: int, before: int
 ) -> int:
-    """Steps in a row in which no group had a difference to learn from, up to this one; warns about every tenth."""
+    """Steps in a row in which no group had a difference to learn from, up to this one; warns about
+    every tenth.
+    """
     if metrics["frac_reward_zero_std"] < 1:
         return 0
     count = before + step + 1 - first
@@ -177,14 +183,18 @@ def _warn_without_signal(
             "all were right: take harder problems"
             if metrics["accuracy"] == 1
             else (
-                "none was right: take easier problems or a better start, raise num_generations or temperature, or give credit for "
-                "partial answers"
+                "none was right: take easier problems or a better start, raise num_generations or"
+                " temperature, or give credit for partial answers"
                 if metrics["accuracy"] == 0
-                else "every prompt is either always or never solved: take problems in between, or raise num_generations"
+                else (
+                    "every prompt is either always or never solved: take problems in between, or"
+                    " raise num_generations"
+                )
             )
         )
         log.say(
-            f"step {step}: nothing to learn from for {count} steps, the rewards of every group agree ({advice})"
+            f"step {step}: nothing to learn from for {count} steps, the rewards of every group"
+            f" agree ({advice})"
         )
     return count
 
@@ -192,7 +202,9 @@ def _warn_without_signal(
 def _speed(
     config: GRPOConfig, metrics: dict[str, float], generation: Generation, seconds: float
 ) -> dict[str, float]:
-    """Seconds of a step with its share of the generation, and completion tokens a second; apart, since they never repeat."""
+    """Seconds of a step with its share of the generation, and completion tokens a second; apart,
+    since they never repeat.
+    """
     whole = seconds + generation.seconds / config.steps_of_generation
     tokens = (
         metrics["completions/mean_length"]

@@ -1,6 +1,8 @@
-"""What the model says of rollouts: padded batches under a token budget, log-probabilities and entropies of completion tokens.
+"""What the model says of rollouts: padded batches under a token budget, log-probabilities and
+entropies of completion tokens.
 
-Shapes: ``B`` rows, ``L`` tokens of prompt and completion with padding, ``T`` of the longest completion, ``V`` vocabulary.
+Shapes: ``B`` rows, ``L`` tokens of prompt and completion with padding, ``T`` of the longest
+completion, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class Batch:
     """Rollouts as tensors: prompts padded on the left, completions on the right.
 
     Attributes:
-        input_ids, attention_mask, position_ids: ``int64 [B, L]``; positions count from each row's first token.
+        input_ids, attention_mask, position_ids: ``int64 [B, L]``; positions count from each row's
+            first token.
         completion_ids, mask: ``int64 [B, T]``, and ``float32 [B, T]`` with 1 for completion tokens.
     """
 
@@ -56,7 +59,9 @@ def make_batch(completions: Sequence[Completion], pad: int, device: Any) -> Batc
 
 
 def micro_batches(completions: Sequence[Completion], max_tokens: int) -> list[list[int]]:
-    """Row numbers in groups whose padded size is at most ``max_tokens`` (a longer row is alone), similar lengths together."""
+    """Row numbers in groups whose padded size is at most ``max_tokens`` (a longer row is alone),
+    similar lengths together.
+    """
 
     def lengths(row: int) -> tuple[int, int]:
         return len(completions[row].prompt_ids), len(completions[row].completion_ids)
@@ -77,10 +82,11 @@ def micro_batches(completions: Sequence[Completion], max_tokens: int) -> list[li
 def token_logprobs(
     model: Any, batch: Batch, temperature: float, autocast: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability, with gradient, and entropy, without, of every completion token: ``float32 [B, T]`` each.
+    """Log-probability, with gradient, and entropy, without, of every completion token: ``float32
+    [B, T]`` each.
 
-    Both of the distribution at ``temperature``. Where the mask is 0 the values mean nothing. Memory: the logits
-    ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row.
+    Both of the distribution at ``temperature``. Where the mask is 0 the values mean nothing.
+    Memory: the logits ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row.
     """
     length = batch.completion_ids.shape[1]
     with autocast_for(batch.input_ids.device, autocast):
@@ -123,7 +129,9 @@ def sampled_logprobs(
     pad: int,
     autocast: bool,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of every rollout's completion tokens, ``float32 [tokens]`` each, without gradient, in micro-batches."""
+    """Log-probabilities of every rollout's completion tokens, ``float32 [tokens]`` each, without
+    gradient, in micro-batches.
+    """
     found: list[torch.Tensor] = [torch.empty(0)] * len(completions)
     for rows in micro_batches(completions, max_tokens):
         batch = make_batch([completions[row] for row in rows], pad, model.device)
@@ -134,7 +142,9 @@ def sampled_logprobs(
 
 
 def padded(rows: Sequence[torch.Tensor], like_BT: torch.Tensor) -> torch.Tensor:
-    """Per-token values of rows as one ``[B, T]`` tensor of the shape of ``like_BT``, zero where there is no token."""
+    """Per-token values of rows as one ``[B, T]`` tensor of the shape of ``like_BT``, zero where
+    there is no token.
+    """
     out_BT = torch.zeros_like(like_BT)
     for row, values in zip(out_BT, rows, strict=True):
         row[: len(values)] = values

@@ -1,9 +1,10 @@
 """Rollouts: completions sampled from a model, each from a random stream of its own.
 
-Sampling is the Gumbel-max form of drawing from a softmax: the noise of a row is a function of ``(seed, key)`` alone. A
-completion does not depend on what else is in its batch or on the number of processes, a resumed run repeats it without any
-saved random state, and models that are given the same keys see common random numbers, so that their differences are less
-noisy. (Logits of another batch shape differ in their last bits and now and then move an arg-max: equality is up to that.)
+Sampling is the Gumbel-max form of drawing from a softmax: the noise of a row is a function of
+``(seed, key)`` alone. A completion does not depend on what else is in its batch or on the number of
+processes, a resumed run repeats it without any saved random state, and models that are given the
+same keys see common random numbers, so that their differences are less noisy. (Logits of another
+batch shape differ in their last bits and now and then move an arg-max: equality is up to that.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One rollout: token numbers of prompt and completion (with the end-of-sequence token if it came), and the text.
+    """One rollout: token numbers of prompt and completion (with the end-of-sequence token if it
+    came), and the text.
 
     ``truncated`` is true if the length ran out before an end-of-sequence token.
     """
@@ -84,15 +86,19 @@ def generate(
     batch_size: int,
     watcher: Watcher | None = None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; left-padded batches of ``batch_size`` rows with a key-value cache.
+    """One completion for every prompt, in order; left-padded batches of ``batch_size`` rows with a
+    key-value cache.
 
     Args:
-        model: a transformers model for causal language modelling; its mode and generation settings are left as they were.
-        keys: names of the rows' random streams: anything whose ``repr`` is stable. Equal keys draw equal noise.
+        model: a transformers model for causal language modelling; its mode and generation settings
+            are left as they were.
+        keys: names of the rows' random streams: anything whose ``repr`` is stable. Equal keys draw
+            equal noise.
         watcher: told what the model computes on the way.
 
     Raises:
-        RelexkitError: a prompt is empty, or does not fit the model's context together with its completion.
+        RelexkitError: a prompt is empty, or does not fit the model's context together with its
+            completion.
     """
     encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
     _check_lengths(model, encoded, sampling)
@@ -108,14 +114,17 @@ def generate(
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token numbers of a prompt. A chat template has written the special tokens already; else the tokenizer adds them."""
+    """Token numbers of a prompt. A chat template has written the special tokens already; else the
+    tokenizer adds them.
+    """
     return tokenizer(prompt, add_special_tokens=getattr(tokenizer, "chat_template", None) is None)[
         "input_ids"
     ]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Numbers of the tokens that end a completion: the tokenizer's and those of the model's generation settings.
+    """Numbers of the tokens that end a completion: the tokenizer's and those of the model's
+    generation settings.
 
     Raises:
         RelexkitError: there is none.
@@ -127,7 +136,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     } - {None}
     if not found:
         raise RelexkitError(
-            "the tokenizer has no end-of-sequence token; expected one, or no completion would ever end"
+            "the tokenizer has no end-of-sequence token; expected one, or no completion would"
+            " ever end"
         )
     return sorted(found)
 
@@ -135,7 +145,9 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token rows of different lengths as ``int64 [B, L]`` with padding on the left, and their mask, ``int64 [B, L]``."""
+    """Token rows of different lengths as ``int64 [B, L]`` with padding on the left, and their mask,
+    ``int64 [B, L]``.
+    """
     length = max(len(row) for row in rows)
     tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -143,12 +155,16 @@ def left_padded(
 
 
 def pad_token(tokenizer: Any) -> int:
-    """Number of the padding token, or of the end-of-sequence token: what it is does not matter where it is masked."""
+    """Number of the padding token, or of the end-of-sequence token: what it is does not matter
+    where it is masked.
+    """
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def stream_seed(seed: int, key: Any) -> int:
-    """Seed of the random stream of ``(seed, key)``: 63 bits of a hash, so that neighbouring keys are unrelated."""
+    """Seed of the random stream of ``(seed, key)``: 63 bits of a hash, so that neighbouring keys
+    are unrelated.
+    """
     return (
         int.from_bytes(hashlib.blake2b(f"{seed}/{key!r}".encode(), digest_size=8).digest(), "big")
         >> 1
@@ -156,9 +172,11 @@ def stream_seed(seed: int, key: Any) -> int:
 
 
 class _GumbelNoise:
-    """Adds each row's noise to its scores, so that the arg-max of the sum is a draw from their softmax.
+    """Adds each row's noise to its scores, so that the arg-max of the sum is a draw from their
+    softmax.
 
-    Of a small vocabulary the noise of several tokens is drawn at once: how many depends on nothing but its size.
+    Of a small vocabulary the noise of several tokens is drawn at once: how many depends on nothing
+    but its size.
     """
 
     def __init__(self, seed: int, keys: Sequence[Any], device: torch.device):
@@ -226,9 +244,11 @@ def _generate_batch(
 def _shared_prefix(
     model: Any, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Tensor
 ) -> DynamicCache | None:
-    """Keys and values of all prompt tokens but the last, computed once for equal prompts; None where that does not apply.
+    """Keys and values of all prompt tokens but the last, computed once for equal prompts; None
+    where that does not apply.
 
-    It applies if prompts repeat (the rollouts of a group do) and if the model keeps plain keys and values, nothing else.
+    It applies if prompts repeat (the rollouts of a group do) and if the model keeps plain keys and
+    values, nothing else.
     """
     first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
     if 2 * len(first) > len(prompts) or tokens.shape[1] == 1:
@@ -259,7 +279,9 @@ def _shared_prefix(
 
 @contextmanager
 def _inference(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[GenerationConfig]:
-    """No gradients, no dropout, a cache, and none of the sampling settings that a model brings along."""
+    """No gradients, no dropout, a cache, and none of the sampling settings that a model brings
+    along.
+    """
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_completion_length,
@@ -284,10 +306,12 @@ def _check_lengths(model: Any, encoded: dict[str, list[int]], sampling: Sampling
         shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
         if not ids:
             raise RelexkitError(
-                f"prompt {shown!r} has no tokens; expected at least one: leave empty prompts out of the task"
+                f"prompt {shown!r} has no tokens; expected at least one: leave empty prompts out of"
+                " the task"
             )
         if context is not None and len(ids) + sampling.max_completion_length > context:
             raise RelexkitError(
-                f"prompt {shown!r} has {len(ids)} tokens, with max_completion_length {sampling.max_completion_length} more "
-                f"than the model's context of {context}; shorten the prompt or the completions"
+                f"prompt {shown!r} has {len(ids)} tokens, with max_completion_length"
+                f" {sampling.max_completion_length} more than the model's context of {context};"
+                " shorten the prompt or the completions"
             )

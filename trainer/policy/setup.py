@@ -1,4 +1,6 @@
-"""What a run starts from: device and processes, the model in float32 (sharded over several processes), the optimizer."""
+"""What a run starts from: device and processes, the model in float32 (sharded over several
+processes), the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What takes part in every step: the model that learns, the frozen one it is held to (or None), and how both compute."""
+    """What takes part in every step: the model that learns, the frozen one it is held to (or None),
+    and how both compute.
+    """
 
     model: Any
     reference: Any
@@ -43,7 +47,8 @@ class Policy:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """The processes that ``torchrun`` has started, joined for the time of the block; this one alone otherwise.
+    """The processes that ``torchrun`` has started, joined for the time of the block; this one alone
+    otherwise.
 
     Raises:
         RelexkitError: another process was lost while this one waited for it.
@@ -59,8 +64,8 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         ):
             raise
         raise RelexkitError(
-            f"process {os.environ.get('RANK')} lost the others ({str(error).splitlines()[0]}); what was recorded stays: start "
-            "all of them again to go on from the last state"
+            f"process {os.environ.get('RANK')} lost the others ({str(error).splitlines()[0]}); what"
+            " was recorded stays: start all of them again to go on from the last state"
         ) from error
     finally:
         if several:
@@ -75,7 +80,8 @@ def choose_device(config: GRPOConfig | G2DConfig) -> torch.device:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RelexkitError(
-            "device: cuda was asked for but PyTorch sees no GPU; give --device cpu, or install a CUDA build"
+            "device: cuda was asked for but PyTorch sees no GPU; give --device cpu, or install a"
+            " CUDA build"
         )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -108,7 +114,8 @@ def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
 
     if not Path(folder).is_dir():
         raise RelexkitError(
-            f"{folder}: no such folder; expected a Hugging Face model: config.json, weights and tokenizer"
+            f"{folder}: no such folder; expected a Hugging Face model: config.json, weights and"
+            " tokenizer"
         )
     try:
         with quiet():
@@ -133,9 +140,11 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def shard(model: Any, processes: Processes, device: torch.device) -> Any:
-    """Shard a model's parameters, in place, over the processes with FSDP2: its blocks one by one, then the rest.
+    """Shard a model's parameters, in place, over the processes with FSDP2: its blocks one by one,
+    then the rest.
 
-    Blocks stay gathered between forward and backward pass, and so during a generation, which therefore needs no communication.
+    Blocks stay gathered between forward and backward pass, and so during a generation, which
+    therefore needs no communication.
     """
     if processes.size == 1:
         return model
@@ -193,7 +202,9 @@ def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: GRPOConfig, step: int) -> float:
-    """Learning rate of optimizer step ``step``, from 1, by transformers' definitions: the first step counts as 0."""
+    """Learning rate of optimizer step ``step``, from 1, by transformers' definitions: the first
+    step counts as 0.
+    """
     return config.learning_rate * schedule_factor(
         config.lr_scheduler_type, step - 1, config.warmup_steps, config.max_steps
     )

@@ -1,10 +1,12 @@
-"""The small embedded model: a Llama of 1.3 million parameters that reads and writes characters, half-way to a skill.
+"""The small embedded model: a Llama of 1.3 million parameters that reads and writes characters,
+half-way to a skill.
 
     python -m trainer.policy.small_model -o FOLDER
 
-makes it in seconds: supervised steps on one family of ``trainer.tasks.arithmetic``, stopped while the model is right on part of
-the problems only. ``trainer/data/sorting`` was made so, with the default settings, and is where ``relexkit demo`` starts. It is
-stored in bfloat16, so that both precisions start from exactly the same weights. No validation problem is seen.
+makes it in seconds: supervised steps on one family of ``trainer.tasks.arithmetic``, stopped while
+the model is right on part of the problems only. ``trainer/data/sorting`` was made so, with the
+default settings, and is where ``relexkit demo`` starts. It is stored in bfloat16, so that both
+precisions start from exactly the same weights. No validation problem is seen.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class WarmStart:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of ``CHARACTERS``, padding and an end; saved, it loads with ``AutoTokenizer``."""
+    """One token for each of ``CHARACTERS``, padding and an end; saved, it loads with
+    ``AutoTokenizer``.
+    """
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -85,7 +89,9 @@ def build_model(settings: WarmStart) -> LlamaForCausalLM:
 def warm_start(
     settings: WarmStart, progress: ProgressCallback | None = None
 ) -> tuple[LlamaForCausalLM, Any]:
-    """A model after the supervised steps, float32, and its tokenizer. The same settings give the same bits on one thread."""
+    """A model after the supervised steps, float32, and its tokenizer. The same settings give the
+    same bits on one thread.
+    """
     task = load_task({"name": "arithmetic", "family": settings.family, "digits": settings.digits})
     problems = list(task.problems("train"))
     random.Random(settings.seed).shuffle(problems)

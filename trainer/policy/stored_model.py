@@ -1,4 +1,6 @@
-"""One loaded model into which the weights of a store's steps, recorded or predicted, are put one after the other."""
+"""One loaded model into which the weights of a store's steps, recorded or predicted, are put one
+after the other.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class StoredModel:
     """The model of a store, in float32 whatever precision its weights are rounded to.
 
-    ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are what is computed with, so that
-    models in different precisions differ by their weights alone. Memory: one model, and a second one in ``dtype``.
+    ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are
+    what is computed with, so that models in different precisions differ by their weights alone.
+    Memory: one model, and a second one in ``dtype``.
 
     Attributes:
-        model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at first the base.
+        model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at
+            first the base.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class StoredModel:
                 )
 
     def put(self, weights: np.ndarray) -> None:
-        """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass over the deltas."""
+        """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass
+        over the deltas.
+        """
         if self._rounded is None:
             apply(self.store, self.model, weights)
             return

@@ -1,7 +1,9 @@
-"""Tasks with verifiable rewards: problems for training and for validation, and a score for a completion.
+"""Tasks with verifiable rewards: problems for training and for validation, and a score for a
+completion.
 
-To add a family, write a module with a function ``make(**options) -> Task`` and add a line to ``TASKS``; for one of your own,
-give ``FILE.py:FUNCTION`` as the name of the task, where the function takes the options and returns a ``Task``.
+To add a family, write a module with a function ``make(**options) -> Task`` and add a line to
+``TASKS``; for one of your own, give ``FILE.py:FUNCTION`` as the name of the task, where the
+function takes the options and returns a ``Task``.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def load_task(settings: str | Mapping[str, Any]) -> Task:
     lacking = [part for part in ("name", "problems", "reward") if not hasattr(task, part)]
     if lacking:
         raise RelexkitError(
-            f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a task"
+            f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a"
+            " task"
         )
     for split in ("train", "validation"):
         if not len(task.problems(split)):
@@ -122,7 +125,9 @@ def load_function(place: str) -> Callable[..., Any]:
 
 
 def prompt_text(problem: Problem, tokenizer: Any) -> str:
-    """The prompt as the model reads it: by the tokenizer's chat template if it has one, where text is a user's message."""
+    """The prompt as the model reads it: by the tokenizer's chat template if it has one, where text
+    is a user's message.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         if isinstance(problem.prompt, str):
             return problem.prompt
@@ -139,7 +144,8 @@ def score(task: Task, problem: Problem, completion: str) -> float:
     """The reward of a completion, checked.
 
     Raises:
-        RelexkitError: the task's function raises, or returns something that is not a finite number; the prompt is named.
+        RelexkitError: the task's function raises, or returns something that is not a finite number;
+            the prompt is named.
     """
     where = f"task {task.name!r}, problem {problem.key}, prompt {_shown(problem.prompt)}"
     try:
@@ -183,9 +189,11 @@ RESERVED = 8
 def split_drawn(
     drawn: Iterable[Problem], num_train: int, num_validation: int, seed: int, name: str
 ) -> Splits:
-    """Draw distinct problems until both splits are full; a problem's split depends on its prompt and ``seed`` alone.
+    """Draw distinct problems until both splits are full; a problem's split depends on its prompt
+    and ``seed`` alone.
 
-    So a run on few problems and an evaluation on many never share one. What is drawn beyond is left.
+    So a run on few problems and an evaluation on many never share one. What is drawn beyond is
+    left.
 
     Raises:
         RelexkitError: ``drawn`` ended before.
@@ -201,13 +209,15 @@ def split_drawn(
         if len(splits.train) == num_train and len(splits.validation) == num_validation:
             return splits
     raise RelexkitError(
-        f"task {name!r}: found {len(splits.train)} different problems for training and {len(splits.validation)} for "
-        f"validation; expected {num_train} and {num_validation}: ask for fewer, or make the task harder"
+        f"task {name!r}: found {len(splits.train)} different problems for training and"
+        f" {len(splits.validation)} for validation; expected {num_train} and {num_validation}: ask"
+        " for fewer, or make the task harder"
     )
 
 
 def split_fixed(problems: Sequence[Problem], num_validation: int, seed: int, name: str) -> Splits:
-    """Each distinct prompt once, ordered by ``seed``: the first ``num_validation`` for validation, the rest for training.
+    """Each distinct prompt once, ordered by ``seed``: the first ``num_validation`` for validation,
+    the rest for training.
 
     Raises:
         RelexkitError: nothing is left for training.
@@ -216,8 +226,8 @@ def split_fixed(problems: Sequence[Problem], num_validation: int, seed: int, nam
     distinct = [problem for _, problem in ordered]
     if len(distinct) <= num_validation:
         raise RelexkitError(
-            f"task {name!r}: has {len(distinct)} different problems, {num_validation} of them for validation; expected some "
-            "for training: take fewer for validation, or more problems"
+            f"task {name!r}: has {len(distinct)} different problems, {num_validation} of them for"
+            " validation; expected some for training: take fewer for validation, or more problems"
         )
     return Splits(distinct[num_validation:], distinct[:num_validation])
 
@@ -230,7 +240,9 @@ def without(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Prob
 
 
 def _mark(problem: Problem, seed: int) -> int:
-    """64 bits of a hash of the seed and of the prompt's words: equal for equal prompts, blanks and line ends aside."""
+    """64 bits of a hash of the seed and of the prompt's words: equal for equal prompts, blanks and
+    line ends aside.
+    """
     messages = (
         [problem.prompt]
         if isinstance(problem.prompt, str)

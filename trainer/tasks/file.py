@@ -1,4 +1,6 @@
-"""Prompts and answers from a JSON Lines or Parquet file, scored by ``math-verify`` or by the user's own function."""
+"""Prompts and answers from a JSON Lines or Parquet file, scored by ``math-verify`` or by the user's
+own function.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,18 @@ def make(
 
     Args:
         path: ``.jsonl`` or ``.parquet``.
-        validation: a second file, whose first ``num_validation`` problems are for validation and whose problems are taken
-            out of the first one; without it ``num_validation`` problems of the first one are set aside.
-        prompt, answer, reference: names of the columns; a prompt is text or a list of chat messages.
-        reward: ``math`` (equal as mathematics), ``exact`` (equal as text, blanks around it aside), or ``FILE.py:FUNCTION``,
-            called as ``function(completion, answer, row)`` with the row as a dictionary.
+        validation: a second file, whose first ``num_validation`` problems are for validation and
+            whose problems are taken out of the first one; without it ``num_validation`` problems of
+            the first one are set aside.
+        prompt, answer, reference: names of the columns; a prompt is text or a list of chat
+            messages.
+        reward: ``math`` (equal as mathematics), ``exact`` (equal as text, blanks around it aside),
+            or ``FILE.py:FUNCTION``, called as ``function(completion, answer, row)`` with the row as
+            a dictionary.
 
     Raises:
-        RelexkitError: a file cannot be read, is empty, or lacks a column; a prompt or an answer is empty.
+        RelexkitError: a file cannot be read, is empty, or lacks a column; a prompt or an answer is
+            empty.
     """
     compare, columns = _comparison(reward), (prompt, answer, reference)
     needs_answer, name = ".py:" not in reward, Path(path).name
@@ -70,7 +76,8 @@ def make(
     distinct = len(without(problems, []))
     if len(train) < distinct:
         say(
-            f"{path}: {distinct - len(train)} of {distinct} problems are in {validation} too and are left out of training"
+            f"{path}: {distinct - len(train)} of {distinct} problems are in {validation} too and"
+            " are left out of training"
         )
     return FileTask(name, Splits(train, without(others, [])[:num_validation]), compare)
 
@@ -99,7 +106,8 @@ def _problem(
         isinstance(asked, list) and asked and all(map(_is_message, asked))
     ):
         raise RelexkitError(
-            f"{where}: {prompt} is {asked!r}; expected text, or a list of messages with role and content"
+            f"{where}: {prompt} is {asked!r}; expected text, or a list of messages with role and"
+            " content"
         )
     said = "" if row[answer] is None else str(row[answer])
     if needs_answer and not said.strip():

@@ -50,11 +50,13 @@ def make(
     Args:
         dataset: its name there, such as ``chain_sum``.
         instruction: added to every question, such as "Answer with just the number."
-        extract: the answer is the ``whole`` completion, what stands in its last ``<answer>`` tag, or its last ``number``.
+        extract: the answer is the ``whole`` completion, what stands in its last ``<answer>`` tag,
+            or its last ``number``.
         options: of the data set, such as its difficulty.
 
     Raises:
-        RelexkitError: the data set or an option of it is unknown, or it has too few different questions.
+        RelexkitError: the data set or an option of it is unknown, or it has too few different
+            questions.
     """
     import reasoning_gym
 

@@ -11,10 +11,12 @@ _SECONDS = 5
 
 
 def equal_as_mathematics(completion: str, answer: str) -> bool:
-    """Whether the last expression of ``completion`` equals ``answer``, a number or LaTeX with or without dollar signs.
+    """Whether the last expression of ``completion`` equals ``answer``, a number or LaTeX with or
+    without dollar signs.
 
-    A completion of one line that is nothing but the expression needs no dollar signs or box either. The time limits are
-    signals, which only the main thread receives: in another thread a comparison of huge powers may take for ever.
+    A completion of one line that is nothing but the expression needs no dollar signs or box either.
+    The time limits are signals, which only the main thread receives: in another thread a comparison
+    of huge powers may take for ever.
 
     Raises:
         ValueError: ``answer`` is not mathematics.
@@ -28,7 +30,8 @@ def equal_as_mathematics(completion: str, answer: str) -> bool:
     expected = _parsed_answer(answer)
     if not expected:
         raise ValueError(
-            f"the reference answer {answer!r} is not mathematics; expected a number or LaTeX, or reward: exact"
+            f"the reference answer {answer!r} is not mathematics; expected a number or LaTeX, or"
+            " reward: exact"
         )
     found = parse(completion, parsing_timeout=limit)
     if verify(expected, found, timeout_seconds=limit):

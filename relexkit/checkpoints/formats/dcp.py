@@ -1,8 +1,10 @@
-"""``torch.distributed.checkpoint`` folders: torchtitan, prime-rl, NeMo-RL, and accelerate's sharded state dicts.
+"""``torch.distributed.checkpoint`` folders: torchtitan, prime-rl, NeMo-RL, and accelerate's sharded
+state dicts.
 
-``.metadata`` is a pickle of names, shapes and the place of each chunk; every chunk is a small ``torch.save`` archive inside
-a ``.distcp`` file. Both are read as data. PyTorch's own reader unpickles ``.metadata`` without any restriction
-(pytorch issue 189308) and loads optimizer states too.
+``.metadata`` is a pickle of names, shapes and the place of each chunk; every chunk is a small
+``torch.save`` archive inside a ``.distcp`` file. Both are read as data. PyTorch's own reader
+unpickles ``.metadata`` without any restriction (pytorch issue 189308) and loads optimizer states
+too.
 """
 
 from __future__ import annotations
@@ -49,10 +51,13 @@ _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata."
 
 
 def _enum_member(kind: Any, name: Any) -> Record:
-    """Python 3.11 pickles a member of an enumeration as a call of ``getattr``; no other use of it is known."""
+    """Python 3.11 pickles a member of an enumeration as a call of ``getattr``; no other use of it
+    is known.
+    """
     if not isinstance(kind, Global) or not kind.name.endswith("MEM_FORMAT_ENCODING"):
         raise CheckpointError(
-            "cannot be read safely: it refers to 'builtins.getattr', which no checkpoint needs; nothing was executed"
+            "cannot be read safely: it refers to 'builtins.getattr', which no checkpoint needs;"
+            " nothing was executed"
         )
     return Record(kind.name, (name,))
 
@@ -139,7 +144,9 @@ def find(folder: Path) -> Path | None:
 
 
 class DcpCheckpoint(PiecewiseTensors):
-    """The model's tensors of one distributed checkpoint. Opening reads ``.metadata`` and the header of each chunk."""
+    """The model's tensors of one distributed checkpoint. Opening reads ``.metadata`` and the header
+    of each chunk.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -207,13 +214,16 @@ def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
     }
     if not found:
         raise CheckpointError(
-            f"{folder}: holds no tensors of a model; expected weights, not only an optimizer's state"
+            f"{folder}: holds no tensors of a model; expected weights, not only an optimizer's"
+            " state"
         )
     return found
 
 
 def _inner_names(keys: Iterable[str], paths: Any) -> dict[str, str]:
-    """Key -> its name inside the dictionaries that were saved, where all lie in the same one (``{"model": {...}}``)."""
+    """Key -> its name inside the dictionaries that were saved, where all lie in the same one
+    (``{"model": {...}}``).
+    """
     as_they_are = {key: key for key in keys}
     if not isinstance(paths, dict):
         return as_they_are
@@ -304,7 +314,8 @@ def _chunk(
     name, begin, length = place.get("relative_path"), place.get("offset"), place.get("length")
     if place.get("transform_descriptors"):
         raise CheckpointError(
-            f"is stored with the transform {place.get('transform_descriptors')!r}; expected plain chunks"
+            f"is stored with the transform {place.get('transform_descriptors')!r}; expected plain"
+            " chunks"
         )
     if (
         not isinstance(name, str)
@@ -324,8 +335,8 @@ def _chunk(
         )
     if begin + length > files[name].size:
         raise CheckpointError(
-            f"lies at bytes {begin} to {begin + length} of {name}, which has {files[name].size}: it is truncated; "
-            "write or copy it again"
+            f"lies at bytes {begin} to {begin + length} of {name}, which has {files[name].size}: it"
+            " is truncated; write or copy it again"
         )
     return Chunk(offsets, _ArchivedChunk(files[name], begin, length, sizes, dtype))
 
@@ -352,7 +363,8 @@ class _ArchivedChunk:
             ):
                 file, begin, _ = self._place
                 raise CheckpointError(
-                    f"{file.path}: at byte {begin} is not the chunk that .metadata describes; copy it again"
+                    f"{file.path}: at byte {begin} is not the chunk that .metadata describes; copy"
+                    " it again"
                 )
             self._block = archive.block(tensor)
         return self._block

@@ -1,8 +1,10 @@
-"""DeepSpeed ZeRO 1 to 3, also below Trainer's ``checkpoint-N`` and as OpenRLHF writes it: the float32 masters.
+"""DeepSpeed ZeRO 1 to 3, also below Trainer's ``checkpoint-N`` and as OpenRLHF writes it: the
+float32 masters.
 
-The weights that the optimizer trains lie flat in ``*_optim_states.pt``, one file for each rank; names and shapes lie in
-``*_model_states.pt``. How they fit together follows ``deepspeed/utils/zero_to_fp32.py``: stages 1 and 2 cut each parameter
-group as one vector, rank after rank; stage 3 cuts each parameter into equal parts. The script of that name which DeepSpeed
+The weights that the optimizer trains lie flat in ``*_optim_states.pt``, one file for each rank;
+names and shapes lie in ``*_model_states.pt``. How they fit together follows
+``deepspeed/utils/zero_to_fp32.py``: stages 1 and 2 cut each parameter group as one vector, rank
+after rank; stage 3 cuts each parameter into equal parts. The script of that name which DeepSpeed
 leaves beside a checkpoint is never run, and the package is not needed.
 """
 
@@ -42,7 +44,9 @@ Flat = tuple[TorchFile, StoredTensor]
 
 
 def find(folder: Path) -> Path | None:
-    """The folder with the ZeRO files: the step's own, or the one that ``latest`` names below Trainer's."""
+    """The folder with the ZeRO files: the step's own, or the one that ``latest`` names below
+    Trainer's.
+    """
     if _has_zero_files(folder):
         return folder
     tags = sorted(
@@ -64,7 +68,9 @@ def _has_zero_files(folder: Path) -> bool:
 
 
 class DeepSpeedCheckpoint(PiecewiseTensors):
-    """The float32 masters of all ranks as one checkpoint. Opening reads the pickles, which hold no data."""
+    """The float32 masters of all ranks as one checkpoint. Opening reads the pickles, which hold no
+    data.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -82,7 +88,8 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
             )
         if world != len(optimizers):
             raise CheckpointError(
-                f"{folder}: holds {len(optimizers)} of {world} *_optim_states.pt files; copy them all"
+                f"{folder}: holds {len(optimizers)} of {world} *_optim_states.pt files; copy"
+                " them all"
             )
         if stage == 3 and len(models) != world:
             raise CheckpointError(
@@ -114,7 +121,10 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
         super().__init__({name: tensors[key] for key, name in names.items()})
-        self.description = f"DeepSpeed ZeRO-{stage} float32 partitions of {world} rank{'s' * (world > 1)} in {folder}"
+        self.description = (
+            f"DeepSpeed ZeRO-{stage} float32 partitions of {world} rank{'s' * (world > 1)} in"
+            f" {folder}"
+        )
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files of the step, if Trainer wrote them beside."""
@@ -138,7 +148,8 @@ def _optimizer_files(folder: Path) -> list[TorchFile]:
     missing = [rank for rank in range(max(found, default=0) + 1) if rank not in found]
     if missing:
         raise CheckpointError(
-            f"{folder}: the *_optim_states.pt file of rank {missing[0]} is missing; copy all of them"
+            f"{folder}: the *_optim_states.pt file of rank {missing[0]} is missing; copy all of"
+            " them"
         )
     return [_open(found[rank]) for rank in sorted(found)]
 
@@ -159,8 +170,9 @@ def _model_files(folder: Path) -> list[TorchFile]:
 def _refuse_model_parallel(folder: Path, rank: int) -> None:
     if rank:
         raise CheckpointError(
-            f"{folder}: is split by tensor parallelism (mp_rank_{rank:02d}), which is not supported; "
-            "convert it with deepspeed's ds_to_universal.py or the trainer's own export"
+            f"{folder}: is split by tensor parallelism (mp_rank_{rank:02d}), which is not"
+            " supported; convert it with deepspeed's ds_to_universal.py or the trainer's own"
+            " export"
         )
 
 
@@ -182,7 +194,8 @@ def _model_state(file: TorchFile) -> dict[str, Any]:
     content = file.content
     if not isinstance(content, dict) or not isinstance(content.get("param_shapes"), list):
         raise CheckpointError(
-            f"{file.path}: does not list param_shapes; expected the model states of a ZeRO checkpoint"
+            f"{file.path}: does not list param_shapes; expected the model states of a ZeRO"
+            " checkpoint"
         )
     return content
 
@@ -214,11 +227,14 @@ def _slice(flat: Flat, begin: int, count: int) -> Block:
 def _trained_12(
     groups: Sequence[Sequence[Flat]], described: dict[str, Any]
 ) -> dict[str, PiecewiseTensor]:
-    """Stages 1 and 2: the ranks' partitions of a group follow one another, its parameters lie in order, padding last."""
+    """Stages 1 and 2: the ranks' partitions of a group follow one another, its parameters lie in
+    order, padding last.
+    """
     shapes = described["param_shapes"]
     if any(len(rank) != len(shapes) for rank in groups):
         raise CheckpointError(
-            f"has {len(shapes)} groups of parameters but other numbers of partitions; expected one save's"
+            f"has {len(shapes)} groups of parameters but other numbers of partitions; expected one"
+            " save's"
         )
     tensors = {}
     for index, group in enumerate(shapes):
@@ -239,7 +255,8 @@ def _trained_12(
         )  # the padding's unit; as in zero_to_fp32.py, both numbers are compared rounded up to it
         if -(-position // unit) != -(-begins[-1] // unit):
             raise CheckpointError(
-                f"its parameters take {position:,} of {begins[-1]:,} elements; expected all but the padding"
+                f"its parameters take {position:,} of {begins[-1]:,} elements; expected all but the"
+                " padding"
             )
     return tensors
 
@@ -259,7 +276,9 @@ def _overlaps(
 def _trained_3(
     groups: Sequence[Sequence[Flat]], described: dict[str, Any]
 ) -> dict[str, PiecewiseTensor]:
-    """Stage 3: every rank has ``ceil(numel / ranks)`` elements of each parameter, at the same running position."""
+    """Stage 3: every rank has ``ceil(numel / ranks)`` elements of each parameter, at the same
+    running position.
+    """
     world = len(groups)
     begins = [[0] for _ in groups]
     for rank, flats in enumerate(groups):
@@ -279,7 +298,8 @@ def _trained_3(
         position += each
     if any(b[-1] != position for b in begins):
         raise CheckpointError(
-            f"its parameters take {position:,} of {begins[0][-1]:,} elements of a rank; expected all"
+            f"its parameters take {position:,} of {begins[0][-1]:,} elements of a rank;"
+            " expected all"
         )
     return tensors
 
@@ -287,7 +307,9 @@ def _trained_3(
 def _frozen(
     models: Sequence[TorchFile], described: dict[str, Any], stage: int
 ) -> dict[str, PiecewiseTensor]:
-    """Parameters that are not trained: whole in the first file, or in stage 3 cut into equal parts like the others."""
+    """Parameters that are not trained: whole in the first file, or in stage 3 cut into equal parts
+    like the others.
+    """
     shapes = described.get("frozen_param_shapes") or {}
     fragments = [_model_state(file).get("frozen_param_fragments") or {} for file in models]
     tensors = {}
@@ -308,7 +330,9 @@ def _frozen(
 
 
 def _rest(file: TorchFile, described: dict[str, Any], stage: int) -> dict[str, PiecewiseTensor]:
-    """Buffers; below stage 3 also everything else of the module, since stage 1 does not list frozen parameters apart."""
+    """Buffers; below stage 3 also everything else of the module, since stage 1 does not list frozen
+    parameters apart.
+    """
     module = described.get("module") or {}
     names = list(module) if stage < 3 else described.get("buffer_names") or []
     return {

@@ -1,7 +1,9 @@
-"""Revisions of a Hugging Face hub repository as a run: branches or tags ``step_N``, one checkpoint each.
+"""Revisions of a Hugging Face hub repository as a run: branches or tags ``step_N``, one checkpoint
+each.
 
-A revision is downloaded when it is needed, checked against the hub's own hashes, differenced and deleted, so that the disk
-never holds more than two checkpoints. Every step is pinned to the commit that its name pointed to; the store keeps them.
+A revision is downloaded when it is needed, checked against the hub's own hashes, differenced and
+deleted, so that the disk never holds more than two checkpoints. Every step is pinned to the commit
+that its name pointed to; the store keeps them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from relexkit.errors import CheckpointError
 
 SCHEME = "hf://"
 REVISIONS_FILE = "hub-revisions.json"
-"""File in a store: repository and commit of every step that was there when the store was created."""
+"""File in a store: repository and commit of every step that was there when the store was created.
+"""
 
 MOST_CHECKPOINTS = 2
 _REPOSITORY = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -40,7 +43,8 @@ def is_hub(source: str | Path) -> bool:
 
 
 class Hub:
-    """Downloads into ``scratch``, with at most two checkpoints there at a time. Nothing is left there after ``close``.
+    """Downloads into ``scratch``, with at most two checkpoints there at a time. Nothing is left
+    there after ``close``.
 
     Args:
         scratch: folder of our own; what an interrupted import left there is removed.
@@ -64,7 +68,8 @@ class Hub:
         name, revision = _parse(source)
         if revision:
             raise CheckpointError(
-                f"{source}: names one revision; expected {SCHEME}{name}, whose branches step_N are the steps"
+                f"{source}: names one revision; expected {SCHEME}{name}, whose branches step_N are"
+                " the steps"
             )
         refs = self._ask(source, lambda: self._api.list_repo_refs(name))
         found: dict[int, str] = {}
@@ -75,12 +80,14 @@ class Hub:
             step = int(match[1])
             if found.setdefault(step, ref.target_commit) != ref.target_commit:
                 raise CheckpointError(
-                    f"step {step} occurs twice in {source} with different commits; expected one branch or tag a step"
+                    f"step {step} occurs twice in {source} with different commits; expected one"
+                    " branch or tag a step"
                 )
         if not found:
             held = ", ".join(sorted(ref.name for ref in refs.branches)[:5])
             raise CheckpointError(
-                f"{source}: has no branches or tags named step_N; it has {held or 'none'}: give --base and folders"
+                f"{source}: has no branches or tags named step_N; it has {held or 'none'}: give"
+                " --base and folders"
             )
         return found
 
@@ -182,7 +189,8 @@ class Hub:
                 raise  # the disk
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{where}: the hub did not give it ({reason}); check the name and your access, and run again"
+                f"{where}: the hub did not give it ({reason}); check the name and your access, and"
+                " run again"
             ) from None
         except Exception as error:  # the client's transport has kinds of errors of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -266,8 +274,8 @@ class HubRun:
                 then, now = pinned.get(str(step)), self.commits.get(step)
                 if then and now and then != now:
                     raise CheckpointError(
-                        f"step {step} of {self._source} is commit {now[:12]} now, but was {str(then)[:12]} when the store "
-                        "was made; choose another -o"
+                        f"step {step} of {self._source} is commit {now[:12]} now, but was"
+                        f" {str(then)[:12]} when the store was made; choose another -o"
                     )
 
 
@@ -275,7 +283,8 @@ def _parse(source: str) -> tuple[str, str | None]:
     match = _REPOSITORY.fullmatch(str(source))
     if match is None:
         raise CheckpointError(
-            f"{source}: is no hub repository; expected {SCHEME}OWNER/NAME or {SCHEME}OWNER/NAME@REVISION"
+            f"{source}: is no hub repository; expected {SCHEME}OWNER/NAME or"
+            f" {SCHEME}OWNER/NAME@REVISION"
         )
     return match["name"], match["revision"]
 
@@ -289,5 +298,6 @@ def _check_content(path: Path, entry: Any, where: str) -> None:
     expected = entry.lfs.sha256 if entry.lfs else entry.blob_id
     if path.stat().st_size != entry.size or digest.hexdigest() != expected:
         raise CheckpointError(
-            f"{where}: {path.name} arrived damaged (its hash is not the hub's); run the command again"
+            f"{where}: {path.name} arrived damaged (its hash is not the hub's); run the command"
+            " again"
         )

@@ -1,7 +1,8 @@
 """Hugging Face folders: what ``save_pretrained``, Trainer and TRL write, and verl's exports.
 
-The weights lie in ``actor/huggingface/``, ``huggingface/`` or the folder itself, as safetensors (one file or shards with
-an index) or as ``pytorch_model.bin``. A folder with a configuration only, as verl writes beside its shards, is no checkpoint.
+The weights lie in ``actor/huggingface/``, ``huggingface/`` or the folder itself, as safetensors
+(one file or shards with an index) or as ``pytorch_model.bin``. A folder with a configuration only,
+as verl writes beside its shards, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def model_files(folder: Path) -> dict[str, bytes]:
 
 
 def trainer_metrics(folder: Path) -> dict[str, float]:
-    """The last entries of ``trainer_state.json`` for its own step, as Trainer and TRL write it; nothing if there is none."""
+    """The last entries of ``trainer_state.json`` for its own step, as Trainer and TRL write it;
+    nothing if there is none.
+    """
     path = folder / "trainer_state.json"
     if not path.is_file():
         return {}
@@ -86,8 +89,8 @@ class HuggingFaceCheckpoint:
         found = find(folder)
         if found is None:
             raise CheckpointError(
-                f"{folder}: holds no weights; expected {_SAFE}, {_BIN} or their index there, in huggingface/ or in "
-                "actor/huggingface/"
+                f"{folder}: holds no weights; expected {_SAFE}, {_BIN} or their index there, in"
+                " huggingface/ or in actor/huggingface/"
             )
         self.folder = found
         self.description = f"Hugging Face folder {self.folder}"

@@ -8,10 +8,11 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 
 
 def model_names(keys: Iterable[str]) -> dict[str, str]:
-    """Key -> name: without what wrappers and savers put around, which is ``module.``, ``model.`` or ``app.model.``.
+    """Key -> name: without what wrappers and savers put around, which is ``module.``, ``model.`` or
+    ``app.model.``.
 
-    Names of Hugging Face models themselves begin with ``model.``: it goes only if every key has it and if below it are
-    again ``model.`` or ``lm_head``, or names that are no Hugging Face module's.
+    Names of Hugging Face models themselves begin with ``model.``: it goes only if every key has it
+    and if below it are again ``model.`` or ``lm_head``, or names that are no Hugging Face module's.
 
     >>> model_names(["model.model.norm.weight", "model.lm_head.weight"])["model.lm_head.weight"]
     'lm_head.weight'

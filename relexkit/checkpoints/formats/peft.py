@@ -1,9 +1,11 @@
-"""PEFT adapters: a run whose steps are LoRA adapters of one base model. The factors are read, never the dense delta.
+"""PEFT adapters: a run whose steps are LoRA adapters of one base model. The factors are read, never
+the dense delta.
 
-A step is a sub-folder with ``adapter_config.json`` and ``adapter_model.safetensors`` in it, in ``lora_adapter/`` or in
-``actor/lora_adapter/`` (verl). The delta of a target is ``alpha / r * B A``, with rsLoRA ``alpha / sqrt(r) * B A`` (Hu et al.,
-arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732), ``r`` and ``alpha`` possibly by pattern; ``modules_to_save`` and trained
-biases are whole tensors. Variants whose delta is something else are refused by name.
+A step is a sub-folder with ``adapter_config.json`` and ``adapter_model.safetensors`` in it, in
+``lora_adapter/`` or in ``actor/lora_adapter/`` (verl). The delta of a target is ``alpha / r * B
+A``, with rsLoRA ``alpha / sqrt(r) * B A`` (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv
+2312.03732), ``r`` and ``alpha`` possibly by pattern; ``modules_to_save`` and trained biases are
+whole tensors. Variants whose delta is something else are refused by name.
 """
 
 from __future__ import annotations
@@ -46,7 +48,10 @@ _TIED_ENDS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _MAX_ALPHA = 1e30
 _MAX_CONFIG_BYTES = 10_000_000
-_MERGE = "merge every step with PEFT's merge_and_unload() and save_pretrained(), and import the merged folders"
+_MERGE = (
+    "merge every step with PEFT's merge_and_unload() and save_pretrained(), and import the merged"
+    " folders"
+)
 
 _READ = (
     "r",
@@ -83,7 +88,9 @@ _REASONS = {
     "layer_replication": "it repeats layers of the base",
     "trainable_token_indices": "its token rows are not kept",
     "target_parameters": "factors of whole parameters (experts) are not kept",
-    "alora_invocation_tokens": "an activated LoRA does not act on every token, so it cannot be merged",
+    "alora_invocation_tokens": (
+        "an activated LoRA does not act on every token, so it cannot be merged"
+    ),
     "use_qalora": "QALoRA pools its inputs",
     "ensure_weight_tying": "tied adapters are not kept",
 }
@@ -137,7 +144,9 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _refuse_slow(pattern: str, module: str) -> None:
-    """Refuse a pattern whose search could take longer than a little: few repetitions and choices, and none of a group."""
+    """Refuse a pattern whose search could take longer than a little: few repetitions and choices,
+    and none of a group.
+    """
     plain = re.sub(r"\\.|\[[^\]]*\]|\(\?:", "", pattern)
     repetitions = len(re.findall(r"[*+?{]", plain))
     if (
@@ -147,8 +156,8 @@ def _refuse_slow(pattern: str, module: str) -> None:
         or max(len(pattern), len(module)) > 500
     ):
         raise CheckpointError(
-            f"{CONFIG}: the pattern {pattern[:80]!r} of module names is too complex to be tried safely; write the names of the "
-            "modules there"
+            f"{CONFIG}: the pattern {pattern[:80]!r} of module names is too complex to be tried"
+            " safely; write the names of the modules there"
         )
 
 
@@ -156,7 +165,8 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
     """Settings from the content of ``adapter_config.json``; ``where`` names it in messages.
 
     Raises:
-        CheckpointError: it is not LoRA, or uses what makes the delta something else than ``scale * B A``; named.
+        CheckpointError: it is not LoRA, or uses what makes the delta something else than ``scale *
+            B A``; named.
     """
     kind = config.get("peft_type")
     if str(kind).upper() != "LORA":
@@ -170,8 +180,9 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
     initial = config.get("init_lora_weights", True)
     if initial not in _PLAIN_INITIALISATIONS:
         raise CheckpointError(
-            f"{where}: was initialised with {initial!r}, which changes the base weights or freezes a factor; save the "
-            f"steps with PEFT's path_initial_model_for_weight_conversion, or {_MERGE}"
+            f"{where}: was initialised with {initial!r}, which changes the base weights or freezes"
+            " a factor; save the steps with PEFT's path_initial_model_for_weight_conversion, or"
+            f" {_MERGE}"
         )
     try:
         if type(config["r"]) is not int or config["r"] < 1:
@@ -186,12 +197,13 @@ def read_settings(config: Mapping[str, Any], where: str) -> AdapterSettings:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{where}: r or lora_alpha is missing or not a number ({error}); write or download it again"
+            f"{where}: r or lora_alpha is missing or not a number ({error}); write or download it"
+            " again"
         ) from None
     if settings.alpha == 0 and not any(settings.alpha_pattern.values()):
         raise CheckpointError(
-            f"{where}: has lora_alpha 0, so its delta is zero; older releases of verl's merger wrote that by mistake: "
-            "put the alpha of the training configuration there"
+            f"{where}: has lora_alpha 0, so its delta is zero; older releases of verl's merger"
+            " wrote that by mistake: put the alpha of the training configuration there"
         )
     return settings
 
@@ -204,11 +216,13 @@ def find(folder: Path) -> Path | None:
 
 
 class Adapter(ABC):
-    """LoRA factors and whole tensors under the names that an adapter file gives them, wherever they lie.
+    """LoRA factors and whole tensors under the names that an adapter file gives them, wherever they
+    lie.
 
     Attributes:
         factors: weights of the base whose delta is a product, with its shape, rank and scale.
-        saved: weights and biases of the base that the adapter holds whole -> their names in the file.
+        saved: weights and biases of the base that the adapter holds whole -> their names in the
+            file.
     """
 
     def __init__(self, where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
@@ -237,7 +251,8 @@ class Adapter(ABC):
                 self.base_layers[short.removesuffix(".base_layer.weight") + ".weight"] = key
             elif ".lora_" in short or key == short:
                 raise CheckpointError(
-                    f"{self.where}: holds {key!r}, which is no LoRA factor or whole tensor; {_MERGE}"
+                    f"{self.where}: holds {key!r}, which is no LoRA factor or whole tensor;"
+                    f" {_MERGE}"
                 )
             else:
                 self.saved[_SAVED.sub("", short).replace(".base_layer.", ".")] = (
@@ -245,7 +260,8 @@ class Adapter(ABC):
                 )
         if not pairs:
             raise CheckpointError(
-                f"{self.where}: holds no LoRA factors; the training did not gather them before saving"
+                f"{self.where}: holds no LoRA factors; the training did not gather them before"
+                " saving"
             )
         self._keys: dict[str, tuple[str, str]] = {}
         self.factors: dict[str, Factors] = {}
@@ -255,7 +271,8 @@ class Adapter(ABC):
         for (module, kind), sides in pairs.items():
             if set(sides) != {"A", "B"}:
                 raise CheckpointError(
-                    f"{self.where}: {module!r} has only lora_{next(iter(sides))}; expected both factors"
+                    f"{self.where}: {module!r} has only lora_{next(iter(sides))}; expected both"
+                    " factors"
                 )
             self._keys[f"{module}.weight"] = sides["A"], sides["B"]
             self._describe(module, kind, sides["A"], sides["B"])
@@ -264,21 +281,25 @@ class Adapter(ABC):
         a, b = self.tensors[key_a], self.tensors[key_b]
         if len(a.shape) < 2 or len(b.shape) < 2 or not a.numel or not b.numel:
             raise CheckpointError(
-                f"{self.where}: the factors of {module!r} have shapes {list(a.shape)} and {list(b.shape)}; they were saved "
-                "without being gathered (DeepSpeed ZeRO-3 or FSDP): gather them before save_pretrained()"
+                f"{self.where}: the factors of {module!r} have shapes {list(a.shape)} and"
+                f" {list(b.shape)}; they were saved without being gathered (DeepSpeed ZeRO-3 or"
+                " FSDP): gather them before save_pretrained()"
             )
         if a.dtype not in FLOAT_DTYPES or a.dtype != b.dtype:
             raise CheckpointError(
-                f"{self.where}: the factors of {module!r} are {a.dtype} and {b.dtype}; expected one float dtype"
+                f"{self.where}: the factors of {module!r} are {a.dtype} and {b.dtype}; expected one"
+                " float dtype"
             )
         rank, scale = self._settings.rank_of(module), self._settings.scale_of(module)
         if a.shape[0] != rank or b.shape[1] != rank:
             raise CheckpointError(
-                f"{self.where}: the factors of {module!r} have rank {a.shape[0]} and {b.shape[1]}; {CONFIG} says {rank}"
+                f"{self.where}: the factors of {module!r} have rank {a.shape[0]} and {b.shape[1]};"
+                f" {CONFIG} says {rank}"
             )
         if scale == 0:
             raise CheckpointError(
-                f"{self.where}: {module!r} has alpha 0, so its delta is zero; correct alpha_pattern in {CONFIG}"
+                f"{self.where}: {module!r} has alpha 0, so its delta is zero; correct alpha_pattern"
+                f" in {CONFIG}"
             )
         shape: tuple[int, ...] = (b.shape[0], *a.shape[1:])
         if kind == "linear" and len(a.shape) > 2:
@@ -300,7 +321,8 @@ class Adapter(ABC):
         )
 
     def factor_bits(self, name: str) -> np.ndarray:
-        """Raw bits of ``left`` and ``right`` of a tensor's delta, flat, in the order of ``Factors``.
+        """Raw bits of ``left`` and ``right`` of a tensor's delta, flat, in the order of
+        ``Factors``.
 
         Raises:
             CheckpointError: a number is not finite.
@@ -319,13 +341,16 @@ class Adapter(ABC):
         bad = nonfinite_index(bits, info.dtype)
         if bad is not None:
             raise CheckpointError(
-                f"{self.where}: {key!r} is NaN or infinite at element {bad}; expected finite factors"
+                f"{self.where}: {key!r} is NaN or infinite at element {bad}; expected finite"
+                " factors"
             )
         return bits
 
 
 class AdapterCheckpoint(Adapter):
-    """One adapter as it is stored; see ``relexkit.checkpoints.Checkpoint``. Opening reads headers only."""
+    """One adapter as it is stored; see ``relexkit.checkpoints.Checkpoint``. Opening reads headers
+    only.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -365,7 +390,8 @@ class AdapterCheckpoint(Adapter):
 
 
 class AdaptedCheckpoint:
-    """An adapter over its base: the tensors of the merged model; see ``relexkit.checkpoints.Checkpoint``.
+    """An adapter over its base: the tensors of the merged model; see
+    ``relexkit.checkpoints.Checkpoint``.
 
     Args:
         opened: what the run opened, the adapter or a view of it with its metrics and files.
@@ -375,7 +401,8 @@ class AdaptedCheckpoint:
         still: the float tensors of the base that the adapter leaves alone.
 
     Raises:
-        CheckpointError: the base lacks an adapted tensor, has it with another shape, or is another base.
+        CheckpointError: the base lacks an adapted tensor, has it with another shape, or is another
+            base.
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint, opened: Checkpoint):
@@ -393,7 +420,8 @@ class AdaptedCheckpoint:
             self._check_in_base(name, adapter.tensors[key].shape)
             if not self._equals_base(key, name):
                 raise CheckpointError(
-                    f"{adapter.where}: {key!r} differs from the base; the adapter was trained on another one"
+                    f"{adapter.where}: {key!r} differs from the base; the adapter was trained on"
+                    " another one"
                 )
         self.tensors: dict[str, TensorInfo] = {
             name: adapter.tensors[adapter.saved[name]] if name in adapter.saved else info
@@ -409,12 +437,14 @@ class AdaptedCheckpoint:
         info, folder = self._base.tensors.get(name), self._adapter.where
         if info is None:
             raise CheckpointError(
-                f"{folder}: adapts {name!r}, which the base does not have; give the base that the adapter was trained on "
-                "(a head tied to the embedding has no tensor of its own: save the base with both)"
+                f"{folder}: adapts {name!r}, which the base does not have; give the base that the"
+                " adapter was trained on (a head tied to the embedding has no tensor of its own:"
+                " save the base with both)"
             )
         if info.shape != shape:
             raise CheckpointError(
-                f"{folder}: adapts {name!r} with shape {list(shape)}; the base has {list(info.shape)}: give its own base"
+                f"{folder}: adapts {name!r} with shape {list(shape)}; the base has"
+                f" {list(info.shape)}: give its own base"
             )
 
     def _refuse_tied(self) -> None:
@@ -422,9 +452,9 @@ class AdaptedCheckpoint:
         heads = [n for n in self._base.tensors if n.endswith(_HEADS)]
         if ends and not heads and _says_tied(self._base.files().get("config.json", b"{}")):
             raise CheckpointError(
-                f"{self._adapter.where}: adapts {ends[0]!r}, which the base ties to its output head; the adapter "
-                "changes one of the two, a merged checkpoint would change both: save the base with both tensors and "
-                "tie_word_embeddings false"
+                f"{self._adapter.where}: adapts {ends[0]!r}, which the base ties to its output"
+                " head; the adapter changes one of the two, a merged checkpoint would change both:"
+                " save the base with both tensors and tie_word_embeddings false"
             )
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
@@ -456,8 +486,9 @@ class AdaptedCheckpoint:
         """
         if self.is_zero():
             raise CheckpointError(
-                f"{self._adapter.where}: every delta of the adapter is zero; the step was not trained (learning rate 0), "
-                "was not gathered before saving, or holds the initial adapter: leave it out with --steps"
+                f"{self._adapter.where}: every delta of the adapter is zero; the step was not"
+                " trained (learning rate 0), was not gathered before saving, or holds the initial"
+                " adapter: leave it out with --steps"
             )
 
     def _equals_base(self, key: str, name: str) -> bool:
@@ -531,8 +562,8 @@ def named_base(run: Run, step: int) -> str | None:
         if isinstance(adapter.base_name, str) and Path(adapter.base_name).is_dir():
             return adapter.base_name
         raise CheckpointError(
-            f"{run.description}: are adapters of {adapter.base_name!r}, which is no folder here; give the base model "
-            "with --base DIR"
+            f"{run.description}: are adapters of {adapter.base_name!r}, which is no folder here;"
+            " give the base model with --base DIR"
         )
 
 

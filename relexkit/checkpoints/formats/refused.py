@@ -1,4 +1,6 @@
-"""Layouts that cannot be read here, recognised so that the message can name the command that converts them."""
+"""Layouts that cannot be read here, recognised so that the message can name the command that
+converts them.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ def _verl_megatron(folder: Path) -> str | None:
     if actor is None:
         return None
     return (
-        f"{actor}: is a Megatron distributed checkpoint of verl, with fused and renamed tensors; convert it with: "
-        f"python -m verl.model_merger merge --backend megatron --local_dir {actor} --target_dir {actor / 'huggingface'}"
+        f"{actor}: is a Megatron distributed checkpoint of verl, with fused and renamed tensors;"
+        " convert it with: python -m verl.model_merger merge --backend megatron --local_dir"
+        f" {actor} --target_dir {actor / 'huggingface'}"
     )
 
 
@@ -37,14 +40,16 @@ def _megatron(folder: Path) -> str | None:
             continue
         if place is not folder:
             return (
-                f"{place}: is a Megatron checkpoint of NeMo-RL; convert it with: uv run --extra mcore python "
-                f"examples/converters/convert_megatron_to_hf.py --config {folder / 'config.yaml'} "
-                f"--megatron-ckpt-path {place} --hf-ckpt-path {folder / 'huggingface'}"
+                f"{place}: is a Megatron checkpoint of NeMo-RL; convert it with: uv run --extra"
+                " mcore python examples/converters/convert_megatron_to_hf.py --config"
+                f" {folder / 'config.yaml'} --megatron-ckpt-path {place} --hf-ckpt-path"
+                f" {folder / 'huggingface'}"
             )
         return (
-            f"{place}: is a Megatron checkpoint, with fused and renamed tensors; convert it with Megatron Bridge: python -c "
-            f"\"from megatron.bridge import AutoBridge; AutoBridge.from_hf_pretrained('BASE').export_ckpt('{place}', "
-            f"'{folder / 'huggingface'}')\""
+            f"{place}: is a Megatron checkpoint, with fused and renamed tensors; convert it with"
+            ' Megatron Bridge: python -c "from megatron.bridge import AutoBridge;'
+            f" AutoBridge.from_hf_pretrained('BASE').export_ckpt('{place}',"
+            f" '{folder / 'huggingface'}')\""
         )
     return None
 
@@ -53,8 +58,9 @@ def _accelerate_local(folder: Path) -> str | None:
     if not any(folder.glob("pytorch_model_fsdp*_rank*.bin")):
         return None
     return (
-        f"{folder}: is a file for each rank that does not describe the whole (LOCAL_STATE_DICT, or use_dcp=False); only the "
-        "run itself can load it: resume and save with fsdp_state_dict_type SHARDED_STATE_DICT"
+        f"{folder}: is a file for each rank that does not describe the whole (LOCAL_STATE_DICT, or"
+        " use_dcp=False); only the run itself can load it: resume and save with"
+        " fsdp_state_dict_type SHARDED_STATE_DICT"
     )
 
 

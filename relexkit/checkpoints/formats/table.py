@@ -1,4 +1,6 @@
-"""The table of formats. To add one, write a module with ``find`` and a checkpoint class, and add a line."""
+"""The table of formats. To add one, write a module with ``find`` and a checkpoint class, and add a
+line.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ class Format:
     Attributes:
         name: as in ``--format``.
         title: as in messages.
-        find: the place of such a checkpoint in or below a step's folder, or None; looks at names only.
-        open: opens what ``find`` returned; reads headers, and raises ``CheckpointError`` if it is incomplete or damaged.
+        find: the place of such a checkpoint in or below a step's folder, or None; looks at names
+            only.
+        open: opens what ``find`` returned; reads headers, and raises ``CheckpointError`` if it is
+            incomplete or damaged.
     """
 
     name: str

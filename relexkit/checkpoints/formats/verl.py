@@ -1,9 +1,11 @@
-"""verl's FSDP checkpoints: ``global_step_N/actor/model_world_size_W_rank_R.pt``, a state dict of DTensors for each rank.
+"""verl's FSDP checkpoints: ``global_step_N/actor/model_world_size_W_rank_R.pt``, a state dict of
+DTensors for each rank.
 
-The shards hold what the optimizer trains, float32 unless configured otherwise, while verl's merged export is bfloat16.
-Layout, from ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``: under FSDP1 a tensor is cut along dimension 0, under
-FSDP2 along the dimension that its placement names; with hybrid sharding the first replica is enough; a rank's part
-carries no padding and may be empty; a world of one process has plain tensors.
+The shards hold what the optimizer trains, float32 unless configured otherwise, while verl's merged
+export is bfloat16. Layout, from ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``: under FSDP1 a
+tensor is cut along dimension 0, under FSDP2 along the dimension that its placement names; with
+hybrid sharding the first replica is enough; a rank's part carries no padding and may be empty; a
+world of one process has plain tensors.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ _FIRST_MESH_DIMENSIONS = 2
 
 def _refuse_sharded_tensor(*arguments: Any) -> NoReturn:
     raise CheckpointError(
-        "holds a ShardedTensor, which FSDP 1 makes without a device mesh; merge it with python -m verl.model_merger merge "
-        "--backend fsdp, or load and save it with a newer version"
+        "holds a ShardedTensor, which FSDP 1 makes without a device mesh; merge it with python -m"
+        " verl.model_merger merge --backend fsdp, or load and save it with a newer version"
     )
 
 
@@ -133,7 +135,8 @@ def _assemble(
         if state.keys() != ranks[0][1].keys():
             odd = sorted(state.keys() ^ ranks[0][1].keys())[0]
             raise CheckpointError(
-                f"{folder}: ranks 0 and {rank} differ in tensor {odd!r}; expected shards of one save"
+                f"{folder}: ranks 0 and {rank} differ in tensor {odd!r}; expected shards of one"
+                " save"
             )
     tensors = {}
     for name in names:
@@ -186,7 +189,8 @@ def _sharded_dimension(part: ShardedTensor) -> int | None:
     kinds = [record.kind.rpartition(".")[2] for record in part.placements]
     if any(kind not in ("Shard", "Replicate") for kind in kinds):
         raise CheckpointError(
-            f"has the placement {', '.join(kinds)}; expected Shard or Replicate: merge it with verl.model_merger"
+            f"has the placement {', '.join(kinds)}; expected Shard or Replicate: merge it with"
+            " verl.model_merger"
         )
     cut = [record for record, kind in zip(part.placements, kinds, strict=True) if kind == "Shard"]
     if (
@@ -195,7 +199,8 @@ def _sharded_dimension(part: ShardedTensor) -> int | None:
         or (len(kinds) == 2 and kinds[1] != "Shard" and cut)
     ):
         raise CheckpointError(
-            f"has the placements {', '.join(kinds)}; expected at most one sharded mesh dimension, the last"
+            f"has the placements {', '.join(kinds)}; expected at most one sharded mesh dimension,"
+            " the last"
         )
     if not cut:
         return None
@@ -213,7 +218,8 @@ def _coordinate(part: ShardedTensor, rank: int, world: int) -> tuple[int, int]:
     if not isinstance(coordinate, list | tuple) or not all(type(c) is int for c in coordinate):
         if len(part.placements) > 1:
             raise CheckpointError(
-                "is sharded in a hybrid way by a PyTorch that does not say how; merge it with verl.model_merger"
+                "is sharded in a hybrid way by a PyTorch that does not say how; merge it with"
+                " verl.model_merger"
             )
         coordinate = (rank,)
     if len(coordinate) != len(part.placements):

@@ -1,7 +1,8 @@
 """Tensors that lie in pieces in files, read by element ranges in bounded memory.
 
-A ``Block`` is an array in one file. A ``PiecewiseTensor`` is a tensor put together from boxes, each of them one block:
-the shards of all ranks, the chunks of a distributed checkpoint, or a single file.
+A ``Block`` is an array in one file. A ``PiecewiseTensor`` is a tensor put together from boxes, each
+of them one block: the shards of all ranks, the chunks of a distributed checkpoint, or a single
+file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ReadOnlyFile:
     """A regular file, opened anew for every read, so that any number of them costs no descriptors.
 
     Raises:
-        CheckpointError: it is not there, not a regular file, or another file by the time it is read.
+        CheckpointError: it is not there, not a regular file, or another file by the time it is
+            read.
     """
 
     def __init__(self, path: Path):
@@ -62,7 +64,8 @@ class ReadOnlyFile:
         try:
             if _identity(os.fstat(descriptor)) != self._identity:
                 raise CheckpointError(
-                    f"{self.path}: changed while it was read; wait until the trainer has finished writing"
+                    f"{self.path}: changed while it was read; wait until the trainer has finished"
+                    " writing"
                 )
             while view:
                 count = os.preadv(descriptor, [view], position)
@@ -101,7 +104,8 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """An array in a file: element ``i`` lies at byte ``position + item_bytes * dot(index, stride)``.
+    """An array in a file: element ``i`` lies at byte ``position + item_bytes * dot(index,
+    stride)``.
 
     Whoever makes one has checked that every element lies inside the file.
     """
@@ -168,10 +172,12 @@ class PiecewiseTensor:
     Args:
         info: shape and dtype of the tensor.
         chunks: boxes of ``grid``.
-        grid: the shape that the chunks tile, if not the tensor's own (its flat length for flat partitions).
+        grid: the shape that the chunks tile, if not the tensor's own (its flat length for flat
+            partitions).
 
     Raises:
-        CheckpointError: the chunks leave a gap, overlap, or lie outside; the message does not name the tensor.
+        CheckpointError: the chunks leave a gap, overlap, or lie outside; the message does not name
+            the tensor.
     """
 
     def __init__(
@@ -198,7 +204,9 @@ class PiecewiseTensor:
 
 
 class _Piece:
-    """One chunk as rows: runs of ``run`` elements that are contiguous both in the tensor and in the block."""
+    """One chunk as rows: runs of ``run`` elements that are contiguous both in the tensor and in the
+    block.
+    """
 
     def __init__(self, grid: tuple[int, ...], chunk: Chunk):
         shape, offsets = chunk.block.shape, chunk.offsets
@@ -213,7 +221,8 @@ class _Piece:
             + sum((n - 1) * s for n, s in zip(shape[: max(cut, 0)], stride, strict=False))
             + self._run
         )
-        # rows of one more dimension are evenly spaced; the dimensions before are walked one index at a time
+        # rows of one more dimension are evenly spaced; the dimensions before are walked one index
+        # at a time
         self._rows = shape[cut - 1] if cut >= 1 else 1
         self._spacing = stride[cut - 1] if cut >= 1 else self._run
         self._outer = shape[: cut - 1] if cut >= 2 else ()
@@ -232,7 +241,9 @@ class _Piece:
             base += self._rows * self._run
 
     def _copy_rows(self, low: int, out: np.ndarray, base: int) -> None:
-        """Rows begin at multiples of the spacing; the wanted range begins at ``low``, the block's rows at ``base``."""
+        """Rows begin at multiples of the spacing; the wanted range begins at ``low``, the block's
+        rows at ``base``.
+        """
         run, spacing = self._run, self._spacing
         first = max(0, (low - run) // spacing + 1)
         last = min(self._rows, -(-(low + len(out)) // spacing))
@@ -271,12 +282,14 @@ def _check_tiling(grid: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
             o < 0 or o + n > extent for o, n, extent in zip(chunk.offsets, shape, grid, strict=True)
         ):
             raise CheckpointError(
-                f"a piece of shape {list(shape)} at {list(chunk.offsets)} lies outside of shape {list(grid)}"
+                f"a piece of shape {list(shape)} at {list(chunk.offsets)} lies outside of shape"
+                f" {list(grid)}"
             )
     covered = sum(prod(chunk.block.shape) for chunk in chunks)
     if covered != prod(grid):
         raise CheckpointError(
-            f"its pieces hold {covered:,} of {prod(grid):,} elements; a piece is missing or saved twice"
+            f"its pieces hold {covered:,} of {prod(grid):,} elements; a piece is missing or saved"
+            " twice"
         )
     if len(chunks) < 2:
         return
@@ -288,7 +301,8 @@ def _check_tiling(grid: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
         overlap = bool((begins[order[1:], cut[0]] < ends[order[:-1], cut[0]]).any())
     elif len(chunks) > _MAX_UNORDERED_CHUNKS:
         raise CheckpointError(
-            f"it is cut into {len(chunks):,} pieces along several dimensions; that many are not supported"
+            f"it is cut into {len(chunks):,} pieces along several dimensions; that many are not"
+            " supported"
         )
     else:
         overlap = any(
@@ -307,7 +321,9 @@ class PiecewiseTensors:
         self.tensors = {name: tensor.info for name, tensor in tensors.items()}
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (bytes, for a tensor that is not float)."""
+        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (bytes, for a tensor that
+        is not float).
+        """
         try:
             self._tensors[name].read_into(start, out)
         except CheckpointError as error:

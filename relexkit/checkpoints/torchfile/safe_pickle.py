@@ -1,9 +1,11 @@
-"""Pickled data read as data: an interpreter of the pickle opcodes that checkpoints use, which calls nothing.
+"""Pickled data read as data: an interpreter of the pickle opcodes that checkpoints use, which calls
+nothing.
 
-Python's unpickler looks functions up and calls them, and its C version can be made to allocate without bound or to
-overflow the stack by a file of a few bytes. PyTorch's weights-only unpickler needs the classes that it rebuilds to be
-importable. Here a global is a name and nothing else. A name that the caller does not list is refused; a listed one
-becomes a ``Record`` of its arguments and state, or what the caller's own plain function makes of the arguments.
+Python's unpickler looks functions up and calls them, and its C version can be made to allocate
+without bound or to overflow the stack by a file of a few bytes. PyTorch's weights-only unpickler
+needs the classes that it rebuilds to be importable. Here a global is a name and nothing else. A
+name that the caller does not list is refused; a listed one becomes a ``Record`` of its arguments
+and state, or what the caller's own plain function makes of the arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 from relexkit.errors import CheckpointError
 
 MAX_BYTES = 2**28
-"""Largest pickle that is read; the description of a model takes a few hundred bytes a tensor and rank."""
+"""Largest pickle that is read; the description of a model takes a few hundred bytes a tensor and
+rank.
+"""
 MAX_OPCODES = 2**25  # a million chunks in the description of a distributed checkpoint
 MAX_INTEGER_BYTES = 17  # of a 128-bit state of a random generator
 _MAX_ARGUMENTS = 64
@@ -86,7 +90,8 @@ def load_data(
     allowed_prefixes: tuple[str, ...] = (),
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The content of a pickle: built-in containers, scalars, ``Record`` and ``Global``, and what builders return.
+    """The content of a pickle: built-in containers, scalars, ``Record`` and ``Global``, and what
+    builders return.
 
     Time and memory are proportional to ``len(data)``. Sets come back as lists.
 
@@ -207,7 +212,8 @@ class _Reader:
         if not isinstance(target, dict) or len(flat) % 2:
             raise _BadPickle("items are set on something that is no dictionary")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
-            # Tuples and large integers can be made to collide, or their hash to recurse without a limit.
+            # Tuples and large integers can be made to collide, or their hash to recurse without a
+            # limit.
             if not isinstance(key, _KEYS) or (isinstance(key, int) and abs(key) >> 63):
                 raise _BadPickle(f"a key is a {type(key).__name__}")
             target[key] = value
@@ -222,8 +228,9 @@ class _Reader:
         if found is None:
             if full not in self._allowed and not full.startswith(self._prefixes or ("\0",)):
                 raise CheckpointError(
-                    f"cannot be read safely: it refers to {full[:200]!r}, which no checkpoint needs; nothing was "
-                    "executed. Do not load the file with other tools unless you trust where it comes from"
+                    f"cannot be read safely: it refers to {full[:200]!r}, which no checkpoint"
+                    " needs; nothing was executed. Do not load the file with other tools unless"
+                    " you trust where it comes from"
                 )
             found = self._globals[full] = Global(full, self._allowed.get(full))
         self._stack.append(found)

@@ -1,9 +1,10 @@
-"""Files that ``torch.save`` wrote, read without PyTorch: names and shapes from the pickle, data by offset.
+"""Files that ``torch.save`` wrote, read without PyTorch: names and shapes from the pickle, data by
+offset.
 
-Such a file is an uncompressed zip archive with one pickle and one entry for each storage. The pickle goes through
-``safe_pickle``; the storages are never loaded, only located. PyTorch's own safe reader maps whole files and depends on
-the installed version (code execution up to 2.5, CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one
-takes part in neither.
+Such a file is an uncompressed zip archive with one pickle and one entry for each storage. The
+pickle goes through ``safe_pickle``; the storages are never loaded, only located. PyTorch's own safe
+reader maps whole files and depends on the installed version (code execution up to 2.5,
+CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one takes part in neither.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def shape_of(values: Any = ()) -> tuple[int, ...]:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> StoredTensor:
-    """``_rebuild_tensor`` and its versions 2 and 3; the third has the dtype in its fourth further argument."""
+    """``_rebuild_tensor`` and its versions 2 and 3; the third has the dtype in its fourth further
+    argument.
+    """
     dtype = dtype_name(rest[2]) if len(rest) > 2 and isinstance(rest[2], Global) else storage.dtype
     if not isinstance(storage, Storage) or dtype is None:
         raise ValueError("a tensor without a storage")
@@ -229,7 +232,8 @@ class _Window(io.RawIOBase):
         count = max(0, self._length - self._at) if size < 0 else size
         if count > _MAX_DIRECTORY_BYTES:
             raise CheckpointError(
-                f"{self._file.path}: cannot be read: its directory is absurdly large; write or copy it again"
+                f"{self._file.path}: cannot be read: its directory is absurdly large; write or copy"
+                " it again"
             )
         return super().read(count) or b""
 
@@ -246,7 +250,8 @@ class TorchFile:
     Args:
         file: where it lies.
         begin, length: the part of the file that is the archive; the whole file if not given.
-        extra: further names that the pickle may hold, with their builders (``safe_pickle.Builders``).
+        extra: further names that the pickle may hold, with their builders
+            (``safe_pickle.Builders``).
 
     Attributes:
         content: what was saved, with ``StoredTensor`` and ``ShardedTensor`` in place of tensors.
@@ -270,8 +275,8 @@ class TorchFile:
         self._length = file.size - begin if length is None else length
         if begin < 0 or self._length < 0 or begin + self._length > file.size:
             raise CheckpointError(
-                f"{file.path}: is truncated: bytes {begin} to {begin + self._length} of {file.size} are needed; "
-                "write or copy it again"
+                f"{file.path}: is truncated: bytes {begin} to {begin + self._length} of {file.size}"
+                " are needed; write or copy it again"
             )
         self._entries = self._read_directory()
         pickled = self._entry("data.pkl")
@@ -281,7 +286,8 @@ class TorchFile:
             )
         if "byteorder" in self._entries and self._read_entry("byteorder", 16) != b"little":
             raise CheckpointError(
-                f"{file.path}: is in big-endian order, which is not supported; save it again elsewhere"
+                f"{file.path}: is in big-endian order, which is not supported; save it again"
+                " elsewhere"
             )
         self.content = load_data(
             self._read_entry("data.pkl", MAX_BYTES),
@@ -297,12 +303,14 @@ class TorchFile:
         tail = self._file.read(self._begin + max(0, self._length - 22), 22)
         if self._file.read(self._begin, 4) != b"PK\x03\x04":
             raise CheckpointError(
-                f"{path}: cannot be read safely: it is not a zip archive as torch.save writes since PyTorch 1.6 "
-                f"({self._length} bytes); write or copy it again, or convert it to safetensors"
+                f"{path}: cannot be read safely: it is not a zip archive as torch.save writes since"
+                f" PyTorch 1.6 ({self._length} bytes); write or copy it again, or convert it to"
+                " safetensors"
             )
         if tail[:4] != b"PK\x05\x06":
             raise CheckpointError(
-                f"{path}: cannot be read: it is truncated ({self._length} bytes); write or copy it again"
+                f"{path}: cannot be read: it is truncated ({self._length} bytes); write or copy it"
+                " again"
             )
         try:
             with zipfile.ZipFile(_Window(self._file, self._begin, self._length)) as archive:
@@ -312,13 +320,15 @@ class TorchFile:
         except Exception as error:  # zipfile raises many kinds
             reason = str(error) or type(error).__name__
             raise CheckpointError(
-                f"{path}: cannot be read: its directory is damaged ({reason}); write or copy it again"
+                f"{path}: cannot be read: its directory is damaged ({reason}); write or copy it"
+                " again"
             ) from None
         entries = {}
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise CheckpointError(
-                    f"{path}: cannot be read: entry {info.filename[:80]!r} is compressed; torch.save never does that"
+                    f"{path}: cannot be read: entry {info.filename[:80]!r} is compressed;"
+                    " torch.save never does that"
                 )
             entries[info.filename.partition("/")[2]] = (info.header_offset, info.file_size)
         return entries
@@ -344,7 +354,8 @@ class TorchFile:
         start = offset + _LOCAL_HEADER.size + fields[9] + fields[10]
         if start + size > self._length:
             raise CheckpointError(
-                f"{self._file.path}: entry {name!r} lies outside of the file; write or copy it again"
+                f"{self._file.path}: entry {name!r} lies outside of the file; write or copy it"
+                " again"
             )
         return self._begin + start, size
 
@@ -359,7 +370,8 @@ class TorchFile:
         return Storage(key, _STORAGES.get(storage.name.removeprefix("torch.")))
 
     def block(self, tensor: StoredTensor, shape: tuple[int, ...] | None = None) -> Block:
-        """Where a tensor of ``content`` lies; ``shape`` if a contiguous one is to be seen in another shape.
+        """Where a tensor of ``content`` lies; ``shape`` if a contiguous one is to be seen in
+        another shape.
 
         Raises:
             CheckpointError: its dtype is not supported, or elements lie outside of the file.
@@ -374,8 +386,9 @@ class TorchFile:
         )
         if count and (last >= size // item or count > size // item):
             raise CheckpointError(
-                f"{self._file.path}: a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype} needs more than the "
-                f"{size} bytes of its storage; write or copy the file again"
+                f"{self._file.path}: a tensor of shape {list(tensor.shape)} and dtype"
+                f" {tensor.dtype} needs more than the {size} bytes of its storage; write or copy"
+                " the file again"
             )
         block = Block(
             self._file, position + tensor.offset * item, item, tensor.shape, tensor.stride
@@ -384,7 +397,8 @@ class TorchFile:
             return block
         if not block.is_contiguous or prod(shape) != count:
             raise CheckpointError(
-                f"{self._file.path}: a flat part is not contiguous; expected partitions as they are saved"
+                f"{self._file.path}: a flat part is not contiguous; expected partitions as they are"
+                " saved"
             )
         return Block(self._file, block.position, item, shape, contiguous_stride(shape))
 

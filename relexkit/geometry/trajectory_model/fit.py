@@ -1,7 +1,7 @@
 """The fitted trajectory model: what it says about a run, and what it predicts.
 
-For the model see ``relexkit.geometry.trajectory_model``. Shape suffixes: N tensors or groups, T recorded steps, S optimizer steps,
-L kinds of drift, C drift strengths.
+For the model see ``relexkit.geometry.trajectory_model``. Shape suffixes: N tensors or groups, T
+recorded steps, S optimizer steps, L kinds of drift, C drift strengths.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from relexkit.geometry.trajectory_model.response import Clock
 if TYPE_CHECKING:
     from relexkit.predict.extrapolators import Options  # whose table of methods lists this one
 
-_GRID = 4096  # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
+# optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
+_GRID = 4096
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
-_FAR_BEHIND = 3.0  # times the drift's gain: a state of the optimizer whose walk is worse by more is not tried with a drift
+# times the drift's gain: a state of the optimizer whose walk is worse by more is not tried with a
+# drift
+_FAR_BEHIND = 3.0
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,23 @@ class TrajectoryFit:
     Attributes:
         steps: the recorded steps that it was fitted to, ``int64 [T]``.
         momentum: fitted ``beta`` of the optimizer.
-        memory: fitted correlation ``phi`` of the noise of neighbouring steps, 0 to 0.9, beyond the optimizer's.
-        warm: whether the optimizer had a history before the base (a resumed run, or no bias correction).
+        memory: fitted correlation ``phi`` of the noise of neighbouring steps, 0 to 0.9, beyond the
+            optimizer's.
+        warm: whether the optimizer had a history before the base (a resumed run, or no bias
+            correction).
         rounding: ``nu^2`` as a share of the walk's variance at the last step.
-        drift_to_noise: variance of the drift over that of the walk at the last step (``rho_T``); posterior median.
+        drift_to_noise: variance of the drift over that of the walk at the last step (``rho_T``);
+            posterior median.
         drift_to_noise_interval: central 90 % of the posterior.
-        correlation_time: in optimizer steps, ``ell`` or, of a line that dies out, ``kappa``; posterior median, infinite for a
-            line that goes on.
+        correlation_time: in optimizer steps, ``ell`` or, of a line that dies out, ``kappa``;
+            posterior median, infinite for a line that goes on.
         correlation_time_interval: central 90 % of the posterior.
         effective_dimension: independent parameters that the scatter of the data amounts to.
         evidence: twice the log likelihood ratio of drift against none, in effective parameters.
-        p_value: chance of at least this evidence on a drift-free walk, at most: half the tail of chi-square with two degrees
-            of freedom, since the strength is at its bound and the correlation time unknown there. Simulated walks with and
-            without momentum and rounding raise false alarms at most at the nominal rate.
+        p_value: chance of at least this evidence on a drift-free walk, at most: half the tail of
+            chi-square with two degrees of freedom, since the strength is at its bound and the
+            correlation time unknown there. Simulated walks with and without momentum and rounding
+            raise false alarms at most at the nominal rate.
         gram: what it was fitted to, ``float64 [T, T]``.
     """
 
@@ -70,13 +77,17 @@ class TrajectoryFit:
     _parts: tuple[tuple[Drift, np.ndarray], ...]
 
     def weights(self, target: float) -> np.ndarray:
-        """Weights over the observed deltas that predict the delta at ``target`` (a positive step), ``float64 [T]``."""
+        """Weights over the observed deltas that predict the delta at ``target`` (a positive step),
+        ``float64 [T]``.
+        """
         return self.predict([target])[0][0]
 
     def variance(self, target: float) -> float:
-        """Expected squared error at ``target``, summed over the parameters of the Gram matrix that was fitted.
+        """Expected squared error at ``target``, summed over the parameters of the Gram matrix that
+        was fitted.
 
-        Includes what the posterior leaves open about drift strength and correlation time, not the rounding of the target.
+        Includes what the posterior leaves open about drift strength and correlation time, not the
+        rounding of the target.
         """
         return float(self.predict([target])[1][0])
 
@@ -102,7 +113,8 @@ class TrajectoryFit:
         }
 
     def walk_covariance(self, momentum: float | None = None) -> np.ndarray:
-        """Covariance of walk and rounding alone at the recorded steps, up to a factor, ``[T, T]``: the run without drift.
+        """Covariance of walk and rounding alone at the recorded steps, up to a factor, ``[T, T]``:
+        the run without drift.
 
         ``momentum`` replaces what was fitted, then of noise without a memory. Positive definite.
         """
@@ -112,7 +124,8 @@ class TrajectoryFit:
         return with_rounding(walk, self.rounding)
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
-        """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by likelihood, ``[N]``.
+        """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by
+        likelihood, ``[N]``.
 
         ``variance(target) * shares`` is each tensor's expected squared error.
         """
@@ -126,26 +139,31 @@ class TrajectoryFit:
         return shares / len(self._rows)
 
     def predict(self, targets: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``weights`` and ``variance`` of J targets at once, ``float64 [J, T]`` and ``[J]``; hardly dearer than one."""
+        """``weights`` and ``variance`` of J targets at once, ``float64 [J, T]`` and ``[J]``; hardly
+        dearer than one.
+        """
         weights, left, spread = self._moments(np.asarray(targets, np.float64), self._gram)
         return weights, left + spread
 
     def drift_weights(self, targets: Sequence[float] | np.ndarray) -> np.ndarray:
         """Weights of J targets if only the drift goes on from the last step, ``float64 [J, T]``.
 
-        ``predict`` also coasts on the optimizer's momentum. That is nearer to the weights of the run, whose later gradients it
-        takes for independent; but gradients push back where the loss is steep, and there coasting can ruin the task.
+        ``predict`` also coasts on the optimizer's momentum. That is nearer to the weights of the
+        run, whose later gradients it takes for independent; but gradients push back where the loss
+        is steep, and there coasting can ruin the task.
         """
         return self._moments(np.asarray(targets, np.float64), self._gram, coasting=False)[0]
 
     def coefficients(
         self, targets: Sequence[float] | np.ndarray, axis: np.ndarray, *, fading: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted coefficients along the direction ``M^T axis`` and their standard deviations, ``float64 [J]`` each.
+        """Predicted coefficients along the direction ``M^T axis`` and their standard deviations,
+        ``float64 [J]`` each.
 
-        ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter explains falls on all
-        directions alike; what the posterior leaves open about the drift lies in the observed ones. Without ``fading`` a
-        turning drift only turns: it does not also die with the chance that one of its age does.
+        ``axis [T]`` makes the direction a unit vector: ``U[:, k] / S[k]``. What no hyperparameter
+        explains falls on all directions alike; what the posterior leaves open about the drift lies
+        in the observed ones. Without ``fading`` a turning drift only turns: it does not also die
+        with the chance that one of its age does.
         """
         along = self._gram @ axis[self._rows]
         weights, left, spread = self._moments(
@@ -156,13 +174,16 @@ class TrajectoryFit:
     def _moments(
         self, at: np.ndarray, metric: np.ndarray, fading: bool = True, coasting: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in ``metric [T, T]``."""
+        """Mean weights ``[J, T]``, the unexplained variance ``[J]``, and the posterior's spread in
+        ``metric [T, T]``.
+        """
         times = self.steps[self._rows].astype(np.float64)
         seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
         walked = ahead if coasting else np.repeat(seen[-1:], len(at), axis=0)
         walk = self._clock.cross_covariance(seen, self.memory, walked)
         walk_ahead = self._clock.variance(walked, self.memory)
-        # A drift that turns has been seen for s steps and survives to step t with chance s / t; a line goes on.
+        # A drift that turns has been seen for s steps and survives to step t with chance s / t; a
+        # line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
         survivors = ahead * (times[-1] / np.maximum(middles, times[-1])) if fading else ahead
         mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
@@ -198,17 +219,19 @@ class TrajectoryFit:
 def fit_trajectory(
     gram: np.ndarray, steps: np.ndarray, *, num_parameters: float, rates: np.ndarray | None = None
 ) -> TrajectoryFit:
-    """The model fitted to a Gram matrix, usually the sum over a scope (``Gram.scoped("global")``): one fit for all targets.
+    """The model fitted to a Gram matrix, usually the sum over a scope (``Gram.scoped("global")``):
+    one fit for all targets.
 
     Args:
         gram: ``float64 [T, T]``.
         steps: recorded optimizer steps ``[T]``, positive and increasing.
         num_parameters: coordinates that the Gram matrix sums over; bounds the effective dimension.
-        rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last recorded step; None for
-            a constant one. Past its end it keeps its last value.
+        rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last
+            recorded step; None for a constant one. Past its end it keeps its last value.
 
-    A few tenths of a second at 100 steps, most of it the search for momentum and rounding; reads no weights. Of more than 200
-    recorded steps the last 100 and 100 spread over the earlier ones are used.
+    A few tenths of a second at 100 steps, most of it the search for momentum and rounding; reads no
+    weights. Of more than 200 recorded steps the last 100 and 100 spread over the earlier ones are
+    used.
 
     Raises:
         ExtrapolationError: fewer than three recorded steps, or nothing moved.
@@ -236,7 +259,8 @@ def fit_trajectory(
     evidence = max(0.0, 2 * effective * (null - loss))
     p_value = 0.5 * float(np.exp(-evidence / 2)) if evidence else 1.0
     if p_value > _DOUBT:
-        # A slow walk and a drift that turns quickly look alike: without evidence the walk's momentum explains the motion.
+        # A slow walk and a drift that turns quickly look alike: without evidence the walk's
+        # momentum explains the motion.
         parameters, clock = walk_only, walk_clock
         parts, posterior, effective = integrate(gram, steps, clock, parameters, num_parameters)
     times = np.array([min(part.lifetime, part.decay) for part in parts])
@@ -275,7 +299,9 @@ def _thin(num_steps: int) -> np.ndarray:
 def trajectory_model(
     gram: np.ndarray, steps: np.ndarray, target: float, options: Options
 ) -> np.ndarray:
-    """The trajectory model as an extrapolator: fits and predicts one target; ``fit_trajectory`` shares a fit among targets."""
+    """The trajectory model as an extrapolator: fits and predicts one target; ``fit_trajectory``
+    shares a fit among targets.
+    """
     return fit_trajectory(gram, steps, num_parameters=np.inf).weights(target)
 
 

@@ -1,4 +1,5 @@
-"""The likelihood of the trajectory model and its greatest value: momentum, rounding, memory, and a drift that turns.
+"""The likelihood of the trajectory model and its greatest value: momentum, rounding, memory, and a
+drift that turns.
 
 See ``relexkit.geometry.trajectory_model`` for the model.
 """
@@ -11,7 +12,8 @@ from relexkit.geometry.trajectory_model.response import Clock
 
 _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _NUDGE = 1e-5  # of the search's coordinates, for slopes
-# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation time over the last step
+# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation
+# time over the last step
 START = (2.2, -8.0, 0.0, 0.0, -0.7)
 _BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
 WALK = 3
@@ -21,7 +23,9 @@ WALK = 3
 def search(
     gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float, ...]
 ) -> tuple[float, np.ndarray]:
-    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength and life of a drift."""
+    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength
+    and life of a drift.
+    """
     from scipy.linalg.lapack import (
         dpotrf,
         dpotri,
@@ -55,7 +59,8 @@ def search(
         explained = inverse @ gram
         energy = np.trace(explained)
         value = len(times) / 2 * np.log(energy / len(times)) + np.log(np.diag(left)).sum()
-        # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is exact
+        # d value = tr(pull dK); the filters behind the correlations are differenced, the rest is
+        # exact
         pull = inverse / 2 - len(times) / (2 * energy) * explained @ inverse
 
         def slope(walk_there: np.ndarray, drift_there: np.ndarray) -> np.ndarray:
@@ -90,7 +95,9 @@ def search(
 
 
 def with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
-    """The walk's covariance with rounding, a share of its last variance, on the diagonal; positive definite."""
+    """The walk's covariance with rounding, a share of its last variance, on the diagonal; positive
+    definite.
+    """
     return walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
 
 

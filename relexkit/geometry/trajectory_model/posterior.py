@@ -1,6 +1,8 @@
-"""Kinds and strengths of drift, and how well the data agree with each: what predictions average over.
+"""Kinds and strengths of drift, and how well the data agree with each: what predictions average
+over.
 
-For the model see ``relexkit.geometry.trajectory_model``. Shape suffixes: T recorded steps, L kinds of drift, C drift strengths.
+For the model see ``relexkit.geometry.trajectory_model``. Shape suffixes: T recorded steps, L kinds
+of drift, C drift strengths.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _NEGLIGIBLE = 1e-5  # posterior weights below this are left out of predictions
 RATIOS = np.exp(
     np.linspace(np.log(1e-3), np.log(1e4), 60)
 )  # drift-to-noise ratios averaged over, [C]
-# Kinds of drift averaged over [L], in units of the last step; on coarser grids the intervals of forecasts are too narrow
+# Kinds of drift averaged over [L], in units of the last step; on coarser grids the intervals of
+# forecasts are too narrow
 _LIFETIMES = np.r_[2.0 ** np.arange(-5, 3.25, 0.5), np.inf]
 _DECAYS = 2.0 ** np.arange(-2, 3.25, 0.25)
 _PRIOR = np.r_[
@@ -32,7 +35,9 @@ _PRIOR = np.r_[
 
 @dataclass(frozen=True)
 class _Noise:
-    """Walk and rounding: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant; the walk's last variance."""
+    """Walk and rounding: ``B`` with ``B (H R_phi H^T + nu^2 I) B^T = I``, log determinant; the
+    walk's last variance.
+    """
 
     whitener: np.ndarray
     log_determinant: float
@@ -47,11 +52,14 @@ class _Noise:
 
 @dataclass(frozen=True)
 class Drift:
-    """One kind of drift with every strength, in the basis where walk and rounding together are the identity.
+    """One kind of drift with every strength, in the basis where walk and rounding together are the
+    identity.
 
     Attributes:
-        lifetime, decay: its correlation time ``ell``, and the time ``kappa`` in which it dies out; at least one is infinite.
-        basis: ``V [T, T]`` with ``V^T (H R_phi H^T + nu^2 I) V = I`` and ``V^T H R_d H^T V = diag(spread)``.
+        lifetime, decay: its correlation time ``ell``, and the time ``kappa`` in which it dies out;
+            at least one is infinite.
+        basis: ``V [T, T]`` with ``V^T (H R_phi H^T + nu^2 I) V = I`` and ``V^T H R_d H^T V =
+            diag(spread)``.
         spread: ``[T]``.
         strengths: ``tau^2 [C]``.
         scales: ``sigma^2`` summed over parameters, ``[C]``.
@@ -70,7 +78,9 @@ class Drift:
 def integrate(
     gram: np.ndarray, steps: np.ndarray, clock: Clock, parameters: np.ndarray, num_parameters: float
 ) -> tuple[list[Drift], np.ndarray, float]:
-    """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what the walk is stays fixed."""
+    """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what
+    the walk is stays fixed.
+    """
     response = clock.response(steps.astype(np.float64), expit(parameters[0]))
     noise = _Noise.of(
         clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1]))
@@ -105,7 +115,9 @@ def _drift(
 
 
 def _effective_dimension(gram: np.ndarray, part: Drift, num_parameters: float) -> float:
-    """Whitened deltas of different steps have products that scatter about zero with variance 1 / dimension."""
+    """Whitened deltas of different steps have products that scatter about zero with variance 1 /
+    dimension.
+    """
     best = int(part.losses.argmin())
     white = part.basis / np.sqrt((1 + part.strengths[best] * part.spread) * part.scales[best])
     products = (white.T @ gram @ white)[np.triu_indices(len(gram), 1)]
@@ -116,7 +128,9 @@ def _effective_dimension(gram: np.ndarray, part: Drift, num_parameters: float) -
 
 
 def kept(parts: list[Drift], posterior: np.ndarray) -> tuple[tuple[Drift, np.ndarray], ...]:
-    """What predictions average over: the kinds and strengths that are not negligible, and their shares."""
+    """What predictions average over: the kinds and strengths that are not negligible, and their
+    shares.
+    """
     keeps = posterior > _NEGLIGIBLE
     whole = posterior[keeps].sum()
     return tuple(

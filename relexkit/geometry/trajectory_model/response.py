@@ -1,4 +1,5 @@
-"""How gradients become recorded deltas: the optimizer's momentum, its bias correction and learning rate, as a linear map.
+"""How gradients become recorded deltas: the optimizer's momentum, its bias correction and learning
+rate, as a linear map.
 
 Shape suffixes: T recorded steps, S grid points of optimizer steps.
 """
@@ -16,7 +17,8 @@ class Clock:
 
     Attributes:
         unit: optimizer steps per grid point; 1 unless the run is longer than the grid.
-        history: gradients before the base that the optimizer remembers; 0 for an optimizer that starts with the run.
+        history: gradients before the base that the optimizer remembers; 0 for an optimizer that
+            starts with the run.
         rates: learning rate by optimizer step (any unit), ``[S]``, or None for a constant one.
     """
 
@@ -25,7 +27,9 @@ class Clock:
     rates: np.ndarray | None
 
     def response(self, steps: np.ndarray, momentum: float) -> np.ndarray:
-        """``H``: what a unit gradient at every grid point adds to the delta of every step, ``[len(steps), S]``."""
+        """``H``: what a unit gradient at every grid point adds to the delta of every step,
+        ``[len(steps), S]``.
+        """
         count = int(np.ceil(steps.max() / self.unit))
         padded = np.zeros((len(steps), self.history + count))
         response = padded[:, self.history :]
@@ -43,7 +47,8 @@ class Clock:
     ) -> np.ndarray:
         """``H R H^T`` of gradients of which neighbours correlate by 0 (white noise) to 1 (a line).
 
-        By a recursion, so that no matrix over optimizer steps is formed. ``white`` is ``H H^T`` where it is known.
+        By a recursion, so that no matrix over optimizer steps is formed. ``white`` is ``H H^T``
+        where it is known.
         """
         forward = self._smooth(response, correlation) @ response.T
         return forward + forward.T - (response @ response.T if white is None else white)
@@ -74,7 +79,8 @@ class Clock:
 def _summed(values_TS: np.ndarray, ratio: float, *, backwards: bool = False) -> np.ndarray:
     """``y[:, s] = x[:, s] + ratio y[:, s - 1]``, or with ``s + 1`` backwards, ``float64 [T, S]``.
 
-    A banded triangular system: LAPACK is there anyway, and importing ``scipy.signal`` for its filter takes a second.
+    A banded triangular system: LAPACK is there anyway, and importing ``scipy.signal`` for its
+    filter takes a second.
     """
     from scipy.linalg.lapack import dtbtrs
 

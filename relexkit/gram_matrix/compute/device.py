@@ -1,8 +1,9 @@
-"""Where the products of a pass are computed: on the processor with NumPy, or on a device with PyTorch.
+"""Where the products of a pass are computed: on the processor with NumPy, or on a device with
+PyTorch.
 
-A kernel's arithmetic is written once, in operators that both have. Products over at most ``width`` columns are float32, their
-sums float64, on either side. On a GPU the rows are decoded into pinned memory and copied on a stream of their own, so that
-decoding, transfer and arithmetic overlap.
+A kernel's arithmetic is written once, in operators that both have. Products over at most ``width``
+columns are float32, their sums float64, on either side. On a GPU the rows are decoded into pinned
+memory and copied on a stream of their own, so that decoding, transfer and arithmetic overlap.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from relexkit.errors import RelexkitError
 
 PIECE = 2**13
-"""Columns whose products are accumulated in float32, and in cache, before the sum goes to float64."""
+"""Columns whose products are accumulated in float32, and in cache, before the sum goes to float64.
+"""
 
 WORKERS = min(4, os.cpu_count() or 1)
 """Threads of a pass."""
@@ -39,7 +41,9 @@ class Kernel(Protocol):
 
     @property
     def of_updates(self) -> bool:
-        """Whether it takes the step-to-step updates of a sparse log, or the deltas as from dense rows."""
+        """Whether it takes the step-to-step updates of a sparse log, or the deltas as from dense
+        rows.
+        """
 
     @property
     def width(self) -> int:
@@ -68,7 +72,9 @@ class Engine(Protocol):
         """Memory for decoded rows, float32."""
 
     def load(self, rows: np.ndarray) -> Any:
-        """Begin to bring ``rows [T, n]`` to the device; the buffer must stay as it is until the products are done."""
+        """Begin to bring ``rows [T, n]`` to the device; the buffer must stay as it is until the
+        products are done.
+        """
 
     def submit(
         self,
@@ -100,7 +106,9 @@ class CpuEngine:
     width = PIECE
 
     def buffer(self, shape: tuple[int, int]) -> np.ndarray:
-        """Ordinary memory; rows are apart by no power of two, whose elements would fall into the same lines of the cache."""
+        """Ordinary memory; rows are apart by no power of two, whose elements would fall into the
+        same lines of the cache.
+        """
         return np.empty((shape[0], shape[1] + _APART), np.float32)[:, : shape[1]]
 
     def load(self, rows: np.ndarray) -> np.ndarray:
@@ -139,7 +147,9 @@ def _sum_of_pieces(
 
 
 def fits_float32(product: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether a product of ``rows`` summed from float32 is neither out of range nor made of vanished squares."""
+    """Whether a product of ``rows`` summed from float32 is neither out of range nor made of
+    vanished squares.
+    """
     largest = np.abs(product).max(initial=0.0)
     return bool(_SMALLEST < largest < _LARGEST) or not rows.any()
 
@@ -177,8 +187,8 @@ class TorchEngine:
                 else "no CUDA device"
             )
             raise RelexkitError(
-                f"--device {device} cannot be used ({str(error).splitlines()[0]}); this PyTorch {torch.__version__} finds "
-                f"{found}: use --device cpu"
+                f"--device {device} cannot be used ({str(error).splitlines()[0]}); this PyTorch"
+                f" {torch.__version__} finds {found}: use --device cpu"
             ) from error
         self._cuda = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
@@ -188,13 +198,16 @@ class TorchEngine:
         return self._torch.empty(shape, dtype=self._torch.float32, pin_memory=self._cuda).numpy()
 
     def load(self, rows: np.ndarray) -> Any:
-        """Copy on the stream of copies; the stream of products waits for it, the processor does not."""
+        """Copy on the stream of copies; the stream of products waits for it, the processor does
+        not.
+        """
         host = self._torch.from_numpy(rows)
         if self._copies is None:
             return host.to(self.device)
         with self._torch.cuda.stream(self._copies):
             loaded = self._torch.empty(host.shape, dtype=host.dtype, device=self.device)
-            # a narrower last window is not contiguous in its buffer, and only contiguous copies do not wait
+            # a narrower last window is not contiguous in its buffer, and only contiguous copies do
+            # not wait
             pairs = [(loaded, host)] if host.is_contiguous() else zip(loaded, host, strict=True)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)

@@ -1,7 +1,8 @@
-"""Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the columns and adds the sums.
+"""Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the
+columns and adds the sums.
 
-Every process makes the same calls. What one of them runs into, all of them raise, and a process that dies ends the others
-with a stated error: nothing is written before all have answered.
+Every process makes the same calls. What one of them runs into, all of them raise, and a process
+that dies ends the others with a stated error: nothing is written before all have answered.
 """
 
 from __future__ import annotations
@@ -20,24 +21,31 @@ from relexkit.store.encodings.bits import BLOCK
 _T = TypeVar("_T")
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process waits for the others' share of a pass; a process that dies is noticed at once."""
+"""How long a process waits for the others' share of a pass; a process that dies is noticed at once.
+"""
 
 
 class Team:
-    """How this process, ``rank`` of ``size``, shares a pass with others. This class has no others, and loads no PyTorch."""
+    """How this process, ``rank`` of ``size``, shares a pass with others. This class has no others,
+    and loads no PyTorch.
+    """
 
     rank = 0
     size = 1
 
     def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
-        """This process's columns of a part: a share of its blocks; who gets the larger shares changes with ``turn``."""
+        """This process's columns of a part: a share of its blocks; who gets the larger shares
+        changes with ``turn``.
+        """
         num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
         first, last = (num_blocks * i // self.size for i in (place, place + 1))
         return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Work of this process alone; ends when all have done theirs, with the error of the first that failed."""
+        """Work of this process alone; ends when all have done theirs, with the error of the first
+        that failed.
+        """
         yield
 
     def sum(self, values: np.ndarray) -> np.ndarray:
@@ -85,8 +93,9 @@ class _TorchTeam(Team):
             RuntimeError
         ) as error:  # gloo: the connection to a peer is gone, or nobody answered in time
             raise RelexkitError(
-                f"process {self.rank} of {self.size}: another process ended or does not answer "
-                f"({str(error).splitlines()[0]}); nothing was written: look for its message and run the command again"
+                f"process {self.rank} of {self.size}: another process ended or does not answer"
+                f" ({str(error).splitlines()[0]}); nothing was written: look for its message and"
+                " run the command again"
             ) from error
 
     @contextlib.contextmanager
@@ -122,7 +131,9 @@ class _TorchTeam(Team):
 
 @contextlib.contextmanager
 def team(device: str = "cpu") -> Iterator[Team]:
-    """The processes that torchrun started, or this one alone; ``device`` is where the sums of arrays are made."""
+    """The processes that torchrun started, or this one alone; ``device`` is where the sums of
+    arrays are made.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield ALONE
         return

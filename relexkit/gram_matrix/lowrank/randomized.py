@@ -1,17 +1,19 @@
 """Randomized PCA: low-rank Gram matrices of long runs by block subspace iteration over the store.
 
-For ``Q [T, l]`` with orthonormal columns one pass gives ``Y = M (M^T Q) = G Q`` at ``4 T D l`` operations instead of the
-``T^2 D`` of the exact matrix, and the exact row norms with it (Halko, Martinsson and Tropp 2011). ``Q`` starts from the leading
-eigenvectors of each tensor's Gram matrix over a sample of its columns and a few random vectors; every further pass starts
-from ``Y``. Of ``G`` the pass knows
+For ``Q [T, l]`` with orthonormal columns one pass gives ``Y = M (M^T Q) = G Q`` at ``4 T D l``
+operations instead of the ``T^2 D`` of the exact matrix, and the exact row norms with it (Halko,
+Martinsson and Tropp 2011). ``Q`` starts from the leading eigenvectors of each tensor's Gram matrix
+over a sample of its columns and a few random vectors; every further pass starts from ``Y``. Of
+``G`` the pass knows
 
-- its action on ``Q``: the Nystrom approximation ``Y (Q^T Y)^-1 Y^T`` has ``G Q`` exactly and leaves a remainder that is
-  positive semidefinite and vanishes on ``Q``;
+- its action on ``Q``: the Nystrom approximation ``Y (Q^T Y)^-1 Y^T`` has ``G Q`` exactly and leaves
+  a remainder that is positive semidefinite and vanishes on ``Q``;
 - the norm of every delta and the length of every step.
 
-The remainder is filled with what these allow: a walk plus independent noise, away from ``Q``, whose diagonal is the exact one.
-So the trace, the denominator of every ratio, is exact, and the result is positive semidefinite and of full rank: spectrum,
-extrapolators, backtest and the trajectory model take it like any Gram matrix.
+The remainder is filled with what these allow: a walk plus independent noise, away from ``Q``, whose
+diagonal is the exact one. So the trace, the denominator of every ratio, is exact, and the result is
+positive semidefinite and of full rank: spectrum, extrapolators, backtest and the trajectory model
+take it like any Gram matrix.
 
 Shape suffixes: S segments of a part, T steps, L columns of Q.
 """
@@ -67,11 +69,13 @@ def randomized_gram(
 ) -> Gram:
     """Approximate Gram matrices of every moving tensor over the steps to ``until``, for long runs.
 
-    One pass over the deltas if the sample's directions are good enough, else up to ``max_passes``; ``Gram.uncertainty`` says
-    how far the first two directions may be off. The result is kept in the store and used again for the same arguments.
+    One pass over the deltas if the sample's directions are good enough, else up to ``max_passes``;
+    ``Gram.uncertainty`` says how far the first two directions may be off. The result is kept in the
+    store and used again for the same arguments.
 
     Args:
-        components: leading directions that must be good (8, or all if there are fewer); ``oversampling`` more are carried.
+        components: leading directions that must be good (8, or all if there are fewer);
+            ``oversampling`` more are carried.
         seed: of the sample and of the random part of the first ``Q``.
         device, team, memory_budget_bytes: as for ``gram``.
 
@@ -138,15 +142,17 @@ def wanted_components(components: int | None, num_steps: int) -> int:
         return min(_COMPONENTS, num_steps)
     if not 1 <= components <= num_steps:
         raise RelexkitError(
-            f"--components {components} of {num_steps} recorded step{'s' * (num_steps != 1)}; expected 1 to {num_steps}: "
-            "ask for fewer or record more steps"
+            f"--components {components} of {num_steps} recorded step{'s' * (num_steps != 1)};"
+            f" expected 1 to {num_steps}: ask for fewer or record more steps"
         )
     return components
 
 
 @dataclass
 class _Images:
-    """``Q`` and ``G Q``, ``[S, T, L]``; squared norms of deltas and of the steps between them, ``norms [S, 2, T]``; counts."""
+    """``Q`` and ``G Q``, ``[S, T, L]``; squared norms of deltas and of the steps between them,
+    ``norms [S, 2, T]``; counts.
+    """
 
     bases: np.ndarray
     images: np.ndarray
@@ -159,7 +165,9 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Subspace:
-    """Kernel of a pass: ``rows (rows^T Q)``; with ``norms`` also squared norms of rows and products of neighbours."""
+    """Kernel of a pass: ``rows (rows^T Q)``; with ``norms`` also squared norms of rows and products
+    of neighbours.
+    """
 
     bases: np.ndarray
     norms: bool
@@ -248,7 +256,9 @@ def _part(
 
 
 def _norms(squares: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """Squared norms ``[S, T]`` and inner products of neighbours ``[S, T - 1]`` -> squared norms of deltas and of steps."""
+    """Squared norms ``[S, T]`` and inner products of neighbours ``[S, T - 1]`` -> squared norms of
+    deltas and of steps.
+    """
     steps = squares.copy()
     steps[:, 1:] += squares[:, :-1] - 2 * neighbours
     return np.stack([squares, np.maximum(steps, 0.0)], axis=1)
@@ -272,7 +282,9 @@ def _load(store: TrajectoryStore, part: int, num_rows: int, settings: _Settings)
 
 
 def is_kept(store: TrajectoryStore, until: int | None, components: int | None = None) -> bool:
-    """Whether a result for the steps to ``until``, with default settings otherwise, is in the store."""
+    """Whether a result for the steps to ``until``, with default settings otherwise, is in the
+    store.
+    """
     num_rows = _num_rows(store, until)
     settings = _Settings(
         components=wanted_components(components, num_rows), oversampling=8, max_passes=4, seed=0
@@ -280,7 +292,7 @@ def is_kept(store: TrajectoryStore, until: int | None, components: int | None = 
     return all(_load(store, part, num_rows, settings) is not None for part in moving_parts(store))
 
 
-# -- the first Q ------------------------------------------------------------------------------------------------------
+# -- the first Q -----------------------------------------------------------------------------------
 
 
 def _first_bases(
@@ -317,7 +329,9 @@ def _first_bases(
 
 
 def sample_spans(store: TrajectoryStore, part: int, seed: int) -> list[Span]:
-    """At most ``PIECE`` columns of every segment of a dense part; of a sparse part the whole blocks of the log around them."""
+    """At most ``PIECE`` columns of every segment of a dense part; of a sparse part the whole blocks
+    of the log around them.
+    """
     spec, spans = store.layout.parts[part], set()
     for segment in store.layout.segments_in(part):
         random = _random(seed + 1, segment.tensor.name, part)

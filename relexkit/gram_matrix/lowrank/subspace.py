@@ -1,6 +1,8 @@
-"""The linear algebra of randomized PCA: how good a subspace is, and the Gram matrix that a pass with it knows.
+"""The linear algebra of randomized PCA: how good a subspace is, and the Gram matrix that a pass
+with it knows.
 
-From ``Q [T, L]`` with orthonormal columns, ``G Q`` and the norms of deltas and steps, as ``randomized`` finds them.
+From ``Q [T, L]`` with orthonormal columns, ``G Q`` and the norms of deltas and steps, as
+``randomized`` finds them.
 
 Shape suffixes: T steps, L columns of Q.
 """
@@ -13,20 +15,27 @@ from relexkit.gram_matrix.matrices import ROUNDING_ERROR, rounding_error
 
 RATIO_TOLERANCE = 1e-3
 ANGLE_TOLERANCE = 5e-3
-"""Passes go on until the estimated errors of the first two ratios and of the first direction are below these."""
+"""Passes go on until the estimated errors of the first two ratios and of the first direction are
+below these.
+"""
 
-_RESOLVED_GAP = 0.02  # of the first eigenvalue: with a smaller gap to the second the first direction is not chased
+# of the first eigenvalue: with a smaller gap to the second the first direction is not chased
+_RESOLVED_GAP = 0.02
 _CUTOFF = 1e-7  # of the largest eigenvalue: what float32 products resolve
 
 
 def orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Orthonormal basis, of the same shape, of a space that holds ``columns [T, L]``; scaled first, so none is lost."""
+    """Orthonormal basis, of the same shape, of a space that holds ``columns [T, L]``; scaled first,
+    so none is lost.
+    """
     norms = np.linalg.norm(columns, axis=0)
     return np.linalg.qr(columns / np.where(norms > 0, norms, 1.0))[0]
 
 
 def _ritz(basis: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ritz values ``[L]``, descending, the norms ``[L]`` of their residuals ``G q - theta q``, and the vectors ``[T, L]``."""
+    """Ritz values ``[L]``, descending, the norms ``[L]`` of their residuals ``G q - theta q``, and
+    the vectors ``[T, L]``.
+    """
     inner = basis.T @ image
     values, vectors = np.linalg.eigh((inner + inner.T) / 2)
     values, vectors = values[::-1], vectors[:, ::-1]
@@ -35,7 +44,9 @@ def _ritz(basis: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def good_enough(basis: np.ndarray, image: np.ndarray, trace: float) -> bool:
-    """True if no further pass is needed for the first two ratios and the first direction; ``trace`` is that of ``G``."""
+    """True if no further pass is needed for the first two ratios and the first direction; ``trace``
+    is that of ``G``.
+    """
     if trace == 0 or basis.shape[0] == basis.shape[1]:
         return True
     values, residuals, _ = _ritz(basis, image)
@@ -53,7 +64,8 @@ def good_enough(basis: np.ndarray, image: np.ndarray, trace: float) -> bool:
 def complete(
     basis: np.ndarray, image: np.ndarray, norms: np.ndarray, steps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix ``[T, T]`` and uncertainty ``[T]`` from ``Q``, ``G Q`` (``[T, L]``) and squared ``norms [2, T]``.
+    """Gram matrix ``[T, T]`` and uncertainty ``[T]`` from ``Q``, ``G Q`` (``[T, L]``) and squared
+    ``norms [2, T]``.
 
     The Nystrom approximation plus a remainder with the exact diagonal; see ``randomized``.
     """
@@ -72,7 +84,8 @@ def complete(
     missing_lengths = max(0.0, float((lengths - _step_squares(known)).sum()))
     rest = _remainder(basis, missing, missing_lengths, steps)
     _, residuals, vectors = _ritz(basis, image)
-    # among nearly equal eigenvalues the residual of one says little about the others, hence the factor
+    # among nearly equal eigenvalues the residual of one says little about the others, hence the
+    # factor
     uncertainty = np.full(
         len(steps), 2 * residuals[:2].max() + np.linalg.norm(rest @ vectors[:, :2], axis=0).max()
     )
@@ -92,7 +105,9 @@ def _step_squares(matrix: np.ndarray) -> np.ndarray:
 def _remainder(
     basis: np.ndarray, missing: np.ndarray, missing_lengths: float, steps: np.ndarray
 ) -> np.ndarray:
-    """A walk plus independent noise, projected away from ``Q``, with the diagonal ``missing`` and about the given lengths."""
+    """A walk plus independent noise, projected away from ``Q``, with the diagonal ``missing`` and
+    about the given lengths.
+    """
     away = np.eye(len(steps)) - basis @ basis.T
     shapes = [
         away @ shape @ away

@@ -1,13 +1,16 @@
 """The encodings of a step: sparse update log, dense integer differences, dense float deltas.
 
-*Sparse update log* (16-bit checkpoints): the columns of a part whose bits differ from the previous recorded step, and
-the integer difference of the bit patterns, modulo the width; exact. Columns are kept as gaps inside blocks of
-``BLOCK`` columns, so that a gap fits 16 bits and a block can be decoded alone; ``indptr`` counts entries before each block.
+*Sparse update log* (16-bit checkpoints): the columns of a part whose bits differ from the previous
+recorded step, and the integer difference of the bit patterns, modulo the width; exact. Columns are
+kept as gaps inside blocks of ``BLOCK`` columns, so that a gap fits 16 bits and a block can be
+decoded alone; ``indptr`` counts entries before each block.
 
-*Dense*: a row of float deltas against the base, rounded to a number of mantissa bits, or of integer differences of the
+*Dense*: a row of float deltas against the base, rounded to a number of mantissa bits, or of integer
+  differences of the
 bit patterns against the base, which is exact.
 
-*Factors* (low-rank adapters): the two factors of the delta, bit for bit; the delta is ``scale * left @ right``.
+*Factors* (low-rank adapters): the two factors of the delta, bit for bit; the delta is ``scale *
+left @ right``.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ BLOCK = 2**16
 """Columns of a block of the sparse log."""
 
 Update = tuple[np.ndarray, np.ndarray]
-"""One step of the sparse log: ascending columns ``int32 [n]`` and non-zero bit differences ``[n]``."""
+"""One step of the sparse log: ascending columns ``int32 [n]`` and non-zero bit differences ``[n]``.
+"""
 
 CHECKSUM_BLOCK = 2**22
 """Elements of a block of the content checksum, and of a unit of work while encoding."""
@@ -33,12 +37,16 @@ def num_blocks(numel: int) -> int:
 
 
 def changed_columns(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Ascending columns ``int32 [n]`` at which two bit arrays ``[D]`` differ; temporaries take one byte per element."""
+    """Ascending columns ``int32 [n]`` at which two bit arrays ``[D]`` differ; temporaries take one
+    byte per element.
+    """
     return np.flatnonzero(previous != current).astype(np.int32)
 
 
 def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gaps ``uint16 [n]`` and ``indptr uint32 [num_blocks + 1]`` of ascending ``columns`` in a part of ``numel``."""
+    """Gaps ``uint16 [n]`` and ``indptr uint32 [num_blocks + 1]`` of ascending ``columns`` in a part
+    of ``numel``.
+    """
     block = columns >> 16
     indptr = np.searchsorted(block, np.arange(num_blocks(numel) + 1, dtype=block.dtype)).astype(
         np.uint32
@@ -51,9 +59,11 @@ def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndar
 
 
 def decode_columns(gaps: np.ndarray, indptr: np.ndarray, first_block: int = 0) -> np.ndarray:
-    """Columns ``int32 [n]`` of the part from gaps of whole blocks (a part has fewer than 2**31 columns).
+    """Columns ``int32 [n]`` of the part from gaps of whole blocks (a part has fewer than 2**31
+    columns).
 
-    ``indptr`` ``[k + 1]`` belongs to blocks ``first_block`` to ``first_block + k`` and may start at any entry number.
+    ``indptr`` ``[k + 1]`` belongs to blocks ``first_block`` to ``first_block + k`` and may start at
+    any entry number.
     """
     running = np.cumsum(gaps.astype(np.int32), dtype=np.int32)
     entries = indptr.astype(np.int64) - int(indptr[0])
@@ -66,7 +76,9 @@ def decode_columns(gaps: np.ndarray, indptr: np.ndarray, first_block: int = 0) -
 def apply_update(
     state: np.ndarray, columns: np.ndarray, differences: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Move ``state`` (bits) by one update in place; returns the bits before and after at ``columns``."""
+    """Move ``state`` (bits) by one update in place; returns the bits before and after at
+    ``columns``.
+    """
     before = state[columns]
     after = before + differences.view(state.dtype)
     state[columns] = after
@@ -80,13 +92,17 @@ def clip_update(update: Update, begin: int, end: int) -> Update:
 
 
 def float_row(base: np.ndarray, current: np.ndarray, dtype: str, mantissa_bits: int) -> np.ndarray:
-    """Float32 delta ``[n]`` of two bit arrays, subtracted in float32 and rounded to ``mantissa_bits``."""
+    """Float32 delta ``[n]`` of two bit arrays, subtracted in float32 and rounded to
+    ``mantissa_bits``.
+    """
     delta = to_float32(current, dtype) - to_float32(base, dtype)
     return round_to_mantissa_bits(delta, mantissa_bits)
 
 
 def factor_product(left: np.ndarray, right: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Elements ``begin:end`` of the flattened float32 product ``left [rows, rank] @ right [rank, columns]``."""
+    """Elements ``begin:end`` of the flattened float32 product ``left [rows, rank] @ right [rank,
+    columns]``.
+    """
     columns = right.shape[1]
     first, last = begin // columns, -(-end // columns)
     product = left[first:last] @ right
@@ -94,7 +110,9 @@ def factor_product(left: np.ndarray, right: np.ndarray, begin: int, end: int) ->
 
 
 def content_checksum(blocks: list[int]) -> int:
-    """One checksum of several: of a part's content from the CRC-32C of its blocks of ``CHECKSUM_BLOCK`` elements."""
+    """One checksum of several: of a part's content from the CRC-32C of its blocks of
+    ``CHECKSUM_BLOCK`` elements.
+    """
     return google_crc32c.value(np.asarray(blocks, "<u4").tobytes())
 
 

@@ -1,1 +1,3 @@
-"""Local shards read and written past Zarr's pipeline: the only place that touches its inner interface."""
+"""Local shards read and written past Zarr's pipeline: the only place that touches its inner
+interface.
+"""

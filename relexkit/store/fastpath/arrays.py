@@ -1,4 +1,6 @@
-"""The arrays of a store's group, opened once: past Zarr's pipeline where they allow it, through Zarr where they do not."""
+"""The arrays of a store's group, opened once: past Zarr's pipeline where they allow it, through
+Zarr where they do not.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class ReadableArrays:
     def read(
         self, name: str, row: int | None, begin: int, end: int, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors come as they are."""
+        """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors come
+        as they are.
+        """
         if name not in self._readers:
             self._readers[name] = shard_reader(self.array(name))
         reader = self._readers[name]
@@ -91,7 +95,8 @@ class ReadableArrays:
         return self.guard(where, read)
 
     def guard(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
-        """What ``read`` gives; its failure is said with the place, which is only then put into words.
+        """What ``read`` gives; its failure is said with the place, which is only then put into
+        words.
 
         Raises:
             StoreError: ``read`` failed, however.
@@ -118,7 +123,9 @@ class WritableArrays:
         self.forget()
 
     def forget(self) -> None:
-        """Open every array anew: another process may have changed their shape, or this one their content."""
+        """Open every array anew: another process may have changed their shape, or this one their
+        content.
+        """
         self._arrays: dict[str, zarr.Array] = {}
         self._columns: dict[str, np.ndarray] = {}
         self._chunk_files: dict[str, ChunkFiles | None] = {}

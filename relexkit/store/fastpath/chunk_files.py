@@ -1,9 +1,11 @@
-"""Whole chunks and shards written to a local disk, past Zarr's pipeline, in files that equal Zarr's.
+"""Whole chunks and shards written to a local disk, past Zarr's pipeline, in files that equal
+Zarr's.
 
-Zarr takes milliseconds for every array and every inner chunk that it writes, and holds a shard in memory until it is complete.
-A recorder writes a score of small arrays and thousands of inner chunks after every optimizer step, so they come here: chunks
-are encoded one by one, on any thread, and go straight into the shard's file. `tests/test_chunk_files.py` holds the files equal
-to Zarr's byte for byte; arrays in other stores or with other codecs go through Zarr.
+Zarr takes milliseconds for every array and every inner chunk that it writes, and holds a shard in
+memory until it is complete. A recorder writes a score of small arrays and thousands of inner chunks
+after every optimizer step, so they come here: chunks are encoded one by one, on any thread, and go
+straight into the shard's file. `tests/test_chunk_files.py` holds the files equal to Zarr's byte for
+byte; arrays in other stores or with other codecs go through Zarr.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class RowWriter(Protocol):
 
 
 class ChunkFiles:
-    """The files of one array of one or two dimensions whose chunks (or shards) are cut along the last axis."""
+    """The files of one array of one or two dimensions whose chunks (or shards) are cut along the
+    last axis.
+    """
 
     def __init__(self, folder: Path, array: zarr.Array, codec: BloscCodec):
         self._folder, self._array = folder, array
@@ -57,7 +61,9 @@ class ChunkFiles:
         )
 
     def encode(self, values: np.ndarray) -> list[bytes]:
-        """Chunks of ``values``, compressed, each with its CRC-32C; the last one is filled up with the fill value."""
+        """Chunks of ``values``, compressed, each with its CRC-32C; the last one is filled up with
+        the fill value.
+        """
         encoded = []
         for begin in range(0, len(values), self.chunk):
             piece = values[begin : begin + self.chunk]
@@ -89,7 +95,9 @@ class ChunkFiles:
 
 
 class _ShardRow:
-    """A shard that grows in a temporary file; its index comes last, then it takes its name. What failed once stays failed."""
+    """A shard that grows in a temporary file; its index comes last, then it takes its name. What
+    failed once stays failed.
+    """
 
     def __init__(self, path: Path, count: int):
         self._path, self._count = path, count
@@ -151,7 +159,9 @@ class ZarrRow:
 
 
 def chunk_files(array: zarr.Array) -> ChunkFiles | None:
-    """Direct writing for ``array``, or None if it is not local or not encoded as relexkit writes it."""
+    """Direct writing for ``array``, or None if it is not local or not encoded as relexkit writes
+    it.
+    """
     store = array.store_path.store
     if not isinstance(store, LocalStore) or array.dtype.byteorder == ">":
         return None

@@ -1,9 +1,10 @@
 """Direct reads of Zarr shards, on a local disk or in an object store.
 
-Zarr's own pipeline takes milliseconds for every call and every inner chunk, most of it scheduling, while decoding a
-chunk takes a fraction of one. Passes over a store make tens of thousands of small reads, so they come here: find the
-chunks in the shard's index, read them in one range, compare their CRC-32C, decompress them into place.
-`tests/test_shards.py` holds the results equal to Zarr's; arrays with other codecs go through Zarr.
+Zarr's own pipeline takes milliseconds for every call and every inner chunk, most of it scheduling,
+while decoding a chunk takes a fraction of one. Passes over a store make tens of thousands of small
+reads, so they come here: find the chunks in the shard's index, read them in one range, compare
+their CRC-32C, decompress them into place. `tests/test_shards.py` holds the results equal to Zarr's;
+arrays with other codecs go through Zarr.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class _Source(Protocol):
     """Byte ranges of the objects of an array."""
 
     def tail(self, key: str, size: int) -> bytes:
-        """The last ``size`` bytes, or fewer if there are no more; FileNotFoundError if there is no such object."""
+        """The last ``size`` bytes, or fewer if there are no more; FileNotFoundError if there is no
+        such object.
+        """
 
     def read(self, key: str, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
@@ -79,10 +82,11 @@ class _StoreObjects:
 
 
 class ShardReader:
-    """Reads ``[row, begin:end]`` (or ``[begin:end]``) of one array whose shards lie along the last axis.
+    """Reads ``[row, begin:end]`` (or ``[begin:end]``) of one array whose shards lie along the last
+    axis.
 
-    Thread-safe, and the interpreter lock is free while chunks are decompressed. Memory: the result, the compressed chunks of
-    a call in a shard, and 32 MiB of indices.
+    Thread-safe, and the interpreter lock is free while chunks are decompressed. Memory: the result,
+    the compressed chunks of a call in a shard, and 32 MiB of indices.
     """
 
     def __init__(self, source: _Source, array: zarr.Array):
@@ -182,7 +186,9 @@ def sharding_of(array: zarr.Array) -> ShardingCodec | None:
 
 
 def shard_reader(array: zarr.Array) -> ShardReader | None:
-    """A direct reader for ``array``, or None if it is not sharded and encoded as relexkit writes it."""
+    """A direct reader for ``array``, or None if it is not sharded and encoded as relexkit writes
+    it.
+    """
     if sharding_of(array) is None:
         return None
     store = array.store_path.store
