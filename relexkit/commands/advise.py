@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relexkit.assess.observed import add_pca, observer
-from relexkit.commands.console import print_json
+from relexkit.commands.console import print_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"steps": matrices.steps.tolist(), **advice.document()})
         return
-    print(advice.headline)
+    show(advice.headline)
     for heading, sentences in (
         ("Why", advice.reasons),
         ("What would change this", advice.would_change),
     ):
-        print(f"\n{heading}:")
+        show(f"\n{heading}:")
         for sentence in sentences:
-            print(f"  - {sentence}")
+            show(f"  - {sentence}")

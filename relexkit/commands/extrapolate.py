@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from relexkit.assess.observed import add_pca, observer
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 from relexkit.commands.round import add_rounding
 from relexkit.errors import RelexkitError
 
@@ -125,7 +125,7 @@ def run(parsed: argparse.Namespace) -> None:
             return
         for a in adapters:
             there = " (was there already)" if a.already else ""
-            print(
+            show(
                 f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error"
                 f" {a.error:.1e}{there}"
             )
@@ -154,7 +154,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
         return
     for p in written:
-        print(
+        show(
             f"step {step_text(p.target)}: {p.folder}"
             + (" (was there already)" if p.already else "")
         )

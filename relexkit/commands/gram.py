@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relexkit.assess.observed import add_pca, observer
-from relexkit.commands.console import print_json
+from relexkit.commands.console import print_json, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             }
         )
     else:
-        print(
+        show(
             f"{store.path}: Gram matrices of {len(found.names)} tensors,"
             f" {describe_steps(found.steps)}"
         )

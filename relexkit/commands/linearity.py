@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relexkit.assess.observed import add_pca, observer
-from relexkit.commands.console import console, number, print_json, progress_bar
+from relexkit.commands.console import console, number, print_json, progress_bar, show
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -81,4 +81,4 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console().print(table)
     if not found.counts.any():
-        print("Nothing moved, so no weight has a line.")
+        show("Nothing moved, so no weight has a line.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit.assess.observed import add_pca, observer
-from relexkit.commands.console import console, number, percent, print_json, progress_bar, say
+from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 
 if TYPE_CHECKING:
     from relexkit.assess.metrics import Informative
@@ -222,9 +222,9 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
         table.add_row(*cells(s))
     console().print(table)
     if len(shown) < len(ordered):
-        print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
+        show(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
     for line in spectrum_notes(result, informative):
-        print(line)
+        show(line)
 
 
 def _with_null(null: WalkNull, name: str) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from relexkit import RelexkitError
 from relexkit.commands.console import console, print_json, say
 from relexkit.materialize import temporary_folder
+from trainer.commands.trust import add_trust
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="CONFIG.yaml", help="options by name; those given here win"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_trust(parser)
     add_options(parser, G2DConfig)
 
 
@@ -74,7 +76,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, given_options(arguments, G2DConfig), G2DConfig)
     found = g2d(
-        arguments.run_folder, arguments.steps, arguments.out, config, rollouts=arguments.rollouts
+        arguments.run_folder,
+        arguments.steps,
+        arguments.out,
+        config,
+        rollouts=arguments.rollouts,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print_json({"steps": found})
@@ -89,6 +96,7 @@ def g2d(
     config: G2DConfig,
     *,
     rollouts: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """G2D from each of ``steps`` of a training run; the summaries, in their order.
 
@@ -99,7 +107,7 @@ def g2d(
         RelexkitError: no such run or step, rollouts of another tokenizer or run, no pairs, or
             ``out`` has other settings.
     """
-    source = _Run(Path(run_folder), config, rollouts)
+    source = _Run(Path(run_folder), config, rollouts, trust_remote_code)
     source.check(steps)
     found = []
     for step in steps:
@@ -121,7 +129,9 @@ def g2d(
 class _Run:
     """A training run, its one loaded model, and the rollouts."""
 
-    def __init__(self, folder: Path, config: G2DConfig, rollouts: Path | None):
+    def __init__(
+        self, folder: Path, config: G2DConfig, rollouts: Path | None, trust_remote_code: bool
+    ):
         from relexkit import TrajectoryStore
         from trainer.config import load_config
         from trainer.loop.rollout_log import read_rollouts
@@ -139,7 +149,7 @@ class _Run:
         self.task: Task = load_task(self.trained.task)
         device = choose_device(config)
         self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
-        self.stored = StoredModel(self.store, device=device)
+        self.stored = StoredModel(self.store, device=device, trust_remote_code=trust_remote_code)
         self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
         self._where = rollouts or folder / "rollouts"
         self.config = config

@@ -22,9 +22,10 @@ import torch
 
 from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.assess.metrics import learning_rates
-from relexkit.commands.console import number, print_json, print_pairs, progress_bar
+from relexkit.commands.console import number, print_json, print_pairs, progress_bar, show
 from relexkit.geometry.spectrum import r_squared
 from relexkit.store import ProgressCallback
+from trainer.commands.trust import add_trust
 from trainer.policy.sampling import encode_prompt, end_tokens
 from trainer.policy.stored_model import StoredModel, recorded_weights
 
@@ -82,6 +83,7 @@ def output_linearity(
     method: str = "model",
     until: int | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
     """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
@@ -97,7 +99,7 @@ def output_linearity(
         raise RelexkitError(
             f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
         )
-    stored = StoredModel(store, device=_device(device))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError(
@@ -169,6 +171,7 @@ def logit_extrapolation(
     target: float,
     max_completion_length: int,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
     two models in float32.
@@ -182,7 +185,7 @@ def logit_extrapolation(
             f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
             " later one"
         )
-    stored = StoredModel(store, device=_device(device))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     stored.put(recorded_weights(store, first))
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),
@@ -230,6 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=float, metavar="STEP", help="the step that their logits are continued to"
     )
     parser.add_argument("--max-completion-length", type=int, default=64, metavar="TOKENS")
+    add_trust(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
     )
@@ -249,11 +253,12 @@ def run(arguments: argparse.Namespace) -> None:
             steps=tuple(arguments.steps),
             target=arguments.at,
             max_completion_length=arguments.max_completion_length,
+            trust_remote_code=arguments.trust_remote_code,
         )
         if arguments.json:
             print_json({"prompt": arguments.generate, "completion": text})
         else:
-            print(text)
+            show(text)
         return
     if arguments.texts is None:
         raise RelexkitError(
@@ -266,6 +271,7 @@ def run(arguments: argparse.Namespace) -> None:
             targets=arguments.to,
             method=arguments.method,
             until=arguments.until,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     moved = found.r2[np.isfinite(found.r2)]

@@ -20,9 +20,10 @@ import numpy as np
 
 from relexkit import Options, RelexkitError, TrajectoryStore, extrapolate, gram, predict_weights
 from relexkit.assess.metrics import learning_rates
-from relexkit.commands.console import console, number, print_json, progress_bar, say
+from relexkit.commands.console import console, number, print_json, progress_bar, say, show
 from relexkit.predict.extrapolators import METHODS, step_text
 from relexkit.store import ProgressCallback
+from trainer.commands.trust import add_trust
 from trainer.experiments.race import BASELINE, Race, race
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def sweep(
     dtype: Dtype = "float32",
     rounding: Literal["stochastic", "nearest"] = "stochastic",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Race:
     """Race the candidates against the last observed step on a task's validation problems.
@@ -119,6 +121,7 @@ def sweep(
         dtype, rounding: of the weights, as a written checkpoint would have them; computed with in
             float32.
         device: of PyTorch; None for a GPU if there is one.
+        trust_remote_code: run the code that the store carries for its model, if it needs any.
 
     Memory: the model in float32. One pass over the deltas for each candidate and rung.
 
@@ -143,7 +146,14 @@ def sweep(
     weights = _weights(store, observed, candidates)
     hold = recorded_weights(store, int(observed.steps[-1]))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    stored = StoredModel(store, dtype=dtype, rounding=rounding, seed=seed, device=where)
+    stored = StoredModel(
+        store,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        device=where,
+        trust_remote_code=trust_remote_code,
+    )
 
     def answer(index: int, begin: int, end: int) -> np.ndarray:
         stored.put(hold if index == BASELINE else weights[index])
@@ -318,6 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the samples, and of stochastic rounding (default: 0)",
     )
+    add_trust(parser)
     parser.add_argument(
         "--full", action="store_true", help="evaluate every candidate on every problem"
     )
@@ -399,6 +410,7 @@ def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Cand
             halving=not arguments.full,
             dtype=arguments.dtype,
             rounding=arguments.rounding,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     found = document(candidates, result, task=task.name, last_step=last_step)
@@ -469,11 +481,11 @@ def print_table(found: dict[str, Any]) -> None:
         )
     console().print(table)
     share = found["answers"] / found["answers_of_full_grid"]
-    print(
+    show(
         f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
         " the full grid."
     )
-    print(found["recommendation"])
+    show(found["recommendation"])
 
 
 def _span(interval: Sequence[float]) -> str:

@@ -104,8 +104,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
+def load_model(
+    folder: str, device: torch.device, *, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """Model (float32) and tokenizer of a Hugging Face folder.
+
+    Code that lies in the folder runs only with ``trust_remote_code``.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -119,14 +123,18 @@ def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
         )
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            # said each time: transformers asks at a prompt where it is left open
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
-    return model.to(device), load_tokenizer(folder)
+    return model.to(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Tokenizer of a Hugging Face folder.
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a Hugging Face folder; its code runs only with ``trust_remote_code``.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -134,9 +142,18 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: has no tokenizer that can be loaded ({error})") from error
+
+
+def _refuse_untrusted(error: Exception, folder: str, trust_remote_code: bool) -> None:
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        raise RelexkitError(
+            f"{folder}: needs code of its own (auto_map), none of which was run; read it, and give"
+            " --trust-remote-code if it may be run"
+        ) from error
 
 
 def shard(model: Any, processes: Processes, device: torch.device) -> Any:
@@ -160,13 +177,19 @@ def shard(model: Any, processes: Processes, device: torch.device) -> Any:
     return model
 
 
-def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) -> Policy:
+def load_policy(
+    config: GRPOConfig,
+    device: torch.device,
+    processes: Processes,
+    *,
+    trust_remote_code: bool = False,
+) -> Policy:
     """Everything that takes part in the steps of a run, ready for the first.
 
     Raises:
         RelexkitError: the model cannot be loaded.
     """
-    model, tokenizer = load_model(config.model, device)
+    model, tokenizer = load_model(config.model, device, trust_remote_code=trust_remote_code)
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(
@@ -175,9 +198,8 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
         enable({"use_reentrant": False})
     reference = None
     if config.beta:
-        reference = shard(
-            load_model(config.model, device)[0].requires_grad_(False), processes, device
-        )
+        other, _ = load_model(config.model, device, trust_remote_code=trust_remote_code)
+        reference = shard(other.requires_grad_(False), processes, device)
     shard(model, processes, device)
     return Policy(
         model=model,
