@@ -1,12 +1,11 @@
 """SIGINT and SIGTERM end a command in one line, with status 130 or 143, from the first line on.
 
 While a command runs they raise, so that it leaves its outputs as it should; before and after that,
-and in the middle of an import, which may not survive an exception, they end the process at once.
+and where an exception would get lost (in an import, in a destructor), they end the process at once.
 """
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -48,7 +47,7 @@ def end_at_once_on_signals() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Signals raise ``KeyboardInterrupt`` and ``Terminated`` inside the block, in the main thread."""
+    """Signals raise ``KeyboardInterrupt`` or ``Terminated`` in the block, in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -58,7 +57,7 @@ def raising() -> Iterator[None]:
     try:
         for number in numbers:
             signal.signal(number, _raise)
-        sys.unraisablehook = _raise_again(hook)
+        sys.unraisablehook = _not_ignored(hook)
         yield
     finally:
         sys.unraisablehook = hook
@@ -80,14 +79,13 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _raise_again(hook: Any) -> Any:
-    """An interruption that Python could only ignore, in a destructor, comes again right after it."""
+def _not_ignored(hook: Any) -> Any:
+    """What Python says of an exception that it can only ignore, but for interruptions."""
 
     def unraisable(found: Any) -> None:
         if issubclass(found.exc_type, KeyboardInterrupt):
             terminated = issubclass(found.exc_type, Terminated)
-            _thread.interrupt_main(signal.SIGTERM if terminated else signal.SIGINT)
-        else:
-            hook(found)
+            end_at_once(signal.SIGTERM if terminated else signal.SIGINT)
+        hook(found)
 
     return unraisable
