@@ -10,9 +10,7 @@ import torch
 import yaml
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
-from relexkit.record.live_weights import named_weights
-from relexkit.store.durable import replace_folder, write_file
+from relexkit.extension import Processes, named_weights
 from trainer.policy.setup import quiet
 
 CONFIG = "config.yaml"

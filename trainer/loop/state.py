@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
-from relexkit.store.durable import replace_folder
+from relexkit.extension import Processes
 
 _NAME = re.compile(r"step-(\d+)")
 
