@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from relexkit import interrupts
 from relexkit.commands import EXTENSION
 from relexkit.commands.registry import Command, extensions
-from relexkit.errors import RelexkitError
+from relexkit.errors import RelexkitError, printable
 from relexkit.version import __version__
 
 
@@ -23,11 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = None
     try:
-        if given and given[0] in commands():
-            parsed = _module_parser(given[0]).parse_args(given[1:])
-        else:
-            parsed = _parser().parse_args(given)
-        parsed.run(parsed)
+        with interrupts.raising():
+            if given and given[0] in commands():
+                parsed = _module_parser(given[0]).parse_args(given[1:])
+            else:
+                parsed = _parser().parse_args(given)
+            parsed.run(parsed)
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RelexkitError, OSError) as error:
         if parsed is not None and parsed.debug:
             raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.commands.console import console, number, print_json, say
+from relexkit.commands.console import console, number, print_json, say, show
 from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.registry import plot
 
@@ -125,7 +125,7 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
             table.add_row(str(until), str(target), *cells)
     console().print(table)
     for horizon in result.horizon:
-        show(horizon)
+        show(str(horizon))
     for (method, until), reason in result.failures.items():
         show(f"{method} from step {until}: {reason}")
     if ahead is not None:

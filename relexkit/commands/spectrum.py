@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit.commands.console import console, number, percent, print_json, progress_bar, say
+from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.registry import plot
 

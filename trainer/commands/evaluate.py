@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, print_json, progress_bar
+from trainer.commands.trust import add_trust
 
 if TYPE_CHECKING:
     from relexkit.extension import ProgressCallback

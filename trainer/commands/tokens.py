@@ -10,6 +10,7 @@ from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, percent, print_json
+from trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

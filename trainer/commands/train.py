@@ -8,6 +8,7 @@ import os
 
 from relexkit import RelexkitError
 from relexkit.extension import print_json, print_pairs
+from trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

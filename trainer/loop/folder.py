@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from relexkit import RelexkitError
-from relexkit.extension import Processes, named_weights
+from relexkit.extension import Processes, named_weights, replace_folder, write_file
 from trainer.policy.setup import quiet
 
 CONFIG = "config.yaml"

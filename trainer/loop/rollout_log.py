@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relexkit import RelexkitError
-from relexkit.store.durable import write_file
+from relexkit.extension import write_file
 
 if TYPE_CHECKING:
     import pyarrow

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from relexkit.errors import printable
-from relexkit.store.durable import write_file
+from relexkit.extension import printable, write_file
 from trainer.loop.events import EventFile
 
 SHOWN = {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from relexkit import RelexkitError
-from relexkit.extension import Processes
+from relexkit.extension import Processes, replace_folder
 
 _NAME = re.compile(r"step-(\d+)")
 
