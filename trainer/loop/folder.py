@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
-from relexkit.record.live_weights import named_weights
+from relexkit.extension import Processes, named_weights
 from trainer.policy.setup import quiet
 
 CONFIG = "config.yaml"

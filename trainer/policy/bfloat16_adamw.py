@@ -11,7 +11,7 @@ update ``u`` of decoupled weight decay and Adam:
                  c in bfloat16 (arXiv 2010.06192)
 
 The random bits of stochastic rounding are a function of seed, number of the step, name and element
-(``relexkit.weights.dtypes.random_bits``), so a resumed run, and one in several processes, draws the
+(``relexkit.extension.random_bits``), so a resumed run, and one in several processes, draws the
 same ones.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from relexkit.weights.dtypes import random_bits
+from relexkit.extension import random_bits
 
 _BLOCK = 2**18  # elements whose float32 values are held at a time: they stay in the cache
 

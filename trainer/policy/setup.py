@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
+from relexkit.extension import Processes
 from trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
