@@ -36,6 +36,7 @@ from relexkit.record.live_weights import named_weights
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
+from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "printable",
     "progress_bar",
     "r_squared",
+    "random_bits",
     "replace_folder",
     "say",
     "segment_gram",

@@ -1,4 +1,4 @@
-"""What a run starts from: device and processes, the model in float32 (sharded over several
+"""What a run starts from: device and processes, the model (sharded over several
 processes), the optimizer.
 """
 
@@ -18,9 +18,21 @@ import torch.distributed as dist
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes
+from trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
     from trainer.config import G2DConfig, GRPOConfig
+
+
+PRECISIONS: dict[str, str | None] = {
+    "float32": None,
+    "bfloat16_nearest": "nearest",
+    "bfloat16_stochastic": "stochastic",
+    "bfloat16_compensated": "compensated",
+}
+"""How updates are rounded into bfloat16 weights, a key of ``bfloat16_adamw.ROUNDINGS``; None where
+the weights are float32.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +117,13 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    folder: str, device: torch.device, *, trust_remote_code: bool = False
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a Hugging Face folder.
+    """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
 
     Code that lies in the folder runs only with ``trust_remote_code``.
 
@@ -125,7 +141,7 @@ def load_model(
         with quiet():
             # said each time: transformers asks at a prompt where it is left open
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+                folder, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
         _refuse_untrusted(error, folder, trust_remote_code)
@@ -189,7 +205,9 @@ def load_policy(
     Raises:
         RelexkitError: the model cannot be loaded.
     """
-    model, tokenizer = load_model(config.model, device, trust_remote_code=trust_remote_code)
+    rounding = PRECISIONS[config.precision]
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    model, tokenizer = load_model(config.model, device, dtype, trust_remote_code=trust_remote_code)
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(
@@ -198,7 +216,7 @@ def load_policy(
         enable({"use_reentrant": False})
     reference = None
     if config.beta:
-        other, _ = load_model(config.model, device, trust_remote_code=trust_remote_code)
+        other, _ = load_model(config.model, device, dtype, trust_remote_code=trust_remote_code)
         reference = shard(other.requires_grad_(False), processes, device)
     shard(model, processes, device)
     return Policy(
@@ -206,21 +224,25 @@ def load_policy(
         reference=reference,
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, config),
-        autocast=config.bf16 if config.bf16 is not None else device.type == "cuda",
+        autocast=(
+            rounding is None and device.type == "cuda" if config.bf16 is None else config.bf16
+        ),
         processes=processes,
     )
 
 
-def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW | BFloat16AdamW:
     """AdamW over all parameters; ``learning_rate`` is set before each step."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    rounding = PRECISIONS[config.precision]
+    if rounding is None:
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return BFloat16AdamW(model.named_parameters(), rounding=rounding, seed=config.seed, **options)
 
 
 def learning_rate(config: GRPOConfig, step: int) -> float:
