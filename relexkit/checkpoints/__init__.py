@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from relexkit.errors import CheckpointError
+from relexkit.store import TrajectoryStore
 from relexkit.weights.safetensors_io import TensorInfo
 
 
@@ -44,6 +45,20 @@ class Checkpoint(Protocol):
         """Release files."""
 
 
+@runtime_checkable
+class ChangingCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that knows what changed since an earlier step, so that nobody has to compare."""
+
+    @property
+    def since(self) -> int | None:
+        """The step (0 for the base) that changes count from; None if that is no step of the run."""
+
+    def changed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ascending elements ``int64 [n]`` of a tensor whose bits differ from ``since``, their bits
+        then and now.
+        """
+
+
 class Run(Protocol):
     """A folder of checkpoints."""
 
@@ -60,14 +75,23 @@ class Run(Protocol):
         """Open the checkpoint of one of ``steps``."""
 
 
-def open_run(source: Path, *, source_format: str | None = None, step_map: str | None = None) -> Run:
+def open_run(
+    source: str | Path,
+    *,
+    source_format: str | None = None,
+    step_map: str | None = None,
+    kept: TrajectoryStore | None = None,
+    scratch: Path | None = None,
+) -> Run:
     """A folder of checkpoints in any format that is known; where several lie side by side, the most
-    precise one.
+    precise one. Of URLs only those of weight-sync versions.
 
     Args:
         source_format: name of the format to take (``formats.FORMATS``).
         step_map: optimizer steps per label, or a JSON file ``{label: step}``, for folders that are
             not numbered by optimizer steps.
+        kept: a store of the run, from whose last step deltas may go on.
+        scratch: folder for what has to be unpacked; the system's if not given.
 
     Reads the headers of every checkpoint.
 
@@ -75,12 +99,17 @@ def open_run(source: Path, *, source_format: str | None = None, step_map: str | 
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
     from relexkit.checkpoints.runs import FolderRun, read_step_map
+    from relexkit.checkpoints.version_run import WeightSyncRun, find_versions
 
-    if not source.is_dir():
+    label_step = None if step_map is None else read_step_map(step_map)
+    is_url = "://" in str(source)
+    if not is_url and not Path(source).is_dir():
         raise CheckpointError(
             f"{source}: no such folder; expected one with a sub-folder for each step"
         )
-    return FolderRun(source, source_format, None if step_map is None else read_step_map(step_map))
+    if is_url or (source_format in (None, "weight-sync") and find_versions(source)):
+        return WeightSyncRun(source, label_step=label_step, kept=kept, scratch=scratch)
+    return FolderRun(Path(source), source_format, label_step)
 
 
 def open_checkpoint(folder: Path, *, source_format: str | None = None) -> Checkpoint:
