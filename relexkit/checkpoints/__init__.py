@@ -75,6 +75,22 @@ class Run(Protocol):
         """Open the checkpoint of one of ``steps``."""
 
 
+class SavedRun(Run, Protocol):
+    """A run in a folder, or below a URL, that a trainer may still be writing."""
+
+    format: str
+    """Name of the format, as for ``open_run``."""
+
+    def folder(self, step: int) -> Path:
+        """The local folder of a step, with all that the trainer saved there."""
+
+    def stamp(self, step: int) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of a step; nothing if it goes away meanwhile."""
+
+    def is_marked(self, step: int) -> bool:
+        """True if the file that the trainer writes last is there."""
+
+
 def open_run(
     source: str | Path,
     *,
@@ -82,7 +98,7 @@ def open_run(
     step_map: str | None = None,
     kept: TrajectoryStore | None = None,
     scratch: Path | None = None,
-) -> Run:
+) -> SavedRun:
     """A folder of checkpoints in any format that is known; where several lie side by side, the most
     precise one. Of URLs only those of weight-sync versions.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,9 @@ from relexkit.weights.safetensors_io import TensorInfo
 Changes = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Ascending elements of a tensor ``int64 [n]`` whose bits changed, their bits before and after."""
 
+Arrival = tuple[int, dict[str, Changes], dict[str, bytes]]
+"""The version that a chain came from, what changed since, and the files of a whole version."""
+
 _WORKERS = min(4, os.cpu_count() or 1)
 _NOWHERE = -1
 
@@ -43,8 +47,6 @@ class ChainedRun:
     Opening steps in ascending order reads each delta once. Disk: one copy of the model, in an
     anonymous file. Memory: the changes of the step that is open, and a few blocks.
     """
-
-    in_order = True
 
     def __init__(self, run: WeightSyncRun, base: Checkpoint):
         self._run = run
@@ -114,6 +116,7 @@ class _Chain:
             self._steps[run.kept_version] = int(run.kept.steps[-1])
         self._lock = threading.Lock()
         self._version = _NOWHERE
+        self._arrived: Arrival = (_NOWHERE, {}, {})
         self._state: _State | None = None
 
     def step_of(self, version: int) -> int | None:
@@ -127,24 +130,24 @@ class _Chain:
         assert self._state is not None
         self._state.read_into(name, start * out.itemsize, out.data.cast("B"))
 
-    def move_to(self, version: int) -> tuple[int, dict[str, Changes], dict[str, bytes]]:
-        """Make the state that of ``version``; returns where it came from, what changed on the way,
-        and files.
-        """
+    def move_to(self, version: int) -> Arrival:
+        """Make the state that of ``version``."""
         with self._lock:
+            if version == self._version:
+                return self._arrived
             path, root = self._path(version)
             if root is not None:
                 self._reset(root)
             origin, changes, files = self._version, dict[str, Changes](), dict[str, bytes]()
-            self._version = _NOWHERE  # if an error leaves it half-way
+            self._version, self._arrived = _NOWHERE, (_NOWHERE, {}, {})  # until all went well
             for number in path:
                 found, files = self._apply(number)
                 for name, change in found.items():
                     changes[name] = _merged(changes[name], change) if name in changes else change
             if version == self._run.kept_version and not path and self._run.has(version):
                 self._verify(version)
-            self._version = version
-            return origin, changes, files
+            self._version, self._arrived = version, (origin, changes, files)
+            return self._arrived
 
     def _path(self, version: int) -> tuple[list[int], int | None]:
         """Versions to apply, and the version to begin with, None for where the state is."""
@@ -283,13 +286,15 @@ class _State:
         for name, info in tensors.items():
             self._begin[name] = size
             size += info.num_bytes
-        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115, it lives as long as this
+        self._fd, path = tempfile.mkstemp(prefix=".relexkit-", dir=scratch)
+        os.unlink(path)
+        weakref.finalize(self, os.close, self._fd)
 
     def read_into(self, name: str, begin: int, view: memoryview) -> None:
         """Fill ``view`` (bytes) from byte ``begin`` of a tensor. Thread-safe."""
         position = self._begin[name] + begin
         while view:
-            count = os.preadv(self._file.fileno(), [view], position)
+            count = os.preadv(self._fd, [view], position)
             assert count, "the whole state was written"
             view, position = view[count:], position + count
 
@@ -297,7 +302,7 @@ class _State:
         """Write from byte ``begin`` of a tensor. Thread-safe."""
         view, position = np.ascontiguousarray(bits).data.cast("B"), self._begin[name] + begin
         while view:
-            count = os.pwrite(self._file.fileno(), view, position)
+            count = os.pwrite(self._fd, view, position)
             view, position = view[count:], position + count
 
 

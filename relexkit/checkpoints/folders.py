@@ -26,6 +26,10 @@ class Folder(ABC):
         """A small file below it, None if it is not there."""
 
     @abstractmethod
+    def stamp(self, name: str) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of one of the folders: what tells a changed one."""
+
+    @abstractmethod
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         """One of the folders, as a local one while the context lasts."""
@@ -49,6 +53,17 @@ class LocalFolder(Folder):
     def small(self, path: str) -> bytes | None:
         """See ``Folder``."""
         return read_small(self.path / path) if (self.path / path).is_file() else None
+
+    def stamp(self, name: str) -> list[tuple[str, int, str]]:
+        """See ``Folder``."""
+        try:
+            return sorted(
+                (str(p), p.stat().st_size, str(p.stat().st_mtime_ns))
+                for p in (self.path / name).rglob("*")
+                if p.is_file()
+            )
+        except OSError:  # it goes away meanwhile
+            return []
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -100,6 +115,10 @@ class _RemoteFolder(Folder):
                 f"{self.url}/{path}: has more than {MAX_BYTES:,} bytes; expected a small file"
             )
         return self._ask(path, lambda: self._system.cat_file(where))
+
+    def stamp(self, name: str) -> list[tuple[str, int, str]]:
+        found = self._ask(name, lambda: self._system.ls(f"{self._root}/{name}", detail=True)) or []
+        return sorted((str(e["name"]), int(e["size"] or 0), str(e.get("ETag", ""))) for e in found)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:

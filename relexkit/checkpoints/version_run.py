@@ -80,8 +80,7 @@ class WeightSyncRun:
         versions: step -> version.
     """
 
-    in_order = True
-    """Opening a step costs as much as all steps between the last opened one and it."""
+    format = "weight-sync"
 
     def __init__(
         self,
@@ -196,9 +195,25 @@ class WeightSyncRun:
         return {"label": float(self.versions[step])} if self._mapped else {}
 
     def folder(self, step: int) -> Path:
-        """The local folder of a step."""
-        assert isinstance(self._folder, LocalFolder)
+        """The local folder of a step.
+
+        Raises:
+            CheckpointError: it lies in object storage.
+        """
+        if not isinstance(self._folder, LocalFolder):
+            raise CheckpointError(
+                f"{self.description}: lies in object storage, where nothing is deleted; leave"
+                " --delete-after out"
+            )
         return self._folder.path / self._names[self.versions[step]]
+
+    def stamp(self, step: int) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of a step."""
+        return self._folder.stamp(self._names[self.versions[step]])
+
+    def is_marked(self, step: int) -> bool:
+        """True if the file that is written last is there."""
+        return self.parents[self.versions[step]] is not None
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Open one step as it is stored; of deltas these are compressed bytes.

@@ -129,7 +129,10 @@ def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
     try:
         index = json.loads(read_small(path))
         if "delta_encoding" in (index.get("metadata") or {}):
-            raise ValueError("it is that of weight-sync deltas, which need the versions before")
+            raise CheckpointError(
+                f"{folder}: holds weight-sync deltas, which mean nothing without the versions"
+                f" before; give the folder of all versions, {folder.parent}"
+            )
         weight_map = index["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
