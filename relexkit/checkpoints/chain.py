@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.huggingface import HuggingFaceCheckpoint
 from relexkit.checkpoints.formats.weight_sync import DeltaFiles, TensorDelta
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import stored_pieces
 from relexkit.checkpoints.version_run import WeightSyncRun

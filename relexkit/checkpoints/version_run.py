@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.folders import Folder, LocalFolder, open_folder
 from relexkit.checkpoints.formats.huggingface import HuggingFaceCheckpoint
 from relexkit.checkpoints.formats.weight_sync import (
@@ -18,6 +17,7 @@ from relexkit.checkpoints.formats.weight_sync import (
     open_deltas,
     parse,
 )
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.runs import labels_by_step
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats import (
     dcp,
     deepspeed,
@@ -19,6 +18,7 @@ from relexkit.checkpoints.formats import (
     verl,
     weight_sync,
 )
+from relexkit.checkpoints.protocol import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""What every reader gives: a checkpoint that is read in pieces, and a run of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from relexkit.weights.safetensors_io import TensorInfo
+
+
+class Checkpoint(Protocol):
+    """One set of weights, readable in pieces."""
+
+    @property
+    def description(self) -> str:
+        """What this is, in words."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor in the order in which reading is cheapest."""
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (of bytes, for tensors
+        that are not float).
+        """
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer files by name."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the trainer logged for this step (reward, learning_rate, ...); empty if nothing was
+        found.
+        """
+
+    def close(self) -> None:
+        """Release files."""
+
+
+@runtime_checkable
+class ChangingCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that knows what changed since an earlier step, so that nobody has to compare."""
+
+    @property
+    def since(self) -> int | None:
+        """The step (0 for the base) that changes count from; None if that is no step of the run."""
+
+    def changed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ascending elements ``int64 [n]`` of a tensor whose bits differ from ``since``, their bits
+        then and now.
+        """
+
+
+class Run(Protocol):
+    """A folder of checkpoints."""
+
+    description: str
+    """Format and folder, as kept in a store."""
+    steps: list[int]
+    """Optimizer steps in ascending order, each once."""
+    notes: list[str]
+    """What a person should know: the format that was taken, what else lies there."""
+    left_out: dict[str, str]
+    """Steps that are not whole, and the reasons."""
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Open the checkpoint of one of ``steps``."""
+
+
+class SavedRun(Run, Protocol):
+    """A run in a folder, or below a URL, that a trainer may still be writing."""
+
+    format: str
+    """Name of the format, as for ``open_run``."""
+
+    def folder(self, step: int) -> Path:
+        """The local folder of a step, with all that the trainer saved there."""
+
+    def stamp(self, step: int) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of a step; nothing if it goes away meanwhile."""
+
+    def is_marked(self, step: int) -> bool:
+        """True if the file that the trainer writes last is there."""
