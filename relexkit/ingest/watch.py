@@ -10,17 +10,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+from relexkit.checkpoints import Run, SavedRun, open_run
 from relexkit.checkpoints.formats.peft import named_base
-from relexkit.checkpoints.runs import FolderRun, read_step_map
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
 from relexkit.store import NotAStoreError, TrajectoryStore
-
-MARKERS = ("STABLE", "trainer_state.json")
-"""Files that a trainer writes last (prime-rl; Trainer and TRL)."""
 
 
 def watch(
@@ -69,7 +66,7 @@ def watch(
             f"every {every} and poll {poll_seconds:g} s; expected at least 1 step and more than 0 s"
         )
     watcher = _Watcher(
-        Path(source),
+        source,
         Path(out),
         every,
         source_format,
@@ -97,7 +94,7 @@ def watch(
 class _Watcher:
     def __init__(
         self,
-        source: Path,
+        source: str | Path,
         out: Path,
         every: int,
         source_format: str | None,
@@ -108,13 +105,14 @@ class _Watcher:
         say: Callable[[str], None],
     ):
         self._source, self._out, self._every, self._format = source, out, every, source_format
-        self._label_step = None if step_map is None else read_step_map(step_map)
+        self._step_map = step_map
         self._delete_after, self._rounded_is_enough = delete_after, rounded_is_enough
         self._base, self._say = base, say
         self._seen: dict[int, Any] = {}
         self._kept: dict[int, Any] = {}
         self._told: set[str] = set()
         self._read_back: ReadBack | None = None
+        self._view: tuple[SavedRun, Run] | None = None
         self._memory = DroppedFromMemory(str(out))
 
     def look(self, options: dict[str, Any]) -> bool:
@@ -122,7 +120,7 @@ class _Watcher:
         run = self._run()
         if run is None:
             return False
-        if options["base"] is None and self._base is None and run.steps[-1]:
+        if options["base"] is None and self._base is None and run.format == "peft":
             self._base = _local(named_base(run, run.steps[-1]))
         self._check_places(run)
         last = self._last_recorded()
@@ -130,7 +128,7 @@ class _Watcher:
         for step in run.steps:
             if step == 0 or step % self._every or (last is not None and step <= last):
                 self._tell_if_skipped(step, last)
-            elif self._settled(step, run.folder(step)):
+            elif self._settled(run, step):
                 ready.append(step)
             else:
                 break  # steps are recorded in order
@@ -145,7 +143,7 @@ class _Watcher:
                     **options,
                 )
             except (RelexkitError, OSError):
-                if _files(run.folder(step)) == self._seen[step]:
+                if run.stamp(step) == self._seen[step]:
                     raise
                 self._say(
                     f"step {step} was changed or deleted while it was read; it is not recorded yet"
@@ -157,23 +155,33 @@ class _Watcher:
             self._delete_earlier(run)
         return did
 
-    def _run(self) -> FolderRun | None:
+    def _run(self) -> SavedRun | None:
         """The run as it is now; None if no step is whole yet."""
-        if not self._source.is_dir():
-            raise CheckpointError(
-                f"{self._source}: no such folder; expected the one that the trainer saves into"
-            )
-        self._remove_left()
+        if "://" not in str(self._source):
+            if not Path(self._source).is_dir():
+                raise CheckpointError(
+                    f"{self._source}: no such folder; expected the one that the trainer saves into"
+                )
+            if self._delete_after:
+                _remove_left(Path(self._source))
         try:
-            return FolderRun(self._source, self._format, self._label_step)
+            kept = TrajectoryStore(self._out)
+        except NotAStoreError:
+            kept = None
+        try:
+            return open_run(
+                self._source, source_format=self._format, step_map=self._step_map, kept=kept
+            )
         except CheckpointError as error:
             self._tell(f"waiting: {error}")
             return None
         except OSError:  # a folder went away while it was looked at
             return None
 
-    def _check_places(self, run: FolderRun) -> None:
+    def _check_places(self, run: SavedRun) -> None:
         """The store, the base and the checkpoints must not lie inside each other."""
+        if "://" in str(self._source):
+            return
         out = Path(os.path.realpath(self._out))
         if Path(os.path.realpath(self._source)).is_relative_to(out):
             raise RelexkitError(
@@ -221,16 +229,14 @@ class _Watcher:
             self._told.add(message)
             self._say(message)
 
-    def _settled(self, step: int, folder: Path) -> bool:
-        now = _files(folder)
+    def _settled(self, run: SavedRun, step: int) -> bool:
+        now = run.stamp(step)
         before, self._seen[step] = self._seen.get(step), now
-        return bool(now) and (
-            before == now or any((folder / marker).is_file() for marker in MARKERS)
-        )
+        return bool(now) and (before == now or run.is_marked(step))
 
     # -- deleting ----------------------------------------------------------------------------------
 
-    def _delete_earlier(self, run: FolderRun) -> bool:
+    def _delete_earlier(self, run: SavedRun) -> bool:
         """Delete the checkpoints of recorded steps but the newest one that is there, each right
         after it was found equal to what the disk holds of the store; True if there was one.
         """
@@ -252,19 +258,19 @@ class _Watcher:
             for step in run.steps
             if step in recorded and step % self._every == 0 and run.folder(step).is_dir()
         ]
-        owed = [s for s in there[:-1] if _files(run.folder(s)) != self._kept.get(s)]
+        owed = [s for s in there[:-1] if run.stamp(s) != self._kept.get(s)]
         if owed:
             self._memory.drop()
         deleted = [step for step in owed if self._delete(run, store, step, there)]
         return bool(deleted)
 
-    def _delete(self, run: FolderRun, store: TrajectoryStore, step: int, there: list[int]) -> bool:
+    def _delete(self, run: SavedRun, store: TrajectoryStore, step: int, there: list[int]) -> bool:
         folder = run.folder(step)
-        files = _files(folder)
+        files = run.stamp(step)
         reason = self._reason_to_keep(run, step, there)
         if reason is None:
             reason = self._difference(run, store, step)
-        if not folder.is_dir() or (reason is None and _files(folder) != files):
+        if not folder.is_dir() or (reason is None and run.stamp(step) != files):
             return False  # it is gone, or being written again: the next look compares anew
         if reason is not None:
             self._kept[step] = files
@@ -277,7 +283,7 @@ class _Watcher:
         self._say(f"{folder.name} deleted")
         return True
 
-    def _reason_to_keep(self, run: FolderRun, step: int, there: list[int]) -> str | None:
+    def _reason_to_keep(self, run: SavedRun, step: int, there: list[int]) -> str | None:
         folder = run.folder(step)
         if folder.is_symlink():
             return "is a link"
@@ -287,7 +293,7 @@ class _Watcher:
                 return f"holds files that {other.name} links to"
         return None
 
-    def _difference(self, run: FolderRun, store: TrajectoryStore, step: int) -> str | None:
+    def _difference(self, run: SavedRun, store: TrajectoryStore, step: int) -> str | None:
         row = store.row_of(step)
         if (
             self._read_back is None
@@ -296,13 +302,15 @@ class _Watcher:
         ):
             self._read_back = ReadBack(store)
         try:
-            view, _ = seen_alike(run, StoredBase(store), step)
-            with closing(view.checkpoint(step)) as checkpoint:
+            if self._view is None or self._view[0] is not run:
+                # one for all steps of a look: of a chain of deltas it goes on where it was
+                self._view = run, seen_alike(run, StoredBase(store), step)[0]
+            with closing(self._view[1].checkpoint(step)) as checkpoint:
                 expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
                 check_tensors(expected, checkpoint, f"the store {store.path}", f"step {step}")
                 tensor = self._read_back.difference(row, checkpoint)
         except (CheckpointError, OSError) as error:
-            self._read_back = None
+            self._read_back = self._view = None
             return f"cannot be compared with the recorded step {step} ({error})"
         if tensor is None:
             return None
@@ -311,13 +319,6 @@ class _Watcher:
             f"differs from the recorded step {step}, near tensor {tensor!r}: it was written again"
             " after it was recorded"
         )
-
-    def _remove_left(self) -> None:
-        """What a kill has left of checkpoints that were compared and renamed to be deleted."""
-        name = _LEFT.format("*")
-        for left in [*self._source.glob(name), *self._source.glob(f"*/{name}")]:
-            if self._delete_after and left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
 
 
 _LEFT = ".{}.relexkit-deletes"
@@ -340,13 +341,9 @@ def _links_into(folder: Path, target: Path) -> bool:
     )
 
 
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of all files; nothing if the folder goes away meanwhile."""
-    try:
-        return sorted(
-            (str(p), p.stat().st_size, p.stat().st_mtime_ns)
-            for p in folder.rglob("*")
-            if p.is_file()
-        )
-    except OSError:
-        return []
+def _remove_left(source: Path) -> None:
+    """What a kill has left of checkpoints that were compared and renamed to be deleted."""
+    name = _LEFT.format("*")
+    for left in [*source.glob(name), *source.glob(f"*/{name}")]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
