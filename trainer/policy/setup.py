@@ -171,7 +171,7 @@ def own_dropout(model: Any) -> Iterator[None]:
 
 def _dropout_rates(config: Any) -> dict[str, float]:
     """The dropout rates of a configuration that are not 0, by their dotted names."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_diff_dict"):  # of a part of the model
             found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
