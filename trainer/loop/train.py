@@ -30,7 +30,13 @@ from trainer.loop.rollout_log import truncate_after
 from trainer.loop.run_log import RunLog
 from trainer.loop.state import last_state, load_state, save_state
 from trainer.loop.step import optimizer_step
-from trainer.policy.setup import Policy, choose_device, load_policy, process_group
+from trainer.policy.setup import (
+    Policy,
+    choose_device,
+    load_policy,
+    own_dropout,
+    process_group,
+)
 from trainer.tasks import Task, load_task
 
 _WARN_STEPS = 10  # without any difference between the rewards of a group
@@ -81,6 +87,8 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                 )
                 step, metrics = jump(rule, recorder, policy.model, step, start)
                 start = step
+                if _is_evaluated(config, step):
+                    metrics |= _validate(config, policy, task)
                 log.write(step, metrics)
                 continue
             generation = roll_out(
@@ -96,9 +104,7 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                 if recorder is not None:
                     recorder.record(step, metrics)
                     metrics |= recorder.live
-                if config.eval_steps and (
-                    step % config.eval_steps == 0 or step == config.max_steps
-                ):
+                if _is_evaluated(config, step):
                     metrics |= _validate(config, policy, task)
                 speed = _speed(config, metrics, generation, time.monotonic() - began)
                 log.write(step, metrics | speed, None if advice is None else advice.update())
@@ -175,14 +181,13 @@ def _resume(
         source=f"GRPO of {config.model}",
         sketch=config.regrounding is None,  # jumps are no part of a trajectory
     )
-    if recorded is None and step:
-        open_recorder().close()  # its base: the weights that the run began with
-    load()
-    recorder = stack.enter_context(
-        open_recorder(
-            resume_from=step if recorded is not None or step else None, compare=not lacking
-        )
-    )
+    with own_dropout(policy.model):
+        if recorded is None and step:
+            open_recorder().close()  # its base: the weights that the run began with
+        load()
+        begun = recorded is not None or step > 0
+        recorder = open_recorder(resume_from=step if begun else None, compare=not lacking)
+    stack.enter_context(recorder)
     if not lacking:
         return recorder, ""
     before = max((s for s in recorded or () if s < due), default=0)
@@ -246,6 +251,10 @@ def _speed(
         / config.steps_per_generation
     )
     return {"step_seconds": whole, "tokens_per_second": tokens / whole}
+
+
+def _is_evaluated(config: GRPOConfig, step: int) -> bool:
+    return config.eval_steps > 0 and (step % config.eval_steps == 0 or step == config.max_steps)
 
 
 def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float]:

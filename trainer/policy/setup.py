@@ -121,16 +121,21 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     *,
+    disable_dropout: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
 
-    Code that lies in the folder runs only with ``trust_remote_code``.
+    Args:
+        disable_dropout: every dropout rate is 0 in training too, so that the policy that is updated
+            is the one that samples. ``own_dropout`` shows the model's own rates again, for
+            what is saved.
+        trust_remote_code: run the code that lies in the folder, if the model needs it.
 
     Raises:
         RelexkitError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not Path(folder).is_dir():
         raise RelexkitError(
@@ -140,13 +145,54 @@ def load_model(
     try:
         with quiet():
             # said each time: transformers asks at a prompt where it is left open
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            rates = _dropout_rates(config) if disable_dropout else {}
+            _set_rates(config, dict.fromkeys(rates, 0.0))
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError) as error:
         _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
+    if disable_dropout:
+        for module in model.modules():  # what a model's code sets whatever its configuration says
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+    model.own_dropout_rates = rates
     return model.to(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def own_dropout(model: Any) -> Iterator[None]:
+    """For the time of the block, the configuration of a model of ``load_model`` has the dropout
+    rates of its folder: what is saved there is not changed by how it was trained.
+    """
+    rates = getattr(model, "own_dropout_rates", {})
+    _set_rates(model.config, rates)
+    try:
+        yield
+    finally:
+        _set_rates(model.config, dict.fromkeys(rates, 0.0))
+
+
+def _dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout rates of a configuration that are not 0, by their dotted names."""
+    found: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):  # of a part of the model
+            found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
+        elif "drop" in name and isinstance(value, float) and 0 < value <= 1:
+            found[name] = value
+    return found
+
+
+def _set_rates(config: Any, rates: dict[str, float]) -> None:
+    for place, rate in rates.items():
+        *parts, name = place.split(".")
+        owner = config
+        for part in parts:
+            owner = getattr(owner, part)
+        setattr(owner, name, rate)
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
@@ -207,7 +253,13 @@ def load_policy(
     """
     rounding = PRECISIONS[config.precision]
     dtype = torch.float32 if rounding is None else torch.bfloat16
-    model, tokenizer = load_model(config.model, device, dtype, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(
+        config.model,
+        device,
+        dtype,
+        disable_dropout=config.disable_dropout,
+        trust_remote_code=trust_remote_code,
+    )
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(

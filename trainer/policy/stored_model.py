@@ -38,6 +38,7 @@ class StoredModel:
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
         device: torch.device | None = None,
+        disable_dropout: bool = True,
         trust_remote_code: bool = False,
     ):
         self.store = store
@@ -46,7 +47,7 @@ class StoredModel:
             base = str(checkout(store, 0, Path(folder) / "base"))
             where = device or torch.device("cpu")
             self.model, self.tokenizer = load_model(
-                base, where, trust_remote_code=trust_remote_code
+                base, where, disable_dropout=disable_dropout, trust_remote_code=trust_remote_code
             )
             self._rounded: Any = None
             if dtype != "float32":
