@@ -30,7 +30,7 @@ from relexkit.store.encodings.bits import (
     num_blocks,
 )
 from relexkit.store.fastpath.arrays import ReadableArrays
-from relexkit.store.format import SAFE_FILE_NAME, json_checksum
+from relexkit.store.format import SAFE_FILE_NAME, metric_keys
 from relexkit.store.kept import verify_kept
 from relexkit.store.opening import layout_of, open_group, read_attributes
 from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows
@@ -350,14 +350,13 @@ class TrajectoryStore:
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
-        names = self.metric_names()
         read = self._arrays.read_rows
         return {
             name: self._content(
                 f"metric {name!r}",
-                partial(read, f"metric {name!r}", f"metrics/{name}", len(self.steps)),
+                partial(read, f"metric {name!r}", f"metrics/{key}", len(self.steps)),
             )
-            for name in names
+            for name, key in self.metric_keys().items()
         }
 
     def files(self) -> dict[str, bytes]:
@@ -375,16 +374,20 @@ class TrajectoryStore:
         }
 
     def metric_names(self) -> list[str]:
-        """Names of the metrics that were logged."""
+        """Names of the metrics that were logged, exactly as they were."""
+        return list(self.metric_keys())
+
+    def metric_keys(self) -> dict[str, str]:
+        """Name of every metric -> name of its array below ``metrics``."""
         attributes = self._arrays.guard(
             "the list of metrics", lambda: dict(self._group["metrics"].attrs)
         )
-        names = attributes.get("names")
-        if not isinstance(names, list) or attributes.get("checksum") != json_checksum(names):
+        keys = metric_keys(attributes)
+        if keys is None:
             raise StoreError(
                 f"{self.path}: the list of metrics is damaged; restore the store from a copy"
             )
-        return [str(name) for name in names]
+        return keys
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
         """Read every chunk of the steps, of the base and of what is derived from them, and compare
@@ -396,7 +399,11 @@ class TrajectoryStore:
         self.files()
         self.metrics()
         verify_descriptions(
-            self._group, self.layout, self.attributes["files"], self.metric_names(), self.path
+            self._group,
+            self.layout,
+            self.attributes["files"],
+            list(self.metric_keys().values()),
+            self.path,
         )
         self.sketches()
         checksums = self.checksums()

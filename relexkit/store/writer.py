@@ -5,7 +5,6 @@ makes it exist.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +17,13 @@ from relexkit.store.encodings.bits import encode_update, num_blocks
 from relexkit.store.fastpath.arrays import WritableArrays
 from relexkit.store.fastpath.chunk_files import Encoded, RowWriter
 from relexkit.store.fastpath.local import for_writing, unflushed_of
-from relexkit.store.format import LOG_CHUNK, create_metric, create_sketches, json_checksum
+from relexkit.store.format import (
+    LOG_CHUNK,
+    create_metric,
+    create_sketches,
+    metric_key,
+    metric_list,
+)
 from relexkit.store.lock import WriterLock
 from relexkit.store.reader import TrajectoryStore
 
@@ -252,24 +257,20 @@ class StoreWriter:
 
     def _write_metrics(self, metrics: Mapping[str, float]) -> None:
         """Every known metric gets a value or NaN: a killed writer may have left one in this row."""
-        group, names = self._group["metrics"], self.store.metric_names()
-        given: dict[str, float] = {}
-        for metric, value in metrics.items():
-            name = re.sub(r"[^a-z0-9_.-]", ".", metric.lower()).strip(".") or "metric"
-            given.setdefault(name, value)
-        new = [name for name in given if name not in names]
+        group, keys = self._group["metrics"], self.store.metric_keys()
+        new = [name for name in metrics if name not in keys]
         for name in new:
-            array = create_metric(self._group, name, self._arrays.array("steps").shape[0])
+            keys[name] = metric_key(name, keys.values())
+            array = create_metric(self._group, keys[name], self._arrays.array("steps").shape[0])
             array[:] = float("nan")
         if new:
             self._flush()  # before the list names them
-            names += new
-            group.update_attributes({"names": names, "checksum": json_checksum(names)})
-        for name in names:
-            self._arrays.set_entry(f"metrics/{name}", self._row, given.get(name, float("nan")))
+            group.update_attributes(metric_list(keys))
+        for name, key in keys.items():
+            self._arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
 
     def _per_step_arrays(self) -> list[str]:
-        names = [f"metrics/{name}" for name in self.store.metric_names()]
+        names = [f"metrics/{key}" for key in self.store.metric_keys().values()]
         for part, spec in enumerate(self.store.layout.parts):
             if spec.encoding == "sparse":
                 names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
