@@ -199,17 +199,17 @@ def test_a_step_that_reads_back_differently_deletes_nothing(
     run, folder = saved
     for step in run.steps:
         appear(run, folder, step)
-    write = StoreWriter.write_sparse
+    write = StoreWriter.append_update
 
     def wrong(
-        self: StoreWriter, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int
+        self: StoreWriter, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
     ) -> None:
         if self._step == 2:
             differences = differences.copy()
             differences[0] ^= 0x40
-        write(self, part, columns, differences, checksum)
+        write(self, part, gaps, differences, counts)
 
-    monkeypatch.setattr(StoreWriter, "write_sparse", wrong)
+    monkeypatch.setattr(StoreWriter, "append_update", wrong)
     with pytest.raises(
         StoreError,
         match=(
