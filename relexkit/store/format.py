@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import google_crc32c
@@ -113,7 +113,7 @@ def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
                 codecs=DENSE_CODECS,
                 fill_value=float("nan") if is_float else _UNWRITTEN_INTEGER,
             )
-    group.create_group("metrics", attributes={"names": [], "checksum": json_checksum([])})
+    group.create_group("metrics", attributes=metric_list({}))
     create_array(
         group,
         "checksums",
@@ -152,3 +152,41 @@ def create_array(
 def json_checksum(document: Any) -> int:
     """CRC-32C of a document, however its keys are ordered."""
     return google_crc32c.value(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+
+_PLAIN_METRIC = re.compile(r"(?!zarr\.json$)[a-z0-9][a-z0-9_.-]{0,99}(?<!\.)")
+
+
+def metric_key(name: str, taken: Collection[str]) -> str:
+    """Name of the array that holds a metric: its own where every file system can have it, else
+    ``_N``.
+
+    >>> metric_key("kl", []), metric_key("rewards/format/mean", ["kl"])
+    ('kl', '_1')
+    """
+    return name if _PLAIN_METRIC.fullmatch(name) else f"_{len(taken)}"
+
+
+def metric_list(keys: Mapping[str, str]) -> dict[str, Any]:
+    """Attributes of the group of metrics, from name -> name of the array.
+
+    ``keys`` is left out where all are the same, as they were before names could be anything.
+    """
+    names = list(keys)
+    if names == list(keys.values()):
+        return {"names": names, "checksum": json_checksum(names)}
+    return {
+        "names": names,
+        "keys": list(keys.values()),
+        "checksum": json_checksum([names, list(keys.values())]),
+    }
+
+
+def metric_keys(attributes: Mapping[str, Any]) -> dict[str, str] | None:
+    """Inverse of ``metric_list``; None if it is damaged."""
+    names, keys = attributes.get("names"), attributes.get("keys")
+    checked = names if keys is None else [names, keys]
+    if not isinstance(names, list) or attributes.get("checksum") != json_checksum(checked):
+        return None
+    found = dict(zip(map(str, names), map(str, names if keys is None else keys), strict=False))
+    return None if any("/" in key or not key for key in found.values()) else found

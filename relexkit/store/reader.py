@@ -27,7 +27,7 @@ from relexkit.store.encodings.bits import (
     num_blocks,
 )
 from relexkit.store.fastpath.arrays import ReadableArrays
-from relexkit.store.format import SAFE_FILE_NAME, json_checksum
+from relexkit.store.format import SAFE_FILE_NAME, metric_keys
 from relexkit.store.opening import open_group, read_attributes
 from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows
 from relexkit.weights.dtypes import round_bits, to_float32
@@ -327,10 +327,9 @@ class TrajectoryStore:
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
-        names = self.metric_names()
         return {
-            name: self._arrays.read_rows(f"metric {name!r}", f"metrics/{name}", len(self.steps))
-            for name in names
+            name: self._arrays.read_rows(f"metric {name!r}", f"metrics/{key}", len(self.steps))
+            for name, key in self.metric_keys().items()
         }
 
     def files(self) -> dict[str, bytes]:
@@ -348,16 +347,20 @@ class TrajectoryStore:
         }
 
     def metric_names(self) -> list[str]:
-        """Names of the metrics that were logged."""
+        """Names of the metrics that were logged, exactly as they were."""
+        return list(self.metric_keys())
+
+    def metric_keys(self) -> dict[str, str]:
+        """Name of every metric -> name of its array below ``metrics``."""
         attributes = self._arrays.guard(
             "the list of metrics", lambda: dict(self._group["metrics"].attrs)
         )
-        names = attributes.get("names")
-        if not isinstance(names, list) or attributes.get("checksum") != json_checksum(names):
+        keys = metric_keys(attributes)
+        if keys is None:
             raise StoreError(
                 f"{self.path}: the list of metrics is damaged; restore the store from a copy"
             )
-        return [str(name) for name in names]
+        return keys
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
         """Read every chunk and compare every step with the checksum of its content. One pass, flat

@@ -5,7 +5,6 @@ makes it exist.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +16,13 @@ from relexkit.errors import StoreError
 from relexkit.store.encodings.bits import encode_columns
 from relexkit.store.fastpath.arrays import WritableArrays
 from relexkit.store.fastpath.chunk_files import Encoded, RowWriter, ZarrRow
-from relexkit.store.format import LOG_CHUNK, METRIC_CHUNK, create_array, json_checksum
+from relexkit.store.format import (
+    LOG_CHUNK,
+    METRIC_CHUNK,
+    create_array,
+    metric_key,
+    metric_list,
+)
 from relexkit.store.lock import WriterLock
 from relexkit.store.reader import TrajectoryStore
 
@@ -218,32 +223,26 @@ class StoreWriter:
 
     def _write_metrics(self, metrics: Mapping[str, float]) -> None:
         """Every known metric gets a value or NaN: a killed writer may have left one in this row."""
-        group, names = self._group["metrics"], self.store.metric_names()
-        given: dict[str, float] = {}
-        for metric, value in metrics.items():
-            name = re.sub(r"[^a-z0-9_.-]", ".", metric.lower()).strip(".") or "metric"
-            given.setdefault(name, value)
-        for name in given:
-            if name not in names:
-                shape, nothing = self._arrays.array("steps").shape, float("nan")
-                array = create_array(
-                    self._group,
-                    f"metrics/{name}",
-                    shape,
-                    "float64",
-                    (METRIC_CHUNK,),
-                    fill_value=nothing,
-                )
-                array[:] = nothing
-                names.append(name)
-                group.update_attributes(
-                    {"names": names, "checksum": json_checksum(names)}
-                )  # one write: a crash leaves either
-        for name in names:
-            self._arrays.set_entry(f"metrics/{name}", self._row, given.get(name, float("nan")))
+        group, keys = self._group["metrics"], self.store.metric_keys()
+        for name in metrics:
+            if name in keys:
+                continue
+            keys[name] = metric_key(name, keys.values())
+            array = create_array(
+                self._group,
+                f"metrics/{keys[name]}",
+                self._arrays.array("steps").shape,
+                "float64",
+                (METRIC_CHUNK,),
+                fill_value=float("nan"),
+            )
+            array[:] = float("nan")
+            group.update_attributes(metric_list(keys))  # one write: a crash leaves either
+        for name, key in keys.items():
+            self._arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
 
     def _per_step_arrays(self) -> list[str]:
-        names = [f"metrics/{name}" for name in self.store.metric_names()]
+        names = [f"metrics/{key}" for key in self.store.metric_keys().values()]
         for part, spec in enumerate(self.store.layout.parts):
             if spec.encoding == "sparse":
                 names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]

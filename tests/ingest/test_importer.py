@@ -342,8 +342,56 @@ def test_metrics_that_appear_late_and_have_odd_names_are_kept(tmp_path: Path) ->
         state = {"global_step": step, "log_history": [{"step": step, **entry}]}
         (run.folders[step] / "trainer_state.json").write_text(json.dumps(state))
     metrics = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store.metrics()
-    np.testing.assert_array_equal(metrics["rewards.my.task.mean"], [np.nan, 0.5, 1.5])
+    np.testing.assert_array_equal(metrics["rewards/my task/mean"], [np.nan, 0.5, 1.5])
     np.testing.assert_array_equal(metrics["kl"], [np.nan, np.nan, 0.25])
+
+
+def test_names_of_metrics_are_kept_exactly(tmp_path: Path) -> None:
+    names = [
+        "pass@1",
+        "pass_1",
+        "pass 1",
+        "PASS@1",
+        "奖励",
+        "长度",
+        "zarr.json",
+        "",
+        ".",
+        "..",
+        "c",
+    ]
+    names += [
+        "rewards/a/mean",
+        "rewards.a.mean",
+        "../up",
+        "__x",
+        "_0",
+        "a\\b",
+        "n" * 300,
+        "é",
+        "e\u0301",
+    ]
+    run = write_run(tmp_path, shapes={"w": (5,)}, steps=(1, 2))
+    logged = {step: {n: step + i / 100 for i, n in enumerate(names)} for step in (1, 2)}
+    for step, entry in logged.items():
+        state = {"global_step": step, "log_history": [{"step": step, **entry}]}
+        (run.folders[step] / "trainer_state.json").write_text(json.dumps(state))
+    store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
+    store.verify()
+    assert {n: list(v) for n, v in store.metrics().items()} == {
+        n: [logged[1][n], logged[2][n]] for n in names
+    }
+    assert {p.name for p in (tmp_path / "s.zarr").iterdir()} == {
+        *("zarr.json", "base", "checksums", "files", "metrics", "steps", "updates")
+    }
+
+
+def test_a_list_of_metrics_as_it_was_before_names_could_be_anything_is_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path, shapes={"w": (5,)}, steps=(1, 2), metrics=True)
+    store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
+    described = json.loads((tmp_path / "s.zarr/metrics/zarr.json").read_text())["attributes"]
+    assert described.keys() == {"names", "checksum"}
+    assert store.metric_names() == ["reward"]
 
 
 def test_one_step_no_motion_and_frozen_tensors_work(tmp_path: Path) -> None:

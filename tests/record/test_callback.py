@@ -319,7 +319,7 @@ def test_a_step_that_the_gradient_scaler_skipped_is_marked(tmp_path: Path) -> No
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_callback import small_trainer
 from relexkit.record.callback import RecorderCallback
 from transformers import TrainerCallback
@@ -338,7 +338,7 @@ small_trainer(folder / "run", callback, Kill(), save_steps=2).train(resume_from_
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SCRIPT.format(tests=[str(Path(__file__).parents[n]) for n in (0, 1)]))
     return subprocess.run(
         [sys.executable, str(script), str(folder), *arguments],
         capture_output=True,
@@ -372,7 +372,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_callback import small_model
 from relexkit.record.callback import RecorderCallback
 
@@ -420,7 +420,7 @@ dist.destroy_process_group()
 
 def run_sharded(folder: Path, kind: str, fail_at: int = 0) -> subprocess.CompletedProcess:
     script = folder / "script.py"
-    script.write_text(SHARDED.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SHARDED.format(tests=[str(Path(__file__).parents[n]) for n in (0, 1)]))
     launch = [
         sys.executable,
         "-W",

@@ -316,7 +316,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_live_adapter import adapted
 from relexkit import Recorder
 
@@ -361,7 +361,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
 def test_two_processes_record_the_whole_adapter(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SHARDED.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SHARDED.format(tests=[str(Path(__file__).parents[n]) for n in (0, 1)]))
     launch = [
         sys.executable,
         "-W",

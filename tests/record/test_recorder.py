@@ -225,7 +225,7 @@ import sys
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import relexkit.weights.layout
 from relexkit import Recorder, RelexkitError
 from test_recorder import move, small_model
@@ -281,7 +281,7 @@ def torchrun(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("kind", ["sharded", "replicated", "failing"])
 def test_two_processes_write_the_store_of_one(tmp_path, monkeypatch, kind):
     script = tmp_path / "record.py"
-    script.write_text(SEVERAL.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SEVERAL.format(tests=[str(Path(__file__).parents[n]) for n in (0, 1)]))
     done = torchrun(str(script), str(tmp_path / "two.zarr"), kind)
     assert done.returncode == 0, done.stderr
     two = TrajectoryStore(tmp_path / "two.zarr")

@@ -212,7 +212,8 @@ class Killer:
 
 def killer_reports(folder: Path, *arguments: object) -> list[dict[str, Any]]:
     command = [sys.executable, "-W", "ignore", __file__, str(folder), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
