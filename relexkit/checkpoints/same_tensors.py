@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.errors import CheckpointError
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.layout import Factors, Layout

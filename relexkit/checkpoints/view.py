@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.weights.safetensors_io import TensorInfo
 
 

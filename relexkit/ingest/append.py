@@ -18,7 +18,7 @@ from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.checkpoints.tied import equal_tensors
 from relexkit.errors import CheckpointError
-from relexkit.record.sketch import Sketch
+from relexkit.geometry.sketch import Sketch
 from relexkit.store import Encoded, StoreWriter, blocks, stretches
 from relexkit.store.encodings.bits import (
     CHECKSUM_BLOCK,

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
 from relexkit.checkpoints.formats.huggingface import (
     SafetensorsFiles,
     TorchFiles,
     model_files,
     trainer_metrics,
 )
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.small_files import read_small
 from relexkit.errors import CheckpointError
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
