@@ -375,9 +375,7 @@ def _is_sparse(informative: Informative) -> bool:
     """Whether so few steps had a gradient that the rest is coasting; where all had one, few saved
     steps are no sign of it.
     """
-    least = max(
-        min(_FEWEST_INFORMATIVE, informative.known), _INFORMATIVE_SHARE * informative.known
-    )
+    least = max(min(_FEWEST_INFORMATIVE, informative.known), _INFORMATIVE_SHARE * informative.known)
     return informative.count < least
 
 

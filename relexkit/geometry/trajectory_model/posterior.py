@@ -158,5 +158,5 @@ def quantiles(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, fl
     edges = np.r_[2 * logs[0] - middles[0], middles, 2 * logs[-1] - middles[-1]]
     below = np.r_[0.0, np.cumsum(mass[: len(logs)])]
     ends = np.exp(np.interp((0.05, 0.5, 0.95), below, edges))
-    low, middle, high = np.where((0.05, 0.5, 0.95) <= below[-1], ends, np.inf)
+    low, middle, high = np.where(below[-1] >= (0.05, 0.5, 0.95), ends, np.inf)
     return float(min(low, np.exp(edges[-1]))), float(middle), float(high)
