@@ -37,7 +37,8 @@ class GRPOConfig:
     reproducible.
 
     Attributes:
-        model: folder of the model that training starts from, loaded in float32 whatever its dtype.
+        model: folder of the model that training starts from, loaded in ``precision`` whatever its
+            dtype.
         task: name of a task, or a mapping with its ``name`` and options (docs/tasks.md).
         output: folder of the run.
         seed: of the order of the prompts, the rollouts and dropout.
@@ -83,8 +84,11 @@ class GRPOConfig:
             gradients accumulate, exactly.
         generation_rows: rows of one batch of the generation, in each process.
         gradient_checkpointing: recompute activations in the backward pass.
-        bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. Weights and optimizer are
-            float32 always.
+        precision: of weights, gradients and optimizer: ``float32``, or bfloat16 alone, with updates
+            rounded to nearest (``bfloat16_nearest``), stochastically (``bfloat16_stochastic``), or
+            with their remainders kept (``bfloat16_compensated``, Kahan); docs/training.md.
+        bf16: compute in bfloat16 (autocast) on float32 weights; None is on for a GPU and off for a
+            CPU.
         device: ``auto``, ``cpu`` or ``cuda``.
         record_every: record the weights after the steps that are multiples of this; 0 records
             nothing.
@@ -138,6 +142,9 @@ class GRPOConfig:
     micro_batch_tokens: int = 8192
     generation_rows: int = 64
     gradient_checkpointing: bool = False
+    precision: Literal[
+        "float32", "bfloat16_nearest", "bfloat16_stochastic", "bfloat16_compensated"
+    ] = "float32"
     bf16: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     record_every: int = 1
@@ -206,6 +213,11 @@ class GRPOConfig:
                 f" expected 2 to {groups}, the groups of a step, or 0"
             )
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
+        if self.precision != "float32" and self.bf16 is not None:
+            raise RelexkitError(
+                f"bf16: chooses how float32 weights compute, those of precision {self.precision}"
+                " compute in bfloat16; leave bf16 out"
+            )
         if not 1 <= self.mantissa_bits <= 23:
             raise RelexkitError(
                 f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23"

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from relexkit import RelexkitError
@@ -62,8 +61,8 @@ def claim_folder(folder: Path, config: str) -> None:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:
-    """Write the model as a Hugging Face folder in float32, under a temporary name first; a
-    collective call.
+    """Write the model as a Hugging Face folder in the precision of its training, under a temporary
+    name first; a collective call.
 
     Sharded weights are gathered one by one; the first process holds them all while it writes.
     """
@@ -71,9 +70,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -
     for name, tensor in named_weights(model).items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if processes.rank == 0:
-            weights[name] = whole.detach().to(
-                "cpu", torch.float32 if whole.is_floating_point() else whole.dtype
-            )
+            weights[name] = whole.detach().cpu()
     temporary = folder.with_name(f".{folder.name}.partial")
 
     def write() -> None:

@@ -1,4 +1,4 @@
-"""What a run starts from: device and processes, the model in float32 (sharded over several
+"""What a run starts from: device and processes, the model (sharded over several
 processes), the optimizer.
 """
 
@@ -18,9 +18,21 @@ import torch.distributed as dist
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes
+from trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
     from trainer.config import G2DConfig, GRPOConfig
+
+
+PRECISIONS: dict[str, str | None] = {
+    "float32": None,
+    "bfloat16_nearest": "nearest",
+    "bfloat16_stochastic": "stochastic",
+    "bfloat16_compensated": "compensated",
+}
+"""How updates are rounded into bfloat16 weights, a key of ``bfloat16_adamw.ROUNDINGS``; None where
+the weights are float32.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +116,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a Hugging Face folder.
+def load_model(
+    folder: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -119,7 +133,7 @@ def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
         )
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
     return model.to(device), load_tokenizer(folder)
@@ -166,7 +180,9 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     Raises:
         RelexkitError: the model cannot be loaded.
     """
-    model, tokenizer = load_model(config.model, device)
+    rounding = PRECISIONS[config.precision]
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    model, tokenizer = load_model(config.model, device, dtype)
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(
@@ -176,7 +192,7 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     reference = None
     if config.beta:
         reference = shard(
-            load_model(config.model, device)[0].requires_grad_(False), processes, device
+            load_model(config.model, device, dtype)[0].requires_grad_(False), processes, device
         )
     shard(model, processes, device)
     return Policy(
@@ -184,21 +200,25 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
         reference=reference,
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, config),
-        autocast=config.bf16 if config.bf16 is not None else device.type == "cuda",
+        autocast=(
+            rounding is None and device.type == "cuda" if config.bf16 is None else config.bf16
+        ),
         processes=processes,
     )
 
 
-def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW | BFloat16AdamW:
     """AdamW over all parameters; ``learning_rate`` is set before each step."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    rounding = PRECISIONS[config.precision]
+    if rounding is None:
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return BFloat16AdamW(model.named_parameters(), rounding=rounding, seed=config.seed, **options)
 
 
 def learning_rate(config: GRPOConfig, step: int) -> float:
