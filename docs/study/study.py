@@ -30,7 +30,6 @@ import numpy as np
 from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
 
 from relexkit import (
-    Gram,
     RelexkitError,
     TrajectoryStore,
     checkout,
@@ -38,9 +37,7 @@ from relexkit import (
     import_checkpoints,
     predict_weights,
     round_checkpoint,
-    spectrum,
 )
-from relexkit.assess.advice import advise
 from relexkit.assess.backtest import backtest
 from relexkit.assess.metrics import learning_rates
 from relexkit.gram_matrix.jumps import jumps
@@ -55,8 +52,6 @@ from trainer.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"
 PROBLEMS, LENGTH, EVERY = 512, 10, 25
-SAVED = (5, 10)
-"""Saving intervals at which the advice is asked again."""
 
 Result = dict[str, Any]
 Question = Callable[[Path, Job, "Draft"], None]
@@ -167,10 +162,6 @@ def trained(folder: Path, job: Job, result: Draft) -> None:
         "reward": [entry["reward"] for entry in log if "reward" in entry],
         "entropy": [entry["entropy"] for entry in log if "entropy" in entry],
     }
-    if not landed:
-        matrices, metrics = gram(store), store.metrics()
-        cuts = [step for step in (25, 50, 75, 100, 150, 200, 300) if step <= store.steps[-1]]
-        result["geometry"] = [geometry(matrices, metrics, cut) for cut in cuts]
 
 
 def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
@@ -180,52 +171,20 @@ def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
     return sorted({0, int(steps[-1])} | regular | before | landed)
 
 
-def geometry(matrices: Gram, metrics: dict[str, np.ndarray], cut: int) -> Result:
-    """Spectrum, null and advice of the steps to ``cut``, the advice also from every fifth and every
-    tenth step alone.
+def keep_gram(store: TrajectoryStore, place: Path) -> None:
+    """The Gram matrix of the whole model, from which spectrum, null and advice follow: every step
+    to 150, every fifth one after it.
     """
-    seen = matrices.until(cut)
-    whole = spectrum(seen, scope="global").whole
-    found: Result = {
-        "until": cut,
-        "spectrum": {
-            name: {
-                "observed": float(whole.observed[name]),
-                "walk": float(whole.expected[name]),
-                "p_value": float(whole.p_value[name]),
-            }
-            for name in ("first", "first_two")
-        },
-        "motion": float(np.sqrt(np.trace(seen.matrices[:, -1:, -1:].sum(axis=0)))),
-    }
-    for every in (1, *SAVED):
-        rows = np.flatnonzero(seen.steps % every == 0)
-        advice = advise(
-            _every(seen, rows),
-            {name: values[: len(seen.steps)][rows] for name, values in metrics.items()},
-        )
-        name = "advice" if every == 1 else f"advice_every_{every}"
-        found[name] = {
-            "verdict": advice.verdict,
-            "method": advice.method,
-            "target": advice.target,
-            "headline": advice.headline,
-            "model": advice.fit.summary() if advice.fit else None,
-        }
-    return found
-
-
-def _every(matrices: Gram, rows: np.ndarray) -> Gram:
-    """The Gram matrices of some of the recorded steps; counts of changed weights say nothing."""
-    counts = np.zeros((len(matrices.names), len(rows)), np.int64)
-    return Gram(
-        matrices.steps[rows],
-        matrices.names,
-        matrices.num_parameters,
-        matrices.matrices[:, rows][:, :, rows],
-        counts,
-        counts,
-        counts,
+    matrices = gram(store)
+    rows = np.flatnonzero((matrices.steps <= 150) | (matrices.steps % 5 == 0))
+    whole = matrices.matrices.sum(axis=0)[np.ix_(rows, rows)]
+    still = store.metrics()["frac_reward_zero_std"][rows]
+    np.savez_compressed(
+        place,
+        steps=matrices.steps[rows],
+        upper=whole[np.triu_indices(len(rows))].astype(np.float32),
+        num_parameters=matrices.num_parameters.sum(),
+        frac_reward_zero_std=still.astype(np.float32),
     )
 
 
@@ -358,6 +317,11 @@ def do(job: Job, out: Path, results: Path) -> None:
     if job.question != "train":  # another machine may have trained it
         make_run(folder, ARMS[job.arm], job.seed, max(job.steps, _trained_steps(folder)))
     QUESTIONS[job.question](folder, job, draft)
+    if job.question == "train" and ARMS[job.arm].jump is None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        keep_gram(
+            TrajectoryStore(folder / "run.zarr"), place.with_name(f"seed-{job.seed}-gram.npz")
+        )
     draft["cpu_seconds"] = draft.get("cpu_seconds", 0.0) + time.process_time() - began
     write_json(place, draft)
     partial.unlink(missing_ok=True)

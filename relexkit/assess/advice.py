@@ -392,8 +392,8 @@ def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:
         "A walk's last step is noisy: the average of the latest ones may do better, which"
         " goes nowhere either."
     )
-    if best is None or best[1].skill <= 0:
-        return ["No method beat standing still in this run's own past.", walk]
+    if best is None or best[1].skill < _LEAST_SKILL:
+        return ["No method clearly beat standing still in this run's own past.", walk]
     method, check = best
     return [
         f"That {method} came nearer to the weights at {check.ratio:g} times the last step (skill"

@@ -77,7 +77,8 @@ def test_a_jump_ends_what_is_looked_at_and_is_said(tmp_path, capsys, command) ->
     if not until:
         assert max(row["target"] for row in json.loads(out)["grid"]) == 8
         return
-    assert asked(capsys, command, plain.path, "--json", "--until", 8) == (0, out, "")
+    same = out.replace(jumped.path, plain.path)
+    assert asked(capsys, command, plain.path, "--json", "--until", 8) == (0, same, "")
 
 
 def test_a_run_that_begins_with_a_jump_is_refused(tmp_path, capsys) -> None:
