@@ -46,7 +46,7 @@ def test_one_or_two_steps_without_metrics(tmp_path, capsys, count) -> None:
     assert ("record more steps" in out) == (count == 1)
     status, out, _ = asked(capsys, "advise", store.path)
     assert (status, out.splitlines()[0]) == (0, "Keep training.")
-    assert "At least 6 recorded steps" in out
+    assert "At least 8 recorded steps" in out
     status, out, err = asked(capsys, "backtest", store.path)
     assert status == 2 - count
     assert ("record at least 2 steps" in err) == (count == 1)
