@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json
+from relexkit.commands.console import print_json, show
 from relexkit.commands.observer import add_pca, observer
 
 
@@ -38,13 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
             document["next_command"] = advice.next_command.format(store=arguments.store)
         print_json({"steps": matrices.steps.tolist(), **document})
         return
-    print(advice.headline)
+    show(advice.headline)
     for heading, sentences in (
         ("Why", advice.reasons),
         ("What would change this", advice.would_change),
     ):
-        print(f"\n{heading}:")
+        show(f"\n{heading}:")
         for sentence in sentences:
-            print(f"  - {sentence}")
+            show(f"  - {sentence}")
     if advice.next_command:
-        print(f"\nNext:\n  {advice.next_command.format(store=arguments.store)}")
+        show(f"\nNext:\n  {advice.next_command.format(store=arguments.store)}")

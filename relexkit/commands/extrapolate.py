@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from relexkit.commands.console import print_json, progress_bar, say
+from relexkit.commands.console import print_json, progress_bar, say, show
 from relexkit.commands.observer import Observer, add_pca, observer
 from relexkit.commands.round import add_rounding
 from relexkit.errors import RelexkitError
@@ -129,7 +129,7 @@ def run(parsed: argparse.Namespace) -> None:
             return
         for a in adapters:
             there = " (was there already)" if a.already else ""
-            print(
+            show(
                 f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error"
                 f" {a.error:.1e}{there}"
             )
@@ -164,7 +164,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
         return
     for p in written:
-        print(
+        show(
             f"step {step_text(p.target)}: {p.folder}, {parsed.method} from steps {first} to {last}"
             + (" (was there already)" if p.already else "")
         )

@@ -629,16 +629,6 @@ def test_debug_gives_the_traceback(tmp_path: Path) -> None:
         main(["info", str(tmp_path / "missing"), "--debug"])
 
 
-def test_an_interruption_is_status_1_in_one_line(
-    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrajectoryStore, "verify", interrupted)
-    assert "interrupted; run the same command again to go on" in fails(capsys, "verify", store)
-
-
 def relexkit(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "relexkit", *map(str, arguments)],
