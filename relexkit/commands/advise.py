@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
     advice = advise(matrices, metrics)
     if arguments.json:
-        print_json({"steps": matrices.steps.tolist(), **advice.document()})
+        document = advice.document()
+        if advice.next_command:
+            document["next_command"] = advice.next_command.format(store=arguments.store)
+        print_json({"steps": matrices.steps.tolist(), **document})
         return
     show(advice.headline)
     for heading, sentences in (
@@ -43,3 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
         show(f"\n{heading}:")
         for sentence in sentences:
             show(f"  - {sentence}")
+    if advice.next_command:
+        show(f"\nNext:\n  {advice.next_command.format(store=arguments.store)}")
