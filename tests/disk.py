@@ -24,6 +24,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from relexkit.store import durable
+
+_FSYNC = durable.fsync  # the other tests leave it out, for the session that begins after this
+
 FAILING = ("open", "mkdir", "write", "fsync", "rename")
 """Operations that can be made to fail."""
 
@@ -273,10 +277,21 @@ def watched(disk: Disk) -> Iterator[Disk]:
             stack.enter_context(mock.patch.object(os, name, function))
         for owner in (io, builtins):
             stack.enter_context(mock.patch.object(owner, "open", opening))
+        if durable.fsync is not _no_fsync:
+            stack.enter_context(mock.patch.object(durable, "fsync", _FSYNC))
         # rmtree asks whether the functions that it uses take descriptors of folders
         known = {os.open, os.mkdir, os.unlink, os.remove, os.rmdir, os.rename, os.replace}
         stack.enter_context(mock.patch.object(os, "supports_dir_fd", os.supports_dir_fd | known))
         yield disk
+
+
+def without_flushes() -> Any:
+    """Inside, nothing is ever flushed, also not in ``watched``."""
+    return mock.patch.object(durable, "fsync", _no_fsync)
+
+
+def _no_fsync(path: Path) -> None:
+    pass
 
 
 _PATCHED = (

@@ -20,7 +20,7 @@ from relexkit import Recorder, RelexkitError, TrajectoryStore, import_checkpoint
 from relexkit.cli import main
 from relexkit.errors import StoreError
 
-SHAPES = {"model.embed_tokens.weight": (9, 4), "model.norm.weight": (5,)}
+SHAPES = {"model.embed_tokens.weight": (30, 4), "model.norm.weight": (5,)}
 STEPS = [1, 2, 4]
 
 
@@ -73,7 +73,7 @@ def said(line: str) -> bool:
 
 
 def small_run(folder: Path, dtype: str, steps: list[int]) -> Run:
-    moves = {"motion": "drift", "density": 1.0} if dtype == "float32" else {"density": 0.2}
+    moves = {"motion": "drift", "density": 1.0} if dtype == "float32" else {"density": 0.08}
     return write_run(
         folder, steps=steps, shapes=SHAPES, dtype=dtype, extras=False, buffers=True, **moves
     )
