@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, print_json, progress_bar
+from trainer.commands import evaluate_harness
 
 if TYPE_CHECKING:
     from relexkit.extension import ProgressCallback
@@ -28,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task",
-        required=True,
         help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes",
     )
     parser.add_argument(
@@ -92,10 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    evaluate_harness.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate every model alike, and each against the first one in pairs."""
+    if arguments.harness:
+        evaluate_harness.run(arguments, _models(arguments))
+        return
     found = evaluate_models(arguments)
     if arguments.json:
         print_json(document(found, arguments))
@@ -110,6 +114,8 @@ def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
     from trainer.evaluation.evaluate import evaluate
     from trainer.tasks import load_task
 
+    if arguments.task is None:
+        raise RelexkitError("no task was given; expected --task, or --harness with its tasks")
     task = load_task(yaml.safe_load(arguments.task))
     found: dict[str, Evaluation] = {}
     with progress_bar() as progress:
