@@ -177,14 +177,13 @@ def _is_store(path: str) -> bool:
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
     from relexkit.extension import learning_rates, step_text
-    from trainer.policy.stored_model import StoredModel, recorded_weights
+    from trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(arguments.model[0])
     if not arguments.step and not arguments.to:
         arguments.step = [0, *store.steps[-1:].tolist()]
-    recorded = {
-        f"step {step}" if step else "base": recorded_weights(store, step) for step in arguments.step
-    }
+    for step in filter(None, arguments.step):
+        store.row_of(step)  # refuses one that is not recorded before anything slow
     stored = StoredModel(
         store,
         dtype=arguments.dtype,
@@ -192,9 +191,9 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
         seed=arguments.seed,
         device=device,
     )
-    for name, weights in recorded.items():
-        stored.put(weights)
-        yield name, stored.model, stored.tokenizer
+    for step in dict.fromkeys(arguments.step):
+        stored.put_step(step)
+        yield f"step {step}" if step else "base", stored.model, stored.tokenizer
     if not arguments.to:
         return
     observed = gram(store).until(arguments.until)

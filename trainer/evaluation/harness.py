@@ -20,7 +20,7 @@ import numpy as np
 from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.extension import learning_rates, say
 from trainer.evaluation.intervals import Difference, mean_interval, paired_difference
-from trainer.policy.stored_model import Dtype, StoredModel, recorded_weights
+from trainer.policy.stored_model import Dtype, StoredModel
 
 try:
     from lm_eval import simple_evaluate
@@ -79,9 +79,7 @@ class StoreLM(HFLM):
         import torch
 
         trajectory = TrajectoryStore(store)
-        if step is not None:
-            weights = recorded_weights(trajectory, int(step))
-        else:
+        if predict is not None:
             observed = gram(trajectory).until(until)
             rates = learning_rates(trajectory.steps, trajectory.metrics())
             weights = scale * predict_weights(observed, [predict], method=method, rates=rates)[0]
@@ -89,7 +87,10 @@ class StoreLM(HFLM):
         stored = StoredModel(
             trajectory, dtype=dtype, rounding=rounding, seed=int(seed), device=torch.device(found)
         )
-        stored.put(weights)
+        if step is not None:
+            stored.put_step(int(step))
+        else:
+            stored.put(weights)
         super().__init__(pretrained=stored.model, tokenizer=stored.tokenizer, **options)
         self._store = trajectory
 
@@ -234,7 +235,7 @@ def keep(results: dict[str, Any], folder: Path, name: str) -> Path:
     """
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.model_name = name
-    tracker.general_config_tracker.model_name_sanitized = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    tracker.general_config_tracker.model_name_sanitized = re.sub(r"[^\w.]+", "-", name)
     summary = {key: value for key, value in results.items() if key != "samples"}
     tracker.save_results_aggregated(results=summary, samples=results["samples"])
     for task, samples in results["samples"].items():

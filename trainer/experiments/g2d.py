@@ -91,16 +91,14 @@ class _Run:
         self.task: Task = load_task(self.trained.task)
         device = choose_device(config)
         self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
-        self.stored = StoredModel(self.store, device=device)
+        self.stored = StoredModel(self.store, device=device, disable_dropout=config.disable_dropout)
         self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
         self._where = rollouts or folder / "rollouts"
         self.config = config
 
     def put(self, which: str, step: int) -> Any:
         """The model with the weights of the base, or (``warm``) of the step."""
-        from trainer.policy.stored_model import recorded_weights
-
-        self.stored.put(recorded_weights(self.store, 0 if which == "base" else step))
+        self.stored.put_step(0 if which == "base" else step)
         return self.stored.model
 
     def pad(self) -> int:

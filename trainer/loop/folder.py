@@ -11,7 +11,7 @@ import yaml
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes, named_weights
-from trainer.policy.setup import quiet
+from trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
 
@@ -75,7 +75,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -
 
     def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        with quiet():
+        with quiet(), own_dropout(model):
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)

@@ -117,14 +117,23 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    folder: str, device: torch.device, dtype: torch.dtype = torch.float32
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    disable_dropout: bool = True,
 ) -> tuple[Any, Any]:
     """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
+
+    Args:
+        disable_dropout: every dropout rate is 0 in training too, so that the policy that is updated
+            is the one that samples. ``own_dropout`` shows the model's own rates again, for
+            what is saved.
 
     Raises:
         RelexkitError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not Path(folder).is_dir():
         raise RelexkitError(
@@ -133,10 +142,51 @@ def load_model(
         )
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            config = AutoConfig.from_pretrained(folder)
+            rates = _dropout_rates(config) if disable_dropout else {}
+            _set_rates(config, dict.fromkeys(rates, 0.0))
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
+    if disable_dropout:
+        for module in model.modules():  # what a model's code sets whatever its configuration says
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+    model.own_dropout_rates = rates
     return model.to(device), load_tokenizer(folder)
+
+
+@contextmanager
+def own_dropout(model: Any) -> Iterator[None]:
+    """For the time of the block, the configuration of a model of ``load_model`` has the dropout
+    rates of its folder: what is saved there is not changed by how it was trained.
+    """
+    rates = getattr(model, "own_dropout_rates", {})
+    _set_rates(model.config, rates)
+    try:
+        yield
+    finally:
+        _set_rates(model.config, dict.fromkeys(rates, 0.0))
+
+
+def _dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout rates of a configuration that are not 0, by their dotted names."""
+    found: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):  # of a part of the model
+            found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
+        elif "drop" in name and isinstance(value, float) and 0 < value <= 1:
+            found[name] = value
+    return found
+
+
+def _set_rates(config: Any, rates: dict[str, float]) -> None:
+    for place, rate in rates.items():
+        *parts, name = place.split(".")
+        owner = config
+        for part in parts:
+            owner = getattr(owner, part)
+        setattr(owner, name, rate)
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -182,7 +232,9 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     """
     rounding = PRECISIONS[config.precision]
     dtype = torch.float32 if rounding is None else torch.bfloat16
-    model, tokenizer = load_model(config.model, device, dtype)
+    model, tokenizer = load_model(
+        config.model, device, dtype, disable_dropout=config.disable_dropout
+    )
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(

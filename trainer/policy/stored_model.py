@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from relexkit import TrajectoryStore, apply, checkout
+from relexkit.extension import apply_step
 from trainer.policy.setup import load_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -37,12 +38,15 @@ class StoredModel:
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
         device: torch.device | None = None,
+        disable_dropout: bool = True,
     ):
         self.store = store
         self._rounding, self._seed = rounding, seed
         with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
             base = str(checkout(store, 0, Path(folder) / "base"))
-            self.model, self.tokenizer = load_model(base, device or torch.device("cpu"))
+            self.model, self.tokenizer = load_model(
+                base, device or torch.device("cpu"), disable_dropout=disable_dropout
+            )
             self._rounded: Any = None
             if dtype != "float32":
                 self._rounded = load_model(base, device or torch.device("cpu"))[0].to(
@@ -57,6 +61,21 @@ class StoredModel:
             apply(self.store, self.model, weights)
             return
         apply(self.store, self._rounded, weights, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def put_step(self, step: int) -> None:
+        """Put a recorded step into the model, 0 for the base, bit for bit where the store is exact.
+
+        Raises:
+            StoreError: the step is not recorded.
+        """
+        if self._rounded is None:
+            apply_step(self.store, self.model, step)
+            return
+        apply_step(self.store, self._rounded, step, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def _take_over(self) -> None:
         with torch.no_grad():
             for parameter, rounded in zip(
                 self.model.parameters(), self._rounded.parameters(), strict=True
