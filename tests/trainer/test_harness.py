@@ -118,6 +118,7 @@ def test_log_likelihoods_and_generations_are_those_of_hf_on_the_written_folder(
                 task_manager=manager,
                 batch_size=4,
                 device="cpu",
+                bootstrap_iters=10,
             )
             for name, given in (("relexkit", chosen), ("hf", f"pretrained={folder}"))
         )
@@ -132,7 +133,7 @@ def test_the_command_evaluates_steps_with_one_model_and_keeps_what_the_harness_k
 ):
     words = ["--step", "0", "4", "--to", "9", "--until", "2", "--method", "two-point"]
     options = ["--include-path", str(tasks), "--batch-size", "4", "--output", str(tmp_path / "o")]
-    command = ["evaluate", str(store.path), *words, "--harness", *TASKS, *options]
+    command = ["evaluate", str(store.path), *words, "--harness", *TASKS[:2], *options]
     assert main([*command, "--json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     assert [model["name"] for model in models] == ["base", "step 4", "two-point 2 -> 9"]
@@ -140,13 +141,12 @@ def test_the_command_evaluates_steps_with_one_model_and_keeps_what_the_harness_k
         (kept,) = (tmp_path / "o" / folder).glob("results_*.json")
         document = json.loads(kept.read_text())
         assert document["config"]["model_args"]["evaluated"] == model["name"]
-        assert len(list((tmp_path / "o" / folder).glob("samples_*.jsonl"))) == len(TASKS)
+        assert len(list((tmp_path / "o" / folder).glob("samples_*.jsonl"))) == 2
         by_name = {(row["task"], row["metric"]): row for row in model["scores"]}
         assert by_name.keys() == {
             ("sums_choice", "acc"),
             ("sums_choice", "acc_norm"),
             ("sums_generate", "exact_match"),
-            ("sums_rolling", "word_perplexity"),
         }
         for (task, metric), row in by_name.items():
             assert row["value"] == document["results"][task][f"{metric},none"]
