@@ -50,6 +50,7 @@ class StoreLM(HFLM):
             displacement multiplied by ``scale``, as ``relexkit extrapolate`` does.
         dtype, rounding, seed: round the weights as a written checkpoint would be; they compute in
             float32.
+        trust_remote_code: run the model's own code; not unless asked.
         options: those of ``hf``, such as ``batch_size``, ``max_length`` or ``add_bos_token``.
 
     Raises:
@@ -69,6 +70,7 @@ class StoreLM(HFLM):
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
         device: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ):
         if (step is None) == (predict is None):
@@ -85,7 +87,12 @@ class StoreLM(HFLM):
             weights = scale * predict_weights(observed, [predict], method=method, rates=rates)[0]
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
         stored = StoredModel(
-            trajectory, dtype=dtype, rounding=rounding, seed=int(seed), device=torch.device(found)
+            trajectory,
+            dtype=dtype,
+            rounding=rounding,
+            seed=int(seed),
+            device=torch.device(found),
+            trust_remote_code=trust_remote_code,
         )
         if step is not None:
             stored.put_step(int(step))
