@@ -247,46 +247,56 @@ class Undisturbed:
         """The folder as it was before the command."""
         return copy(self.before, self.work)
 
-    def check_left(self, folder: Path, outcome: Outcome) -> list[int]:
-        """What a disturbed run has left is whole, and what it said is true; the steps recorded."""
-        steps: list[int] = []
+    def check_left(self, outcome: Outcome) -> list[int]:
+        """What a command that failed has left is whole, and what it said is true; the steps that
+        are recorded.
+        """
+        steps = self.check_whole()
         if outcome.status:
             assert outcome.status == 1
-            lines = outcome.said.splitlines()
-            assert len(lines) == 1, outcome.said
+            assert len(outcome.said.splitlines()) == 1, outcome.said
             assert "Traceback" not in outcome.said
-        if self.scenario.store is not None:
-            found = recorded(folder / self.scenario.store)
-            steps = found or []
-            told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
-            assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
-            assert steps == list(self.checksums)[: len(steps)]
-            sums = sums_of(self.scenario, folder) if found is not None else {}
-            assert all(self.checksums[step] == sums[step] for step in steps)
-            if (folder / "run").is_dir():
-                self._check_originals(folder, steps)
-        for name in self.scenario.outputs:
-            for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
-                assert not path.name.endswith(".partial"), path
-        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
+        assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
+        left = [p for p in self.work.rglob("*") if p.name.endswith((".partial", ".lock"))]
         outside = [p for p in left if self.scenario.store not in p.parts]
         assert not outside, f"left behind: {outside}"
         return steps
 
-    def _check_originals(self, folder: Path, steps: list[int]) -> None:
+    def check_whole(self) -> list[int]:
+        """Whatever happened: the store holds whole steps only, the outputs and the originals are
+        whole or not there, and no original is gone without its step; the steps that are recorded.
+        """
+        steps: list[int] = []
+        if self.scenario.store is not None:
+            found = recorded(self.work / self.scenario.store)
+            steps = found or []
+            assert steps == list(self.checksums)[: len(steps)]
+            sums = sums_of(self.scenario, self.work) if found is not None else {}
+            assert all(self.checksums[step] == sums[step] for step in steps)
+            if (self.work / "run").is_dir():
+                self._check_originals(steps)
+        for name, whole in zip(self.scenario.outputs, self.expected, strict=False):
+            shown = [p for p in tree(self.work / name) if not p.startswith(".")]
+            tops = {Path(p).parts[0] for p in shown if len(Path(p).parts) > 1}
+            expected = {p for p in whole if Path(p).parts[0] in tops or len(Path(p).parts) == 1}
+            assert not shown or {*shown} == expected, f"{name} holds a part: {shown}"
+        return steps
+
+    def _check_originals(self, steps: list[int]) -> None:
         """A checkpoint is where it was, whole, or its step is recorded."""
         for checkpoint in (self.before / "run").iterdir():
-            here = folder / "run" / checkpoint.name
+            here = self.work / "run" / checkpoint.name
             step = int(checkpoint.name.partition("-")[2])
             assert step in steps or not same_files(checkpoint, here), f"{checkpoint.name} is lost"
             assert not here.exists() or not same_files(checkpoint, here), f"half of {here.name}"
 
-    def check_completed(self, folder: Path) -> None:
+    def check_completed(self) -> None:
         """The same command completes it, to what an undisturbed run leaves."""
-        outcome = self.scenario.run(folder)
+        outcome = self.scenario.run(self.work)
         assert outcome.status == 0, outcome
-        assert self.scenario.result(folder) == self.expected
-        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        assert self.scenario.result(self.work) == self.expected
+        left = [p for p in self.work.rglob("*") if p.name.endswith(".partial")]
         assert not left, left
 
 
