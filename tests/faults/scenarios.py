@@ -175,6 +175,37 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def training() -> Scenario:
+    """``relexkit train``, two steps with their states."""
+
+    def prepare(folder: Path) -> None:
+        from tiny_models import save_tiny_model
+
+        from trainer.config import GRPOConfig, dump_config
+
+        config = GRPOConfig(
+            model=str(save_tiny_model(folder / "base")),
+            output=str(folder / "t"),
+            task={"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make"},
+            max_steps=2,
+            save_steps=1,
+            generation_batch_size=8,
+            num_generations=4,
+            max_completion_length=3,
+            device="cpu",
+        )
+        (folder / "config.yaml").write_text(dump_config(config))
+
+    def result(folder: Path) -> Any:
+        from trainer.loop.rollout_log import read_rollouts
+
+        store = {k: v for k, v in store_content(folder / "t/run.zarr").items() if "live" not in k}
+        final = (folder / "t/final/model.safetensors").read_bytes()
+        return store, final, read_rollouts(folder / "t/rollouts").to_pylist()
+
+    return Scenario(prepare, command("train", "@config.yaml"), result, store="t/run.zarr")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "import, sparse": importing("bfloat16", "auto"),
     "import, exact": importing("float32", "exact"),
@@ -190,6 +221,7 @@ SCENARIOS: dict[str, Scenario] = {
         "extrapolate", "@s.zarr", "--to", "7", "9", "-o", "@out", outputs=("out",)
     ),
     "checkout": of_store("checkout", "@s.zarr", "--step", "4", "-o", "@out", outputs=("out",)),
+    "train": training(),
     "round": of_store(
         "round",
         "@run/checkpoint-4",
@@ -259,7 +291,8 @@ class Undisturbed:
         told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
         assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
         left = [p for p in self.work.rglob("*") if p.name.endswith((".partial", ".lock"))]
-        outside = [p for p in left if self.scenario.store not in p.parts]
+        store = self.work / (self.scenario.store or "")
+        outside = [p for p in left if store not in p.parents]
         assert not outside, f"left behind: {outside}"
         return steps
 
