@@ -14,7 +14,7 @@ from relexkit.errors import CheckpointError, ExtrapolationError, RelexkitError, 
 from relexkit.geometry.spectrum import Spectrum, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.ingest.importer import import_checkpoints
-from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
+from relexkit.materialize import WeightSync, apply, checkout, extrapolate, round_checkpoint
 from relexkit.predict.extrapolators import METHODS, Options, predict_weights
 from relexkit.record.recorder import Recorder
 from relexkit.store import TrajectoryStore
@@ -31,6 +31,7 @@ __all__ = [
     "Spectrum",
     "StoreError",
     "TrajectoryStore",
+    "WeightSync",
     "__version__",
     "apply",
     "checkout",

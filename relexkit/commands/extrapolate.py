@@ -8,6 +8,7 @@ from dataclasses import asdict
 from relexkit.commands.console import print_json, progress_bar
 from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.round import add_rounding
+from relexkit.commands.sync import add_sync, read_sync
 from relexkit.errors import RelexkitError
 
 
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RANK",
         help="from a store of PEFT adapters: write an adapter, of this rank or one that fits",
     )
+    add_sync(parser)
     add_rounding(parser)
     add_pca(parser)
     parser.add_argument(
@@ -143,6 +145,7 @@ def run(parsed: argparse.Namespace) -> None:
             dtype=parsed.dtype,
             rounding=parsed.rounding,
             seed=parsed.seed,
+            sync=read_sync(parsed),
             progress=observed.progress,
             **observed.arguments(store, parsed.until),
         )
