@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from relexkit.checkpoints.formats import (
+    adapter_shards,
     dcp,
     deepspeed,
     flat_files,
@@ -53,9 +54,9 @@ FORMATS = (
     Format(
         "huggingface", "Hugging Face folders", huggingface.find, huggingface.HuggingFaceCheckpoint
     ),
-    Format("verl", "verl FSDP shards", verl.find, verl.VerlCheckpoint),
+    Format("verl", "verl FSDP shards", verl.find, adapter_shards.open_verl),
     Format("dcp", "torch.distributed.checkpoint folders", dcp.find, dcp.DcpCheckpoint),
-    Format("deepspeed", "DeepSpeed ZeRO partitions", deepspeed.find, deepspeed.DeepSpeedCheckpoint),
+    Format("deepspeed", "DeepSpeed ZeRO partitions", deepspeed.find, adapter_shards.open_deepspeed),
     Format(
         "sharded-safetensors",
         "safetensors shards",
