@@ -23,6 +23,8 @@ from relexkit.checkpoints.formats.adapter_shards import AdapterShards
 from relexkit.errors import CheckpointError
 from relexkit.materialize.adapters import checkout_adapter
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
+
 STEPS = (1, 2, 3)
 
 
