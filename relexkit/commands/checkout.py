@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 from relexkit.commands.sync import add_sync, read_sync
 
 
@@ -31,11 +31,11 @@ def run(parsed: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
+    sync = read_sync(parsed)
     with progress_bar() as progress:
         if parsed.adapter:
             folder = checkout_adapter(store, parsed.step, parsed.out)
         else:
-            sync = read_sync(parsed)
             folder = checkout(store, parsed.step, parsed.out, sync=sync, progress=progress)
     exact = (store.exact and (parsed.adapter or not store.has_factors)) or parsed.step == 0
     if parsed.json:
@@ -44,4 +44,4 @@ def run(parsed: argparse.Namespace) -> None:
         kept = "bit for bit" if exact else f"to {store.mantissa_bits} mantissa bits of the delta"
         if store.has_factors and parsed.step and not parsed.adapter:
             kept = "merged; --adapter writes the adapter itself"
-        print(f"step {parsed.step}: {folder} ({kept})")
+        show(f"step {parsed.step}: {folder} ({kept})")

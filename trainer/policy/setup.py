@@ -117,14 +117,25 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    folder: str, device: torch.device, dtype: torch.dtype = torch.float32
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    disable_dropout: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
+
+    Args:
+        disable_dropout: every dropout rate is 0 in training too, so that the policy that is updated
+            is the one that samples. ``own_dropout`` shows the model's own rates again, for
+            what is saved.
+        trust_remote_code: run the code that lies in the folder, if the model needs it.
 
     Raises:
         RelexkitError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not Path(folder).is_dir():
         raise RelexkitError(
@@ -133,14 +144,59 @@ def load_model(
         )
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            # said each time: transformers asks at a prompt where it is left open
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            rates = _dropout_rates(config) if disable_dropout else {}
+            _set_rates(config, dict.fromkeys(rates, 0.0))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
-    return model.to(device), load_tokenizer(folder)
+    if disable_dropout:
+        for module in model.modules():  # what a model's code sets whatever its configuration says
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+    model.own_dropout_rates = rates
+    return model.to(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Tokenizer of a Hugging Face folder.
+@contextmanager
+def own_dropout(model: Any) -> Iterator[None]:
+    """For the time of the block, the configuration of a model of ``load_model`` has the dropout
+    rates of its folder: what is saved there is not changed by how it was trained.
+    """
+    rates = getattr(model, "own_dropout_rates", {})
+    _set_rates(model.config, rates)
+    try:
+        yield
+    finally:
+        _set_rates(model.config, dict.fromkeys(rates, 0.0))
+
+
+def _dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout rates of a configuration that are not 0, by their dotted names."""
+    found: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):  # of a part of the model
+            found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
+        elif "drop" in name and isinstance(value, float) and 0 < value <= 1:
+            found[name] = value
+    return found
+
+
+def _set_rates(config: Any, rates: dict[str, float]) -> None:
+    for place, rate in rates.items():
+        *parts, name = place.split(".")
+        owner = config
+        for part in parts:
+            owner = getattr(owner, part)
+        setattr(owner, name, rate)
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a Hugging Face folder; its code runs only with ``trust_remote_code``.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -148,9 +204,18 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: has no tokenizer that can be loaded ({error})") from error
+
+
+def _refuse_untrusted(error: Exception, folder: str, trust_remote_code: bool) -> None:
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        raise RelexkitError(
+            f"{folder}: needs code of its own (auto_map), none of which was run; read it, and give"
+            " --trust-remote-code if it may be run"
+        ) from error
 
 
 def shard(model: Any, processes: Processes, device: torch.device) -> Any:
@@ -174,7 +239,13 @@ def shard(model: Any, processes: Processes, device: torch.device) -> Any:
     return model
 
 
-def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) -> Policy:
+def load_policy(
+    config: GRPOConfig,
+    device: torch.device,
+    processes: Processes,
+    *,
+    trust_remote_code: bool = False,
+) -> Policy:
     """Everything that takes part in the steps of a run, ready for the first.
 
     Raises:
@@ -182,7 +253,13 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     """
     rounding = PRECISIONS[config.precision]
     dtype = torch.float32 if rounding is None else torch.bfloat16
-    model, tokenizer = load_model(config.model, device, dtype)
+    model, tokenizer = load_model(
+        config.model,
+        device,
+        dtype,
+        disable_dropout=config.disable_dropout,
+        trust_remote_code=trust_remote_code,
+    )
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(
@@ -191,9 +268,8 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
         enable({"use_reentrant": False})
     reference = None
     if config.beta:
-        reference = shard(
-            load_model(config.model, device, dtype)[0].requires_grad_(False), processes, device
-        )
+        other, _ = load_model(config.model, device, dtype, trust_remote_code=trust_remote_code)
+        reference = shard(other.requires_grad_(False), processes, device)
     shard(model, processes, device)
     return Policy(
         model=model,
