@@ -69,7 +69,8 @@ def write_run(folder: Path, steps: int, millions: int) -> None:
 MEASURE = """
 import os, resource, subprocess, sys, time
 began = time.perf_counter()
-subprocess.run([sys.executable, "-m", "relexkit", *sys.argv[1:]], stdout=subprocess.DEVNULL, check=True)
+command = [sys.executable, "-m", "relexkit", *sys.argv[1:]]
+subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 """
