@@ -74,11 +74,12 @@ def open_run(source: Path, *, source_format: str | None = None, step_map: str | 
     Raises:
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
-    from relexkit.checkpoints.runs import FolderRun, read_step_map
+    from relexkit.checkpoints.runs import FolderRun, hub_hint, read_step_map
 
     if not source.is_dir():
         raise CheckpointError(
-            f"{source}: no such folder; expected one with a sub-folder for each step"
+            f"{source}: no such folder; expected one with a sub-folder for each"
+            f" step{hub_hint(source)}"
         )
     return FolderRun(source, source_format, None if step_map is None else read_step_map(step_map))
 

@@ -26,11 +26,13 @@ def run(parsed: argparse.Namespace) -> None:
     from relexkit.store import NotAStoreError, TrajectoryStore
 
     try:
+        if parsed.store.startswith("hf://"):
+            raise NotAStoreError("a hub repository")
         store = TrajectoryStore(parsed.store)
     except NotAStoreError:
-        if not Path(parsed.store).is_dir():
+        if not (parsed.store.startswith("hf://") or Path(parsed.store).is_dir()):
             raise
-        import_module("relexkit.commands.info_source").print_source(Path(parsed.store), parsed.json)
+        import_module("relexkit.commands.info_source").print_source(parsed.store, parsed.json)
         return
     print_info(store, parsed.json)
 
@@ -57,6 +59,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         "source": store.attributes["source"],
         "base": store.attributes["base"],
         "metrics": sorted(store.metric_names()),
+        "files": {name: len(content) for name, content in sorted(store.files().items())},
         "bytes": sizes,
         "checkpoint_bytes": checkpoint_bytes,
         "relexkit_version": store.attributes["relexkit_version"],
@@ -98,4 +101,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
     if document["metrics"]:
         rows.append(("metrics", ", ".join(document["metrics"])))
+    if document["files"]:
+        held = ", ".join(f"{n} ({size_text(b)})" for n, b in document["files"].items())
+        rows.append(("files", held))
     print_pairs(store.path, rows)

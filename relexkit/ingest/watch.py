@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,8 @@ def watch(
     mantissa_bits: int | None = None,
     source_format: str | None = None,
     step_map: str | None = None,
+    exclude: Sequence[str] = (),
+    continues: bool = False,
     delete_after: bool = False,
     poll_seconds: float = 5.0,
     idle_seconds: float | None = None,
@@ -43,7 +45,8 @@ def watch(
     are reported and left out.
 
     Args:
-        base, encoding, mantissa_bits, source_format, step_map: see ``import_checkpoints``.
+        base, encoding, mantissa_bits, source_format, step_map, exclude, continues: see
+            ``import_checkpoints``.
         every: only steps that are multiples of this; the others are not deleted either.
         delete_after: delete a checkpoint's folder once its step has been read back from the store
             and found equal, and a later one is stored as well: the newest stays, to resume from.
@@ -70,8 +73,11 @@ def watch(
         delete_after,
         encoding == "float",
         say,
+        exclude,
     )
     options = {
+        "exclude": exclude,
+        "continues": continues,
         "base": base,
         "encoding": encoding,
         "mantissa_bits": mantissa_bits,
@@ -97,7 +103,10 @@ class _Watcher:
         delete_after: bool,
         rounded_is_enough: bool,
         say: Callable[[str], None],
+        exclude: Sequence[str],
     ):
+        self._exclude = exclude
+        self._known_until = 0
         self._source, self._out, self._every, self._format = source, out, every, source_format
         self._label_step = None if step_map is None else read_step_map(step_map)
         self._delete_after, self._rounded_is_enough, self._say = (
@@ -131,6 +140,7 @@ class _Watcher:
                     self._out,
                     steps=f"{step}:{step}",
                     source_format=run.format,
+                    known_until=self._known_until,
                     **options,
                 )
             except (RelexkitError, OSError):
@@ -140,7 +150,7 @@ class _Watcher:
                     f"step {step} was changed or deleted while it was read; it is not recorded yet"
                 )
                 return count > 0
-            self._format = run.format
+            self._format, self._known_until = run.format, step
             self._say(f"step {step} recorded")
             if self._delete_after:
                 self._delete_earlier(run, step)
@@ -217,7 +227,7 @@ class _Watcher:
         if self._read_back is None:
             self._read_back = ReadBack(store, row - 1)
         self._read_back.follow(store)
-        view, _ = seen_alike(run, StoredBase(store), step)
+        view, _, _ = seen_alike(run, StoredBase(store), step, self._exclude)
         with closing(view.checkpoint(step)) as checkpoint:
             self._read_back.check(row, checkpoint)
         for folder in self._deletable:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relexkit.checkpoints.model_names import common_prefix, model_places
 from relexkit.errors import RelexkitError
 from relexkit.materialize.sums import stream_sums
 from relexkit.store import TrajectoryStore
@@ -31,7 +33,8 @@ def apply(
     partly changed.
 
     Args:
-        model: its ``state_dict`` has the store's tensors (tied ones under either name).
+        model: its ``state_dict`` has the store's tensors (tied ones under either name; a
+            transformers model also where it holds them under other names, or several as one).
         weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of
             ``predict_weights``; all zero for the base.
         rounding: used where a parameter is less precise than float32.
@@ -47,7 +50,7 @@ def apply(
             f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of"
             " predict_weights"
         )
-    flat = _flat_tensors(store.layout, model.state_dict())
+    flat = _flat_tensors(store.layout, _named_as_stored(store.layout, model))
 
     def consume(_: int, segment: Segment, values: np.ndarray) -> None:
         name, start = segment.tensor.name, segment.start
@@ -59,6 +62,29 @@ def apply(
 
     with torch.no_grad():
         stream_sums(store, weights[None], consume, memory_budget_bytes, None)
+
+
+def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by the store's names: those of memory, and where tensors of the store lack
+    there, those on disk, as pieces of what memory holds, or with a prefix.
+    """
+    state = dict(model.state_dict())
+    names = [t.name for t in layout.moving_tensors]
+    lacking = {n for n in names if not state.keys() & {n, *layout.aliases().get(n, ())}}
+    if not lacking:
+        return state
+    for name, place in model_places(model).items():
+        whole = state[place.name]
+        if name in lacking and whole.is_contiguous():
+            piece = whole.view(-1)[place.start : place.start + math.prod(place.shape)]
+            state[name] = piece.view(place.shape)
+    lacking -= state.keys()
+    added, removed = common_prefix(lacking, state), common_prefix(state, lacking)
+    for name in lacking:
+        other = added + name if added else name.removeprefix(removed)
+        if other in state:
+            state[name] = state[other]
+    return state
 
 
 def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
@@ -85,4 +111,18 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}"
             )
         flat[tensor.name] = [state[name].detach().view(-1) for name in found]
+    _refuse_shared(flat)
     return flat
+
+
+def _refuse_shared(flat: dict[str, list[torch.Tensor]]) -> None:
+    """Refuse a model in which tensors that differ in the store are one parameter."""
+    owner: dict[int, str] = {}
+    for name, views in flat.items():
+        for view in views:
+            other = owner.setdefault(view.data_ptr(), name) if view.data_ptr() else name
+            if other != name:
+                raise RelexkitError(
+                    f"the model ties {name!r} to {other!r}, which are two tensors in the store;"
+                    " load the model with tie_word_embeddings=False"
+                )
