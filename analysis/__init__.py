@@ -1,3 +1,18 @@
 """Figures of what relexkit computes. Uses the library's results and never recomputes them; knows
 nothing of the trainer.
 """
+
+from relexkit.extension import Command, Extension
+
+EXTENSION = Extension(
+    {
+        "report": Command(
+            "analysis.report",
+            "write one self-contained page about a run: advice, claims, figures, commands",
+        )
+    },
+    plots={
+        "spectrum": "analysis.figures:plot_spectra",
+        "backtest": "analysis.backtest_figures:plot_backtest",
+    },
+)

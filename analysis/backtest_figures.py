@@ -19,12 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.assess.backtest import Backtest
-from relexkit.assess.forecast import Forecast, forecast
-from relexkit.errors import RelexkitError
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import decompose
-from relexkit.gram_matrix import Gram
+from relexkit import RelexkitError
+from relexkit.extension import Backtest, Forecast, Gram, decompose, forecast, single_threaded_blas
 
 MAP_METHODS = ("model", "relex", "two-point", "least-squares")
 """Methods of the map, as far as the backtest has them."""

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.assess.advice import Advice
-from relexkit.assess.backtest import Backtest, backtest
-from relexkit.commands.console import percent
-from relexkit.errors import ExtrapolationError
-from relexkit.geometry.spectrum import Spectrum
-from relexkit.gram_matrix import Gram
-from relexkit.predict.extrapolators import Options
+from relexkit import ExtrapolationError
+from relexkit.extension import Advice, Backtest, Gram, Options, Spectrum, backtest, percent
 
 ABLATION = {
     "rank 1, line": Options(),

@@ -18,10 +18,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from analysis import style
 from analysis.variance_map import variance_figure
-from relexkit.errors import RelexkitError
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum, walk_gram
-from relexkit.gram_matrix import Gram
+from relexkit import RelexkitError
+from relexkit.extension import (
+    Gram,
+    ScopeSpectrum,
+    Spectrum,
+    drift,
+    single_threaded_blas,
+    spectrum,
+    walk_gram,
+)
 
 MARKS = (0.90, 0.95, 0.99)
 """Shares of the variance whose number of directions the spectrum figure tells."""

@@ -26,16 +26,24 @@ from analysis import backtest_figures, figures, run_figures, style, variance_map
 from analysis.claims import Claim, measure_claims
 from analysis.page import CAPTIONS, CSS
 from analysis.sweep_figures import sweep_figure
-from relexkit.assess.advice import Advice, advise
-from relexkit.assess.backtest import CHEAP, backtest
-from relexkit.assess.metrics import informative_steps, learning_rates
-from relexkit.commands.console import progress_bar, say
-from relexkit.errors import RelexkitError
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import spectrum
-from relexkit.gram_matrix import Gram, gram
-from relexkit.store import TrajectoryStore, describe_steps
-from relexkit.version import __version__
+from relexkit import RelexkitError
+from relexkit.extension import (
+    CHEAP,
+    Advice,
+    Gram,
+    TrajectoryStore,
+    __version__,
+    advise,
+    backtest,
+    describe_steps,
+    gram,
+    informative_steps,
+    learning_rates,
+    progress_bar,
+    say,
+    single_threaded_blas,
+    spectrum,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.geometry.null import STATISTICS
-from relexkit.geometry.spectrum import Spectrum, decompose
-from relexkit.gram_matrix import Gram
+from relexkit.extension import STATISTICS, Gram, Spectrum, decompose
 
 _LABELS = {
     "first": "first direction",

@@ -18,9 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from analysis import style
-from relexkit.geometry.spectrum import Spectrum, center, decompose
-from relexkit.gram_matrix import Gram
-from relexkit.weights.layout import layer_of, module_of
+from relexkit.extension import Gram, Spectrum, center, decompose, layer_of, module_of
 
 MAX_ROWS = 48
 """Most rows of each part of the heat map; the tensors with the most parameters keep theirs."""

@@ -10,85 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
+from relexkit.commands import EXTENSION
+from relexkit.commands.registry import Command, extensions
 from relexkit.errors import RelexkitError
 from relexkit.version import __version__
-
-COMMAND_MODULES = {
-    "import": (
-        "relexkit.commands.import_run",
-        "import a run's checkpoints into a trajectory store; run again to add new steps",
-    ),
-    "info": (
-        "relexkit.commands.info",
-        "say what is inside a store, or which checkpoints a folder holds",
-    ),
-    "verify": (
-        "relexkit.commands.verify",
-        "read every chunk of a store and compare it with its checksums",
-    ),
-    "spectrum": (
-        "relexkit.commands.spectrum",
-        "principal directions of the updates, beside those of a walk without direction",
-    ),
-    "extrapolate": (
-        "relexkit.commands.extrapolate",
-        "write the predicted checkpoints of future steps",
-    ),
-    "checkout": (
-        "relexkit.commands.checkout",
-        "write a recorded step as a checkpoint; step 0 is the base",
-    ),
-    "round": (
-        "relexkit.commands.round",
-        "write any checkpoint in another precision, stochastically rounded",
-    ),
-    "backtest": (
-        "relexkit.commands.backtest",
-        "how every method would have done in the run's own past, and how far to trust it",
-    ),
-    "advise": ("relexkit.commands.advise", "say what to do next with a run, and why"),
-    "linearity": (
-        "relexkit.commands.linearity",
-        "how straight every single weight's path is, beside a walk's; one pass",
-    ),
-    "report": (
-        "analysis.report",
-        "write one self-contained page about a run: advice, claims, figures, commands",
-    ),
-    "probe": (
-        "trainer.experiments.outputs",
-        "how linear the log-probabilities of texts are; generate from extrapolated logits",
-    ),
-    "sweep": (
-        "trainer.experiments.sweep",
-        "try predictions on a task, stop bad ones early, and recommend",
-    ),
-    "watch": (
-        "relexkit.commands.watch",
-        "import checkpoints as they appear, and delete them afterwards if asked to",
-    ),
-    "train": ("trainer.commands.train", "train a model by GRPO, recording its trajectory"),
-    "g2d": (
-        "trainer.experiments.g2d",
-        "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation",
-    ),
-    "tokens": ("trainer.commands.tokens", "which tokens carry the update, from a log of rollouts"),
-    "evaluate": (
-        "trainer.commands.evaluate",
-        "accuracy of models on a task, with intervals: folders, or steps of a store",
-    ),
-    "demo": (
-        "trainer.commands.demo",
-        "train a small model, record, analyse, extrapolate: the whole story in minutes",
-    ),
-    "gram": (
-        "relexkit.commands.gram",
-        "compute the Gram matrices and keep them in the store: the one pass",
-    ),
-}
-"""Every command: name -> (module with ``add_arguments(parser)`` and ``run(arguments)``, help)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = None
     try:
-        if given and given[0] in COMMAND_MODULES:
+        if given and given[0] in commands():
             parsed = _module_parser(given[0]).parse_args(given[1:])
         else:
             parsed = _parser().parse_args(given)
@@ -111,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("relexkit: interrupted; run the same command again to go on", file=sys.stderr)
         return 1
     return 0
+
+
+def commands() -> dict[str, Command]:
+    """Every command by name, in the order of the help: relexkit's own, then those of extensions."""
+    return {n: c for e in (EXTENSION, *extensions()) for n, c in e.commands.items()}
 
 
 def _one_line(error: Exception) -> str:
@@ -131,23 +62,17 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    for name, (_, text) in COMMAND_MODULES.items():
-        commands.add_parser(name, help=text)  # for the list; main() asks the owner for the options
+    listed = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in commands().items():
+        listed.add_parser(name, help=command.help)  # main() asks the owner for its options
     return parser
 
 
 def _module_parser(name: str) -> argparse.ArgumentParser:
-    module, text = COMMAND_MODULES[name]
-    try:
-        owner = import_module(module)
-    except ModuleNotFoundError as error:
-        raise RelexkitError(
-            f"{name} needs the package {error.name}; install it with: pip install 'relexkit[train]'"
-        ) from None
+    command = commands()[name]
+    owner = command.load(name)
     parser = argparse.ArgumentParser(
-        prog=f"relexkit {name}", description=text[0].upper() + text[1:] + "."
+        prog=f"relexkit {name}", description=command.help[0].upper() + command.help[1:] + "."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     owner.add_arguments(parser)

@@ -16,7 +16,7 @@ import numpy as np
 from relexkit.assess.advice import advise
 from relexkit.assess.forecast import forecast
 from relexkit.assess.metrics import learning_rates
-from relexkit.geometry.spectrum import decompose
+from relexkit.geometry.shape import decompose
 from relexkit.gram_matrix import Gram
 from relexkit.predict.extrapolators import predict_weights
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.predict.extrapolators import Options, check_request
+from relexkit.extension import Options, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 

@@ -18,9 +18,9 @@ import numpy as np
 from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
 from relexkit.assess.metrics import informative_steps, learning_rates
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.linalg import single_threaded_blas
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 
 Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-precision"]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.linalg import leading_eigenpairs
+from relexkit.geometry.shape import leading_eigenpairs
 from relexkit.gram_matrix import Gram
 from relexkit.predict.extrapolators import METHODS, Options, predict_weights
 from relexkit.weights.layout import scope_of

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import decompose
+from relexkit.geometry.shape import decompose
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 
 _FACTORS = 2.0 ** np.arange(-2, 3.25, 0.5)  # f, [F]
 _MISFITS = np.r_[0.0, 10.0 ** np.arange(-3, 0.26, 0.25)]  # g, [H]

@@ -6,58 +6,13 @@ add a format, add a line to the table in ``formats``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-
+from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.runs import FolderRun, best_checkpoint, hub_hint, read_step_map
 from relexkit.errors import CheckpointError
-from relexkit.weights.safetensors_io import TensorInfo
 
-
-class Checkpoint(Protocol):
-    """One set of weights, readable in pieces."""
-
-    @property
-    def description(self) -> str:
-        """What this is, in words."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every stored tensor in the order in which reading is cheapest."""
-
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` with raw bits of elements ``start:start+len(out)`` (of bytes, for tensors
-        that are not float).
-        """
-
-    def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer files by name."""
-
-    def metrics(self) -> dict[str, float]:
-        """What the trainer logged for this step (reward, learning_rate, ...); empty if nothing was
-        found.
-        """
-
-    def close(self) -> None:
-        """Release files."""
-
-
-class Run(Protocol):
-    """A folder of checkpoints."""
-
-    description: str
-    """Format and folder, as kept in a store."""
-    steps: list[int]
-    """Optimizer steps in ascending order, each once."""
-    notes: list[str]
-    """What a person should know: the format that was taken, what else lies there."""
-    left_out: dict[str, str]
-    """Steps that are not whole, and the reasons."""
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        """Open the checkpoint of one of ``steps``."""
+__all__ = ["Checkpoint", "Run", "open_checkpoint", "open_run"]
 
 
 def open_run(source: Path, *, source_format: str | None = None, step_map: str | None = None) -> Run:
@@ -74,8 +29,6 @@ def open_run(source: Path, *, source_format: str | None = None, step_map: str | 
     Raises:
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
-    from relexkit.checkpoints.runs import FolderRun, hub_hint, read_step_map
-
     if not source.is_dir():
         raise CheckpointError(
             f"{source}: no such folder; expected one with a sub-folder for each"
@@ -88,6 +41,4 @@ def open_checkpoint(folder: Path, *, source_format: str | None = None) -> Checkp
     """Open a single checkpoint folder (a base model, or the input of ``relexkit round``), the most
     precise one in it.
     """
-    from relexkit.checkpoints.runs import best_checkpoint
-
     return best_checkpoint(folder, source_format)

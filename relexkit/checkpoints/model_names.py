@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.view import CheckpointView, RunView
 from relexkit.weights.safetensors_io import TensorInfo
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.weights.dtypes import FLOAT_DTYPES

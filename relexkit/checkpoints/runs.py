@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.table import FORMATS, Format
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.errors import CheckpointError
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.layout import Factors, Layout

@@ -16,7 +16,7 @@ from contextlib import closing
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.store import blocks
 from relexkit.weights.dtypes import bits_dtype

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.weights.safetensors_io import TensorInfo
 
 

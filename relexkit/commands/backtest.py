@@ -8,14 +8,14 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.assess.observed import add_pca, observer
 from relexkit.commands.console import console, number, print_json, say
+from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.registry import plot
 
 if TYPE_CHECKING:
     from relexkit.assess.backtest import Backtest
@@ -79,9 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.scope != "global":
             _print_groups(result, arguments.scope)
     if arguments.plot:
-        for path in import_module("analysis.backtest_figures").plot_backtest(
-            matrices, result, arguments.plot, rates=rates
-        ):
+        for path in plot("backtest")(matrices, result, arguments.plot, rates=rates):
             say(f"wrote {path}")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from relexkit.assess.observed import add_pca, observer
 from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.round import add_rounding
 from relexkit.errors import RelexkitError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.assess.observed import add_pca, observer
 from relexkit.commands.console import print_json
+from relexkit.commands.observer import add_pca, observer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

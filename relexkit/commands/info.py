@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,9 @@ def run(parsed: argparse.Namespace) -> None:
     except NotAStoreError:
         if not (parsed.store.startswith("hf://") or Path(parsed.store).is_dir()):
             raise
-        import_module("relexkit.commands.info_source").print_source(parsed.store, parsed.json)
+        from relexkit.commands.info_source import print_source
+
+        print_source(parsed.store, parsed.json)
         return
     print_info(store, parsed.json)
 

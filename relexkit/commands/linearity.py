@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.assess.observed import add_pca, observer
 from relexkit.commands.console import console, number, print_json, progress_bar
+from relexkit.commands.observer import add_pca, observer
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 

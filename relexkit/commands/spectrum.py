@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit.assess.observed import add_pca, observer
 from relexkit.commands.console import console, number, percent, print_json, progress_bar, say
+from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.registry import plot
 
 if TYPE_CHECKING:
     from relexkit.assess.metrics import Informative
@@ -85,8 +85,7 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         _print_spectrum(result, parsed.all, informative)
     if parsed.plot:
-        figures = import_module("analysis.figures")
-        for path in figures.plot_spectra(matrices, parsed.plot, centered=parsed.centered):
+        for path in plot("spectrum")(matrices, parsed.plot, centered=parsed.centered):
             say(f"wrote {path}")
     if parsed.csv:
         from relexkit.geometry.variance import write_csv

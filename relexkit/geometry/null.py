@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.geometry.linalg import leading_eigenpairs, update_products
+from relexkit.geometry.shape import leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 
 STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")

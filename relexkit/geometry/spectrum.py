@@ -13,82 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.geometry.linalg import (
-    RANK_TOLERANCE,
-    leading_eigenpairs,
-    single_threaded_blas,
-    update_products,
-)
 from relexkit.geometry.null import WalkNull, calibrate
+from relexkit.geometry.shape import (
+    Decomposition,
+    center,
+    decompose,
+    leading_eigenpairs,
+    r_squared,
+    update_cosines,
+    walk_gram,
+)
 from relexkit.geometry.trajectory_model import TrajectoryFit
 from relexkit.gram_matrix import Gram
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Eigendecomposition of one Gram matrix, without its numerically zero directions.
-
-    Attributes:
-        left: ``U [T, R]``; each column's sign makes its last coefficient positive.
-        singular_values: ``S [R]``, descending.
-        total: ``trace(G)``, the denominator of every ratio.
-    """
-
-    left: np.ndarray
-    singular_values: np.ndarray
-    total: float
-
-    @property
-    def coefficients(self) -> np.ndarray:
-        """``C = U S``, ``[T, R]``."""
-        return self.left * self.singular_values
-
-    @property
-    def explained_variance_ratio(self) -> np.ndarray:
-        """``lambda_k / trace(G)``, ``[R]``; empty if nothing ever moved."""
-        return self.singular_values**2 / self.total
-
-
-def decompose(matrix: np.ndarray) -> Decomposition:
-    """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at
-    all.
-    """
-    values, vectors = np.linalg.eigh(matrix)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    singular = np.sqrt(np.maximum(values, 0.0))
-    # eigh resolves eigenvalues to about 1e-16 of the largest, singular values to the root of that
-    rank = int(np.count_nonzero(singular > RANK_TOLERANCE * singular[0])) if singular[0] > 0 else 0
-    left = vectors[:, :rank]
-    left = left * np.where(left[-1] < 0, -1.0, 1.0)
-    return Decomposition(left, singular[:rank], float(np.trace(matrix)))
-
-
-def center(matrix: np.ndarray) -> np.ndarray:
-    """``J G J`` with ``J = I - 11^T / T``: Gram matrices ``[..., T, T]`` about the mean checkpoint
-    instead of the base.
-
-    Zero where what is left is rounding noise: checkpoints that differ from the base but not from
-    each other.
-    """
-    rows, columns = matrix.mean(axis=-2, keepdims=True), matrix.mean(axis=-1, keepdims=True)
-    about = matrix - rows - columns + rows.mean(axis=-1, keepdims=True)
-    moved, whole = np.trace(about, axis1=-2, axis2=-1), np.trace(matrix, axis1=-2, axis2=-1)
-    return np.where((moved > 1e-12 * whole)[..., None, None], about, 0.0)
-
-
-def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """R^2 of the least-squares line through each column of ``values [T, R]`` against ``steps [T]``.
-
-    NaN with fewer than three steps, where every line fits, or where a column is constant.
-    """
-    if len(steps) < 3:
-        return np.full(values.shape[1], np.nan)
-    time = steps - steps.mean()
-    deviation = values - values.mean(axis=0)
-    total = (deviation**2).sum(axis=0)
-    total[total <= 1e-24 * (values**2).sum(axis=0)] = np.nan  # what rounding leaves of a constant
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (time @ deviation) ** 2 / ((time**2).sum() * total)
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 
 
 def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
@@ -126,29 +63,6 @@ def _drifts(
 def quarters(num_steps: int) -> np.ndarray:
     """Lengths of the first quarter, half and three quarters of the steps, each at least 1."""
     return np.maximum(1, num_steps * np.arange(1, 4) // 4)
-
-
-def update_cosines(matrix: np.ndarray) -> np.ndarray:
-    """Cosines between neighbouring step-to-step updates, ``[T - 1]``: near 1 on a line, near 0 on a
-    walk without direction.
-
-    NaN where an update is zero.
-    """
-    squares, products = update_products(matrix)
-    norms = np.sqrt(squares)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return products / (norms[1:] * norms[:-1])
-
-
-def walk_gram(steps: np.ndarray) -> np.ndarray:
-    """Expected Gram matrix of a walk of independent, direction-free updates recorded at ``steps``:
-    ``min(s, t)``.
-
-    It alone puts about 8/pi^2 = 81 % of the energy on the first direction and gives its coefficient
-    an R^2 of about 0.96 (methods of arXiv 2605.21468 seen against Antognini and Sohl-Dickstein
-    2018). ``relexkit.geometry.null`` makes it the run's own.
-    """
-    return np.minimum.outer(steps, steps).astype(np.float64)
 
 
 @dataclass(frozen=True)

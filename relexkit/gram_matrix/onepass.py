@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.device import PIECE, WORKERS, CpuEngine, Engine, Kernel, Pending
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, column_windows
 from relexkit.store.encodings.bits import BLOCK, Update, apply_update, clip_update, num_blocks

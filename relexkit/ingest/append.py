@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.checkpoints.tied import equal_tensors
 from relexkit.errors import CheckpointError
-from relexkit.record.sketch import Sketch
+from relexkit.geometry.sketch import Sketch
 from relexkit.store import Encoded, StoreWriter, blocks, stretches
 from relexkit.store.encodings.bits import (
     CHECKSUM_BLOCK,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.errors import CheckpointError
 from relexkit.ingest.append import read_columns

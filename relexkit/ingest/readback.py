@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.errors import StoreError
 from relexkit.ingest.append import read_columns
 from relexkit.store import READ_WINDOW, TrajectoryStore, blocks

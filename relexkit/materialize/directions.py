@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import center, decompose
+from relexkit.geometry.shape import center, decompose
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.lowrank.randomized import wanted_components
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.sums import stream_sums

@@ -12,9 +12,9 @@ import numpy as np
 
 from relexkit.assess.metrics import learning_rates
 from relexkit.errors import StoreError
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import decompose
+from relexkit.geometry.shape import decompose
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.pca import pca_gram
 from relexkit.predict.extrapolators import METHODS, Options, check_request, predict_weights

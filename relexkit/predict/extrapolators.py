@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import decompose
-from relexkit.geometry.trajectory_model import fit_trajectory, trajectory_drift, trajectory_model
+from relexkit.geometry.shape import decompose
+from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 
 _AVERAGED = 10  # recorded steps, where no window is given
 
@@ -266,6 +266,20 @@ def average(gram: np.ndarray, steps: np.ndarray, target: float, options: Options
     weights = np.zeros(len(steps))
     weights[-count:] = 1 / count
     return weights
+
+
+def trajectory_model(
+    gram: np.ndarray, steps: np.ndarray, target: float, options: Options
+) -> np.ndarray:
+    """The trajectory model: fits and predicts one target."""
+    return fit_trajectory(gram, steps, num_parameters=np.inf).weights(target)
+
+
+def trajectory_drift(
+    gram: np.ndarray, steps: np.ndarray, target: float, options: Options
+) -> np.ndarray:
+    """The trajectory model's drift alone, without coasting on momentum."""
+    return fit_trajectory(gram, steps, num_parameters=np.inf).drift_weights([target])[0]
 
 
 def _row_of(steps: np.ndarray, step: float, option: str) -> int:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relexkit.assess.advice import advise
-from relexkit.geometry.linalg import single_threaded_blas
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.store import TrajectoryStore
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ import numpy as np
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.errors import RelexkitError, StoreError
+from relexkit.geometry.sketch import Sketch
 from relexkit.ingest.append import Appender, base_reader, read_columns
 from relexkit.processes import Processes
 from relexkit.record.live_adapter import AdapterSnapshot, LiveAdapter, peft_model
 from relexkit.record.live_snapshot import Snapshot, check_equals, layout_of
 from relexkit.record.live_weights import frozen_names
-from relexkit.record.sketch import Sketch
 from relexkit.store import (
     SAFE_FILE_NAME,
     StoreWriter,

@@ -17,7 +17,8 @@ from matplotlib.text import Text
 
 from analysis import figures, style, variance_map
 from relexkit.errors import RelexkitError
-from relexkit.geometry.spectrum import drift, spectrum, walk_gram
+from relexkit.geometry.shape import walk_gram
+from relexkit.geometry.spectrum import drift, spectrum
 from relexkit.gram_matrix import Gram
 
 IRREGULAR = np.array([1, 2, 5, 9, 30, 31, 40, 80, 120, 200, 210, 500])

@@ -9,7 +9,7 @@ import pytest
 
 from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.linalg import leading_eigenpairs
+from relexkit.geometry.shape import leading_eigenpairs
 from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.predict.extrapolators import METHODS, Options, predict_weights

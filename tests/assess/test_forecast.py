@@ -12,7 +12,7 @@ from simulated import COVERAGE_FAMILIES, D, Run, covered, simulate
 from relexkit.assess import forecast as module
 from relexkit.assess.forecast import Forecast, forecast
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.spectrum import decompose
+from relexkit.geometry.shape import decompose
 from relexkit.geometry.trajectory_model import fit_trajectory
 
 

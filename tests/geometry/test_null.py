@@ -9,7 +9,8 @@ import pytest
 from strategies import gram_of, walk_with_momentum
 
 from relexkit.geometry.null import STATISTICS, calibrate, statistics
-from relexkit.geometry.spectrum import center, decompose, drift, r_squared, spectrum, update_cosines
+from relexkit.geometry.shape import center, decompose, r_squared, update_cosines
+from relexkit.geometry.spectrum import drift, spectrum
 
 STEPS = np.array([1, 2, 4, 7, 12, 13, 20, 26, 33, 40, 41, 50])
 

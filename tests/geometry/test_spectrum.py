@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from strategies import Trajectory, gram_of, trajectories, trajectory
 
 from relexkit import Gram, RelexkitError, spectrum
-from relexkit.geometry.spectrum import (
-    center,
-    decompose,
-    drift,
-    quarters,
-    r_squared,
-    update_cosines,
-    walk_gram,
-)
+from relexkit.geometry.shape import center, decompose, r_squared, update_cosines, walk_gram
+from relexkit.geometry.spectrum import drift, quarters
 
 STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50])
 

@@ -11,15 +11,10 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.trajectory_model import (
-    TrajectoryFit,
-    fit_trajectory,
-    posterior,
-    trajectory_model,
-)
+from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory, posterior
 from relexkit.geometry.trajectory_model import fit as module
 from relexkit.geometry.trajectory_model.response import Clock
-from relexkit.predict.extrapolators import METHODS, Options
+from relexkit.predict.extrapolators import METHODS, Options, trajectory_model
 
 D = 2000
 IRREGULAR = np.array(

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_callback import StopAt, small_trainer
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore, checkout, import_checkpoints
+from relexkit.geometry.sketch import Sketch
 from relexkit.materialize.adapters import checkout_adapter
-from relexkit.record.sketch import Sketch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about themselves
 

@@ -15,8 +15,8 @@ from simulated import COVERAGE_FAMILIES, simulate
 
 from relexkit import Recorder, TrajectoryStore, gram
 from relexkit.assess.advice import advise
+from relexkit.geometry.sketch import Sketch
 from relexkit.record.live_advice import LiveAdvice, headline
-from relexkit.record.sketch import Sketch
 
 D = 4000
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
-from relexkit.commands.console import console
+from relexkit.extension import console
 
 PROBLEMS = 256
 METHODS = ("relex", "model", "drift")
@@ -198,7 +198,7 @@ def _evaluate(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, An
 
 
 def _sweep(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, Any]:
-    from trainer.experiments import sweep
+    from trainer.commands import sweep
 
     given = [
         str(word)

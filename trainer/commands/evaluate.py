@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit import RelexkitError
-from relexkit.commands.console import console, print_json, progress_bar
+from relexkit.extension import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from relexkit.store import ProgressCallback
+    from relexkit.extension import ProgressCallback
     from trainer.evaluation.evaluate import Evaluation
 
 
@@ -170,8 +170,7 @@ def _is_store(path: str) -> bool:
 
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
-    from relexkit.assess.metrics import learning_rates
-    from relexkit.predict.extrapolators import step_text
+    from relexkit.extension import learning_rates, step_text
     from trainer.policy.stored_model import StoredModel, recorded_weights
 
     store = TrajectoryStore(arguments.model[0])

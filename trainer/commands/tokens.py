@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
-from relexkit.commands.console import console, percent, print_json
+from relexkit.extension import console, percent, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 
 from relexkit import RelexkitError
-from relexkit.commands.console import print_json, print_pairs
+from relexkit.extension import print_json, print_pairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
+from relexkit.extension import Processes
 from trainer.credit.advantage import group_advantages, lampo_advantages
 from trainer.credit.token_share import TokenClasses, add_masses, class_shares, token_masses
 from trainer.credit.token_states import TokenStates

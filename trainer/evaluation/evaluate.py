@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from relexkit import RelexkitError
-from relexkit.store import ProgressCallback
+from relexkit.extension import ProgressCallback
 from trainer.evaluation.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from trainer.policy.sampling import Completion, Sampling, generate
 from trainer.tasks import Problem, Split, Task, prompt_text, score

@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
-from relexkit.record.live_weights import named_weights
+from relexkit.extension import Processes, named_weights
 from trainer.policy.setup import quiet
 
 CONFIG = "config.yaml"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from relexkit.processes import Processes
+from relexkit.extension import Processes
 from trainer.config import GRPOConfig
 from trainer.credit.assignment import (
     advantages,

@@ -12,8 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from relexkit import Recorder, apply, predict_weights
-from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
-from relexkit.gram_matrix.segment import from_segment, segment_gram
+from relexkit.extension import JUMP_METRIC, from_segment, jumps, segment_gram
 from trainer.config import Regrounding
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
+from relexkit.extension import Processes
 
 _NAME = re.compile(r"step-(\d+)")
 

@@ -19,9 +19,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
-from relexkit.processes import Processes
-from relexkit.record.live_advice import LiveAdvice
-from relexkit.store import NotAStoreError
+from relexkit.extension import LiveAdvice, NotAStoreError, Processes
 from trainer.config import GRPOConfig, dump_config
 from trainer.evaluation.evaluate import evaluate
 from trainer.loop.folder import claim_folder, save_model

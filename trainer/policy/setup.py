@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from relexkit import RelexkitError
-from relexkit.processes import Processes
+from relexkit.extension import Processes
 
 if TYPE_CHECKING:
     from trainer.config import G2DConfig, GRPOConfig

@@ -21,8 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from relexkit.commands.console import progress_bar, say
-from relexkit.store import ProgressCallback
+from relexkit.extension import ProgressCallback, progress_bar, say
 from trainer.policy.log_probabilities import make_batch, token_logprobs
 from trainer.policy.sampling import Completion, encode_prompt
 from trainer.tasks import Problem, load_task

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
-from relexkit.commands.console import say
-from trainer.tasks import Problem, Split, Splits, load_function, split_fixed, without
+from relexkit.extension import say
 from trainer.tasks.mathematics import equal_as_mathematics
+from trainer.tasks.problems import Problem, Split, Splits, load_function, split_fixed, without
 
 Reward = Callable[[str, Problem], float]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from relexkit import RelexkitError
-from trainer.tasks import Problem, Split, Splits, split_drawn
+from trainer.tasks.problems import Problem, Split, Splits, split_drawn
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 

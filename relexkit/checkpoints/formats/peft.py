@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run
 from relexkit.checkpoints.formats.huggingface import (
     SafetensorsFiles,
     TorchFiles,
@@ -29,6 +28,7 @@ from relexkit.checkpoints.formats.huggingface import (
 )
 from relexkit.checkpoints.formats.key_names import without_wrappers
 from relexkit.checkpoints.model_names import in_memory
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.same_tensors import refuse_quantised
 from relexkit.checkpoints.small_files import model_files, read_small
 from relexkit.checkpoints.tied import split_heads, with_heads

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats import dcp, deepspeed, huggingface, peft, refused, verl
+from relexkit.checkpoints.protocol import Checkpoint
 
 
 @dataclass(frozen=True)

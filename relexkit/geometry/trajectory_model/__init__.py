@@ -27,11 +27,6 @@ the search for momentum and rounding; ``posterior``, what is averaged over; ``fi
 model and its predictions.
 """
 
-from relexkit.geometry.trajectory_model.fit import (
-    TrajectoryFit,
-    fit_trajectory,
-    trajectory_drift,
-    trajectory_model,
-)
+from relexkit.geometry.trajectory_model.fit import TrajectoryFit, fit_trajectory
 
-__all__ = ["TrajectoryFit", "fit_trajectory", "trajectory_drift", "trajectory_model"]
+__all__ = ["TrajectoryFit", "fit_trajectory"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model.likelihood import START, WALK, expit, search, with_rounding
 from relexkit.geometry.trajectory_model.posterior import RATIOS, Drift, integrate, kept, quantiles
 from relexkit.geometry.trajectory_model.response import Clock
-
-if TYPE_CHECKING:
-    from relexkit.predict.extrapolators import Options  # whose table of methods lists this one
 
 # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _GRID = 4096
@@ -294,19 +291,3 @@ def _thin(num_steps: int) -> np.ndarray:
         return np.arange(num_steps)
     earlier = np.linspace(0, num_steps - _RECENT - 1, _MOST - _RECENT).round().astype(np.int64)
     return np.r_[earlier, np.arange(num_steps - _RECENT, num_steps)]
-
-
-def trajectory_model(
-    gram: np.ndarray, steps: np.ndarray, target: float, options: Options
-) -> np.ndarray:
-    """The trajectory model as an extrapolator: fits and predicts one target; ``fit_trajectory``
-    shares a fit among targets.
-    """
-    return fit_trajectory(gram, steps, num_parameters=np.inf).weights(target)
-
-
-def trajectory_drift(
-    gram: np.ndarray, steps: np.ndarray, target: float, options: Options
-) -> np.ndarray:
-    """The trajectory model's drift alone, without coasting on momentum, as an extrapolator."""
-    return fit_trajectory(gram, steps, num_parameters=np.inf).drift_weights([target])[0]

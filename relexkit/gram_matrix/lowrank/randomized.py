@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from relexkit.errors import RelexkitError
-from relexkit.geometry.linalg import single_threaded_blas
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.device import PIECE, Engine, open_engine
 from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.jumps import last_trained

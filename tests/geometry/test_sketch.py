@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from strategies import trajectory
 
-from relexkit.geometry.spectrum import decompose, r_squared
-from relexkit.record.sketch import Sketch
+from relexkit.geometry.shape import decompose, r_squared
+from relexkit.geometry.sketch import Sketch
 
 STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50, 60, 61, 70, 90])
 

@@ -21,8 +21,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from relexkit.geometry.linalg import single_threaded_blas
-from relexkit.geometry.spectrum import decompose, r_squared
+from relexkit.geometry.shape import decompose, r_squared
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.weights.dtypes import random_bits
 
 WIDTH = 2**14

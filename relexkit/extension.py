@@ -1,0 +1,88 @@
+"""What ``trainer``, ``analysis`` and other packages may build on, beside ``relexkit`` itself.
+
+A package joins the ``relexkit`` command by an entry point of the group ``relexkit.extensions`` that
+names an ``Extension`` (``docs/architecture.md`` has an example). Everything else inside relexkit
+may change freely.
+"""
+
+from relexkit.assess.advice import Advice, advise
+from relexkit.assess.backtest import CHEAP, Backtest, backtest
+from relexkit.assess.forecast import Forecast, forecast
+from relexkit.assess.metrics import informative_steps, learning_rates
+from relexkit.commands.console import (
+    console,
+    number,
+    percent,
+    print_json,
+    print_pairs,
+    progress_bar,
+    say,
+)
+from relexkit.commands.registry import Command, Extension
+from relexkit.geometry.null import STATISTICS
+from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
+from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
+from relexkit.gram_matrix import Gram, gram
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
+from relexkit.gram_matrix.segment import from_segment, segment_gram
+from relexkit.materialize import temporary_folder
+from relexkit.predict.extrapolators import METHODS, Options, check_request, step_text
+from relexkit.processes import Processes
+from relexkit.record.live_advice import LiveAdvice
+from relexkit.record.live_weights import named_weights
+from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.version import __version__
+from relexkit.weights.layout import layer_of, module_of
+
+__all__ = [
+    "CHEAP",
+    "JUMP_METRIC",
+    "METHODS",
+    "STATISTICS",
+    "Advice",
+    "Backtest",
+    "Command",
+    "Extension",
+    "Forecast",
+    "Gram",
+    "LiveAdvice",
+    "NotAStoreError",
+    "Options",
+    "Processes",
+    "ProgressCallback",
+    "ScopeSpectrum",
+    "Spectrum",
+    "TrajectoryStore",
+    "__version__",
+    "advise",
+    "backtest",
+    "center",
+    "check_request",
+    "console",
+    "decompose",
+    "describe_steps",
+    "drift",
+    "forecast",
+    "from_segment",
+    "gram",
+    "informative_steps",
+    "jumps",
+    "layer_of",
+    "learning_rates",
+    "module_of",
+    "named_weights",
+    "number",
+    "percent",
+    "print_json",
+    "print_pairs",
+    "progress_bar",
+    "r_squared",
+    "say",
+    "segment_gram",
+    "single_threaded_blas",
+    "spectrum",
+    "step_text",
+    "temporary_folder",
+    "walk_gram",
+]
