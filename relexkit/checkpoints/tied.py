@@ -83,11 +83,10 @@ def tied_tensors(
             _equal_at(run, step, head, embedding) for step in steps
         ):
             tied[head] = embedding
-        elif not _denies_tie(base):
-            claim = "although config.json says" if _claims_tie(base) else "though nothing denies"
+        elif _claims_tie(base):
             notes.append(
-                f"{head} differs from {embedding} {claim} that they are tied: both are recorded,"
-                " and written checkpoints say tie_word_embeddings false"
+                f"{head} differs from {embedding} although config.json says they are tied: both are"
+                " recorded"
             )
     return tied, notes
 

@@ -199,7 +199,7 @@ def _join(
     removed = [s for s in recorded if s > last]
     if rewind and last and removed:
         writer.truncate(last)
-        notes.append(f"{len(removed)} steps after step {last} were removed, to be recorded anew")
+        notes.append(f"removed, to be recorded anew, what was recorded after step {last}")
     return notes
 
 

@@ -12,7 +12,7 @@ from relexkit.errors import RelexkitError
 from relexkit.materialize.sums import stream_sums
 from relexkit.store import TrajectoryStore
 from relexkit.weights.dtypes import FLOAT_DTYPES, Rounding, round_bits
-from relexkit.weights.layout import Layout, Segment
+from relexkit.weights.layout import Layout, Segment, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def apply(
             f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of"
             " predict_weights"
         )
-    flat = _flat_tensors(store.layout, _named_as_stored(store.layout, model))
+    flat = _flat_tensors(store, _named_as_stored(store.layout, model))
 
     def consume(_: int, segment: Segment, values: np.ndarray) -> None:
         name, start = segment.tensor.name, segment.start
@@ -87,13 +87,15 @@ def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.
     return state
 
 
-def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+def _flat_tensors(
+    store: TrajectoryStore, state: dict[str, torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
     """For each moving tensor, flat views of its memory in the model, under its own name and those
-    tied to it.
+    tied to it; none of what no step moves and the model does not have.
     """
-    shared = layout.aliases()
+    shared = store.layout.aliases()
     flat = {}
-    for tensor in layout.moving_tensors:
+    for tensor in store.layout.moving_tensors:
         found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
         for name in found:
@@ -105,6 +107,9 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
                     f"tensor {name!r} of the model is {state[name].dtype}, contiguous"
                     f" {state[name].is_contiguous()}; expected contiguous {', '.join(FLOAT_DTYPES)}"
                 )
+        if not found and _is_still(store, tensor):
+            flat[tensor.name] = []
+            continue
         if wrong or not found:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
             raise RelexkitError(
@@ -113,6 +118,16 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
         flat[tensor.name] = [state[name].detach().view(-1) for name in found]
     _refuse_shared(flat)
     return flat
+
+
+def _is_still(store: TrajectoryStore, tensor: TensorSpec) -> bool:
+    """True if no step moves the part that a tensor lies in."""
+    parts = {segment.part for segment in store.layout.segments_of(tensor)}
+    return all(
+        store.layout.parts[part].encoding == "sparse"
+        and not store.entries(part, len(store.steps)).any()
+        for part in parts
+    )
 
 
 def _refuse_shared(flat: dict[str, list[torch.Tensor]]) -> None:
