@@ -124,11 +124,11 @@ class KeptFromBase(CheckpointView):
         (self._base if name in self._from_base else self.inner).read_into(name, start, out)
 
 
-def refuse_excluded_adapter(exclude: Sequence[str]) -> None:
-    """Refuse ``--exclude`` for a run of adapters, which leave alone what they do not adapt."""
+def refuse_exclude(exclude: Sequence[str], steps: str) -> None:
+    """Refuse ``--exclude`` for steps that are changes of the base: what they leave alone is its."""
     if exclude:
         raise CheckpointError(
-            "--exclude has no effect on adapters: what they do not adapt is the base's; leave it"
+            f"--exclude has no effect on {steps}: what they do not change is the base's; leave it"
             " out"
         )
 

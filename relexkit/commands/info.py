@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> None:
             raise NotAStoreError("a hub repository")
         store = TrajectoryStore(parsed.store)
     except NotAStoreError:
-        if not (parsed.store.startswith("hf://") or Path(parsed.store).is_dir()):
+        if not Path(parsed.store).is_dir() and "://" not in parsed.store:
             raise
         from relexkit.commands.info_source import print_source
 

@@ -12,15 +12,17 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import ChangingCheckpoint, Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base, over_base
 from relexkit.checkpoints.model_names import named_alike
-from relexkit.checkpoints.one_sided import KeptFromBase, refuse_excluded_adapter, sides
+from relexkit.checkpoints.one_sided import KeptFromBase, refuse_exclude, sides
 from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
 from relexkit.checkpoints.small_files import merged_files
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.checkpoints.tied import heads_on_one_side, tied_tensors, with_heads
+from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.append import Appender, base_reader
@@ -89,8 +91,8 @@ def import_checkpoints(
     and reported.
 
     Args:
-        source: folder with one sub-folder for each step, or ``hf://OWNER/NAME``, a hub repository
-            with branches ``step_N``.
+        source: folder with one sub-folder for each step; ``hf://OWNER/NAME``, a hub repository with
+            branches ``step_N``; or the URL of a folder of weight-sync versions.
         base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the
             base. Adapters may name it.
         steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A
@@ -99,8 +101,8 @@ def import_checkpoints(
             16-bit checkpoints and for float32 ones that hardly change, else float.
         mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative
             error of at most ``2 ** -(mantissa_bits + 1)`` of each delta.
-        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most
-            precise one there if not given.
+        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp``, ``deepspeed`` or
+            ``weight-sync``; the most precise one there if not given.
         step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``,
             where folders are not numbered by optimizer steps; ``steps`` then means optimizer steps,
             and labels are kept as the metric ``label``.
@@ -121,7 +123,8 @@ def import_checkpoints(
     tied, which would take a second download.
 
     Steps that the store has already are compared with the run's, in samples of where the run moves;
-    a run that differs, or shares no step, is refused.
+    a run that differs, or shares no step, is refused. Weight-sync deltas need one copy of the model
+    beside ``OUT`` while they are applied.
 
     Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are
     read once more, and so is what does not fit the budget. Memory: the budget, a few blocks of
@@ -138,7 +141,13 @@ def import_checkpoints(
         if is_hub(source):
             run = HubRun(str(source), hub, step_map)
         else:
-            run = open_run(Path(source), source_format=source_format, step_map=step_map)
+            run = open_run(
+                source,
+                source_format=source_format,
+                step_map=step_map,
+                kept=TrajectoryStore(out) if _is_store(out) else None,
+                scratch=_scratch(out),
+            )
         wanted = select_steps(run.steps, steps)
         base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source, hub)
         with closing(base_checkpoint):
@@ -159,7 +168,8 @@ def import_checkpoints(
                             writer.store.files(), [int(s) for s in writer.store.steps]
                         )
                     else:
-                        notes += _join(writer, view, over, wanted, rewind, continues, known_until)
+                        linked = continues or isinstance(run, WeightSyncRun)  # by its versions
+                        notes += _join(writer, view, over, wanted, rewind, linked, known_until)
                 if is_hub(base_words):  # the store has it by now, and the disk needs the room
                     base_checkpoint.close()
                     view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], exclude)
@@ -235,10 +245,13 @@ def seen_alike(
     """Run and base with the same tensors under the same names, and what was done about those of one
     side, in words: adapters merged into the base, tied heads on both sides.
     """
+    if isinstance(run, WeightSyncRun):
+        refuse_exclude(exclude, "weight-sync deltas")
+        return ChainedRun(run, base), base, []  # its tensors are the base's
     run, base = over_base(run, base, first_step)
     with closing(run.checkpoint(first_step)) as first:
         if isinstance(first, AdaptedCheckpoint):
-            refuse_excluded_adapter(exclude)
+            refuse_exclude(exclude, "adapters")
             return run, base, []
         run, base = named_alike(run, base, first)
     with closing(run.checkpoint(first_step)) as first:
@@ -326,6 +339,12 @@ def _open_base(
     )
 
 
+def _scratch(out: str | Path) -> Path | None:
+    """The folder that a local store lies in: what has to be unpacked goes there."""
+    parent = Path(out).absolute().parent
+    return parent if "://" not in str(out) and parent.is_dir() else None
+
+
 def _is_store(path: str | Path) -> bool:
     """True if a finished store is at ``path``, False if one may be created there.
 
@@ -394,6 +413,8 @@ def _choose_encodings(
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")
     try:
+        if isinstance(run, ChainedRun):  # its last step costs as much as all of them
+            steps = steps[:1]
         with ExitStack() as stack:
             last = stack.enter_context(closing(run.checkpoint(steps[-1])))
             earlier = (
@@ -484,7 +505,10 @@ def append_all(
     """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
         still = getattr(first, "still", ())
-    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
+        changing = isinstance(first, ChangingCheckpoint)
+    with closing(
+        Appender(writer, base, memory_budget_bytes, still=still, changing=changing)
+    ) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:
