@@ -168,9 +168,10 @@ def config_places(config: bytes) -> dict[str, Place]:
     kind = getattr(transformers, str(architecture), None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         return {}
+    settings: Any = kind.config_class
     try:
         with torch.device("meta"):
-            model = kind(kind.config_class.from_dict(document))
+            model = kind(settings.from_dict(document))
     except Exception:  # a configuration of another release, or damaged: names stay as they are
         return {}
     return model_places(model)

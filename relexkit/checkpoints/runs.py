@@ -317,7 +317,7 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
     return chosen.format.open(chosen.places[0])
 
 
-def hub_hint(folder: Path) -> str:
+def hub_hint(folder: str | Path) -> str:
     """What to add about a folder that is not there, if it looks like the name of a repository."""
     if _REPOSITORY.fullmatch(str(folder)):
         return f": a repository of the hub is written hf://{folder}"

@@ -50,7 +50,7 @@ class CheckpointView:
 
 
 class RunView:
-    """A run each of whose checkpoints is seen through ``view``; see ``relexkit.checkpoints.Run``."""
+    """A run whose checkpoints are seen through ``view``; see ``relexkit.checkpoints.Run``."""
 
     def __init__(self, run: Run, view: Callable[[Checkpoint], Checkpoint]):
         self._run, self._view = run, view

@@ -1,5 +1,5 @@
 """Is this the run that a store holds? Every step that both have is compared, in samples of where
-the run moves, so that a branch that was written anew after a resume is never mixed with the old one.
+the run moves, so that a branch that was written anew after a resume is never mixed with the old.
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ def check_branch(
     """
     if found.different and not (rewind and found.last_agreeing()):
         several = len(found.different) > 1
-        what = (
-            f"step{'s' * several} {_list(found.different)} of the run"
-            f" {'differ from those' if several else 'differs from the one'} recorded in {store.path}"
-        )
+        differ = "differ from those" if several else "differs from the one"
+        what = f"{_steps(found.different)} of the run {differ} recorded in {store.path}"
         if not found.last_agreeing():
             raise CheckpointError(f"{what}: this is another run; choose another -o")
         raise CheckpointError(
@@ -108,10 +106,10 @@ def check_branch(
         )
     gone = [s for s in recorded if s > max(found.equal, default=recorded[-1] if recorded else 0)]
     if new and gone and not rewind:
+        are = "are" if len(gone) > 1 else "is"
         return [
-            f"step{'s' * (len(gone) > 1)} {_list(gone)}, recorded before, {'are' if len(gone) > 1 else 'is'}"
-            f" not in the run any more: if it was resumed from step {max(found.equal)}, import"
-            " again with --rewind into a copy, or into a new store"
+            f"{_steps(gone)}, recorded before, {are} not in the run any more: if it was"
+            f" resumed from step {max(found.equal)}, import it into a new store"
         ]
     return []
 
@@ -172,6 +170,7 @@ def _same(
     return np.array_equal(current, store.read_state(part, row, begin, end))
 
 
-def _list(steps: Sequence[int]) -> str:
+def _steps(steps: Sequence[int]) -> str:
     shown = ", ".join(str(step) for step in steps[:5])
-    return f"{shown} and {len(steps) - 5} more" if len(steps) > 5 else shown
+    more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+    return f"step{'s' * (len(steps) > 1)} {shown}{more}"

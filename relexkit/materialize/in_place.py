@@ -94,7 +94,7 @@ def _flat_tensors(
     tied to it; none of what no step moves and the model does not have.
     """
     shared = store.layout.aliases()
-    flat = {}
+    flat: dict[str, list[torch.Tensor]] = {}
     for tensor in store.layout.moving_tensors:
         found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]

@@ -252,7 +252,7 @@ def test_heads_that_only_the_run_has_are_left_out_and_said(name: str, tmp_path: 
 
 def test_other_tensors_of_one_side_are_refused_with_the_way_out(tmp_path: Path) -> None:
     for base, run in (({"odd": torch.ones(1)}, {}), ({}, {"odd": torch.ones(1)})):
-        with pytest.raises(CheckpointError, match="'odd'.* with --exclude"):
+        with pytest.raises(CheckpointError, match=r"'odd'.* with --exclude"):
             imported(tmp_path, base, run)
     assert names(imported(tmp_path, {"odd": torch.ones(1)}, {}, "^odd$").store) == {"odd"}
 

@@ -104,7 +104,7 @@ def test_processor_generation_and_code_come_from_one_side_each() -> None:
     }
     run = {"preprocessor_config.json": b"r", "config.json": b"r"}
     assert merged_files(base, run) == {
-        **{name: b"b" for name in ("generation_config.json", "modeling.py")},
+        **dict.fromkeys(("generation_config.json", "modeling.py"), b"b"),
         **run,
     }
 

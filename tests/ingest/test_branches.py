@@ -63,11 +63,11 @@ def test_a_step_that_was_written_anew_is_refused_wherever_it_lies(run: Run, tmp_
 def test_all_that_differ_are_named(run: Run, tmp_path: Path) -> None:
     for step in (200, 300):
         rewrite(run, step, step)
-    with pytest.raises(CheckpointError, match="steps 200, 300 of the run differ from those"):
+    with pytest.raises(CheckpointError, match=r"steps 200, 300 of the run differ from those"):
         add(run, tmp_path)
     for step in (100, 400):
         rewrite(run, step, step)
-    with pytest.raises(CheckpointError, match="100, 200, 300, 400 .*this is another run; choose"):
+    with pytest.raises(CheckpointError, match=r"100, 200, 300, 400 .*this is another run; choose"):
         add(run, tmp_path, rewind=True)
 
 
@@ -78,7 +78,10 @@ def test_rewind_replaces_what_was_recorded_after_the_last_step_that_agrees(
     rewrite(run, 600, 8)
     result = add(run, tmp_path, rewind=True)
     assert result.added == [400, 600]
-    assert any("removed, to be recorded anew, what was recorded after step 300" in note for note in result.notes)
+    assert any(
+        "removed, to be recorded anew, what was recorded after step 300" in note
+        for note in result.notes
+    )
     result.store.verify()
     assert result.store.steps.tolist() == [100, 200, 300, 400, 600]
     if result.store.exact:

@@ -535,9 +535,9 @@ def adapter_in(opened: Checkpoint) -> AdapterCheckpoint | None:
 
 
 def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
-    """``run`` and ``base`` as they are; if the steps (``step`` is one) are adapters, the merged view
-    of the run, and the base under the adapter's names, with a tied head that is now a tensor of its
-    own.
+    """``run`` and ``base`` as they are; if the steps (``step`` is one) are adapters, the merged
+    view of the run, and the base under the adapter's names, with a tied head that is now a tensor
+    of its own.
     """
     with closing(run.checkpoint(step)) as first:
         adapter = adapter_in(first)
