@@ -17,8 +17,10 @@ from relexkit.commands.console import (
     print_pairs,
     progress_bar,
     say,
+    show,
 )
 from relexkit.commands.registry import Command, Extension
+from relexkit.errors import printable
 from relexkit.geometry.null import STATISTICS
 from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
@@ -26,12 +28,13 @@ from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
-from relexkit.materialize import temporary_folder
+from relexkit.materialize import apply_step, temporary_folder
 from relexkit.predict.extrapolators import METHODS, Options, check_request, step_text
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
 from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
@@ -57,6 +60,7 @@ __all__ = [
     "TrajectoryStore",
     "__version__",
     "advise",
+    "apply_step",
     "backtest",
     "center",
     "check_request",
@@ -77,14 +81,18 @@ __all__ = [
     "percent",
     "print_json",
     "print_pairs",
+    "printable",
     "progress_bar",
     "r_squared",
     "random_bits",
+    "replace_folder",
     "say",
     "segment_gram",
+    "show",
     "single_threaded_blas",
     "spectrum",
     "step_text",
     "temporary_folder",
     "walk_gram",
+    "write_file",
 ]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from relexkit.commands.console import print_json, progress_bar
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.console import print_json, progress_bar, say, show
+from relexkit.commands.observer import Observer, add_pca, observer
 from relexkit.commands.round import add_rounding
 from relexkit.errors import RelexkitError
+
+if TYPE_CHECKING:
+    from relexkit.store import TrajectoryStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,12 +129,13 @@ def run(parsed: argparse.Namespace) -> None:
             return
         for a in adapters:
             there = " (was there already)" if a.already else ""
-            print(
+            show(
                 f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error"
                 f" {a.error:.1e}{there}"
             )
         return
     with observer(parsed) as observed:
+        _warn(observed, store, parsed)
         written = extrapolate(
             store,
             parsed.to,
@@ -148,16 +153,52 @@ def run(parsed: argparse.Namespace) -> None:
         )
     if observed.silent:
         return
+    first, last = _window(store, parsed)
     if parsed.json:
+        how = {"method": parsed.method, "steps": [first, last]}
         print_json(
-            [{"target": p.target, "folder": str(p.folder), "already": p.already} for p in written]
+            [
+                {"target": p.target, "folder": str(p.folder), "already": p.already, **how}
+                for p in written
+            ]
         )
         return
     for p in written:
-        print(
-            f"step {step_text(p.target)}: {p.folder}"
+        show(
+            f"step {step_text(p.target)}: {p.folder}, {parsed.method} from steps {first} to {last}"
             + (" (was there already)" if p.already else "")
         )
+
+
+def _window(store: TrajectoryStore, parsed: argparse.Namespace) -> tuple[int, int]:
+    """First and last of the recorded steps that the prediction was made from."""
+    from relexkit.gram_matrix.jumps import last_trained
+
+    until = last_trained(store, parsed.until)
+    seen = store.steps if until is None else store.steps[store.steps <= until]
+    return int(seen[-parsed.window if parsed.window else 0]), int(seen[-1])
+
+
+def _warn(observed: Observer, store: TrajectoryStore, parsed: argparse.Namespace) -> None:
+    """One line if the run's own record speaks against what is asked; reads no weights for it that
+    the prediction does not read.
+    """
+    from relexkit.assess.advice import advise, objection
+    from relexkit.gram_matrix.exact import known_steps
+    from relexkit.predict.extrapolators import METHODS
+
+    method = METHODS.get(parsed.method)
+    if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
+        return
+    matrices = observed.gram(store, parsed.until)
+    if observed.silent or not len(matrices.steps):
+        return
+    metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
+    against = objection(
+        advise(matrices, metrics), parsed.method, float(matrices.steps[-1]), parsed.to, store.path
+    )
+    if against:
+        say(f"warning: {against}")
 
 
 def _rank(text: str) -> int:

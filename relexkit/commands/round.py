@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> None:
             }
         )
     else:
-        print(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
+        show(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
 
 
 def add_rounding(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from relexkit.extension import (
     r_squared,
 )
 from trainer.policy.sampling import encode_prompt, end_tokens
-from trainer.policy.stored_model import StoredModel, recorded_weights
+from trainer.policy.stored_model import StoredModel
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -81,6 +81,7 @@ def output_linearity(
     method: str = "model",
     until: int | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
     """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
@@ -96,7 +97,7 @@ def output_linearity(
         raise RelexkitError(
             f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
         )
-    stored = StoredModel(store, device=_device(device))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError(
@@ -106,7 +107,7 @@ def output_linearity(
     rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
     found = []
     for done, row in enumerate(rows, 1):
-        stored.put(recorded_weights(store, int(observed.steps[row])))
+        stored.put_step(int(observed.steps[row]))
         found.append(text_logprobs(model, tokenizer, texts))
         if progress:
             progress("probing", done, len(rows) + len(targets))
@@ -168,6 +169,7 @@ def logit_extrapolation(
     target: float,
     max_completion_length: int,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
     two models in float32.
@@ -181,14 +183,14 @@ def logit_extrapolation(
             f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
             " later one"
         )
-    stored = StoredModel(store, device=_device(device))
-    stored.put(recorded_weights(store, first))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
+    stored.put_step(first)
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),
         stored.model.eval(),
         stored.tokenizer,
     )
-    stored.put(recorded_weights(store, second))
+    stored.put_step(second)
     factor = (target - second) / (second - first)
     return [
         extrapolated_completion(

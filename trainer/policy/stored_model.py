@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from relexkit import TrajectoryStore, apply, checkout
+from relexkit.extension import apply_step
 from trainer.policy.setup import load_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -22,7 +23,8 @@ class StoredModel:
 
     ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are
     what is computed with, so that models in different precisions differ by their weights alone.
-    Memory: one model, and a second one in ``dtype``.
+    Memory: one model, and a second one in ``dtype``. Code that the store carries for its model runs
+    only with ``trust_remote_code``.
 
     Attributes:
         model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at
@@ -38,19 +40,20 @@ class StoredModel:
         seed: int = 0,
         device: torch.device | None = None,
         disable_dropout: bool = True,
+        trust_remote_code: bool = False,
     ):
         self.store = store
         self._rounding, self._seed = rounding, seed
         with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
             base = str(checkout(store, 0, Path(folder) / "base"))
+            where = device or torch.device("cpu")
             self.model, self.tokenizer = load_model(
-                base, device or torch.device("cpu"), disable_dropout=disable_dropout
+                base, where, disable_dropout=disable_dropout, trust_remote_code=trust_remote_code
             )
             self._rounded: Any = None
             if dtype != "float32":
-                self._rounded = load_model(base, device or torch.device("cpu"))[0].to(
-                    dtype=getattr(torch, dtype)
-                )
+                rounded, _ = load_model(base, where, trust_remote_code=trust_remote_code)
+                self._rounded = rounded.to(dtype=getattr(torch, dtype))
 
     def put(self, weights: np.ndarray) -> None:
         """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass
@@ -60,6 +63,21 @@ class StoredModel:
             apply(self.store, self.model, weights)
             return
         apply(self.store, self._rounded, weights, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def put_step(self, step: int) -> None:
+        """Put a recorded step into the model, 0 for the base, bit for bit where the store is exact.
+
+        Raises:
+            StoreError: the step is not recorded.
+        """
+        if self._rounded is None:
+            apply_step(self.store, self.model, step)
+            return
+        apply_step(self.store, self._rounded, step, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def _take_over(self) -> None:
         with torch.no_grad():
             for parameter, rounded in zip(
                 self.model.parameters(), self._rounded.parameters(), strict=True
