@@ -110,7 +110,7 @@ def test_a_list_is_not_one_of_its_numbers(first, second, between):
     if one == other:
         return
     for wanted in (one, other):
-        assert not gives_answer(f"It is {text}{between}{last}.", str(wanted))
+        assert not gives_answer(f"It is {text}{between}{last}.", str(wanted), "Which?")
 
 
 @given(st.text(max_size=40))
