@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from relexkit.materialize.folders import FolderJob, PendingFolders, is_finished
+from relexkit.materialize.versions import WeightSync, write_versions
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
@@ -16,9 +18,17 @@ from relexkit.weights.layout import Segment
 
 
 def checkout(
-    store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None
+    store: TrajectoryStore,
+    step: int,
+    out: str | Path,
+    *,
+    sync: WeightSync | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
+    Returns the folder.
+
+    With ``sync`` it is written as a version ``out/weight_v{N}`` that an inference engine pulls.
 
     Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded
     dtype. From a store of adapters these are the merged weights, rounded stochastically (seed 0)
@@ -29,6 +39,12 @@ def checkout(
         RelexkitError: something else is at ``out``.
     """
     row = -1 if step == 0 else store.row_of(step)
+    if sync is not None:
+
+        def make(scratch: Path) -> list[Path]:
+            return [checkout(store, step, scratch / f"step-{step}", progress=progress)]
+
+        return write_versions(sync, Path(out), partial(checkout, store), make)[0].folder
     content = f"{content_checksum(store.checksums()[row].tolist()):08x}" if row >= 0 else "base"
     exact = (
         "bit for bit"
