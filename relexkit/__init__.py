@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relexkit.geometry.spectrum import Spectrum, spectrum
     from relexkit.gram_matrix import Gram, gram
     from relexkit.ingest.importer import import_checkpoints
-    from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
+    from relexkit.materialize import WeightSync, apply, checkout, extrapolate, round_checkpoint
     from relexkit.predict.extrapolators import METHODS, Options, predict_weights
     from relexkit.record.recorder import Recorder
     from relexkit.store import TrajectoryStore
@@ -35,6 +35,7 @@ _HOMES = {
     "Spectrum": "relexkit.geometry.spectrum",
     "StoreError": "relexkit.errors",
     "TrajectoryStore": "relexkit.store",
+    "WeightSync": "relexkit.materialize",
     "__version__": "relexkit.version",
     "apply": "relexkit.materialize",
     "checkout": "relexkit.materialize",
@@ -60,6 +61,7 @@ __all__ = [
     "Spectrum",
     "StoreError",
     "TrajectoryStore",
+    "WeightSync",
     "__version__",
     "apply",
     "checkout",

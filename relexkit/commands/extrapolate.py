@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from relexkit.commands.console import print_json, progress_bar, say, show
 from relexkit.commands.observer import Observer, add_pca, observer
 from relexkit.commands.round import add_rounding
+from relexkit.commands.sync import add_sync, read_sync
 from relexkit.errors import RelexkitError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RANK",
         help="from a store of PEFT adapters: write an adapter, of this rank or one that fits",
     )
+    add_sync(parser)
     add_rounding(parser)
     add_pca(parser)
     parser.add_argument(
@@ -148,6 +150,7 @@ def run(parsed: argparse.Namespace) -> None:
             dtype=parsed.dtype,
             rounding=parsed.rounding,
             seed=parsed.seed,
+            sync=read_sync(parsed),
             progress=observed.progress,
             **observed.arguments(store, parsed.until),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished
 from relexkit.materialize.planning import plan
+from relexkit.materialize.recorded import checkout
 from relexkit.materialize.sums import stream_sums
+from relexkit.materialize.versions import WeightSync, write_versions
 from relexkit.predict.extrapolators import Options, step_text
 from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.weights.dtypes import Rounding, round_bits
@@ -46,6 +49,7 @@ def extrapolate(
     device: str = "cpu",
     team: Team = ALONE,
     memory_budget_bytes: int = 2**28,
+    sync: WeightSync | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[Prediction]:
     """Write a predicted checkpoint ``OUT/step-TARGET/`` for every target; each loads with
@@ -61,6 +65,8 @@ def extrapolate(
         seed: of the stochastic rounding; the result does not depend on how the work is cut.
         pca, components, device, team: how the Gram matrices are found, see ``pca_gram``. The first
             process writes.
+        sync: write versions ``OUT/weight_v{N}`` that an inference engine pulls, each against the
+            one before.
 
     One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices
     if the store has none yet). Memory: the budget, whatever the number of steps and parameters.
@@ -70,6 +76,37 @@ def extrapolate(
         StoreError: damaged chunk, or the disk is full; nothing half-written is left.
     """
     check_output(dtype, rounding)
+    if sync is not None and not team.rank:
+        made: list[Prediction] = []
+
+        def make(scratch: Path) -> list[Path]:
+            made.extend(
+                extrapolate(
+                    store,
+                    to,
+                    scratch,
+                    until=until,
+                    method=method,
+                    options=options,
+                    scope=scope,
+                    scale=scale,
+                    dtype=dtype,
+                    rounding=rounding,
+                    seed=seed,
+                    pca=pca,
+                    components=components,
+                    device=device,
+                    team=team,
+                    memory_budget_bytes=memory_budget_bytes,
+                    progress=progress,
+                )
+            )
+            return [prediction.folder for prediction in made]
+
+        versions = write_versions(sync, Path(out), partial(checkout, store), make)
+        return [
+            Prediction(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)
+        ]
     plans = plan(
         store,
         to,
