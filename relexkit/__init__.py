@@ -15,7 +15,8 @@ from relexkit.geometry.spectrum import Spectrum, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.ingest.importer import import_checkpoints
 from relexkit.materialize import apply, checkout, extrapolate, round_checkpoint
-from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+from relexkit.predict.extrapolators import METHODS, predict_weights
+from relexkit.predict.fits import Options
 from relexkit.record.recorder import Recorder
 from relexkit.store import TrajectoryStore
 from relexkit.version import __version__

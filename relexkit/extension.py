@@ -27,7 +27,8 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import temporary_folder
-from relexkit.predict.extrapolators import METHODS, Options, check_request, step_text
+from relexkit.predict.extrapolators import METHODS, check_request, step_text
+from relexkit.predict.fits import Options
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights

@@ -92,7 +92,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Write a folder for each target."""
     from relexkit.materialize import extrapolate
     from relexkit.materialize.adapters import extrapolate_adapter
-    from relexkit.predict.extrapolators import Options, step_text
+    from relexkit.predict.extrapolators import step_text
+    from relexkit.predict.fits import Options
     from relexkit.store import TrajectoryStore
 
     options = Options(

@@ -73,6 +73,19 @@ class Gram:
             self.uncertainty[:, :count],
         )
 
+    def only(self, rows: np.ndarray) -> Gram:
+        """Some of the N tensors or groups, by their rows."""
+        return Gram(
+            self.steps,
+            tuple(self.names[row] for row in rows),
+            self.num_parameters[rows],
+            self.matrices[rows],
+            self.changed[rows],
+            self.moved[rows],
+            self.unit_moves[rows],
+            self.uncertainty[rows],
+        )
+
     def scoped(self, scope: str) -> Gram:
         """Sums over the groups of ``scope`` (``tensor``, ``layer``, ``module`` or ``global``), in
         order of appearance.

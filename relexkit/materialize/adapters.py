@@ -25,7 +25,8 @@ from relexkit.gram_matrix.factors import compress, singular_values, stacked_sum
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
 from relexkit.materialize.planning import plan
 from relexkit.materialize.sums import stream_sums
-from relexkit.predict.extrapolators import Options, step_text
+from relexkit.predict.extrapolators import step_text
+from relexkit.predict.fits import Options
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import BLOCK, content_checksum
 from relexkit.weights.layout import Factors, TensorSpec

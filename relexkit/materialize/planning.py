@@ -17,7 +17,8 @@ from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.pca import pca_gram
-from relexkit.predict.extrapolators import METHODS, Options, check_request, predict_weights
+from relexkit.predict.extrapolators import METHODS, check_request, predict_weights
+from relexkit.predict.fits import Options
 from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__

@@ -13,7 +13,8 @@ from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished
 from relexkit.materialize.planning import plan
 from relexkit.materialize.sums import stream_sums
-from relexkit.predict.extrapolators import Options, step_text
+from relexkit.predict.extrapolators import step_text
+from relexkit.predict.fits import Options
 from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.weights.dtypes import Rounding, round_bits
 from relexkit.weights.layout import Segment

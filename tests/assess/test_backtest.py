@@ -12,7 +12,8 @@ from relexkit.errors import ExtrapolationError
 from relexkit.geometry.shape import leading_eigenpairs
 from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.gram_matrix import Gram
-from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+from relexkit.predict.extrapolators import METHODS, predict_weights
+from relexkit.predict.fits import Options
 
 STEPS = np.array([1, 2, 4, 7, 8, 11, 15, 16, 20, 23, 30, 31])
 NAMES = (

@@ -16,7 +16,7 @@ from scipy.optimize import curve_fit
 from strategies import Trajectory, gram_of, trajectories, trajectory
 
 from relexkit import METHODS, ExtrapolationError, Options, predict_weights
-from relexkit.predict.extrapolators import FITS
+from relexkit.predict.fits import FITS
 
 STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50])
 DELTAS = (
@@ -343,17 +343,17 @@ def test_too_few_steps_say_so(message: str, method: str, options: dict) -> None:
     ("message", "options"),
     [
         (
-            r"^w: 8 recorded steps cannot fix a polynomial of degree 8",
+            r"^8 recorded steps cannot fix a polynomial of degree 8",
             {"fit": "polynomial", "degree": 8},
         ),
         (
-            r"^w: 2 recorded steps cannot fix a polynomial of degree 2",
+            r"^2 recorded steps cannot fix a polynomial of degree 2",
             {"fit": "polynomial", "window": 2},
         ),
-        (r"^w: 4 recorded steps cannot fix a sinusoid", {"fit": "sinusoid", "window": 4}),
+        (r"^4 recorded steps cannot fix a sinusoid", {"fit": "sinusoid", "window": 4}),
     ],
 )
-def test_a_fit_that_cannot_work_names_the_tensor(message: str, options: dict) -> None:
+def test_a_fit_that_cannot_work_says_why(message: str, options: dict) -> None:
     with pytest.raises(ExtrapolationError, match=message):
         predicted(DELTAS, STEPS, 60, **options)
 
