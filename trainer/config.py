@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.extension import Options, check_request
+from relexkit.extension import Prediction, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -248,7 +248,7 @@ class GRPOConfig:
             raise RelexkitError(
                 f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
             )
-        check_request([1.0], rule.method, Options(), 1.0)
+        check_request([1.0], Prediction(method=rule.method))
         unit = self.steps_of_generation
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
             raise RelexkitError(

@@ -15,6 +15,7 @@ import numpy as np
 from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, covered, simulate
 from strategies import gram_of
 
+from relexkit import Prediction
 from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.predict.extrapolators import predict_weights
 
@@ -26,7 +27,7 @@ def errors(run: Run, seed: int) -> list[float]:
     deltas = simulate(run, 100, seed)
     seen, gram = deltas[IRREGULAR - 1], deltas[IRREGULAR - 1] @ deltas[IRREGULAR - 1].T
     runs = gram_of({"w": seen}, IRREGULAR)
-    weights = [predict_weights(runs, [100.0], method=name)[0, 0] for name in OTHERS]
+    weights = [predict_weights(runs, [100.0], Prediction(method=name))[0, 0] for name in OTHERS]
     weights.append(fit_trajectory(gram, IRREGULAR, num_parameters=D).weights(100.0))
     return [
         float(((seen.T @ a - deltas[-1]) ** 2).sum() / (deltas[-1] ** 2).sum()) for a in weights

@@ -18,10 +18,9 @@ import numpy as np
 from report import write_report
 
 from analysis.claims import ABLATION
-from relexkit import TrajectoryStore, gram, predict_weights, spectrum
+from relexkit import Prediction, TrajectoryStore, gram, predict_weights, spectrum
 from relexkit.assess.advice import advise
 from relexkit.assess.backtest import backtest
-from relexkit.assess.metrics import learning_rates
 from trainer.config import G2DConfig, GRPOConfig
 from trainer.evaluation.evaluate import Evaluation, evaluate
 from trainer.experiments.g2d import g2d
@@ -153,9 +152,8 @@ def extrapolated(folder: Path, steps: int) -> dict:
     for until in (cut for cut in CUTS if cut < steps):
         observed = asked(model, recorded_weights(store, until))
         found["observed"][str(until)] = scores(observed)
-        rates = learning_rates(store.steps, store.metrics())
         for method in METHODS:
-            weights = predict_weights(matrices.until(until), [steps], method=method, rates=rates)[0]
+            weights = predict_weights(matrices.until(until), [steps], Prediction(method=method))[0]
             answers = asked(model, weights)
             entry = {
                 "until": until,

@@ -234,7 +234,6 @@ def backtest(
     methods: Sequence[str] | None = None,
     prefixes: Sequence[int] | None = None,
     options: Options | None = None,
-    rates: np.ndarray | None = None,
 ) -> Backtest:
     """Every method fitted to every prefix and compared with every later recorded step.
 
@@ -246,8 +245,6 @@ def backtest(
         prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run
             on, spaced by ratio.
         options: each method takes those that it uses.
-        rates: learning rates for the trajectory model, see
-            ``relexkit.geometry.trajectory_model.fit_trajectory``.
 
     Reads no weights. The default grid takes less than a second for 400 tensors and 75 steps.
 
@@ -267,7 +264,7 @@ def backtest(
         for k, method in enumerate(chosen):
             try:
                 norms[k, p, count:], overlaps[k, p, count:] = _moments(
-                    gram, method, int(count), taken[method], rates
+                    gram, method, int(count), taken[method]
                 )
             except ExtrapolationError as error:
                 failures[method, int(gram.steps[count - 1])] = str(error)
@@ -317,11 +314,11 @@ def _prefixes(steps: np.ndarray, wanted: Sequence[int] | None) -> np.ndarray:
 
 
 def _moments(
-    gram: Gram, method: str, count: int, options: Options, rates: np.ndarray | None
+    gram: Gram, method: str, count: int, options: Options
 ) -> tuple[np.ndarray, np.ndarray]:
     """``a^T G a`` and ``a^T G[:n, j]`` for every later step and tensor."""
     prefix = gram.until(int(gram.steps[count - 1]))
-    predict = fit_method(prefix, method, options=options, rates=rates)
+    predict = fit_method(prefix, method, options)
     weights_JNn = predict(gram.steps[count:].astype(np.float64))
     with single_threaded_blas():
         used = np.flatnonzero(weights_JNn.any(axis=(0, 1)))

@@ -27,13 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        matrices = observed.gram(store, None).until(arguments.until)
+        run_so_far = observed.observe(store).until(arguments.until)
     if observed.silent:
         return
-    metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
-    advice = advise(matrices, metrics)
+    advice = advise(run_so_far.gram, run_so_far.metrics)
     if arguments.json:
-        print_json({"steps": matrices.steps.tolist(), **advice.document()})
+        print_json({"steps": run_so_far.gram.steps.tolist(), **advice.document()})
         return
     print(advice.headline)
     for heading, sentences in (

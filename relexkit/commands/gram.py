@@ -26,21 +26,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        found = observed.gram(store, arguments.until)
+        matrices = observed.observe(store, arguments.until).gram
     if observed.silent:
         return
     if arguments.json:
-        steps, sizes = found.steps.tolist(), int(found.num_parameters.sum())
+        steps, sizes = matrices.steps.tolist(), int(matrices.num_parameters.sum())
         print_json(
             {
                 "path": store.path,
                 "steps": steps,
-                "num_tensors": len(found.names),
+                "num_tensors": len(matrices.names),
                 "num_parameters": sizes,
             }
         )
     else:
         print(
-            f"{store.path}: Gram matrices of {len(found.names)} tensors,"
-            f" {describe_steps(found.steps)}"
+            f"{store.path}: Gram matrices of {len(matrices.names)} tensors,"
+            f" {describe_steps(matrices.steps)}"
         )

@@ -13,8 +13,17 @@ it:
 
 from relexkit.materialize.folders import temporary_folder
 from relexkit.materialize.in_place import apply
-from relexkit.materialize.predicted import Prediction, extrapolate
+from relexkit.materialize.output import Output, Written
+from relexkit.materialize.predicted import extrapolate
 from relexkit.materialize.recorded import checkout
 from relexkit.materialize.rounded import round_checkpoint
 
-__all__ = ["Prediction", "apply", "checkout", "extrapolate", "round_checkpoint", "temporary_folder"]
+__all__ = [
+    "Output",
+    "Written",
+    "apply",
+    "checkout",
+    "extrapolate",
+    "round_checkpoint",
+    "temporary_folder",
+]

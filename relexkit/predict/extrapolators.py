@@ -24,6 +24,7 @@ from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.fits import FitError, Options, continued
+from relexkit.predict.prediction import PLAIN, Prediction
 
 _AVERAGED = 10  # recorded steps, where no window is given
 
@@ -34,24 +35,11 @@ all groups have the same.
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What a method is fitted to.
-
-    Attributes:
-        gram: of N groups that have moved, each of which is fitted on its own.
-        rates: learning rate of every optimizer step, see ``fit_trajectory``; None for a constant.
-    """
-
-    gram: Gram
-    rates: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
 class Method:
     """A row of the table.
 
     Attributes:
-        fit: ``(observed, options) -> predict``; raises ``ExtrapolationError`` where it cannot.
+        fit: ``(gram, options) -> predict`` for N groups that have moved, each fitted on its own; raises ``ExtrapolationError`` where it cannot.
         about: what it does, for the help.
         options: names of the ``Options`` that it uses.
         needs_gram: whether the weights depend on more than the step numbers.
@@ -61,7 +49,7 @@ class Method:
         cheap: whether a fit takes less than milliseconds.
     """
 
-    fit: Callable[[Observed, Options], Predict]
+    fit: Callable[[Gram, Options], Predict]
     about: str
     options: tuple[str, ...] = ()
     needs_gram: bool = False
@@ -71,12 +59,12 @@ class Method:
     cheap: bool = True
 
 
-def relex(observed: Observed, options: Options) -> Predict:
+def relex(gram: Gram, options: Options) -> Predict:
     """RELEX: continue the coefficients of the first ``rank`` directions; ``a = U diag(1/S)
     c_hat(t)``.
     """
-    steps = observed.gram.steps
-    values_NR, left_NTR = leading_eigenpairs(observed.gram.matrices, options.rank)
+    steps = gram.steps
+    values_NR, left_NTR = leading_eigenpairs(gram.matrices, options.rank)
     right_NRT = left_NTR.transpose(0, 2, 1)
     singular_NR1 = np.sqrt(values_NR)[..., None]
 
@@ -88,12 +76,12 @@ def relex(observed: Observed, options: Options) -> Predict:
     return predict
 
 
-def reconstruct(observed: Observed, options: Options) -> Predict:
+def reconstruct(gram: Gram, options: Options) -> Predict:
     """Projection of a recorded step on the first ``rank`` directions: ``a = U diag(1/S^2) U^T G[:,
     s] = U U^T e_s``.
     """
-    steps = observed.gram.steps
-    left_NTR = leading_eigenpairs(observed.gram.matrices, options.rank)[1]
+    steps = gram.steps
+    left_NTR = leading_eigenpairs(gram.matrices, options.rank)[1]
 
     def predict(targets: np.ndarray) -> np.ndarray:
         rows = [_row_of(steps, target, "--to") for target in targets]
@@ -106,11 +94,11 @@ StepWeights = Callable[[np.ndarray, float, Options], np.ndarray]
 """``(steps [T], target, options) -> weights [T]`` of a method that needs the step numbers alone."""
 
 
-def from_steps(weights: StepWeights) -> Callable[[Observed, Options], Predict]:
+def from_steps(weights: StepWeights) -> Callable[[Gram, Options], Predict]:
     """The ``fit`` of a method whose weights depend on the step numbers alone."""
 
-    def fit(observed: Observed, options: Options) -> Predict:
-        steps = observed.gram.steps
+    def fit(gram: Gram, options: Options) -> Predict:
+        steps = gram.steps
         return lambda targets: np.array([weights(steps, t, options) for t in targets])[:, None]
 
     return fit
@@ -189,11 +177,10 @@ def _row_of(steps: np.ndarray, step: float, option: str) -> int:
 
 def _trajectory_model(
     weights: Callable[[TrajectoryFit, np.ndarray], np.ndarray],
-) -> Callable[[Observed, Options], Predict]:
-    def fit(observed: Observed, options: Options) -> Predict:
-        gram = observed.gram
+) -> Callable[[Gram, Options], Predict]:
+    def fit(gram: Gram, options: Options) -> Predict:
         fits = [
-            fit_trajectory(matrix, gram.steps, num_parameters=float(size), rates=observed.rates)
+            fit_trajectory(matrix, gram.steps, num_parameters=float(size), rates=gram.rates)
             for matrix, size in zip(gram.matrices, gram.num_parameters, strict=True)
         ]
         return lambda targets: np.stack([weights(fit, targets) for fit in fits], axis=1)
@@ -249,13 +236,14 @@ def step_text(step: float) -> str:
     return str(int(step)) if float(step).is_integer() else repr(float(step))
 
 
-def check_request(targets: Sequence[float], method: str, options: Options, scale: float) -> None:
+def check_request(targets: Sequence[float], prediction: Prediction) -> None:
     """Refuse an unknown method, an option that the method does not use, and targets or a scale that
     are no numbers.
 
     Raises:
         ExtrapolationError: with the choices.
     """
+    method, options, scale = prediction.method, prediction.options, prediction.scale
     if method not in METHODS:
         raise ExtrapolationError(
             f"--method {method} is unknown; choose one of {', '.join(METHODS)}"
@@ -278,46 +266,30 @@ def check_request(targets: Sequence[float], method: str, options: Options, scale
 
 
 def predict_weights(
-    gram: Gram,
-    targets: list[float],
-    *,
-    method: str = "relex",
-    options: Options | None = None,
-    scope: str | None = None,
-    scale: float = 1.0,
-    rates: np.ndarray | None = None,
+    gram: Gram, targets: Sequence[float], prediction: Prediction = PLAIN
 ) -> np.ndarray:
     """Weights of every tensor's observed deltas for every target, ``float64 [targets, N, T]``.
 
     Args:
-        gram: per-tensor Gram matrices, already cut to the steps that may be used (``Gram.until``).
-        scope: what one fit is shared by: each ``tensor``, ``layer``, ``module`` or the whole model
-            (``global``); None for the method's own (RELEX: tensor, the trajectory model: global).
-        scale: multiplies the predicted displacement from the base.
-        rates: learning rates for the trajectory model, see
-            ``relexkit.assess.metrics.learning_rates``; other methods have no use for them.
+        gram: per-tensor Gram matrices; those of the steps to ``prediction.until`` are used, T of
+            them.
+        targets: optimizer steps.
 
     A tensor that never moved gets zero weights. Reads no weights of the model.
 
     Raises:
         ExtrapolationError: unknown method or option, a target that is not a positive finite number,
-            or a fit that fails (named by tensor).
+            or a fit that fails (named by tensor where only some can).
     """
-    options = options or Options()
-    check_request(targets, method, options, scale)
-    predict = fit_method(gram, method, options=options, scope=scope, rates=rates)
+    check_request(targets, prediction)
+    gram = gram.until(prediction.until)
+    predict = fit_method(gram, prediction.method, prediction.options, prediction.scope)
     weights = predict(np.array(targets, np.float64))
-    return scale * np.broadcast_to(weights, (len(targets), len(gram.names), len(gram.steps)))
+    shape = (len(targets), len(gram.names), len(gram.steps))
+    return prediction.scale * np.broadcast_to(weights, shape)
 
 
-def fit_method(
-    gram: Gram,
-    method: str,
-    *,
-    options: Options,
-    scope: str | None = None,
-    rates: np.ndarray | None = None,
-) -> Predict:
+def fit_method(gram: Gram, method: str, options: Options, scope: str | None = None) -> Predict:
     """A method fitted to the tensors of ``gram``: one fit for any number of targets; see
     ``predict_weights``.
 
@@ -335,7 +307,7 @@ def fit_method(
     if not len(moved):
         return lambda targets: np.zeros((len(targets), 1, len(gram.steps)))
     with single_threaded_blas():
-        predict_moved = chosen.fit(Observed(grouped.only(moved), rates), options)
+        predict_moved = chosen.fit(grouped.only(moved), options)
 
     def predict(targets: np.ndarray) -> np.ndarray:
         try:

@@ -19,29 +19,24 @@ from relexkit.errors import ExtrapolationError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the methods can be told; each method names the ones that it uses in ``METHODS``.
-
-    Attributes:
-        rank: principal directions kept, at most as many as there are (RELEX, reconstruct).
-        fit: how a coefficient is continued: ``linear``, ``polynomial`` or ``sinusoid`` (RELEX).
-        degree: of the polynomial fit.
-        window: use only the last so many recorded steps; None for all (RELEX) or 10 (average).
-        refit_every: continue autoregressively, refitting after so many predicted steps; None for
-            one fit.
-        axis: fit against real ``step`` numbers, or against ``row`` numbers as the released RELEX
-            scripts do.
-        anchor: the earlier recorded step of the two-point line; None for the base.
-        alpha: multiple of the first delta (first-update); None for target / first step.
-    """
+    """What the methods can be told; each method names the ones that it uses in ``METHODS``."""
 
     rank: int = 1
+    """principal directions to keep, at most as many as there are"""
     fit: Literal["linear", "polynomial", "sinusoid"] = "linear"
+    """how a coefficient is continued"""
     degree: int = 2
+    """of the polynomial"""
     window: int | None = None
+    """use only the last so many recorded steps (default: all, of the average 10)"""
     refit_every: int | None = None
+    """autoregressive: refit after so many predicted steps (default: one fit)"""
     axis: Literal["step", "row"] = "step"
+    """fit against step numbers, or row numbers as the released RELEX scripts do"""
     anchor: int | None = None
+    """two-point: the earlier recorded step (default: the base)"""
     alpha: float | None = None
+    """first-update: multiple of the first delta (default: target / first step)"""
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("degree", 1), ("window", 2), ("refit_every", 1)):

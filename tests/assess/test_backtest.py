@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from relexkit import Prediction
 from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.shape import leading_eigenpairs
@@ -75,7 +76,7 @@ def explicit(
         weights = np.array([[fit.weights(float(t))] * len(deltas) for t in targets])
     else:
         weights = predict_weights(
-            prefix, [float(t) for t in targets], method=method, options=options
+            prefix, [float(t) for t in targets], Prediction(method=method, options=options)
         )
     found = np.empty((len(targets), len(deltas), 3))
     for j, target in enumerate(targets):

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import multivariate_normal
 from strategies import gram_of
 
+from relexkit import Prediction
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory, posterior
 from relexkit.geometry.trajectory_model import fit as module
@@ -206,7 +207,7 @@ def test_prediction_is_never_worse_than_hold_or_relex(kind: str) -> None:
         deltas = trajectory(seed, target, **(WALKS | RUNS)[kind])
         observed = deltas[steps - 1]
         weights = [
-            predict_weights(gram_of({"w": observed}, steps), [target], method=m)[0, 0]
+            predict_weights(gram_of({"w": observed}, steps), [target], Prediction(method=m))[0, 0]
             for m in ("hold", "relex", "two-point")
         ]
         weights.append(fitted(observed, steps).weights(float(target)))
@@ -422,7 +423,9 @@ def test_real_run_in_bfloat16_is_a_walk_and_hold_is_kept() -> None:
 def test_extrapolator_agrees_with_the_fit() -> None:
     deltas = trajectory(11, 30, drift=0.3)
     gram, steps = deltas @ deltas.T, np.arange(1, 31)
-    weights = predict_weights(gram_of({"w": deltas}, steps), [60.0], method="model")[0, 0]
+    weights = predict_weights(gram_of({"w": deltas}, steps), [60.0], Prediction(method="model"))[
+        0, 0
+    ]
     np.testing.assert_allclose(weights, fit_trajectory(gram, steps, num_parameters=D).weights(60.0))
 
 

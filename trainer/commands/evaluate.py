@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit import RelexkitError
+from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _is_store(path: str) -> bool:
 
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
-    from relexkit.extension import learning_rates, step_text
+    from relexkit.extension import step_text
     from trainer.policy.stored_model import StoredModel, recorded_weights
 
     store = TrajectoryStore(arguments.model[0])
@@ -192,9 +192,8 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
     if not arguments.to:
         return
     observed = gram(store).until(arguments.until)
-    rates = learning_rates(store.steps, store.metrics())
     for method in arguments.method:
-        predicted = predict_weights(observed, arguments.to, method=method, rates=rates)
+        predicted = predict_weights(observed, arguments.to, Prediction(method=method))
         for target, weights in zip(arguments.to, predicted, strict=True):
             stored.put(arguments.scale * weights)
             yield (
