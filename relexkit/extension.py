@@ -36,6 +36,7 @@ from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.version import __version__
+from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "print_pairs",
     "progress_bar",
     "r_squared",
+    "random_bits",
     "say",
     "segment_gram",
     "single_threaded_blas",

@@ -37,7 +37,8 @@ class GRPOConfig:
     reproducible.
 
     Attributes:
-        model: folder of the model that training starts from, loaded in float32 whatever its dtype.
+        model: folder of the model that training starts from, loaded in ``precision`` whatever its
+            dtype.
         task: name of a task, or a mapping with its ``name`` and options (docs/tasks.md).
         output: folder of the run.
         seed: of the order of the prompts, the rollouts and dropout.
@@ -76,6 +77,9 @@ class GRPOConfig:
         regrounding: ``{train_steps: m, jump_steps: n, method: relex}``: after ``m`` steps of
             training jump to the weights that are predicted for ``n`` steps later, and again; None
             never.
+        disable_dropout: no dropout in the update, whatever the model's configuration says: the
+            policy that is updated is the one that samples. With dropout the importance ratio
+            compares it with the sampling policy, and is not 1 on the first step either.
         learning_rate, lr_scheduler_type, warmup_steps: names of the schedules are those of
             transformers.
         adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm: AdamW and clipping.
@@ -83,8 +87,11 @@ class GRPOConfig:
             gradients accumulate, exactly.
         generation_rows: rows of one batch of the generation, in each process.
         gradient_checkpointing: recompute activations in the backward pass.
-        bf16: bfloat16 autocast; None is on for a GPU and off for a CPU. Weights and optimizer are
-            float32 always.
+        precision: of weights, gradients and optimizer: ``float32``, or bfloat16 alone, with updates
+            rounded to nearest (``bfloat16_nearest``), stochastically (``bfloat16_stochastic``), or
+            with their remainders kept (``bfloat16_compensated``, Kahan); docs/training.md.
+        bf16: compute in bfloat16 (autocast) on float32 weights; None is on for a GPU and off for a
+            CPU.
         device: ``auto``, ``cpu`` or ``cuda``.
         record_every: record the weights after the steps that are multiples of this; 0 records
             nothing.
@@ -127,6 +134,7 @@ class GRPOConfig:
     token_shares: bool = False
     gradient_noise_parts: int = 0
     regrounding: dict[str, Any] | None = None
+    disable_dropout: bool = True
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
@@ -138,6 +146,9 @@ class GRPOConfig:
     micro_batch_tokens: int = 8192
     generation_rows: int = 64
     gradient_checkpointing: bool = False
+    precision: Literal[
+        "float32", "bfloat16_nearest", "bfloat16_stochastic", "bfloat16_compensated"
+    ] = "float32"
     bf16: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     record_every: int = 1
@@ -206,6 +217,11 @@ class GRPOConfig:
                 f" expected 2 to {groups}, the groups of a step, or 0"
             )
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
+        if self.precision != "float32" and self.bf16 is not None:
+            raise RelexkitError(
+                f"bf16: chooses how float32 weights compute, those of precision {self.precision}"
+                " compute in bfloat16; leave bf16 out"
+            )
         if not 1 <= self.mantissa_bits <= 23:
             raise RelexkitError(
                 f"mantissa_bits: {self.mantissa_bits} is out of range; expected 1 to 23"
@@ -275,20 +291,24 @@ class G2DConfig:
 
     Attributes:
         pairs: from the rollouts of the ``training`` up to step K, or from ``fresh`` ones of the
-            policy of step K to their
-        prompts. start, reference: the policy that DPO begins with, and the one that it is held to:
-        of step K (``warm``), or the ``base``. max_pairs_per_prompt, max_length: most pairs of a
-        prompt, and most tokens of a completion in them; None for any. min_difficulty,
-        max_difficulty: only prompts whose share of right rollouts lies between these. beta,
-        label_smoothing, average_log_prob: of the loss, see ``trainer.experiments.dpo``.
-            learning_rate, lr_scheduler_type, weight_decay,
-        max_grad_norm, num_train_epochs: AdamW, its schedule, passes over pairs. train_batch_size:
-            pairs of an optimizer step.
-        micro_batch_tokens: most tokens (padding included) in one forward and backward pass. seed:
-            of the choice of pairs,
-        their order, fresh rollouts, and dropout. eval_num_problems: validation problems, answered
-        greedily. generation_rows: rows of one batch of a generation. bf16: bfloat16 autocast; None
-        is on for a GPU and off for a CPU. device: ``auto``, ``cpu`` or ``cuda``.
+            policy of step K to their prompts.
+        start, reference: the policy that DPO begins with, and the one that it is held to: of step K
+            (``warm``), or the ``base``.
+        max_pairs_per_prompt: most pairs of a prompt.
+        max_length: most tokens of a completion in them; None for any.
+        min_difficulty, max_difficulty: only prompts whose share of right rollouts lies between
+            these.
+        beta, label_smoothing, average_log_prob: of the loss, see ``trainer.experiments.dpo``.
+        disable_dropout: no dropout in the update, whatever the model's configuration says.
+        learning_rate, lr_scheduler_type, weight_decay, max_grad_norm: AdamW and its schedule.
+        num_train_epochs: passes over the pairs.
+        train_batch_size: pairs of an optimizer step.
+        micro_batch_tokens: most tokens (padding included) in one forward and backward pass.
+        seed: of the choice of pairs, their order, fresh rollouts, and dropout.
+        eval_num_problems: validation problems, answered greedily.
+        generation_rows: rows of one batch of a generation.
+        bf16: bfloat16 autocast; None is on for a GPU and off for a CPU.
+        device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     pairs: Literal["training", "fresh"] = "training"
@@ -301,6 +321,7 @@ class G2DConfig:
     beta: float = 0.1
     label_smoothing: float = 0.0
     average_log_prob: bool = False
+    disable_dropout: bool = True
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "linear"
     weight_decay: float = 0.0

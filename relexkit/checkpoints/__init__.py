@@ -8,32 +8,47 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.protocol import ChangingCheckpoint, Checkpoint, Run, SavedRun
 from relexkit.checkpoints.runs import FolderRun, best_checkpoint, read_step_map
+from relexkit.checkpoints.version_run import WeightSyncRun, find_versions
 from relexkit.errors import CheckpointError
+from relexkit.store import TrajectoryStore
 
-__all__ = ["Checkpoint", "Run", "open_checkpoint", "open_run"]
+__all__ = ["ChangingCheckpoint", "Checkpoint", "Run", "SavedRun", "open_checkpoint", "open_run"]
 
 
-def open_run(source: Path, *, source_format: str | None = None, step_map: str | None = None) -> Run:
+def open_run(
+    source: str | Path,
+    *,
+    source_format: str | None = None,
+    step_map: str | None = None,
+    kept: TrajectoryStore | None = None,
+    scratch: Path | None = None,
+) -> SavedRun:
     """A folder of checkpoints in any format that is known; where several lie side by side, the most
-    precise one.
+    precise one. Of URLs only those of weight-sync versions.
 
     Args:
         source_format: name of the format to take (``formats.FORMATS``).
         step_map: optimizer steps per label, or a JSON file ``{label: step}``, for folders that are
             not numbered by optimizer steps.
+        kept: a store of the run, from whose last step deltas may go on.
+        scratch: folder for what has to be unpacked; the system's if not given.
 
     Reads the headers of every checkpoint.
 
     Raises:
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
-    if not source.is_dir():
+    label_step = None if step_map is None else read_step_map(step_map)
+    is_url = "://" in str(source)
+    if not is_url and not Path(source).is_dir():
         raise CheckpointError(
             f"{source}: no such folder; expected one with a sub-folder for each step"
         )
-    return FolderRun(source, source_format, None if step_map is None else read_step_map(step_map))
+    if is_url or (source_format in (None, "weight-sync") and find_versions(source)):
+        return WeightSyncRun(source, label_step=label_step, kept=kept, scratch=scratch)
+    return FolderRun(Path(source), source_format, label_step)
 
 
 def open_checkpoint(folder: Path, *, source_format: str | None = None) -> Checkpoint:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +39,20 @@ class Checkpoint(Protocol):
         """Release files."""
 
 
+@runtime_checkable
+class ChangingCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that knows what changed since an earlier step, so that nobody has to compare."""
+
+    @property
+    def since(self) -> int | None:
+        """The step (0 for the base) that changes count from; None if that is no step of the run."""
+
+    def changed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ascending elements ``int64 [n]`` of a tensor whose bits differ from ``since``, their bits
+        then and now.
+        """
+
+
 class Run(Protocol):
     """A folder of checkpoints."""
 
@@ -52,3 +67,19 @@ class Run(Protocol):
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Open the checkpoint of one of ``steps``."""
+
+
+class SavedRun(Run, Protocol):
+    """A run in a folder, or below a URL, that a trainer may still be writing."""
+
+    format: str
+    """Name of the format, as for ``open_run``."""
+
+    def folder(self, step: int) -> Path:
+        """The local folder of a step, with all that the trainer saved there."""
+
+    def stamp(self, step: int) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of a step; nothing if it goes away meanwhile."""
+
+    def is_marked(self, step: int) -> bool:
+        """True if the file that the trainer writes last is there."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from relexkit.checkpoints.folders import LocalFolder
 from relexkit.checkpoints.formats.table import FORMATS, Format
 from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.small_files import read_small
@@ -23,6 +24,7 @@ _UNFINISHED = re.compile(
     r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)"
 )
 _BELOW = ("_actor", "checkpoints")  # OpenRLHF and prime-rl keep the steps one level below the run
+_MARKERS = ("STABLE", "trainer_state.json")  # written last by prime-rl; by Trainer and TRL
 _PRECISIONS = ("float32", "bfloat16", "float16")
 _ENOUGH = 0.5
 """A more precise source is taken if it has at least this share of the steps that another one has.
@@ -98,6 +100,15 @@ class FolderRun:
         """The folder that a trainer made for one step, with all that it saved there."""
         place = self._places[self._labels[step]]
         return next(path for path in (place, *place.parents) if _STEP.fullmatch(path.name))
+
+    def stamp(self, step: int) -> list[tuple[str, int, str]]:
+        """Name, size and time of every file of a step; nothing if it goes away meanwhile."""
+        folder = self.folder(step)
+        return LocalFolder(folder.parent).stamp(folder.name)
+
+    def is_marked(self, step: int) -> bool:
+        """True if the file that the trainer writes last is there."""
+        return any((self.folder(step) / marker).is_file() for marker in _MARKERS)
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Open one step.

@@ -1,10 +1,12 @@
-"""The base weights inside a store, as a checkpoint."""
+"""The weights inside a store, the base as a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from relexkit.store import TrajectoryStore
+from relexkit.store import READ_WINDOW, TrajectoryStore, blocks
 from relexkit.weights.safetensors_io import TensorInfo
 
 
@@ -46,3 +48,17 @@ class StoredBase:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def stored_pieces(store: TrajectoryStore, row: int) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The recorded weights at ``row``, in pieces: tensor, first element, raw bits. One pass over
+    the log up to the row.
+    """
+    aliases = store.layout.aliases()
+    for part, spec in enumerate(store.layout.parts):
+        for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+            state = store.read_state(part, row, begin, end)
+            for segment in store.layout.segments_in(part, begin, end):
+                low = segment.offset - begin
+                for name in (segment.tensor.name, *aliases.get(segment.tensor.name, ())):
+                    yield name, segment.start, state[low : low + segment.numel]

@@ -27,11 +27,11 @@ def run(parsed: argparse.Namespace) -> None:
     try:
         store = TrajectoryStore(parsed.store)
     except NotAStoreError:
-        if not Path(parsed.store).is_dir():
+        if not Path(parsed.store).is_dir() and "://" not in parsed.store:
             raise
         from relexkit.commands.info_source import print_source
 
-        print_source(Path(parsed.store), parsed.json)
+        print_source(parsed.store, parsed.json)
         return
     print_info(store, parsed.json)
 

@@ -12,14 +12,16 @@ import numpy as np
 
 from relexkit.checkpoints import open_checkpoint, open_run
 from relexkit.checkpoints.formats.table import FORMATS
+from relexkit.checkpoints.formats.weight_sync import DeltaFiles
 from relexkit.checkpoints.runs import has_steps, main_dtype
+from relexkit.checkpoints.version_run import find_versions
 from relexkit.commands.console import print_json, print_pairs, size_text
 from relexkit.errors import CheckpointError
 
 _SHOWN = 20
 
 
-def print_source(path: Path, as_json: bool) -> None:
+def print_source(path: str, as_json: bool) -> None:
     """Print format, precision, steps and what would be left out, for a folder of steps or a single
     checkpoint.
 
@@ -35,31 +37,28 @@ def print_source(path: Path, as_json: bool) -> None:
         from relexkit.store import describe_steps
 
         rows.append(("steps", describe_steps(np.asarray(document["steps"]))))
-    rows.append(
-        (
-            "each",
-            (
-                f"{document['num_elements']:,} elements in {document['num_tensors']} tensors, "
-                f"{size_text(document['checkpoint_bytes'])}"
-            ),
-        )
-    )
+    size, tensors = size_text(document["checkpoint_bytes"]), document["num_tensors"]
+    if document["num_elements"] is None:
+        rows.append(("the first", f"changes {tensors} tensors, {size} compressed"))
+    else:
+        rows.append(("each", f"{document['num_elements']:,} elements in {tensors} tensors, {size}"))
     rows += [("note", note) for note in document.get("notes", [])]
     left_out = list(document.get("left_out", {}).items())
     rows += [("left out", f"{what}: {reason}") for what, reason in left_out[:_SHOWN]]
     if len(left_out) > _SHOWN:
         rows.append(("left out", f"and {len(left_out) - _SHOWN} more (--json lists them)"))
-    print_pairs(str(path), rows)
+    print_pairs(path, rows)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
+def _describe(path: str) -> dict[str, Any]:
+    is_url = "://" in path
+    if not is_url and not Path(path).is_dir():
         raise CheckpointError(
             f"{path}: no such store or folder; expected a trajectory store, a run's folder or a"
             " checkpoint"
         )
-    document: dict[str, Any] = {"path": str(path)}
-    if has_steps(path):
+    document: dict[str, Any] = {"path": path}
+    if is_url or find_versions(path) or has_steps(Path(path)):
         run = open_run(path)
         document |= {
             "format": run.description,
@@ -69,18 +68,22 @@ def _describe(path: Path) -> dict[str, Any]:
         }
         checkpoint = run.checkpoint(run.steps[0])
     else:
-        if not any(f.find(path) for f in FORMATS):
+        if not any(f.find(Path(path)) for f in FORMATS):
             raise CheckpointError(
                 f"{path}: is not a trajectory store, and holds neither folders of steps nor a"
                 " checkpoint"
             )
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(Path(path))
         document["format"] = checkpoint.description
     with closing(checkpoint):
         infos = checkpoint.tensors.values()
+        inner = getattr(checkpoint, "inner", checkpoint)
+        deltas = inner.deltas.values() if isinstance(inner, DeltaFiles) else ()
+        kinds = sorted({f"{d.encoding} deltas with {d.algorithm} checksums" for d in deltas})
+        is_whole = not isinstance(inner, DeltaFiles)
         return document | {
-            "dtype": main_dtype(checkpoint),
+            "dtype": main_dtype(checkpoint) if is_whole else ", ".join(kinds) or "no changes",
             "num_tensors": len(infos),
-            "num_elements": sum(info.numel for info in infos),
+            "num_elements": sum(info.numel for info in infos) if is_whole else None,
             "checkpoint_bytes": sum(info.num_bytes for info in infos),
         }

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
+from relexkit.checkpoints import ChangingCheckpoint, Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.checkpoints.tied import equal_tensors
@@ -127,6 +127,7 @@ class Appender:
             one step, one commits.
         still: tensors that no step of this run moves; parts of nothing else are not read.
         sketch: also sketch the deltas of parts with float deltas, into ``sketch_row``.
+        changing: the checkpoints know what changed, so sparse parts need no reference weights.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Appender:
         owned: Collection[int] | None = None,
         still: Collection[str] = (),
         sketch: Sketch | None = None,
+        changing: bool = False,
     ):
         self._sketch = sketch
         self.sketch_row = np.empty(0)
@@ -148,13 +150,14 @@ class Appender:
             part: None for part in self._owned if self._all_in(part, still)
         }
         self._previous: Checkpoint | None = None
+        self._last_step = int(self._store.steps[-1]) if len(self._store.steps) else 0
         self._kept: dict[int, np.ndarray] = {}
         remaining = memory_budget_bytes
         for part in self._owned:
             spec = self._layout.parts[part]
             size = spec.numel * bits_dtype(spec.dtype).itemsize
             if (
-                spec.encoding not in ("fixed", "factors")
+                spec.encoding not in ("fixed", "factors", *(("sparse",) if changing else ()))
                 and part not in self._still
                 and size <= remaining
             ):
@@ -216,7 +219,7 @@ class Appender:
         self._write(self._writer.commit, checkpoint.metrics())
         if self._previous is not None:
             self._previous.close()
-        self._previous = checkpoint
+        self._previous, self._last_step = checkpoint, step
 
     def write_parts(self, step: int, checkpoint: Checkpoint) -> None:
         """Encode the owned parts of a checkpoint and let the background write them, between
@@ -241,7 +244,12 @@ class Appender:
             elif spec.encoding == "factors":
                 self._append_factors(part, checkpoint)
             elif spec.encoding == "sparse":
-                self._append_sparse(part, checkpoint, where)
+                if isinstance(checkpoint, ChangingCheckpoint) and (
+                    checkpoint.since == self._last_step and part not in self._kept
+                ):
+                    self._append_changes(part, checkpoint, where)
+                else:
+                    self._append_sparse(part, checkpoint, where)
             elif spec.encoding == "fixed":
                 self._check_fixed(part, checkpoint, where)
             else:
@@ -294,16 +302,47 @@ class Appender:
             return columns + np.int32(begin), differences, block_checksums(current)
 
         results = list(self._pool.map(encode, blocks(self._layout.parts[part].numel)))
-        columns = np.concatenate([np.empty(0, np.int32), *(r[0] for r in results)])
+        self._write_update(
+            part,
+            [r[0] for r in results],
+            [r[1] for r in results],
+            [value for r in results for value in r[2]],
+        )
+
+    def _append_changes(self, part: int, checkpoint: ChangingCheckpoint, where: str) -> None:
+        """The update of a sparse part from what the checkpoint knows; its content is read for the
+        checksum only.
+        """
+        columns, differences = [], []
+        for segment in self._layout.segments_in(part):
+            elements, before, after = checkpoint.changed(segment.tensor.name)
+            low, high = np.searchsorted(elements, (segment.start, segment.start + segment.numel))
+            at = elements[low:high] + (segment.offset - segment.start)
+            self._refuse_nonfinite(part, after[low:high], at, where, self._layout.parts[part].dtype)
+            columns.append(at.astype(np.int32))
+            differences.append(after[low:high] - before[low:high])
+
+        def content(span: tuple[int, int]) -> list[int]:
+            return block_checksums(self._read(checkpoint, part, *span, where))
+
+        spans = blocks(self._layout.parts[part].numel)
+        checksums = [value for found in self._pool.map(content, spans) for value in found]
+        self._write_update(part, columns, differences, checksums)
+
+    def _write_update(
+        self,
+        part: int,
+        columns: list[np.ndarray],
+        differences: list[np.ndarray],
+        checksums: list[int],
+    ) -> None:
         bits = bits_dtype(self._layout.parts[part].dtype)
-        differences = np.concatenate([np.empty(0, bits), *(r[1] for r in results)])
-        checksum = content_checksum([value for r in results for value in r[2]])
         self._write(
             self._writer.write_sparse,
             part,
-            columns,
-            differences.view(f"int{bits.itemsize * 8}"),
-            checksum,
+            np.concatenate([np.empty(0, np.int32), *columns]),
+            np.concatenate([np.empty(0, bits), *differences]).view(f"int{bits.itemsize * 8}"),
+            content_checksum(checksums),
         )
 
     def _all_in(self, part: int, names: Collection[str]) -> bool:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base
 from relexkit.errors import CheckpointError
@@ -69,7 +70,8 @@ def estimate_import(
     four steps; writes nothing.
 
     The size of a step is that of the second and the last one, as differences from their neighbours:
-    sparse logs of a run whose changes grow or shrink in between lie elsewhere.
+    sparse logs of a run whose changes grow or shrink in between lie elsewhere. Of weight-sync
+    deltas the first three are taken, and applied whole.
 
     Raises:
         CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can
@@ -80,7 +82,7 @@ def estimate_import(
             f"{source}: --dry-run reads from a sample of the weights; expected folders, not a hub"
             " repository"
         )
-    run = open_run(Path(source), source_format=source_format, step_map=step_map)
+    run = open_run(source, source_format=source_format, step_map=step_map)
     wanted = [s for s in select_steps(run.steps, steps) if s > 0]
     if not wanted:
         raise CheckpointError(
@@ -134,10 +136,12 @@ def _of_miniature(
     # neighbours at the beginning and at the end, so that two of the differences are those of single
     # steps
     sample = sorted({*wanted[:2], *wanted[-2:]})
+    if isinstance(view, ChainedRun):  # the last step costs as much as all of them
+        sample = wanted[:3]
     single = [
         row
         for row, step in enumerate(sample)
-        if step in (wanted[min(1, len(wanted) - 1)], wanted[-1])
+        if step in (wanted[min(1, len(wanted) - 1)], sample[-1])
     ]
     whole, held = (sum(i.num_bytes for i in c.tensors.values()) for c in (first, _Slice(first)))
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +150,7 @@ def _of_miniature(
         create_for(out, small, sample, small_base, "the base", encoding, mantissa_bits, None)
         times: list[float] = []
         with StoreWriter(out) as writer:
-            began = time.perf_counter()
+            began, small.opening_seconds = time.perf_counter(), 0.0
             append_all(
                 small,
                 sample,
@@ -155,7 +159,8 @@ def _of_miniature(
                 2**28,
                 lambda *_: times.append(time.perf_counter()),
             )
-            ended = time.perf_counter()
+            opening = small.opening_seconds
+            working = time.perf_counter() - began - opening
         store = TrajectoryStore(out)
         step_bytes = np.mean([_row_bytes(out, row) for row in single]) * whole / held
         base_bytes = store.num_bytes()["base"] * whole / held
@@ -169,7 +174,7 @@ def _of_miniature(
         int(step_bytes * len(wanted)),
         int(base_bytes),
         whole * len(wanted),
-        (ended - began) / len(sample) * len(wanted) * whole / held,
+        (working * whole / held + opening) / len(sample) * len(wanted),
         held / whole,
         run.notes,
         run.left_out,
@@ -220,6 +225,11 @@ class _SlicedRun:
             inner.left_out,
         )
 
+        self.opening_seconds = 0.0
+
     def checkpoint(self, step: int) -> _Slice:
-        """Open one step."""
-        return _Slice(self._inner.checkpoint(step))
+        """Open one step; the time counts apart, since it is that of whole tensors."""
+        began = time.perf_counter()
+        opened = self._inner.checkpoint(step)
+        self.opening_seconds += time.perf_counter() - began
+        return _Slice(opened)

@@ -12,12 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import ChangingCheckpoint, Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base, over_base
 from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.checkpoints.tied import RunWithHeads, heads_on_one_side, tied_tensors, with_heads
+from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.append import Appender, base_reader, read_columns
 from relexkit.store import (
@@ -81,8 +83,8 @@ def import_checkpoints(
     and reported.
 
     Args:
-        source: folder with one sub-folder for each step, or ``hf://OWNER/NAME``, a hub repository
-            with branches ``step_N``.
+        source: folder with one sub-folder for each step; ``hf://OWNER/NAME``, a hub repository with
+            branches ``step_N``; or the URL of a folder of weight-sync versions.
         base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the
             base. Adapters may name it.
         steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A
@@ -91,8 +93,8 @@ def import_checkpoints(
             16-bit checkpoints and for float32 ones that hardly change, else float.
         mantissa_bits: explicit mantissa bits of float deltas, 1 to 23 (10 if not given): a relative
             error of at most ``2 ** -(mantissa_bits + 1)`` of each delta.
-        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp`` or ``deepspeed``; the most
-            precise one there if not given.
+        source_format: ``peft``, ``huggingface``, ``verl``, ``dcp``, ``deepspeed`` or
+            ``weight-sync``; the most precise one there if not given.
         step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``,
             where folders are not numbered by optimizer steps; ``steps`` then means optimizer steps,
             and labels are kept as the metric ``label``.
@@ -102,6 +104,8 @@ def import_checkpoints(
     From the hub one revision at a time is downloaded into ``OUT.download``, checked, differenced
     and deleted: the disk never holds more than two checkpoints, and heads are not tested for being
     tied, which would take a second download.
+
+    Weight-sync deltas need one copy of the model beside ``OUT`` while they are applied.
 
     Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are
     read once more, and so is what does not fit the budget. Memory: the budget, a few blocks of
@@ -118,7 +122,13 @@ def import_checkpoints(
         if is_hub(source):
             run = HubRun(str(source), hub, step_map)
         else:
-            run = open_run(Path(source), source_format=source_format, step_map=step_map)
+            run = open_run(
+                source,
+                source_format=source_format,
+                step_map=step_map,
+                kept=TrajectoryStore(out) if _is_store(out) else None,
+                scratch=_scratch(out),
+            )
         wanted = select_steps(run.steps, steps)
         base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source, hub)
         with closing(base_checkpoint):
@@ -151,7 +161,13 @@ def import_checkpoints(
 
 def seen_alike(run: Run, base: Checkpoint, first_step: int) -> tuple[Run, Checkpoint]:
     """Run and base with the same tensors: adapters merged into the base, tied heads on both sides."""
-    run = over_base(run, base, first_step)
+    run = (
+        ChainedRun(run, base)
+        if isinstance(run, WeightSyncRun)
+        else over_base(run, base, first_step)
+    )
+    if isinstance(run, ChainedRun):  # its tensors are the base's
+        return run, base
     with closing(run.checkpoint(first_step)) as first:
         missing = heads_on_one_side(base, first)
     return RunWithHeads(run, missing), with_heads(base, missing)
@@ -231,6 +247,12 @@ def _open_base(
     )
 
 
+def _scratch(out: str | Path) -> Path | None:
+    """The folder that a local store lies in: what has to be unpacked goes there."""
+    parent = Path(out).absolute().parent
+    return parent if "://" not in str(out) and parent.is_dir() else None
+
+
 def _is_store(path: str | Path) -> bool:
     """True if a finished store is at ``path``, False if one may be created there.
 
@@ -298,6 +320,8 @@ def _choose_encodings(
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")
     try:
+        if isinstance(run, ChainedRun):  # its last step costs as much as all of them
+            steps = steps[:1]
         with ExitStack() as stack:
             last = stack.enter_context(closing(run.checkpoint(steps[-1])))
             earlier = (
@@ -426,7 +450,10 @@ def append_all(
     """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
         still = first.still if isinstance(first, AdaptedCheckpoint) else ()
-    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
+        changing = isinstance(first, ChangingCheckpoint)
+    with closing(
+        Appender(writer, base, memory_budget_bytes, still=still, changing=changing)
+    ) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:

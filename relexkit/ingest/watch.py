@@ -9,15 +9,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from relexkit.checkpoints.runs import FolderRun, read_step_map
+from relexkit.checkpoints import SavedRun, open_run
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import ReadBack
 from relexkit.store import NotAStoreError, TrajectoryStore
-
-MARKERS = ("STABLE", "trainer_state.json")
-"""Files that a trainer writes last (prime-rl; Trainer and TRL)."""
 
 
 def watch(
@@ -62,7 +59,7 @@ def watch(
             f"every {every} and poll {poll_seconds:g} s; expected at least 1 step and more than 0 s"
         )
     watcher = _Watcher(
-        Path(source),
+        source,
         Path(out),
         every,
         source_format,
@@ -89,7 +86,7 @@ def watch(
 class _Watcher:
     def __init__(
         self,
-        source: Path,
+        source: str | Path,
         out: Path,
         every: int,
         source_format: str | None,
@@ -99,7 +96,7 @@ class _Watcher:
         say: Callable[[str], None],
     ):
         self._source, self._out, self._every, self._format = source, out, every, source_format
-        self._label_step = None if step_map is None else read_step_map(step_map)
+        self._step_map = step_map
         self._delete_after, self._rounded_is_enough, self._say = (
             delete_after,
             rounded_is_enough,
@@ -120,7 +117,7 @@ class _Watcher:
         for step in run.steps:
             if step == 0 or step % self._every or (last is not None and step <= last):
                 self._tell_if_skipped(step, last)
-            elif self._settled(step, run.folder(step)):
+            elif self._settled(run, step):
                 ready.append(step)
             else:
                 break  # steps are recorded in order
@@ -134,7 +131,7 @@ class _Watcher:
                     **options,
                 )
             except (RelexkitError, OSError):
-                if self._files(run.folder(step)) == self._seen[step]:
+                if run.stamp(step) == self._seen[step]:
                     raise
                 self._say(
                     f"step {step} was changed or deleted while it was read; it is not recorded yet"
@@ -146,14 +143,20 @@ class _Watcher:
                 self._delete_earlier(run, step)
         return bool(ready)
 
-    def _run(self) -> FolderRun | None:
+    def _run(self) -> SavedRun | None:
         """The run as it is now; None if no step is whole yet."""
-        if not self._source.is_dir():
+        if "://" not in str(self._source) and not Path(self._source).is_dir():
             raise CheckpointError(
                 f"{self._source}: no such folder; expected the one that the trainer saves into"
             )
         try:
-            return FolderRun(self._source, self._format, self._label_step)
+            kept = TrajectoryStore(self._out)
+        except NotAStoreError:
+            kept = None
+        try:
+            return open_run(
+                self._source, source_format=self._format, step_map=self._step_map, kept=kept
+            )
         except CheckpointError as error:
             self._tell(f"waiting: {error}")
             return None
@@ -184,25 +187,12 @@ class _Watcher:
             self._told.add(message)
             self._say(message)
 
-    def _settled(self, step: int, folder: Path) -> bool:
-        now = self._files(folder)
+    def _settled(self, run: SavedRun, step: int) -> bool:
+        now = run.stamp(step)
         before, self._seen[step] = self._seen.get(step), now
-        return bool(now) and (
-            before == now or any((folder / marker).is_file() for marker in MARKERS)
-        )
+        return bool(now) and (before == now or run.is_marked(step))
 
-    def _files(self, folder: Path) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of all files; nothing if the folder goes away meanwhile."""
-        try:
-            return sorted(
-                (str(p), p.stat().st_size, p.stat().st_mtime_ns)
-                for p in folder.rglob("*")
-                if p.is_file()
-            )
-        except OSError:
-            return []
-
-    def _delete_earlier(self, run: FolderRun, step: int) -> None:
+    def _delete_earlier(self, run: SavedRun, step: int) -> None:
         """Read ``step`` back; then the checkpoints before it may go, as there is a newer one to
         resume from.
         """

@@ -68,6 +68,9 @@ class TensorInfo:
 class SafetensorsFile:
     """One open file. The header is checked against the file's size before anything is read.
 
+    Attributes:
+        metadata: what the header holds beside the tensors.
+
     Raises:
         CheckpointError: the file is truncated, its header is not valid, or a tensor's bytes lie
             outside the file.
@@ -100,7 +103,8 @@ class SafetensorsFile:
             )
         try:
             header = json.loads(os.pread(self._fd, length, 8))
-            if not isinstance(header.pop("__metadata__", {}), dict):
+            self.metadata = header.pop("__metadata__", {})
+            if not isinstance(self.metadata, dict):
                 raise ValueError("__metadata__ is not a dictionary")
             for name, entry in header.items():
                 self._add(name, entry, size - 8 - length, 8 + length)

@@ -55,6 +55,11 @@ def test_a_file_and_options_together_and_back(tmp_path):
             {"steps_per_generation": 3},
             "generation_batch_size: 64 does not split into 3 steps .* multiple of 24",
         ),
+        ({"precision": "bfloat16"}, "precision: 'bfloat16' does not fit .*'bfloat16_nearest'"),
+        (
+            {"precision": "bfloat16_nearest", "bf16": True},
+            "bf16: chooses how float32 weights compute",
+        ),
         ({"delta": 1.1}, "delta: 1.1 would cap below the clip range"),
         ({"mantissa_bits": 24}, "mantissa_bits: 24 is out of range"),
         ({"lr_scheduler_type": "wavy"}, "lr_scheduler_type: 'wavy' is unknown; expected constant"),

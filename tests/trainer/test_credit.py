@@ -15,6 +15,7 @@ from test_train import assert_same_run, settings, start, weights
 from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError, TrajectoryStore, gram
+from relexkit.cli import main
 from relexkit.gram_matrix.jumps import jumps
 from relexkit.processes import Processes
 from trainer.config import build_config, dump_config
@@ -187,6 +188,18 @@ def test_regrounding_alternates_training_and_jumps(base, tmp_path):
         before, after = delta[at] - origin, delta[to] - origin
         assert before @ after / np.linalg.norm(before) / np.linalg.norm(after) > 0.9
         assert np.linalg.norm(after) > np.linalg.norm(before)
+
+
+def test_a_run_whose_last_step_is_a_jump_ends_like_any_other(base, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    ends_with_jump = REGROUNDING | {"max_steps": 5, "eval_steps": 4, "eval_num_problems": 5}
+    config.write_text(dump_config(settings(base, tmp_path / "run", **ends_with_jump)))
+    assert main(["train", str(config)]) == 0
+    entries = read_log(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 5]
+    assert 0 <= entries[-1]["eval/accuracy"] <= 1  # as after every last step
+    first, last = entries[0]["reward"], entries[2]["reward"]
+    assert f"{first:.3f} at step 1, {last:.3f} in the last rollouts" in capsys.readouterr().out
 
 
 def test_a_run_with_jumps_that_is_resumed_ends_with_the_same_bits(base, tmp_path):

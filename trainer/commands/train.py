@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     entries = read_log(folder)
     last = {key: value for key, value in entries[-1].items() if value is not None}
+    rewards = [entry["reward"] for entry in entries if "reward" in entry]  # a jump has none
     if arguments.json:
         print_json({"output": str(folder), "steps": config.max_steps, "metrics": last})
         return
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     rows = [
         ("steps", f"{config.max_steps}"),
-        ("reward", f"{entries[0]['reward']:.3f} at step 1, {last['reward']:.3f} at the end"),
+        ("reward", f"{rewards[0]:.3f} at step 1, {rewards[-1]:.3f} in the last rollouts"),
         ("accuracy", accuracy),
         ("next", f"relexkit {following}"),
     ]

@@ -91,7 +91,7 @@ class _Run:
         self.task: Task = load_task(self.trained.task)
         device = choose_device(config)
         self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
-        self.stored = StoredModel(self.store, device=device)
+        self.stored = StoredModel(self.store, device=device, disable_dropout=config.disable_dropout)
         self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
         self._where = rollouts or folder / "rollouts"
         self.config = config

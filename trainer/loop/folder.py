@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes, named_weights
-from trainer.policy.setup import quiet
+from trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
 
@@ -62,8 +61,8 @@ def claim_folder(folder: Path, config: str) -> None:
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:
-    """Write the model as a Hugging Face folder in float32, under a temporary name first; a
-    collective call.
+    """Write the model as a Hugging Face folder in the precision of its training, under a temporary
+    name first; a collective call.
 
     Sharded weights are gathered one by one; the first process holds them all while it writes.
     """
@@ -71,14 +70,12 @@ def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -
     for name, tensor in named_weights(model).items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if processes.rank == 0:
-            weights[name] = whole.detach().to(
-                "cpu", torch.float32 if whole.is_floating_point() else whole.dtype
-            )
+            weights[name] = whole.detach().cpu()
     temporary = folder.with_name(f".{folder.name}.partial")
 
     def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        with quiet():
+        with quiet(), own_dropout(model):
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)

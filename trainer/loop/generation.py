@@ -138,7 +138,7 @@ def roll_out(
         pad_token(policy.tokenizer),
         policy.autocast,
     )
-    if config.steps_of_generation > 1:
+    if config.steps_of_generation > 1 or not config.disable_dropout:
         result.old_logp = sampled_logprobs(policy.model, *shared)
     if policy.reference is not None:
         result.ref_logp = sampled_logprobs(policy.reference, *shared)

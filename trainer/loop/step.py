@@ -12,6 +12,7 @@ from trainer.credit.assignment import informativeness
 from trainer.credit.gradient_noise import GradientParts
 from trainer.credit.loss import Denominators, policy_loss
 from trainer.loop.generation import Generation
+from trainer.policy.bfloat16_adamw import BFloat16AdamW
 from trainer.policy.log_probabilities import make_batch, micro_batches, padded, token_logprobs
 from trainer.policy.sampling import Completion, pad_token, stream_seed
 from trainer.policy.setup import Policy, learning_rate
@@ -62,9 +63,18 @@ def optimizer_step(
     return _step_metrics(config, policy, generation, rows, total, denominators) | {
         "grad_norm": grad_norm,
         "learning_rate": rate,
+        **_lost_updates(policy),
         **noise,
         **generation.shares,
     }
+
+
+def _lost_updates(policy: Policy) -> dict[str, float]:
+    """Share of the updates of bfloat16 weights that rounding to nearest loses."""
+    if not isinstance(policy.optimizer, BFloat16AdamW):
+        return {}
+    lost, moved = policy.sum(*policy.optimizer.lost_and_moved())
+    return {"lost_updates": lost / max(1.0, moved)}
 
 
 def _rows_of_part(config: GRPOConfig, generation: Generation, part: int) -> list[int]:

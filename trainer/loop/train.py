@@ -29,7 +29,13 @@ from trainer.loop.rollout_log import truncate_after
 from trainer.loop.run_log import RunLog
 from trainer.loop.state import last_state, load_state, save_state
 from trainer.loop.step import optimizer_step
-from trainer.policy.setup import Policy, choose_device, load_policy, process_group
+from trainer.policy.setup import (
+    Policy,
+    choose_device,
+    load_policy,
+    own_dropout,
+    process_group,
+)
 from trainer.tasks import Task, load_task
 
 _WARN_STEPS = 10  # without any difference between the rewards of a group
@@ -80,6 +86,8 @@ def train(config: GRPOConfig) -> Path:
                 )
                 step, metrics = jump(rule, recorder, policy.model, step, start)
                 start = step
+                if _is_evaluated(config, step):
+                    metrics |= _validate(config, policy, task)
                 log.write(step, metrics)
                 continue
             generation = roll_out(
@@ -95,9 +103,7 @@ def train(config: GRPOConfig) -> Path:
                 if recorder is not None:
                     recorder.record(step, metrics)
                     metrics |= recorder.live
-                if config.eval_steps and (
-                    step % config.eval_steps == 0 or step == config.max_steps
-                ):
+                if _is_evaluated(config, step):
                     metrics |= _validate(config, policy, task)
                 speed = _speed(config, metrics, generation, time.monotonic() - began)
                 log.write(step, metrics | speed, None if advice is None else advice.update())
@@ -144,16 +150,17 @@ def _open_recorder(
         return None
     store = folder / "run.zarr"
     begun = any(policy.processes.gather(_is_store(store)))
-    recorder = Recorder(
-        policy.model,
-        store,
-        every=config.record_every,
-        mantissa_bits=config.mantissa_bits,
-        tokenizer=policy.tokenizer,
-        resume_from=step if begun else None,
-        source=f"GRPO of {config.model}",
-        sketch=config.regrounding is None,  # jumps are no part of a trajectory
-    )
+    with own_dropout(policy.model):
+        recorder = Recorder(
+            policy.model,
+            store,
+            every=config.record_every,
+            mantissa_bits=config.mantissa_bits,
+            tokenizer=policy.tokenizer,
+            resume_from=step if begun else None,
+            source=f"GRPO of {config.model}",
+            sketch=config.regrounding is None,  # jumps are no part of a trajectory
+        )
     return stack.enter_context(recorder)
 
 
@@ -210,6 +217,10 @@ def _speed(
         / config.steps_per_generation
     )
     return {"step_seconds": whole, "tokens_per_second": tokens / whole}
+
+
+def _is_evaluated(config: GRPOConfig, step: int) -> bool:
+    return config.eval_steps > 0 and (step % config.eval_steps == 0 or step == config.max_steps)
 
 
 def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float]:

@@ -130,14 +130,17 @@ def sampled_logprobs(
     autocast: bool,
 ) -> list[torch.Tensor]:
     """Log-probabilities of every rollout's completion tokens, ``float32 [tokens]`` each, without
-    gradient, in micro-batches.
+    gradient and without dropout, as the model samples; in micro-batches.
     """
+    training = model.training
+    model.eval()
     found: list[torch.Tensor] = [torch.empty(0)] * len(completions)
     for rows in micro_batches(completions, max_tokens):
         batch = make_batch([completions[row] for row in rows], pad, model.device)
         logp_BT, _ = token_logprobs(model, batch, temperature, autocast)
         for row, logp_T in zip(rows, logp_BT, strict=True):
             found[row] = logp_T[: len(completions[row].completion_ids)]
+    model.train(training)
     return found
 
 

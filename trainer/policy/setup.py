@@ -1,4 +1,4 @@
-"""What a run starts from: device and processes, the model in float32 (sharded over several
+"""What a run starts from: device and processes, the model (sharded over several
 processes), the optimizer.
 """
 
@@ -18,9 +18,21 @@ import torch.distributed as dist
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes
+from trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
     from trainer.config import G2DConfig, GRPOConfig
+
+
+PRECISIONS: dict[str, str | None] = {
+    "float32": None,
+    "bfloat16_nearest": "nearest",
+    "bfloat16_stochastic": "stochastic",
+    "bfloat16_compensated": "compensated",
+}
+"""How updates are rounded into bfloat16 weights, a key of ``bfloat16_adamw.ROUNDINGS``; None where
+the weights are float32.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +116,24 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a Hugging Face folder.
+def load_model(
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    disable_dropout: bool = True,
+) -> tuple[Any, Any]:
+    """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
+
+    Args:
+        disable_dropout: every dropout rate is 0 in training too, so that the policy that is updated
+            is the one that samples. ``own_dropout`` shows the model's own rates again, for
+            what is saved.
 
     Raises:
         RelexkitError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not Path(folder).is_dir():
         raise RelexkitError(
@@ -119,10 +142,51 @@ def load_model(folder: str, device: torch.device) -> tuple[Any, Any]:
         )
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(folder)
+            rates = _dropout_rates(config) if disable_dropout else {}
+            _set_rates(config, dict.fromkeys(rates, 0.0))
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
+    if disable_dropout:
+        for module in model.modules():  # what a model's code sets whatever its configuration says
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+    model.own_dropout_rates = rates
     return model.to(device), load_tokenizer(folder)
+
+
+@contextmanager
+def own_dropout(model: Any) -> Iterator[None]:
+    """For the time of the block, the configuration of a model of ``load_model`` has the dropout
+    rates of its folder: what is saved there is not changed by how it was trained.
+    """
+    rates = getattr(model, "own_dropout_rates", {})
+    _set_rates(model.config, rates)
+    try:
+        yield
+    finally:
+        _set_rates(model.config, dict.fromkeys(rates, 0.0))
+
+
+def _dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout rates of a configuration that are not 0, by their dotted names."""
+    found: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):  # of a part of the model
+            found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
+        elif "drop" in name and isinstance(value, float) and 0 < value <= 1:
+            found[name] = value
+    return found
+
+
+def _set_rates(config: Any, rates: dict[str, float]) -> None:
+    for place, rate in rates.items():
+        *parts, name = place.split(".")
+        owner = config
+        for part in parts:
+            owner = getattr(owner, part)
+        setattr(owner, name, rate)
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -166,7 +230,11 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     Raises:
         RelexkitError: the model cannot be loaded.
     """
-    model, tokenizer = load_model(config.model, device)
+    rounding = PRECISIONS[config.precision]
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    model, tokenizer = load_model(
+        config.model, device, dtype, disable_dropout=config.disable_dropout
+    )
     model.train()
     if config.gradient_checkpointing:
         enable = getattr(
@@ -176,7 +244,7 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     reference = None
     if config.beta:
         reference = shard(
-            load_model(config.model, device)[0].requires_grad_(False), processes, device
+            load_model(config.model, device, dtype)[0].requires_grad_(False), processes, device
         )
     shard(model, processes, device)
     return Policy(
@@ -184,21 +252,25 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
         reference=reference,
         tokenizer=tokenizer,
         optimizer=build_optimizer(model, config),
-        autocast=config.bf16 if config.bf16 is not None else device.type == "cuda",
+        autocast=(
+            rounding is None and device.type == "cuda" if config.bf16 is None else config.bf16
+        ),
         processes=processes,
     )
 
 
-def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Any, config: GRPOConfig) -> torch.optim.AdamW | BFloat16AdamW:
     """AdamW over all parameters; ``learning_rate`` is set before each step."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    rounding = PRECISIONS[config.precision]
+    if rounding is None:
+        return torch.optim.AdamW(model.parameters(), fused=True, **options)
+    return BFloat16AdamW(model.named_parameters(), rounding=rounding, seed=config.seed, **options)
 
 
 def learning_rate(config: GRPOConfig, step: int) -> float:

@@ -37,12 +37,15 @@ class StoredModel:
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
         device: torch.device | None = None,
+        disable_dropout: bool = True,
     ):
         self.store = store
         self._rounding, self._seed = rounding, seed
         with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
             base = str(checkout(store, 0, Path(folder) / "base"))
-            self.model, self.tokenizer = load_model(base, device or torch.device("cpu"))
+            self.model, self.tokenizer = load_model(
+                base, device or torch.device("cpu"), disable_dropout=disable_dropout
+            )
             self._rounded: Any = None
             if dtype != "float32":
                 self._rounded = load_model(base, device or torch.device("cpu"))[0].to(

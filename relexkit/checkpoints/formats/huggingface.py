@@ -127,7 +127,13 @@ def _files_of(folder: Path, kind: str) -> dict[Path, list[str] | None]:
         return {folder / kind: None}
     path = folder / kind
     try:
-        weight_map = json.loads(read_small(path))["weight_map"]
+        index = json.loads(read_small(path))
+        if "delta_encoding" in (index.get("metadata") or {}):
+            raise CheckpointError(
+                f"{folder}: holds weight-sync deltas, which mean nothing without the versions"
+                f" before; give the folder of all versions, {folder.parent}"
+            )
+        weight_map = index["weight_map"]
         by_file: dict[str, list[str]] = {}
         for tensor, file in weight_map.items():
             by_file.setdefault(str(file), []).append(str(tensor))

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from relexkit.checkpoints.formats import dcp, deepspeed, huggingface, peft, refused, verl
+from relexkit.checkpoints.formats import (
+    dcp,
+    deepspeed,
+    huggingface,
+    peft,
+    refused,
+    verl,
+    weight_sync,
+)
 from relexkit.checkpoints.protocol import Checkpoint
 
 
@@ -44,6 +52,7 @@ FORMATS = (
     Format("verl", "verl FSDP shards", verl.find, verl.VerlCheckpoint),
     Format("dcp", "torch.distributed.checkpoint folders", dcp.find, dcp.DcpCheckpoint),
     Format("deepspeed", "DeepSpeed ZeRO partitions", deepspeed.find, deepspeed.DeepSpeedCheckpoint),
+    Format("weight-sync", "weight-sync deltas", weight_sync.find, weight_sync.refuse_single),
     Format("unsupported", "checkpoints to be converted first", refused.find, _refuse),
 )
 """In the order of preference between equally precise ones."""
