@@ -1,11 +1,11 @@
 """relexkit: trajectory stores, spectra and extrapolated checkpoints for reinforcement-learning runs
 of language models.
 
-    from relexkit import TrajectoryStore, extrapolate, gram, import_checkpoints, spectrum
+    from relexkit import Prediction, extrapolate, import_checkpoints, observe, spectrum
 
     store = import_checkpoints("run/checkpoints", "run.zarr", base="base").store
-    table = spectrum(gram(store), scope="module")
-    extrapolate(store, [500, 1000], "predicted", until=50)
+    table = spectrum(observe(store).gram, scope="module")
+    extrapolate(store, [500, 1000], "predicted", Prediction(until=50))
 
 What is not in ``__all__`` may change freely.
 """

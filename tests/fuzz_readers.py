@@ -157,7 +157,9 @@ def read_all(folder: Path) -> None:
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Damage one file at a time; returns how many checkpoints were refused and how many were read."""
+    """Damage one file at a time; returns how many checkpoints were refused and how many were
+    read.
+    """
     WRITERS[name](folder)
     read_all(folder)
     originals = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

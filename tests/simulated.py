@@ -88,7 +88,9 @@ def simulate(run: Run, num_steps: int, seed: int, num_parameters: int = D) -> np
 
 
 def recorded(deltas: np.ndarray, steps: np.ndarray, num_tensors: int = 3) -> Gram:
-    """Gram matrices of some tensors at some steps, with the counts that a 16-bit store would have."""
+    """Gram matrices of some tensors at some steps, with the counts that a 16-bit store would
+    have.
+    """
     chosen = deltas[np.asarray(steps) - 1]
     parts = np.array_split(chosen, num_tensors, axis=1)
     before = [np.diff(p, axis=0, prepend=0.0) for p in parts]

@@ -116,7 +116,8 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     by recorded step.
 
     Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros
-    say nothing. Metrics tell, if they are there, which steps were informative. Reads no weights; two seconds or so for 400 tensors and 75 steps, one for a single
+    say nothing. Metrics tell, if they are there, which steps were informative. Reads no weights;
+    two seconds or so for 400 tensors and 75 steps, one for a single
     matrix.
     """
     metrics = metrics or {}

@@ -164,7 +164,9 @@ class Backtest:
         ]
 
     def skill(self, method: str) -> np.ndarray:
-        """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is none."""
+        """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is
+        none.
+        """
         return self._scores(np.arange(len(self.names)))[2][self.methods.index(method)]
 
     def _scores(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,9 +8,11 @@ with the run's momentum, learning-rate schedule and rounding has the covariance 
 innovations, what each recorded step added that the optimizer's memory did not. Without a drift
 their signs are arbitrary:
 
-    analytic:    G_0 = L diag(W) L^T, the expectation over all signs: the run's own step sizes, no
-    direction, sign-flips:  G_f = L (s s^T * W) L^T with random signs s, so that also the chance
-    overlaps of few parameters are kept.
+    analytic    G_0 = L diag(W) L^T      the expectation over all signs
+    sign-flips  G_f = L (s s^T * W) L^T  random signs s
+
+The first has the run's own step sizes and no direction; the second also keeps the chance overlaps
+of few parameters.
 
 Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K statistics.
 """

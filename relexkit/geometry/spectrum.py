@@ -145,8 +145,8 @@ def spectrum(
     the steps to ``until``.
 
     Every statistic comes with what a walk without direction gives (``relexkit.geometry.null``).
-    ``momentum`` is the optimizer's (Adam's first beta), fitted if None; its learning rates are those
-    of ``gram``.
+    ``momentum`` is the optimizer's (Adam's first beta), fitted if None; its learning rates are
+    those of ``gram``.
 
     Reads no weights; tenths of a second for hundreds of tensors.
 

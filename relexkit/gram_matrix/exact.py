@@ -78,7 +78,9 @@ def gram(
 
 
 def known_steps(store: TrajectoryStore) -> int:
-    """How many of the recorded steps the matrices that are kept in the store cover, in every part."""
+    """How many of the recorded steps the matrices that are kept in the store cover, in every
+    part.
+    """
     covered = []
     for part in moving_parts(store):
         try:

@@ -40,7 +40,9 @@ class Work:
 
 
 def run_shared(work: Work, part: int, kernel: Any, num_rows: int, old: int, tick: Tick) -> Sums:
-    """One pass over a part, its columns divided among the processes; every process gets the sums."""
+    """One pass over a part, its columns divided among the processes; every process gets the
+    sums.
+    """
     one = Pass(
         store=work.store,
         part=part,

@@ -160,7 +160,9 @@ def import_checkpoints(
 
 
 def seen_alike(run: Run, base: Checkpoint, first_step: int) -> tuple[Run, Checkpoint]:
-    """Run and base with the same tensors: adapters merged into the base, tied heads on both sides."""
+    """Run and base with the same tensors: adapters merged into the base, tied heads on both
+    sides.
+    """
     run = (
         ChainedRun(run, base)
         if isinstance(run, WeightSyncRun)
@@ -315,7 +317,9 @@ def _choose_encodings(
     base: Checkpoint,
     encoding: str,
 ) -> dict[str, Encoding]:
-    """Encoding of each float dtype, from a sample of what changed between the last two checkpoints."""
+    """Encoding of each float dtype, from a sample of what changed between the last two
+    checkpoints.
+    """
     dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")

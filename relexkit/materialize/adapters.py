@@ -244,7 +244,9 @@ def _whole_tensors(store: TrajectoryStore) -> list[TensorSpec]:
 
 
 def _whole_key(name: str, store: TrajectoryStore) -> str:
-    """Name in the file of a whole tensor; PEFT puts the bias of an adapted module one level deeper."""
+    """Name in the file of a whole tensor; PEFT puts the bias of an adapted module one level
+    deeper.
+    """
     module, _, end = name.rpartition(".")
     adapted = end == "bias" and any(t.name == f"{module}.weight" for t, _ in _adapted(store))
     return f"{PREFIX}{module}.base_layer.bias" if adapted else f"{PREFIX}{name}"

@@ -29,7 +29,8 @@ from relexkit.predict.prediction import PLAIN, Prediction
 _AVERAGED = 10  # recorded steps, where no window is given
 
 Predict = Callable[[np.ndarray], np.ndarray]
-"""Targets ``[J]`` -> weights over the recorded deltas, float64 ``[J, N, T]``, or ``[J, 1, T]`` where
+"""Targets ``[J]`` -> weights over the recorded deltas, float64 ``[J, N, T]``, or ``[J, 1, T]``
+where
 all groups have the same.
 """
 
@@ -39,7 +40,8 @@ class Method:
     """A row of the table.
 
     Attributes:
-        fit: ``(gram, options) -> predict`` for N groups that have moved, each fitted on its own; raises ``ExtrapolationError`` where it cannot.
+        fit: ``(gram, options) -> predict`` for N groups that have moved, each fitted on its own;
+            raises ``ExtrapolationError`` where it cannot.
         about: what it does, for the help.
         options: names of the ``Options`` that it uses.
         needs_gram: whether the weights depend on more than the step numbers.

@@ -178,7 +178,9 @@ def continued(
 def _refitted(
     fit: Fit, x: np.ndarray, y: np.ndarray, last: float, target: float, options: Options
 ) -> np.ndarray:
-    """Autoregressive: predicted values are fitted too, every ``refit_every`` steps; ``[N, R, 1]``."""
+    """Autoregressive: predicted values are fitted too, every ``refit_every`` steps; ``[N, R,
+    1]``.
+    """
     window, every, by_row = len(x), options.refit_every or 1, options.axis == "row"
     future = np.append(np.arange(last + 1, target), target)
     # the released scripts evaluate one row past the window at every step, also between refits

@@ -68,7 +68,9 @@ class TrajectoryStore:
         self.steps: np.ndarray = log[log >= 0]
 
     def add_step(self, step: int) -> None:
-        """Note a step that this process has just committed; ``refresh`` without reading anything."""
+        """Note a step that this process has just committed; ``refresh`` without reading
+        anything.
+        """
         self._indptr.clear()
         self.steps = np.append(self.steps, step)
 
@@ -79,7 +81,9 @@ class TrajectoryStore:
 
     @property
     def exact(self) -> bool:
-        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own tensors)."""
+        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own
+        tensors).
+        """
         return all(part.encoding != "float" for part in self.layout.parts)
 
     @property

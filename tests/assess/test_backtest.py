@@ -34,7 +34,9 @@ def gram_of(deltas: list[np.ndarray], steps: np.ndarray, names: tuple[str, ...])
 
 @pytest.fixture
 def deltas() -> list[np.ndarray]:
-    """A curved, a noisy, a straight, a turning and a frozen tensor ``[T, D]`` over irregular steps."""
+    """A curved, a noisy, a straight, a turning and a frozen tensor ``[T, D]`` over irregular
+    steps.
+    """
     rng = np.random.default_rng(0)
     time, T = STEPS[:, None].astype(float), len(STEPS)
     direction = rng.standard_normal((4, 60))

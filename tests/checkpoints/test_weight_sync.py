@@ -26,7 +26,9 @@ from relexkit.ingest.watch import watch
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A bfloat16 run of five steps with buffers, a scalar and an empty tensor; steps are versions."""
+    """A bfloat16 run of five steps with buffers, a scalar and an empty tensor; steps are
+    versions.
+    """
     return write_run(
         tmp_path_factory.mktemp("run"), steps=[1, 2, 3, 4, 5], buffers=True, head="own"
     )

@@ -79,7 +79,9 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line on standard error of a command that fails with status 1 and prints nothing else."""
+    """The one line on standard error of a command that fails with status 1 and prints nothing
+    else.
+    """
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 1
     captured = capsys.readouterr()

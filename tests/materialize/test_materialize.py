@@ -563,18 +563,18 @@ def test_a_rerun_skips_a_finished_folder_and_refuses_another(tmp_path: Path) -> 
     again = extrapolate(store, [60, 70], out)
     assert [(p.target, p.already) for p in again] == [(60, True), (70, False)]
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    for options in (
-        {"seed": 1},
-        {"options": Options(rank=2)},
-        {"scale": 0.5},
-        {"until": 7},
-        {"method": "hold"},
+    for prediction, output in (
+        (Prediction(), Output(seed=1)),
+        (Prediction(options=Options(rank=2)), Output()),
+        (Prediction(scale=0.5), Output()),
+        (Prediction(until=7), Output()),
+        (Prediction(method="hold"), Output()),
     ):
         with pytest.raises(
             RelexkitError,
             match=r"step-60: exists and holds something else; remove it or choose another -o",
         ):
-            extrapolate(store, [60], out, **options)
+            extrapolate(store, [60], out, prediction, output=output)
     checkout(store, 2, tmp_path / "two")
     checkout(store, 2, tmp_path / "two")
     with pytest.raises(RelexkitError, match="exists and holds something else"):
@@ -698,14 +698,18 @@ def test_refusals_come_before_any_work(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("a pass over the weights began")
 
     monkeypatch.setattr(TrajectoryStore, "read_log", refuse)
-    for message, given in (
-        ("--dtype int8 is unknown", {"dtype": "int8"}),
-        ("--method magic is unknown", {"method": "magic"}),
-        ("--alpha has no effect with --method relex", {"options": Options(alpha=2.0)}),
-        ("--until 1 keeps no step", {"until": 1}),
+    for message, prediction, dtype in (
+        ("--dtype int8 is unknown", Prediction(), "int8"),
+        ("--method magic is unknown", Prediction(method="magic"), None),
+        (
+            "--alpha has no effect with --method relex",
+            Prediction(options=Options(alpha=2.0)),
+            None,
+        ),
+        ("--until 1 keeps no step", Prediction(until=1), None),
     ):
         with pytest.raises(RelexkitError, match=message):
-            extrapolate(store, [60], tmp_path / "out", **given)
+            extrapolate(store, [60], tmp_path / "out", prediction, output=Output(dtype=dtype))
     with pytest.raises(
         StoreError, match=r"step 4 is not recorded in .*; it holds 5 steps from 2 to 20"
     ):

@@ -136,7 +136,9 @@ def _named(progress: ProgressCallback, name: str) -> ProgressCallback:
 
 
 def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
-    """Name, model and tokenizer of everything that was asked for; a store's model is loaded once."""
+    """Name, model and tokenizer of everything that was asked for; a store's model is loaded
+    once.
+    """
     import torch
 
     device = torch.device(

@@ -10,8 +10,10 @@ completion tokens that count:
 
     grpo     mean over sequences of the mean over their tokens
     bnpo     sum over tokens / tokens of the optimizer step
-    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is
-    one step dr_grpo  sum over tokens / (sequences x max_completion_length)
+    dapo     sum over tokens / (tokens of the generation / its steps)
+    dr_grpo  sum over tokens / (sequences x max_completion_length)
+
+``dapo`` is ``bnpo`` if a generation is one step.
 
 Where we differ from TRL: the denominators are those of the whole optimizer step over all processes,
 so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``

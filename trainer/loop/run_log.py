@@ -104,7 +104,9 @@ class RunLog(AbstractContextManager):
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, a dictionary a step, in order. A line that a kill cut off is left out."""
+    """The metrics of a run, a dictionary a step, in order. A line that a kill cut off is left
+    out.
+    """
     return [entry for entry, _ in _entries(Path(folder) / "metrics.jsonl")]
 
 

@@ -458,7 +458,9 @@ class AdaptedCheckpoint:
             )
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it alone."""
+        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it
+        alone.
+        """
         if name in self._adapter.saved:
             self._adapter.read_into(self._adapter.saved[name], start, out)
         elif name in self.factors:
@@ -544,7 +546,9 @@ def adapter_in(opened: Checkpoint) -> AdapterCheckpoint | None:
 
 
 def over_base(run: Run, base: Checkpoint, step: int) -> Run:
-    """``run`` itself, or its merged view over ``base`` if its steps (``step`` is one) are adapters."""
+    """``run`` itself, or its merged view over ``base`` if its steps (``step`` is one) are
+    adapters.
+    """
     with closing(run.checkpoint(step)) as first:
         return AdaptedRun(run, base) if adapter_in(first) else run
 
