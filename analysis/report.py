@@ -332,6 +332,8 @@ def _commands(name: str, advice: Advice) -> str:
         f"relexkit advise {name}",
         f"relexkit report {name} -o report.html",
     ]
+    if advice.next_command is not None:
+        lines.append(advice.next_command.format(store=name))
     if advice.target is not None:
         lines.append(
             f"relexkit extrapolate {name} --to {advice.target} --method {advice.method} -o"

@@ -1,19 +1,21 @@
 """The ``relexkit`` command: parse, call one function, print.
 
 Results go to standard output (with ``--json`` one JSON document and nothing else), progress and
-messages to standard error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage. Heavy
-modules load inside the commands.
+messages to standard error. Exit status: 0 done, 1 a stated error in one line, 2 wrong usage, 130
+interrupted, 143 terminated. Heavy modules load inside the commands.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+from relexkit import interrupts
 from relexkit.commands import EXTENSION
 from relexkit.commands.registry import Command, extensions
-from relexkit.errors import RelexkitError
+from relexkit.errors import RelexkitError, printable
 from relexkit.version import __version__
 
 
@@ -22,20 +24,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = None
     try:
-        if given and given[0] in commands():
-            parsed = _module_parser(given[0]).parse_args(given[1:])
-        else:
-            parsed = _parser().parse_args(given)
-        parsed.run(parsed)
+        with interrupts.raising():
+            if given and given[0] in commands():
+                parsed = _module_parser(given[0]).parse_args(given[1:])
+            else:
+                parsed = _parser().parse_args(given)
+            parsed.run(parsed)
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RelexkitError, OSError) as error:
         if parsed is not None and parsed.debug:
             raise
         if not getattr(error, "said_elsewhere", False):
             print(f"relexkit: {_one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("relexkit: interrupted; run the same command again to go on", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt as interruption:
+        status = interrupts.status_of(interruption)
+        print(interrupts.sentence(status - 128), file=sys.stderr)
+        return status
     return 0
 
 
@@ -47,8 +55,8 @@ def commands() -> dict[str, Command]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, RelexkitError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}"
-    return " ".join(str(error).split())
+        return printable(f"{place}{error.strerror or error}")
+    return printable(" ".join(str(error).split()))
 
 
 # -- parsing ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 do, in one line.
 """
 
+import unicodedata
+
 
 class RelexkitError(Exception):
     """Base of every stated error; the command line prints its message and exits with status 1."""
@@ -17,3 +19,16 @@ class StoreError(RelexkitError):
 
 class ExtrapolationError(RelexkitError):
     """A method cannot predict from these steps with these options."""
+
+
+def printable(text: str) -> str:
+    """``text`` with everything escaped that could steer a terminal: control characters but the new
+    line and the tab, marks of direction, and halves of surrogate pairs, which cannot be encoded.
+    """
+    return "".join(_escaped(c) if unicodedata.category(c)[0] == "C" else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    if character in "\n\t":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -18,8 +18,10 @@ from relexkit.commands.console import (
     print_pairs,
     progress_bar,
     say,
+    show,
 )
 from relexkit.commands.registry import Command, Extension
+from relexkit.errors import printable
 from relexkit.geometry.null import STATISTICS
 from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
@@ -35,6 +37,7 @@ from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
 from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
@@ -82,14 +85,18 @@ __all__ = [
     "percent",
     "print_json",
     "print_pairs",
+    "printable",
     "progress_bar",
     "r_squared",
     "random_bits",
+    "replace_folder",
     "say",
     "segment_gram",
+    "show",
     "single_threaded_blas",
     "spectrum",
     "step_text",
     "temporary_folder",
     "walk_gram",
+    "write_file",
 ]

@@ -1,28 +1,48 @@
-"""What DelTA, LamPO, G2D, re-grounding and extrapolation do on the small embedded model: the runs
-and numbers of docs/study.md.
+"""When does extrapolation pay? The runs and numbers of docs/study.md, on the small embedded model.
 
-    python docs/study/study.py OUT [--seeds 0 1 2 3 4 5] [--steps 60]
+    python docs/study/study.py OUT [--only PATTERN ...] [--seeds S ...] [--until-priority P]
+    python docs/study/study.py OUT --list
 
-Every seed trains the same model by GRPO, with DelTA, with LamPO, with both, and with re-grounding.
-From the GRPO run's store and rollouts come G2D at several K and the extrapolations. All models
-answer the same held-out problems. What is finished is kept, so the command goes on where it
-stopped. Leaves ``OUT/results.json``, and docs/study.md with its figures (report.py).
+Does the jobs of arms.py, the most decisive first: trains an arm, asks a finished run what its
+future looked like from some step, runs G2D from it, or exports it in bfloat16. Every answer is one
+JSON file in docs/study/results; what is there is not done again, and a run that was interrupted
+goes on from its last saved state. Runs stay in OUT until no job needs them. All models answer the
+same 512 held-out problems, greedily and once sampled, with the same noise.
+
+    python docs/study/report.py
+
+makes the tables and figures from whatever results there are.
 """
 
+from __future__ import annotations
+
 import argparse
+import fnmatch
 import json
+import os
+import shutil
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from report import write_report
+from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
 
-from analysis.claims import ABLATION
-from relexkit import Prediction, TrajectoryStore, gram, predict_weights, spectrum
-from relexkit.assess.advice import advise
+from relexkit import (
+    Prediction,
+    RelexkitError,
+    TrajectoryStore,
+    checkout,
+    gram,
+    import_checkpoints,
+    predict_weights,
+    round_checkpoint,
+)
 from relexkit.assess.backtest import backtest
+from relexkit.gram_matrix.jumps import jumps
 from trainer.config import G2DConfig, GRPOConfig
-from trainer.evaluation.evaluate import Evaluation, evaluate
+from trainer.evaluation.evaluate import RIGHT, evaluate
 from trainer.experiments.g2d import g2d
 from trainer.loop.run_log import read_log
 from trainer.loop.train import train
@@ -30,159 +50,178 @@ from trainer.policy.small_model import FOLDER
 from trainer.policy.stored_model import StoredModel, recorded_weights
 from trainer.tasks import load_task
 
-TASK = {"name": "arithmetic", "family": "sorting"}
-PROBLEMS, LENGTH = 512, 10
-MEASURED = {
-    "token_shares": True,
-    "gradient_noise_parts": 4,
-    "eval_steps": 10,
-    "eval_num_problems": PROBLEMS,
-}
-ARMS = {
-    "GRPO": {},
-    "DelTA": {"token_weighting": "delta"},
-    "LamPO": {"advantage": "lampo"},
-    "LamPO + DelTA": {"advantage": "lampo", "token_weighting": "delta"},
-    "re-grounding, RELEX": {"regrounding": {"train_steps": 10, "jump_steps": 10}},
-    "re-grounding, model": {
-        "regrounding": {"train_steps": 10, "jump_steps": 10, "method": "model"}
-    },
-}
-G2D_STEPS = (5, 10, 20, 40, 60)
-CUTS = (10, 20, 30)
-METHODS = ("relex", "model", "two-point", "hold")
+RESULTS = Path(__file__).parent / "results"
+PROBLEMS, LENGTH, EVERY = 512, 10, 25
+
+Result = dict[str, Any]
+Question = Callable[[Path, Job, "Draft"], None]
 
 
-def make_run(folder: Path, arm: str, seed: int, steps: int) -> None:
-    """Train one arm; one that is finished stays."""
-    options = MEASURED | ARMS[arm]
+class Draft(Result):
+    """An answer in the making, kept at ``place`` so that an interruption loses little of it."""
+
+    def __init__(self, place: Path, known: Result):
+        super().__init__(known)
+        self.place = place
+
+    def keep(self) -> None:
+        """Write what there is."""
+        write_json(self.place, self)
+
+
+def write_json(place: Path, document: Result) -> None:
+    """A JSON file, whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, separators=(",", ":")).replace("},{", "},\n{") + "\n")
+    os.replace(temporary, place)
+
+
+# -- a run and its models --------------------------------------------------------------------------
+
+
+def run_folder(out: Path, job: Job) -> Path:
+    """Where the run of a job is."""
+    return out / "runs" / job.arm / f"seed-{job.seed}"
+
+
+def make_run(folder: Path, arm: Arm, seed: int, steps: int) -> None:
+    """Train an arm to ``steps``, from where it stands."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     train(
         GRPOConfig(
             model=str(FOLDER),
-            task=TASK,
             output=str(folder),
             seed=seed,
-            learning_rate=1e-4,
             max_steps=steps,
-            generation_batch_size=128,
-            num_generations=8,
+            num_generations=GROUP,
             max_completion_length=LENGTH,
-            generation_rows=128,
+            generation_rows=256,
             micro_batch_tokens=4096,
             device="cpu",
-            save_steps=25,
-            **options,
+            save_steps=EVERY,
+            **arm.settings,
         )
     )
 
 
-def asked(model: StoredModel, weights: np.ndarray) -> Evaluation:
-    """Greedy and sampled answers of ``theta_0 + M^T a``."""
-    model.put(weights)
-    return evaluate(
-        model.model,
-        model.tokenizer,
-        load_task(TASK),
-        num_problems=PROBLEMS,
-        samples=1,
-        max_completion_length=LENGTH,
-        batch_size=256,
-    )
+class Models:
+    """The models of a store, and what they answer."""
+
+    def __init__(self, store: TrajectoryStore, **precision: Any):
+        self.store, self._stored = store, StoredModel(store, **precision)
+        self._task = load_task(SORTING)
+
+    def answers(self, weights: np.ndarray) -> Result:
+        """Accuracies of ``theta_0 + M^T a``, and which problems were right, in hexadecimal."""
+        self._stored.put(weights)
+        found = evaluate(
+            self._stored.model,
+            self._stored.tokenizer,
+            self._task,
+            num_problems=PROBLEMS,
+            samples=1,
+            max_completion_length=LENGTH,
+            batch_size=PROBLEMS,
+        )
+        return {
+            "greedy": found.accuracy,
+            "sampled": found.sampled_accuracy,
+            "greedy_right": _bits(found.greedy_N >= RIGHT),
+            "sampled_right": _bits(found.sampled_NS[:, 0] >= RIGHT),
+        }
+
+    def recorded(self, step: int) -> Result:
+        """Answers of a recorded step; 0 is the base."""
+        return self.answers(recorded_weights(self.store, step))
 
 
-def scores(found: Evaluation) -> dict[str, float]:
-    """Both accuracies."""
-    return {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
+def _bits(right_N: np.ndarray) -> str:
+    return np.packbits(right_N).tobytes().hex()
 
 
-def trained(folder: Path) -> dict:
-    """One arm: its log, and the accuracy of its last step."""
+# -- the questions ---------------------------------------------------------------------------------
+
+
+def trained(folder: Path, job: Job, result: Draft) -> None:
+    """Accuracy along a run, its rewards, and what it looks like from its own record."""
+    make_run(folder, ARMS[job.arm], job.seed, job.steps)
     store = TrajectoryStore(folder / "run.zarr")
     log = read_log(folder)
-    rollouts = 128
-    lengths = [entry.get("completions/mean_length", 0.0) for entry in log]
-    noise = [
-        (e["gradient_noise/trace"], e["gradient_noise/signal"])
-        for e in log
-        if "gradient_noise/trace" in e
-    ]
-    names = [name for name in log[0] if name.startswith("token_share")]
-    curve = [
-        {
-            "step": entry["step"],
-            "accuracy": entry["eval/accuracy"],
-            "tokens": rollouts * float(np.sum(lengths[: row + 1])),
-            "seconds": float(np.sum([e.get("step_seconds", 0.0) for e in log[: row + 1]])),
-        }
-        for row, entry in enumerate(log)
-        if "eval/accuracy" in entry
-    ]
-    return {
-        "final": scores(asked(StoredModel(store), recorded_weights(store, int(store.steps[-1])))),
-        "trained_steps": len(lengths) - lengths.count(0.0),
-        "tokens": rollouts * float(np.sum(lengths)),
-        "seconds_per_step": float(
-            np.median([e["step_seconds"] for e in log if "step_seconds" in e])
-        ),
+    models, landed = Models(store), set(jumps(store).tolist())
+    known = {entry["step"]: entry for entry in result.get("curve", [])}
+    curve = []
+    for step in _marks(store.steps, landed):
+        trained_steps = int(np.sum(store.steps <= step)) - len([s for s in landed if s <= step])
+        place = {"step": step, "trained": trained_steps, "jumped": step in landed}
+        curve.append(known.get(step) or place | models.recorded(step))
+    result |= {
+        "steps": int(store.steps[-1]),
+        "rollouts_per_step": GROUP * ARMS[job.arm].prompts,
         "curve": curve,
-        "reward": [entry.get("reward") for entry in log],
-        "noise": {
-            "trace": float(np.mean([t for t, _ in noise])),
-            "signal": float(np.mean([s for _, s in noise])),
-        },
-        "shares": {
-            name: float(np.nanmean([e[name] for e in log if e.get(name) is not None]))
-            for name in names
-        },
+        "reward": [entry["reward"] for entry in log if "reward" in entry],
+        "entropy": [entry["entropy"] for entry in log if "entropy" in entry],
     }
 
 
-def extrapolated(folder: Path, steps: int) -> dict:
-    """What steps up to ``T_cut`` predict for the end of training, on the task, and the geometry of
-    the run.
+def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
+    """The base, every 25th step, and the steps before and after each jump."""
+    before = {int(steps[row - 1]) for row in np.flatnonzero(np.isin(steps, list(landed)))}
+    regular = {int(step) for step in steps if step % EVERY == 0}
+    return sorted({0, int(steps[-1])} | regular | before | landed)
+
+
+def keep_gram(store: TrajectoryStore, place: Path) -> None:
+    """The Gram matrix of the whole model, from which spectrum, null and advice follow: every step
+    to 150, every fifth one after it.
     """
+    matrices = gram(store)
+    rows = np.flatnonzero((matrices.steps <= 150) | (matrices.steps % 5 == 0))
+    whole = matrices.matrices.sum(axis=0)[np.ix_(rows, rows)]
+    still = store.metrics()["frac_reward_zero_std"][rows]
+    np.savez_compressed(
+        place,
+        steps=matrices.steps[rows],
+        upper=whole[np.triu_indices(len(rows))].astype(np.float32),
+        num_parameters=matrices.num_parameters.sum(),
+        frac_reward_zero_std=still.astype(np.float32),
+    )
+
+
+def predicted(folder: Path, job: Job, result: Draft) -> None:
+    """What steps up to ``T_cut`` predict for later ones, on the task and in the weights."""
     store = TrajectoryStore(folder / "run.zarr")
-    matrices, model = gram(store), StoredModel(store)
-    found: dict = {
-        "base": scores(asked(model, recorded_weights(store, 0))),
-        "observed": {},
-        "predictions": [],
-        "ablation": {},
-    }
-    for until in (cut for cut in CUTS if cut < steps):
-        observed = asked(model, recorded_weights(store, until))
-        found["observed"][str(until)] = scores(observed)
-        for method in METHODS:
-            weights = predict_weights(matrices.until(until), [steps], Prediction(method=method))[0]
-            answers = asked(model, weights)
-            entry = {
-                "until": until,
+    matrices, models = gram(store), Models(store)
+    seen, cut = matrices.until(job.steps), job.steps
+    asked = [("hold", cut), ("average", cut)]
+    asked += [(method, round(ratio * cut)) for ratio in RATIOS for method in METHODS]
+    later = {round(ratio * cut) for ratio in RATIOS}
+    grid = backtest(matrices, methods=METHODS, prefixes=[int(np.sum(store.steps <= cut))]).grid
+    skill = {(row.method, row.target): row.skill for row in grid}
+    done = {(row["method"], row["target"]): row for row in result.get("predictions", [])}
+    result |= {"until": cut, "predictions": list(done.values())}
+    for method, target in asked:
+        if (method, target) in done:
+            continue
+        weights = predict_weights(seen, [target], Prediction(method=method))[0]
+        result["predictions"].append(
+            {
                 "method": method,
-                **scores(answers),
-                "gain": answers.minus(observed).difference,
+                "target": target,
+                "skill": skill.get((method, target)),
+                **models.answers(weights),
             }
-            found["predictions"].append(entry)
-    whole = spectrum(matrices, scope="global").whole
-    fit = advise(matrices, store.metrics()).fit
-    found["geometry"] = {
-        name: {"observed": float(whole.observed[name]), "walk": float(whole.expected[name])}
-        for name in ("first", "first_two")
-    } | {
-        "drift_to_noise": (
-            None if fit is None else [fit.drift_to_noise, *fit.drift_to_noise_interval]
         )
-    }
-    for name, options in ABLATION.items():
-        grid = backtest(matrices, methods=["relex"], prefixes=[steps // 2], options=options).grid
-        found["ablation"][name] = next(
-            row.relative_error for row in grid if row.method == "relex" and row.target == steps
-        )
-    return found
+        result.keep()
+    between = [s for s in sorted(later) if s <= store.steps[-1] and s % EVERY]  # not on the curve
+    result["trained"] = {str(step): models.recorded(step) for step in between}
 
 
-def preferred(folder: Path, out: Path, steps: int, seed: int) -> list[dict]:
-    """G2D at several K from the rollouts of the training, and from fresh ones."""
-    rows = []
+def preferred(folder: Path, job: Job, result: Draft) -> None:
+    """G2D at several K, from the rollouts of the training and from fresh ones."""
+    last = int(TrajectoryStore(folder / "run.zarr").steps[-1])
+    place = folder.with_name(f"seed-{job.seed}-g2d")
+    result["rows"] = []
     for pairs in ("training", "fresh"):
         config = G2DConfig(
             pairs=pairs,
@@ -191,57 +230,151 @@ def preferred(folder: Path, out: Path, steps: int, seed: int) -> list[dict]:
             eval_num_problems=PROBLEMS,
             generation_rows=256,
             device="cpu",
-            seed=seed,
+            seed=job.seed,
         )
-        began = time.monotonic()
-        found = g2d(folder, [k for k in G2D_STEPS if k <= steps], out / pairs, config)
-        for summary in found:
-            rows.append(
+        steps = [k for k in G2D_STEPS if k <= last]
+        for found in g2d(folder, steps, place / pairs, config):
+            result["rows"].append(
                 {
                     "pairs": pairs,
-                    "k": summary["step"],
-                    "before": summary["before"]["greedy"]["accuracy"],
-                    "after": summary["after"]["greedy"]["accuracy"],
-                    "informativeness": summary["informativeness"],
-                    "seconds": (time.monotonic() - began) / len(found),
+                    "k": found["step"],
+                    "before": found["before"]["greedy"]["accuracy"],
+                    "after": found["after"]["greedy"]["accuracy"],
+                    "informativeness": found["informativeness"],
                 }
             )
-    return rows
+    shutil.rmtree(place)
 
 
-def study(folder: Path, seed: int, steps: int) -> dict:
-    """Everything of one seed."""
-    found: dict = {"seed": seed, "steps": steps, "arms": {}}
-    for arm in ARMS:
-        place = folder / arm.replace(" ", "").replace(",", "-")
-        make_run(place, arm, seed, steps)
-        found["arms"][arm] = trained(place)
-    found["extrapolated"] = extrapolated(folder / "GRPO", steps)
-    found["g2d"] = preferred(folder / "GRPO", folder / "g2d", steps, seed)
-    return found
+def rounded(folder: Path, job: Job, result: Draft) -> None:
+    """The run as bfloat16 exports would have it: recorded steps and RELEX from them, rounded to
+    nearest and stochastically.
+    """
+    store = TrajectoryStore(folder / "run.zarr")
+    steps = [int(step) for step in store.steps if step % 5 == 0]
+    result["float32"] = {}
+    exact = Models(store)
+    for step in (50, 100):
+        result["float32"][str(step)] = exact.recorded(step)
+    for rounding in ("nearest", "stochastic"):
+        place = folder.with_name(f"seed-{job.seed}-{rounding}")
+        for step in steps:
+            export = place / "checkpoints" / f"checkpoint-{step}"
+            if not export.exists():
+                exact_folder = checkout(store, step, place / "exact")
+                round_checkpoint(exact_folder, export, rounding=rounding, seed=job.seed)
+                shutil.rmtree(exact_folder)
+        exported = import_checkpoints(place / "checkpoints", place / "run.zarr", base=FOLDER).store
+        models, matrices = Models(exported), gram(exported)
+        found: Result = {"recorded": {}, "predictions": []}
+        for cut in (50, 100):
+            found["recorded"][str(cut)] = models.recorded(cut)
+            for method, ratio in (
+                ("relex", 1.5),
+                ("relex", 2.0),
+                ("two-point", 1.5),
+                ("two-point", 2.0),
+            ):
+                target = round(ratio * cut)
+                weights = predict_weights(matrices.until(cut), [target], method=method)[0]
+                found["predictions"].append(
+                    {"method": method, "until": cut, "target": target, **models.answers(weights)}
+                )
+        result[rounding] = found
+        shutil.rmtree(place)
 
 
-def main() -> None:
-    """Run what is missing, and write the report."""
+QUESTIONS: dict[str, Question] = {
+    "train": trained,
+    "predict": predicted,
+    "g2d": preferred,
+    "precision": rounded,
+}
+
+
+# -- doing what is missing -------------------------------------------------------------------------
+
+
+def is_done(job: Job, results: Path) -> bool:
+    """Whether the answer is there, of as many steps as the job wants."""
+    place = results / job.result
+    if not place.exists():
+        return False
+    return job.question != "train" or json.loads(place.read_text())["steps"] >= job.steps
+
+
+def do(job: Job, out: Path, results: Path) -> None:
+    """Answer one job, and leave its JSON file among the results."""
+    place = results / job.result
+    partial = out / "partial" / job.result
+    known = next((p for p in (partial, place) if p.exists()), None)
+    draft = Draft(partial, {} if known is None else json.loads(known.read_text()))
+    draft |= {"arm": job.arm, "seed": job.seed}
+    folder, began = run_folder(out, job), time.process_time()
+    if job.question != "train":  # another machine may have trained it
+        make_run(folder, ARMS[job.arm], job.seed, max(job.steps, _trained_steps(folder)))
+    QUESTIONS[job.question](folder, job, draft)
+    if job.question == "train" and ARMS[job.arm].jump is None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        keep_gram(
+            TrajectoryStore(folder / "run.zarr"), place.with_name(f"seed-{job.seed}-gram.npz")
+        )
+    draft["cpu_seconds"] = draft.get("cpu_seconds", 0.0) + time.process_time() - began
+    write_json(place, draft)
+    partial.unlink(missing_ok=True)
+
+
+def _trained_steps(folder: Path) -> int:
+    store = folder / "run.zarr"
+    return int(TrajectoryStore(store).steps[-1]) if store.exists() else 150
+
+
+def clear(out: Path, results: Path) -> None:
+    """Remove the runs of which no job has anything left to ask."""
+    wanted = {run_folder(out, job) for job in jobs() if not is_done(job, results)}
+    for folder in (out / "runs").glob("*/seed-*"):
+        if folder.name.count("-") == 1 and folder not in wanted:
+            shutil.rmtree(folder)
+
+
+def chosen(arguments: argparse.Namespace) -> Iterable[Job]:
+    """The jobs that were asked for, in their order."""
+    for job in jobs():
+        if (
+            job.priority <= arguments.until_priority
+            and (arguments.seeds is None or job.seed in arguments.seeds)
+            and any(fnmatch.fnmatch(job.arm, pattern) for pattern in arguments.only)
+        ):
+            yield job
+
+
+def main() -> int:
+    """Do what is missing; the number of jobs that failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of arms")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--until-priority", type=int, default=99, metavar="P")
+    parser.add_argument("--list", action="store_true", help="what there is to do, and leave")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for seed in arguments.seeds:
-        kept = arguments.out / f"seed-{seed}.json"
-        if not kept.exists():
-            kept.write_text(
-                json.dumps(study(arguments.out / f"seed-{seed}", seed, arguments.steps))
-            )
-        results.append(json.loads(kept.read_text()))
-        (arguments.out / "results.json").write_text(json.dumps(results, indent=1))
-    write_report(results, Path(__file__).parent)
+    failed = 0
+    for job in chosen(arguments):
+        done = is_done(job, arguments.results)
+        if arguments.list:
+            print(job.priority, job.result, job.question, job.steps, "done" if done else "")
+        elif not done:
+            print(f"{job.result}: {job.question} {job.steps}", flush=True)
+            try:
+                do(job, arguments.out, arguments.results)
+            except RelexkitError as error:
+                failed += 1
+                print(f"{job.result}: {error}", flush=True)
+            clear(arguments.out, arguments.results)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,21 +2,23 @@
 
 The advice is never more confident than the run's own record: extrapolation is advised only to
 distances at which the method beat standing still from the latest prefixes that could be checked,
-and only with evidence of a drift beyond what a walk shows. ``advise`` is one pure function, so a
-trainer can call it on the small Gram matrix that it keeps while it trains.
+and only with evidence of a drift beyond what a walk shows. Of the trajectory model only the drift
+is asked: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
+costs accuracy there. ``advise`` is one pure function, so a trainer can call it on the small Gram
+matrix that it keeps while it trains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
-from relexkit.assess.metrics import informative_steps
+from relexkit.assess.backtest import CHEAP, Backtest, backtest
+from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
@@ -37,16 +39,25 @@ HEADLINES: dict[Verdict, str] = {
     ),
 }
 
+_NEXT: dict[Verdict, str | None] = {
+    "extrapolate": "relexkit sweep {store} --task TASK --to {target} --method {method}",
+    "keep-training": None,
+    "not-a-line": "relexkit sweep {store} --task TASK --to {last} --method average",
+    "hidden-by-precision": None,
+}
+
 RATIOS = (1.1, 1.25, 1.5, 2.0)
 """Distances at which the record is read, as target over last step of the prefix."""
 
 _CHANCE = 0.05  # p-value of the drift above which there is no evidence of one
-_FEWEST_STEPS = 6
+_FEWEST_STEPS = 8  # below, saving less often would change the verdict
 _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE = 8, 0.3
 _RECENT_CHECKS = 4  # of the latest prefixes that can be checked at a distance
 _LEAST_SKILL, _LEAST_WINS = 0.1, 0.75
+_LITTLE_DRIFT = 0.5  # of the noise; walks stay below 0.2, from a dozen steps on
 _SHORT_LIFE = 0.1  # of the run: a drift that turns faster is a walk for whoever extrapolates
 _HIDDEN_CHANGED, _HIDDEN_UNITS = 0.5, 0.3
+_GOES_NOWHERE = ("hold", "average", "reconstruct")
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ class Advice:
         verdict: one of ``HEADLINES``.
         headline: the same as a sentence.
         method, target: what to extrapolate with and to; None unless that is the verdict.
-        reasons: the numbers behind it, as sentences.
+        reasons: the numbers behind it, as sentences, the decisive one first.
+        next_command: what to type next, with ``{store}`` for the run; None for training on.
         would_change: what would change the answer, as sentences.
         record: checks of every method by distance, those that could be made.
         fit: the trajectory model of the run; None where it could not be fitted.
@@ -90,6 +102,7 @@ class Advice:
     method: str | None
     target: int | None
     reasons: tuple[str, ...]
+    next_command: str | None
     would_change: tuple[str, ...]
     record: dict[str, tuple[Check, ...]]
     fit: TrajectoryFit | None
@@ -102,6 +115,7 @@ class Advice:
             "method": self.method,
             "target": self.target,
             "reasons": list(self.reasons),
+            "next_command": self.next_command,
             "would_change": list(self.would_change),
             "record": {
                 m: [vars(check) | {"passed": check.passed} for check in checks]
@@ -122,48 +136,84 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     """
     metrics = metrics or {}
     steps, whole = gram.steps, gram.matrices.sum(axis=0)
+    last_step = int(steps[-1]) if len(steps) else 0
     if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
         return _too_early(gram)
     with single_threaded_blas():
-        result = backtest(gram, (*CHEAP, MODEL))
+        result = backtest(gram, (*CHEAP, "drift"))
         fit = _fit(whole, gram)
     record = {m: _record(result, m) for m in result.methods if m != "hold"}
-    reasons = [*_drift_reasons(fit), *_record_reasons(record)]
+    drift = _drift_reasons(fit)
     hidden = _hidden(gram)
     if hidden:
-        return _advice("hidden-by-precision", [hidden, *reasons], record, fit)
+        return _advice("hidden-by-precision", [hidden, *drift], record, fit, last_step)
     informative = informative_steps(metrics)
-    if informative and informative.count < max(
-        _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE * informative.known
-    ):
+    if informative and _is_sparse(informative):
         sparse = (
             f"Only {informative.count} of {informative.known} steps were informative"
             f" ({informative.metric}); the motion between them is the optimizer coasting on its"
             " momentum."
         )
-        return _advice("keep-training", [sparse, *reasons], record, fit)
-    if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
-        noisy = (
-            "A walk's last step is noisy: the average of the latest ones may do better (relexkit"
-            " sweep tries it)."
+        return _advice("keep-training", [sparse, *drift], record, fit, last_step)
+    evident = fit is not None and fit.p_value <= _CHANCE
+    if fit is not None and not evident and fit.drift_to_noise_interval[1] > _LITTLE_DRIFT:
+        open_question = (
+            "These steps cannot tell a line from a walk: the drift may be none, or as large as"
+            f" {fit.drift_to_noise_interval[1]:.2g} times the noise."
         )
-        return _advice("not-a-line", [*reasons, noisy], record, fit)
+        return _advice("keep-training", [open_question, *drift], record, fit, last_step)
+    if fit is None or not evident or fit.correlation_time < _SHORT_LIFE * steps[-1]:
+        return _advice("not-a-line", [*drift, *_in_vain(record)], record, fit, last_step)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
     if farthest == 1.0:
-        return _advice("keep-training", reasons, record, fit)
+        return _advice("keep-training", [*_too_little(record), *drift], record, fit, last_step)
     rivals = {
         m: checks[-1] for m, checks in trusted.items() if checks and checks[-1].ratio == farthest
     }
     method = max(rivals, key=lambda m: rivals[m].skill)
     best, target = rivals[method], int(farthest * steps[-1])
-    reasons.insert(
-        0,
+    reached = (
         f"At {best.ratio:g} times the last step {method} beat standing still in {best.won} of"
         f" {best.made} checks of this run's own past, with {100 * best.skill:.0f} % less squared"
-        " error on average; that is what to expect, not more.",
+        " error on average; that is what to expect, not more."
     )
-    return _advice("extrapolate", reasons, record, fit, method, target)
+    return _advice("extrapolate", [reached, *drift], record, fit, last_step, method, target)
+
+
+def objection(
+    advice: Advice, method: str, last_step: float, targets: Sequence[float], store: str
+) -> str | None:
+    """What ``advice`` has against predicting ``targets`` from ``last_step`` by ``method``, in one
+    line; None if nothing.
+
+    Standing still, averages and what lies before the last step need no advice.
+    """
+    farthest = max(targets)
+    if method in _GOES_NOWHERE or farthest <= last_step:
+        return None
+    asked = f"{farthest / last_step:.3g} times the last step"
+    why = f"`relexkit advise {store}` says why"
+    if advice.verdict != "extrapolate" or advice.target is None:
+        return f"{advice.headline} {method} was asked for {asked}; {why}"
+    record = advice.record.get("drift" if method == "model" else method, ())
+    lost = next(
+        (c for c in record if c.made >= 2 and not c.passed and c.ratio * last_step <= farthest),
+        None,
+    )
+    if lost is not None:
+        return (
+            f"in this run's own past {method} did not beat standing still by a tenth at"
+            f" {lost.ratio:g} times the last step ({lost.won} of {lost.made} checks won, skill"
+            f" {lost.skill:+.2f}), and {asked} was asked for: --method {advice.method} did;"
+            f" {why}"
+        )
+    if farthest > advice.target:
+        return (
+            f"this run's own past speaks for predictions up to step {advice.target}, not for"
+            f" {asked}; {why}"
+        )
+    return None
 
 
 def _advice(
@@ -171,6 +221,7 @@ def _advice(
     reasons: list[str],
     record: dict[str, tuple[Check, ...]],
     fit: TrajectoryFit | None,
+    last_step: int,
     method: str | None = None,
     target: int | None = None,
 ) -> Advice:
@@ -187,8 +238,9 @@ def _advice(
         ),
         "keep-training": (
             (
-                "Two or more checks from later prefixes in which some method beats standing still"
-                " by a tenth of the squared error."
+                "Evidence of a drift, and two or more checks from later prefixes in which some"
+                " method beats standing still by a tenth of the squared error: more steps, or the"
+                " same ones saved more often."
             ),
             "Larger batches or a smaller learning rate raise the drift over the noise.",
         ),
@@ -207,8 +259,19 @@ def _advice(
             ),
         ),
     }
-    headline = HEADLINES[verdict].format(target=target, method=method)
-    return Advice(verdict, headline, method, target, tuple(reasons), changes[verdict], record, fit)
+    named = {"target": target, "method": method, "last": last_step, "store": "{store}"}
+    headline, command = HEADLINES[verdict].format_map(named), _NEXT[verdict]
+    return Advice(
+        verdict,
+        headline,
+        method,
+        target,
+        tuple(reasons),
+        command and command.format_map(named),
+        changes[verdict],
+        record,
+        fit,
+    )
 
 
 def _too_early(gram: Gram) -> Advice:
@@ -225,7 +288,7 @@ def _too_early(gram: Gram) -> Advice:
         else "Any change of the weights."
     )
     return Advice(
-        "keep-training", HEADLINES["keep-training"], None, None, (why,), (needed,), {}, None
+        "keep-training", HEADLINES["keep-training"], None, None, (why,), None, (needed,), {}, None
     )
 
 
@@ -307,18 +370,46 @@ def _drift_reasons(fit: TrajectoryFit | None) -> list[str]:
     ]
 
 
-def _record_reasons(record: dict[str, tuple[Check, ...]]) -> list[str]:
-    """The best method at each distance that could be checked twice."""
-    sentences = []
-    for ratio in RATIOS:
-        found = {
-            m: c for m, checks in record.items() for c in checks if c.ratio == ratio and c.made >= 2
-        }
-        if found:
-            best = max(found, key=lambda m: found[m].skill)
-            c = found[best]
-            sentences.append(
-                f"{ratio:g} times as far: best {best}, skill {c.skill:+.2f} against hold, {c.won}"
-                f" of {c.made} won."
-            )
-    return sentences
+def _is_sparse(informative: Informative) -> bool:
+    """Whether so few steps had a gradient that the rest is coasting; where all had one, few saved
+    steps are no sign of it.
+    """
+    least = max(min(_FEWEST_INFORMATIVE, informative.known), _INFORMATIVE_SHARE * informative.known)
+    return informative.count < least
+
+
+def _best(record: dict[str, tuple[Check, ...]]) -> tuple[str, Check] | None:
+    """The method and distance of most skill among those checked twice."""
+    found = [(m, c) for m, checks in record.items() for c in checks if c.made >= 2]
+    return max(found, key=lambda pair: pair[1].skill, default=None)
+
+
+def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:
+    """What a record is worth without a drift."""
+    best = _best(record)
+    walk = (
+        "A walk's last step is noisy: the average of the latest ones may do better, which"
+        " goes nowhere either."
+    )
+    if best is None or best[1].skill < _LEAST_SKILL:
+        return ["No method clearly beat standing still in this run's own past.", walk]
+    method, check = best
+    return [
+        f"That {method} came nearer to the weights at {check.ratio:g} times the last step (skill"
+        f" {check.skill:+.2f}, {check.won} of {check.made} won) is no reason to go on: without a"
+        " drift that lasts it follows the optimizer's momentum and chance.",
+        walk,
+    ]
+
+
+def _too_little(record: dict[str, tuple[Check, ...]]) -> list[str]:
+    """Why a drift with such a record is not extrapolated."""
+    best = _best(record)
+    if best is None:
+        return ["No prediction of this run's own past could be checked twice."]
+    method, check = best
+    return [
+        "No method beat standing still by a tenth of the squared error in three of four checks at"
+        f" the nearest distances; the best, {method} at {check.ratio:g} times the last step: skill"
+        f" {check.skill:+.2f}, {check.won} of {check.made} won."
+    ]

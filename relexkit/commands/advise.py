@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json
+from relexkit.commands.console import print_json, show
 from relexkit.commands.observer import add_pca, observer
 
 
@@ -32,13 +32,18 @@ def run(arguments: argparse.Namespace) -> None:
         return
     advice = advise(run_so_far.gram, run_so_far.metrics)
     if arguments.json:
-        print_json({"steps": run_so_far.gram.steps.tolist(), **advice.document()})
+        document = advice.document()
+        if advice.next_command:
+            document["next_command"] = advice.next_command.format(store=arguments.store)
+        print_json({"steps": run_so_far.gram.steps.tolist(), **document})
         return
-    print(advice.headline)
+    show(advice.headline)
     for heading, sentences in (
         ("Why", advice.reasons),
         ("What would change this", advice.would_change),
     ):
-        print(f"\n{heading}:")
+        show(f"\n{heading}:")
         for sentence in sentences:
-            print(f"  - {sentence}")
+            show(f"  - {sentence}")
+    if advice.next_command:
+        show(f"\nNext:\n  {advice.next_command.format(store=arguments.store)}")

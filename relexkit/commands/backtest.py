@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.commands.console import console, number, print_json, say
+from relexkit.commands.console import console, number, print_json, say, show
 from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.registry import plot
 
@@ -120,9 +120,9 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
             table.add_row(str(until), str(target), *cells)
     console().print(table)
     for horizon in result.horizon:
-        print(horizon)
+        show(str(horizon))
     for (method, until), reason in result.failures.items():
-        print(f"{method} from step {until}: {reason}")
+        show(f"{method} from step {until}: {reason}")
     if ahead is not None:
         places = ", ".join(
             f"{c:.3g} ({low:.3g} to {high:.3g}) at {t:.0f}"
@@ -134,7 +134,7 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
                 strict=True,
             )
         )
-        print(
+        show(
             f"First coefficient by the trajectory model, {100 * ahead.level:.0f} % intervals by"
             f" {ahead.num_prefixes} checks in the run's own past: {places}."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,4 +41,4 @@ def run(parsed: argparse.Namespace) -> None:
         kept = "bit for bit" if exact else f"to {store.mantissa_bits} mantissa bits of the delta"
         if store.has_factors and parsed.step and not parsed.adapter:
             kept = "merged; --adapter writes the adapter itself"
-        print(f"step {parsed.step}: {folder} ({kept})")
+        show(f"step {parsed.step}: {folder} ({kept})")

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from relexkit.errors import printable
+
 if TYPE_CHECKING:
     from relexkit.store import ProgressCallback
 
@@ -58,8 +60,14 @@ def console() -> Any:
     """The terminal, or 200 columns where standard output is not one."""
     from rich.console import Console
 
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=200)
+    class Printable(Console):
+        """Escapes what could steer the terminal in every text that it is given."""
+
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(printable(text), **options)
+
+    terminal = Printable()
+    return terminal if terminal.is_terminal else Printable(width=200)
 
 
 def print_pairs(title: str, rows: list[tuple[str, str]]) -> None:
@@ -93,9 +101,14 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def show(text: str) -> None:
+    """A result in words, on standard output."""
+    print(printable(text))
+
+
 def say(message: str) -> None:
     """A message, on standard error."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
 
 
 def percent(value: float) -> str:

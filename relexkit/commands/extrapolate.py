@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING
 
-from relexkit.commands.console import print_json
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.console import print_json, say, show
+from relexkit.commands.observer import Observer, add_pca, observer
 from relexkit.commands.options import add_fields, given
 from relexkit.errors import RelexkitError
+
+if TYPE_CHECKING:
+    from relexkit.predict.prediction import Prediction
+    from relexkit.store import TrajectoryStore
 
 PREDICTION = ("until", "method", "scope", "scale")
 OUTPUT = ("dtype", "rounding", "seed")
@@ -59,24 +64,57 @@ def run(parsed: argparse.Namespace) -> None:
     output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter)
     store = TrajectoryStore(parsed.store)
     with observer(parsed) as observed:
+        _warn(observed, store, prediction, parsed.to)
         compute = observed.decided(store, prediction.until)
         written = extrapolate(
             store, parsed.to, parsed.out, prediction, output=output, compute=compute
         )
     if observed.silent:
         return
+    first, last = _window(store, prediction)
     if parsed.json:
-        print_json(
-            [
-                {k: v for k, v in asdict(w).items() if v is not None} | {"folder": str(w.folder)}
-                for w in written
-            ]
-        )
+        how = {"method": prediction.method, "steps": [first, last]}
+        told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
+        print_json([one | {"folder": str(one["folder"]), **how} for one in told])
         return
     for w in written:
         rank = "" if w.rank is None else f", rank {w.rank}, relative error {w.error:.1e}"
-        there = " (was there already)" if w.already else ""
-        print(f"step {step_text(w.target)}: {w.folder}{rank}{there}")
+        show(
+            f"step {step_text(w.target)}: {w.folder}, {prediction.method} from steps {first} to"
+            f" {last}{rank}" + (" (was there already)" if w.already else "")
+        )
+
+
+def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
+    """First and last of the recorded steps that the prediction was made from."""
+    from relexkit.gram_matrix.jumps import last_trained
+
+    until = last_trained(store, prediction.until)
+    seen = store.steps if until is None else store.steps[store.steps <= until]
+    return int(seen[-(prediction.options.window or 0) :][0]), int(seen[-1])
+
+
+def _warn(
+    observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: list[float]
+) -> None:
+    """One line if the run's own record speaks against what is asked; reads no weights for it that
+    the prediction does not read.
+    """
+    from relexkit.assess.advice import advise, objection
+    from relexkit.gram_matrix.exact import known_steps
+    from relexkit.predict.extrapolators import METHODS
+
+    method = METHODS.get(prediction.method)
+    if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
+        return
+    seen = observed.observe(store, prediction.until)
+    if observed.silent:
+        return
+    advice = advise(seen.gram, seen.metrics)
+    last_step = float(seen.gram.steps[-1])
+    against = objection(advice, prediction.method, last_step, targets, store.path)
+    if against:
+        say(f"warning: {against}")
 
 
 def _rank(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json
+from relexkit.commands.console import print_json, show
 from relexkit.commands.observer import add_pca, observer
 
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             }
         )
     else:
-        print(
+        show(
             f"{store.path}: Gram matrices of {len(matrices.names)} tensors,"
             f" {describe_steps(matrices.steps)}"
         )

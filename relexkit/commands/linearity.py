@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import console, number, print_json, progress_bar
+from relexkit.commands.console import console, number, print_json, progress_bar, show
 from relexkit.commands.observer import add_pca, observer
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -80,4 +80,4 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console().print(table)
     if not found.counts.any():
-        print("Nothing moved, so no weight has a line.")
+        show("Nothing moved, so no weight has a line.")

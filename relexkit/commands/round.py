@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 from relexkit.commands.options import add_fields, given
 
 ROUNDING = ("rounding", "seed")
@@ -47,4 +47,4 @@ def run(parsed: argparse.Namespace) -> None:
             }
         )
     else:
-        print(f"{folder}: {parsed.dtype}, {output.rounding} rounding")
+        show(f"{folder}: {parsed.dtype}, {output.rounding} rounding")

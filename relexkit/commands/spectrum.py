@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit.commands.console import console, number, percent, print_json, progress_bar, say
+from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 from relexkit.commands.observer import add_pca, observer
 from relexkit.commands.registry import plot
 
@@ -215,9 +215,9 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
         table.add_row(*cells(s))
     console().print(table)
     if len(shown) < len(ordered):
-        print(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
+        show(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
     for line in spectrum_notes(result, informative):
-        print(line)
+        show(line)
 
 
 def _with_null(null: WalkNull, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from relexkit.commands.console import print_json, progress_bar
+from relexkit.commands.console import print_json, progress_bar, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,6 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print_json({"path": store.path, "steps": [int(s) for s in store.steps], "verified": True})
     else:
-        print(
+        show(
             f"{store.path}: every chunk of {describe_steps(store.steps)} and of the base is intact"
         )

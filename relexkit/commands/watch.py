@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Watch until idle or interrupted."""
-    from relexkit.commands.console import print_json, say
+    from relexkit.commands.console import print_json, say, show
     from relexkit.ingest.watch import watch
     from relexkit.store import describe_steps
 
@@ -77,4 +77,4 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print_json({"path": store.path, "steps": [int(s) for s in store.steps]})
     else:
-        print(f"{store.path}: {describe_steps(store.steps)}")
+        show(f"{store.path}: {describe_steps(store.steps)}")

@@ -18,8 +18,9 @@ import numpy as np
 
 from relexkit.checkpoints.formats.hub import REVISIONS_FILE
 from relexkit.checkpoints.formats.peft import CONFIG
-from relexkit.errors import RelexkitError, StoreError
+from relexkit.errors import RelexkitError, StoreError, printable
 from relexkit.store import TrajectoryStore, WriterLock, blocks
+from relexkit.store.durable import replace_folder
 from relexkit.weights.dtypes import FLOAT_DTYPES, ROUNDINGS
 from relexkit.weights.layout import Segment
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
@@ -114,7 +115,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left one
             temporary.mkdir(parents=True)
             yield temporary
-            os.replace(temporary, folder)
+            replace_folder(temporary, folder)
         except OSError as error:
             raise StoreError(
                 f"{folder}: cannot be written ({error.strerror or error}); nothing was left there: "
@@ -164,7 +165,7 @@ def write_files(
         (folder / name).write_bytes(content)
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     if card is not None:
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(printable(card))
 
 
 def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:

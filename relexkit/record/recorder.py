@@ -2,7 +2,7 @@
 written in the background.
 
     recorder = Recorder(model, "run.zarr")     # the base: the weights as they are now
-    recorder.record(step, {"reward": reward})  # after optimizer.step(); returns once they are copied
+    recorder.record(step, {"reward": reward})  # after optimizer.step(); returns once copied
     recorder.close()
 
 Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in

@@ -4,6 +4,7 @@ nothing, rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from runs import write_run
 from simulated import LABELLED, Run, judge, recorded, simulate
 
-from relexkit.assess.advice import HEADLINES, Check, advise
+from relexkit.assess.advice import HEADLINES, Check, advise, objection
 from relexkit.cli import main
 from relexkit.ingest.importer import import_checkpoints
 
@@ -64,12 +65,72 @@ def test_advice_brings_its_numbers_and_what_would_change_it() -> None:
     assert "of this run's own past" in advice.reasons[0]
     assert any(r.startswith("Drift to noise") for r in advice.reasons)
     assert any("relexkit sweep" in w for w in advice.would_change)
-    assert json.loads(json.dumps(advice.document()))["record"]["model"][-1]["passed"] is True
+    assert json.loads(json.dumps(advice.document()))["record"]["drift"][-1]["passed"] is True
+    assert advice.next_command is not None
+    assert f"--to 96 --method {advice.method}" in advice.next_command
 
 
 def test_a_single_small_matrix_is_enough_while_training() -> None:
     gram = recorded(simulate(Run(), 24, 1), np.arange(1, 25), num_tensors=1)
     assert advise(gram).verdict == "not-a-line"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_walk_that_coasts_is_told_one_thing(seed: int) -> None:
+    """The trajectory model follows momentum and is nearer to the weights; the advice, its reasons
+    and the next command all say not to go on.
+    """
+    gram = recorded(simulate(Run(beta=0.9), 48, seed), np.arange(1, 49))
+    advice = advise(gram)
+    assert advice.verdict == "not-a-line"
+    assert "model" not in advice.record
+    assert not any("extrapolate" in reason or "best" in reason for reason in advice.reasons)
+    assert advice.next_command is not None
+    assert advice.next_command.endswith("--method average")
+    for method in ("relex", "two-point", "model", "drift"):
+        against = objection(advice, method, 48.0, [60.0, 96.0], "run.zarr")
+        assert against is not None
+        assert against.startswith("This run is not on a line: do not extrapolate it.")
+        assert "relexkit advise run.zarr" in against
+        assert "\n" not in against
+    assert objection(advice, "average", 48.0, [96.0], "run.zarr") is None
+    assert objection(advice, "relex", 48.0, [40.0], "run.zarr") is None
+
+
+def test_a_line_objects_to_what_failed_in_its_own_past_alone() -> None:
+    gram = recorded(simulate(Run(drift=0.5), 48, 0), np.arange(1, 49))
+    advice = advise(gram)
+    failed = (Check(1.1, -0.5, 0, 4),)
+    told = dataclasses.replace(advice, record=advice.record | {"relex": failed})
+    assert objection(advice, "drift", 48.0, [96.0], "run.zarr") is None
+    beyond = objection(advice, "drift", 48.0, [97.0], "run.zarr")
+    assert beyond is not None
+    assert "up to step 96" in beyond
+    against = objection(told, "relex", 48.0, [60.0], "run.zarr")
+    assert against is not None
+    assert "0 of 4 checks won, skill -0.50" in against
+
+
+@pytest.mark.parametrize("run", [Run(drift=0.5), Run(drift=0.15, beta=0.9), Run(beta=0.9)])
+@pytest.mark.parametrize("seed", range(2))
+def test_saving_less_often_turns_no_advice_around(run: Run, seed: int) -> None:
+    """Fewer saved steps may say less, never the opposite."""
+    deltas, said = simulate(run, 60, seed), set()
+    for every in (1, 3, 6, 12):
+        steps = np.arange(every, 61, every)
+        metrics = {"frac_reward_zero_std": np.zeros(len(steps))}
+        advice = advise(recorded(deltas, steps), metrics)
+        assert not any("informative" in reason for reason in advice.reasons)
+        said.add(advice.verdict)
+    assert not {"extrapolate", "not-a-line"} <= said
+
+
+def test_few_saved_steps_are_too_few_and_not_coasting() -> None:
+    steps = np.arange(10, 70, 10)
+    gram = recorded(simulate(Run(drift=0.5), 60, 0), steps)
+    advice = advise(gram, {"frac_reward_zero_std": np.zeros(6)})
+    assert advice.verdict == "keep-training"
+    assert advice.reasons == ("6 recorded steps: too few to tell a drift from a walk.",)
 
 
 def test_nothing_moved() -> None:

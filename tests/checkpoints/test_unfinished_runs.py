@@ -46,7 +46,7 @@ def test_one_or_two_steps_without_metrics(tmp_path, capsys, count) -> None:
     assert ("record more steps" in out) == (count == 1)
     status, out, _ = asked(capsys, "advise", store.path)
     assert (status, out.splitlines()[0]) == (0, "Keep training.")
-    assert "At least 6 recorded steps" in out
+    assert "At least 8 recorded steps" in out
     status, out, err = asked(capsys, "backtest", store.path)
     assert status == 2 - count
     assert ("record at least 2 steps" in err) == (count == 1)
@@ -77,7 +77,8 @@ def test_a_jump_ends_what_is_looked_at_and_is_said(tmp_path, capsys, command) ->
     if not until:
         assert max(row["target"] for row in json.loads(out)["grid"]) == 8
         return
-    assert asked(capsys, command, plain.path, "--json", "--until", 8) == (0, out, "")
+    same = out.replace(jumped.path, plain.path)
+    assert asked(capsys, command, plain.path, "--json", "--until", 8) == (0, same, "")
 
 
 def test_a_run_that_begins_with_a_jump_is_refused(tmp_path, capsys) -> None:

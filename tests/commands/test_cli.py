@@ -289,7 +289,13 @@ def test_extrapolate_equals_the_python_call(
     document = as_json(capsys, *arguments, "-o", tmp_path / "cli")
     folders = [str(tmp_path / "cli" / name) for name in ("step-60", "step-90.5")]
     assert document == [
-        {"target": target, "folder": folder, "already": False}
+        {
+            "target": target,
+            "folder": folder,
+            "already": False,
+            "method": "relex",
+            "steps": [3, 8],
+        }
         for target, folder in zip((60.0, 90.5), folders, strict=True)
     ]
     direct = extrapolate(
@@ -311,7 +317,8 @@ def test_extrapolate_equals_the_python_call(
         )
     out, _ = ok(capsys, *arguments, "-o", tmp_path / "cli")
     assert out == "".join(
-        f"step {t}: {f} (was there already)\n" for t, f in zip(("60", "90.5"), folders, strict=True)
+        f"step {t}: {f}, relex from steps 3 to 8 (was there already)\n"
+        for t, f in zip(("60", "90.5"), folders, strict=True)
     )
 
 
@@ -625,16 +632,6 @@ def test_debug_gives_the_traceback(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match="no such store"):
         main(["info", str(tmp_path / "missing"), "--debug"])
-
-
-def test_an_interruption_is_status_1_in_one_line(
-    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrajectoryStore, "verify", interrupted)
-    assert "interrupted; run the same command again to go on" in fails(capsys, "verify", store)
 
 
 def relexkit(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
     "relexkit.errors",
+    "relexkit.interrupts",
     "relexkit.version",
     "relexkit.processes",
     "relexkit.weights",

@@ -443,3 +443,28 @@ def test_three_steps_are_enough() -> None:
     deltas = trajectory(12, 20, drift=0.3)
     fit = fitted(deltas[[1, 4, 9]], np.array([2, 5, 10]))
     assert relative_error(fit.weights(20.0), deltas[[1, 4, 9]], deltas[-1]) < 1.0
+
+
+def test_an_interval_is_as_wide_as_the_grid_that_it_was_read_from() -> None:
+    """All mass on 2 of the grid 1, 2, 4: its cell is sqrt(2) to sqrt(8), even in the logarithm."""
+    grid = np.array([1.0, 2.0, 4.0])
+    low, middle, high = posterior.quantiles(grid, np.array([0.0, 1.0, 0.0]))
+    np.testing.assert_allclose([low, middle, high], [2**0.55, 2.0, 2**1.45])
+    low, middle, high = posterior.quantiles(
+        np.array([1.0, 2.0, np.inf]), np.array([0.0, 0.02, 0.98])
+    )
+    np.testing.assert_allclose(low, 2**1.5)  # more than the last finite cell is all that is known
+    assert middle == high == np.inf
+
+
+def test_no_fit_gives_an_interval_without_width() -> None:
+    """A strong line in many parameters: the posterior falls on one point of its grid."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(1, 61)
+    deltas = np.cumsum(rng.standard_normal((60, 20000)), axis=0) + 2 * np.outer(
+        steps, rng.standard_normal(20000)
+    )
+    fit = fit_trajectory(deltas @ deltas.T, steps, num_parameters=20000)
+    for low, high in (fit.drift_to_noise_interval, fit.correlation_time_interval):
+        assert low < high
+    assert fit.drift_to_noise_interval[0] < fit.drift_to_noise < fit.drift_to_noise_interval[1]

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Run, write_run
+from runs import BUFFER, Run, write_run
+from safetensors.torch import load_file, save_file
 
 import relexkit.ingest.watch
 from relexkit import CheckpointError, RelexkitError, StoreError, TrajectoryStore, import_checkpoints
+from relexkit.checkpoints import open_checkpoint
 from relexkit.cli import main
 from relexkit.ingest.readback import ReadBack
 from relexkit.ingest.watch import watch
@@ -193,7 +195,7 @@ def test_rounded_deltas_delete_nothing_unless_they_are_asked_for(tmp_path: Path)
     assert all(folder.is_dir() for folder in run.folders.values())
 
 
-def test_a_step_that_reads_back_differently_deletes_nothing(
+def test_a_step_that_was_stored_wrongly_is_not_deleted(
     saved: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, folder = saved
@@ -209,16 +211,128 @@ def test_a_step_that_reads_back_differently_deletes_nothing(
             differences[0] ^= 0x40
         write(self, part, columns, differences, checksum)
 
+    import_checkpoints(folder, tmp_path / "s.zarr", base=run.base, steps="1:1")
     monkeypatch.setattr(StoreWriter, "write_sparse", wrong)
-    with pytest.raises(
-        StoreError,
-        match=(
-            r"step 2 reads back differently from its checkpoint, near tensor '.*'; nothing was"
-            r" deleted"
-        ),
-    ):
+    import_checkpoints(folder, tmp_path / "s.zarr", base=run.base)
+    with pytest.raises(StoreError, match=r"step 2"):
         watch(folder, tmp_path / "s.zarr", base=run.base, delete_after=True, **QUICK)
-    assert len(list(folder.iterdir())) == 4
+    assert names(folder) == ["step_2", "step_3", "step_5"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tensor of more columns than one block of the log."""
+    return write_run(
+        tmp_path_factory.mktemp("wide"),
+        shapes={"model.embed_tokens.weight": (300, 300)},
+        steps=[1, 2, 3],
+        extras=False,
+        buffers=True,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["auto", "exact", "float"])
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", BUFFER])
+def test_a_step_that_was_written_again_after_it_was_recorded_stays_and_is_reported(
+    wide: Run, tensor: str, encoding: str, tmp_path: Path
+) -> None:
+    folder, said = tmp_path / "run", list[str]()
+    for step in wide.steps:
+        appear(wide, folder, step)
+
+    def say(message: str) -> None:
+        said.append(message)
+        if message == "step 2 recorded":  # and step 1 is owed
+            path = folder / "step_1/model.safetensors"
+            tensors = load_file(path)
+            tensors[tensor].view(-1)[-1] += 1
+            save_file(tensors, path, metadata={"format": "pt"})
+
+    options: dict[str, Any] = {"encoding": encoding, "delete_after": True, **QUICK}
+    watch(folder, tmp_path / "s.zarr", base=wide.base, say=say, **options)
+    assert names(folder) == ["step_1", "step_3"]
+    told = [message for message in said if "step_1" in message]
+    assert len(told) == 1
+    assert f"differs from the recorded step 1, near tensor {tensor!r}" in told[0]
+    assert "it is not deleted" in told[0]
+    shutil.rmtree(folder / "step_1")
+    appear(wide, folder, 1)  # as it was recorded
+    watch(folder, tmp_path / "s.zarr", base=wide.base, **options)
+    assert names(folder) == ["step_3"]
+
+
+def test_a_store_that_was_damaged_meanwhile_deletes_nothing(wide: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for step in wide.steps:
+        appear(wide, folder, step)
+
+    def say(message: str) -> None:
+        if message == "step 2 recorded":
+            chunk = next((tmp_path / "s.zarr/updates").glob("*/data/c/0/0"))
+            content = bytearray(chunk.read_bytes())
+            content[20] ^= 1
+            chunk.write_bytes(content)
+
+    with pytest.raises(StoreError, match="step 1"):
+        watch(folder, tmp_path / "s.zarr", base=wide.base, delete_after=True, say=say, **QUICK)
+    assert names(folder) == ["step_1", "step_2", "step_3"]
+
+
+def test_what_a_killed_watcher_owes_is_deleted_by_the_next(wide: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for step in wide.steps:
+        appear(wide, folder, step)
+    import_checkpoints(folder, tmp_path / "s.zarr", base=wide.base)
+    (folder / "step_1").rename(folder / ".step_1.relexkit-deletes")  # killed while it deleted
+    said: list[str] = []
+    watch(folder, tmp_path / "s.zarr", base=wide.base, delete_after=True, say=said.append, **QUICK)
+    assert names(folder) == ["step_3"]
+    assert said == ["step_2 deleted"]
+
+
+def test_places_inside_each_other_are_refused(wide: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for step in wide.steps:
+        appear(wide, folder, step)
+    assert wide.base is not None
+    shutil.copytree(wide.base, folder / "step_2/base")
+    (tmp_path / "base").symlink_to(folder / "step_2/base")
+    (tmp_path / "link").symlink_to(folder / "step_1")
+    before = sorted(folder.rglob("*"))
+    for out, base, words in (
+        (folder / "step_1/s.zarr", wide.base, "the store and the checkpoint .*step_1 lie inside"),
+        (tmp_path / "link/s.zarr", wide.base, "the store and the checkpoint .*step_1 lie inside"),
+        (tmp_path, wide.base, "lies inside the store"),
+        (folder, wide.base, "lies inside the store"),
+        (tmp_path / "s.zarr", folder / "step_2/base", "the base and the checkpoint .*step_2 lie"),
+        (tmp_path / "s.zarr", tmp_path / "base", "the base and the checkpoint .*step_2 lie inside"),
+    ):
+        with pytest.raises(RelexkitError, match=words):
+            watch(folder, out, base=base, delete_after=True, **QUICK)
+        assert sorted(folder.rglob("*")) == before
+        assert not (tmp_path / "s.zarr").exists()
+
+
+def test_links_and_what_is_linked_to_stay_in_one_line_each(wide: Run, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for step in (2, 3):
+        appear(wide, folder, step)
+    elsewhere.mkdir()
+    appear(wide, elsewhere, 1)
+    (folder / "step_1").symlink_to(elsewhere / "step_1")
+    (folder / "step_3/tokenizer.json").symlink_to(folder / "step_2/config.json")
+    said: list[str] = []
+    watch(folder, tmp_path / "s.zarr", base=wide.base, delete_after=True, say=said.append, **QUICK)
+    assert names(folder) == ["step_1", "step_2", "step_3"]
+    assert (elsewhere / "step_1/model.safetensors").is_file()
+    assert [message for message in said if "recorded" not in message] == [
+        "step_1 is a link; it is not deleted",
+        "step_2 holds files that step_3 links to; it is not deleted",
+    ]
 
 
 def test_adapters_are_watched_and_deleted_too(tmp_path: Path) -> None:
@@ -233,11 +347,12 @@ def test_adapters_are_watched_and_deleted_too(tmp_path: Path) -> None:
 def test_reading_back_goes_from_step_to_step(
     bfloat16_run: Run, bfloat16_store: TrajectoryStore
 ) -> None:
-    from relexkit.checkpoints import open_checkpoint
-
-    back = ReadBack(bfloat16_store, 0)
-    with pytest.raises(AssertionError, match="one after the other"):
-        back.check(2, open_checkpoint(bfloat16_run.folders[bfloat16_run.steps[2]]))
+    back, steps = ReadBack(bfloat16_store), bfloat16_run.steps
+    assert back.difference(0, open_checkpoint(bfloat16_run.folders[steps[0]])) is None
+    assert back.difference(2, open_checkpoint(bfloat16_run.folders[steps[2]])) is None
+    assert back.difference(3, open_checkpoint(bfloat16_run.folders[steps[2]])) is not None
+    with pytest.raises(AssertionError, match="in order"):
+        back.difference(1, open_checkpoint(bfloat16_run.folders[steps[1]]))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
+from trainer.commands.trust import add_trust
 
 if TYPE_CHECKING:
     from relexkit.extension import ProgressCallback
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -163,7 +165,10 @@ def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     from trainer.policy.setup import load_model
 
     for folder in arguments.model:
-        yield folder, *load_model(folder, device)
+        yield (
+            folder,
+            *load_model(folder, device, trust_remote_code=arguments.trust_remote_code),
+        )
 
 
 def _is_store(path: str) -> bool:
@@ -187,6 +192,7 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
         rounding=arguments.rounding,
         seed=arguments.seed,
         device=device,
+        trust_remote_code=arguments.trust_remote_code,
     )
     for name, weights in recorded.items():
         stored.put(weights)

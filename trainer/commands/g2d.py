@@ -8,6 +8,7 @@ from typing import Any
 
 from relexkit.extension import console, print_json
 from trainer.commands.train import add_options, given_options
+from trainer.commands.trust import add_trust
 from trainer.config import G2DConfig, load_config
 from trainer.experiments.g2d import g2d
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="CONFIG.yaml", help="options by name; those given here win"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_trust(parser)
     add_options(parser, G2DConfig)
 
 
@@ -44,7 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Make pairs, train and evaluate for every ``K``; what an earlier call has finished is kept."""
     config = load_config(arguments.config, given_options(arguments, G2DConfig), G2DConfig)
     found = g2d(
-        arguments.run_folder, arguments.steps, arguments.out, config, rollouts=arguments.rollouts
+        arguments.run_folder,
+        arguments.steps,
+        arguments.out,
+        config,
+        rollouts=arguments.rollouts,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print_json({"steps": found})

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import RelexkitError, TrajectoryStore
-from relexkit.extension import number, print_json, print_pairs, progress_bar
+from relexkit.extension import number, print_json, print_pairs, progress_bar, show
+from trainer.commands.trust import add_trust
 from trainer.experiments.outputs import logit_extrapolation, output_linearity
 
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=float, metavar="STEP", help="the step that their logits are continued to"
     )
     parser.add_argument("--max-completion-length", type=int, default=64, metavar="TOKENS")
+    add_trust(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
     )
@@ -55,11 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
             steps=tuple(arguments.steps),
             target=arguments.at,
             max_completion_length=arguments.max_completion_length,
+            trust_remote_code=arguments.trust_remote_code,
         )
         if arguments.json:
             print_json({"prompt": arguments.generate, "completion": text})
         else:
-            print(text)
+            show(text)
         return
     if arguments.texts is None:
         raise RelexkitError(
@@ -72,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
             targets=arguments.to,
             method=arguments.method,
             until=arguments.until,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     moved = found.r2[np.isfinite(found.r2)]

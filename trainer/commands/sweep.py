@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
-from relexkit.extension import console, number, print_json, progress_bar, say
+from relexkit.extension import console, number, print_json, progress_bar, say, show
+from trainer.commands.trust import add_trust
 from trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
 
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of the samples, and of stochastic rounding (default: 0)",
     )
+    add_trust(parser)
     parser.add_argument(
         "--full", action="store_true", help="evaluate every candidate on every problem"
     )
@@ -161,6 +163,7 @@ def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Cand
             halving=not arguments.full,
             dtype=arguments.dtype,
             rounding=arguments.rounding,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     found = document(candidates, result, task=task.name, last_step=last_step)
@@ -231,11 +234,11 @@ def print_table(found: dict[str, Any]) -> None:
         )
     console().print(table)
     share = found["answers"] / found["answers_of_full_grid"]
-    print(
+    show(
         f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
         " the full grid."
     )
-    print(found["recommendation"])
+    show(found["recommendation"])
 
 
 def _span(interval: Sequence[float]) -> str:

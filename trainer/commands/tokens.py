@@ -10,6 +10,7 @@ from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, percent, print_json
+from trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,19 +31,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens with the largest shares (default: 20)",
     )
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the log once and print."""
-    found = token_shares(arguments.run_folder, until=arguments.until, top=arguments.top)
+    found = token_shares(
+        arguments.run_folder,
+        until=arguments.until,
+        top=arguments.top,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     if arguments.json:
         print_json(found)
     else:
         _print_tables(found)
 
 
-def token_shares(run_folder: Path, *, until: int | None = None, top: int = 20) -> dict[str, Any]:
+def token_shares(
+    run_folder: Path,
+    *,
+    until: int | None = None,
+    top: int = 20,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Shares of ``sum |A| |v|`` over the rollouts of a run (``trainer.credit.token_share``):
     ``classes`` and ``tokens``.
 
@@ -73,7 +86,8 @@ def token_shares(run_folder: Path, *, until: int | None = None, top: int = 20) -
         )
     final = run_folder / "final"
     tokenizer = load_tokenizer(
-        str(final) if final.is_dir() else load_config(run_folder / "config.yaml").model
+        str(final) if final.is_dir() else load_config(run_folder / "config.yaml").model,
+        trust_remote_code=trust_remote_code,
     )
     classes = TokenClasses(tokenizer)
     column = {name: table.column(name).to_pylist() for name in names}

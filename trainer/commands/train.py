@@ -8,6 +8,7 @@ import os
 
 from relexkit import RelexkitError
 from relexkit.extension import print_json, print_pairs
+from trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", nargs="?", metavar="CONFIG.yaml", help="options by name; those given here win"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_trust(parser)
     add_options(parser, GRPOConfig)
 
 
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from trainer.loop.run_log import read_log
     from trainer.loop.train import train
 
-    folder = train(config)
+    folder = train(config, trust_remote_code=arguments.trust_remote_code)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
         return
     entries = read_log(folder)

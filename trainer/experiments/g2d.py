@@ -41,6 +41,7 @@ def g2d(
     config: G2DConfig,
     *,
     rollouts: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
     """G2D from each of ``steps`` of a training run; the summaries, in their order.
 
@@ -51,7 +52,7 @@ def g2d(
         RelexkitError: no such run or step, rollouts of another tokenizer or run, no pairs, or
             ``out`` has other settings.
     """
-    source = _Run(Path(run_folder), config, rollouts)
+    source = _Run(Path(run_folder), config, rollouts, trust_remote_code)
     source.check(steps)
     found = []
     for step in steps:
@@ -73,7 +74,9 @@ def g2d(
 class _Run:
     """A training run, its one loaded model, and the rollouts."""
 
-    def __init__(self, folder: Path, config: G2DConfig, rollouts: Path | None):
+    def __init__(
+        self, folder: Path, config: G2DConfig, rollouts: Path | None, trust_remote_code: bool
+    ):
         from relexkit import TrajectoryStore
         from trainer.config import load_config
         from trainer.loop.rollout_log import read_rollouts
@@ -91,7 +94,12 @@ class _Run:
         self.task: Task = load_task(self.trained.task)
         device = choose_device(config)
         self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
-        self.stored = StoredModel(self.store, device=device, disable_dropout=config.disable_dropout)
+        self.stored = StoredModel(
+            self.store,
+            device=device,
+            disable_dropout=config.disable_dropout,
+            trust_remote_code=trust_remote_code,
+        )
         self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
         self._where = rollouts or folder / "rollouts"
         self.config = config

@@ -80,6 +80,7 @@ def output_linearity(
     method: str = "model",
     until: int | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
     """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
@@ -95,7 +96,7 @@ def output_linearity(
         raise RelexkitError(
             f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
         )
-    stored = StoredModel(store, device=_device(device))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError(
@@ -166,6 +167,7 @@ def logit_extrapolation(
     target: float,
     max_completion_length: int,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
     two models in float32.
@@ -179,7 +181,7 @@ def logit_extrapolation(
             f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
             " later one"
         )
-    stored = StoredModel(store, device=_device(device))
+    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     stored.put(recorded_weights(store, first))
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),

@@ -104,6 +104,7 @@ def sweep(
     dtype: Dtype = "float32",
     rounding: Literal["stochastic", "nearest"] = "stochastic",
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Race:
     """Race the candidates against the last observed step on a task's validation problems.
@@ -116,6 +117,7 @@ def sweep(
         dtype, rounding: of the weights, as a written checkpoint would have them; computed with in
             float32.
         device: of PyTorch; None for a GPU if there is one.
+        trust_remote_code: run the code that the store carries for its model, if it needs any.
 
     Memory: the model in float32. One pass over the deltas for each candidate and rung.
 
@@ -140,7 +142,14 @@ def sweep(
     weights = _weights(store, observed, candidates)
     hold = recorded_weights(store, int(observed.steps[-1]))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    stored = StoredModel(store, dtype=dtype, rounding=rounding, seed=seed, device=where)
+    stored = StoredModel(
+        store,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        device=where,
+        trust_remote_code=trust_remote_code,
+    )
 
     def answer(index: int, begin: int, end: int) -> np.ndarray:
         stored.put(hold if index == BASELINE else weights[index])

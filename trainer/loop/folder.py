@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 
 from relexkit import RelexkitError
-from relexkit.extension import Processes, named_weights
+from relexkit.extension import Processes, named_weights, replace_folder, write_file
 from trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
@@ -34,16 +33,21 @@ def claim_folder(folder: Path, config: str) -> None:
             raise RelexkitError(
                 f"{path}: cannot be read ({error}); choose another output"
             ) from None
+        if not isinstance(found, dict):
+            raise RelexkitError(
+                f"{path}: holds no options; expected those of the run: restore it from a copy, or"
+                " choose another output"
+            )
         wanted = yaml.safe_load(config)
         free = {"output", "save_steps", "eval_steps", "eval_num_problems", "generation_rows"}
-        if wanted["lr_scheduler_type"] == "constant" and wanted["max_steps"] >= (found or {}).get(
+        if wanted["lr_scheduler_type"] == "constant" and wanted["max_steps"] >= found.get(
             "max_steps", 0
         ):
             free.add("max_steps")
         other = [
-            f"{key} {(found or {}).get(key)} instead of {value}"
+            f"{key} {found.get(key)} instead of {value}"
             for key, value in wanted.items()
-            if key not in free and (found or {}).get(key) != value
+            if key not in free and found.get(key) != value
         ]
         if other:
             raise RelexkitError(
@@ -55,9 +59,7 @@ def claim_folder(folder: Path, config: str) -> None:
             f"{folder}: exists and is not the folder of a run; choose another output"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(config)
-    os.replace(temporary, path)
+    write_file(path, config.encode())
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:
@@ -79,6 +81,6 @@ def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -
             model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        replace_folder(temporary, folder)
 
     processes.lead(write)

@@ -6,7 +6,7 @@ A file is written under another name and renamed, so a kill leaves whole files o
 
 from __future__ import annotations
 
-import os
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relexkit import RelexkitError
+from relexkit.extension import write_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,16 +92,9 @@ def write_step(folder: Path, step: int, rollouts: Sequence[Rollout], *, process:
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}-process-{process}.parquet"
-    temporary = folder / f".{path.name}.partial"
-    table = as_table(rollouts)
-    try:
-        with open(temporary, "wb") as file:
-            parquet.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    parquet.write_table(as_table(rollouts), content, compression="zstd")
+    write_file(path, content.getvalue())
     return path
 
 

@@ -13,6 +13,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from relexkit.extension import printable, write_file
+from trainer.loop.events import EventFile
+
 SHOWN = {
     "reward": "reward",
     "eval/accuracy": "accuracy",
@@ -32,7 +35,8 @@ class RunLog(AbstractContextManager):
     """Writes ``metrics.jsonl`` and ``events/`` below ``folder``, and shows a bar on a terminal.
 
     Args:
-        step: the step after which the run goes on; what a former process logged later is removed.
+        step: the step after which the run goes on; what a former process logged later is removed,
+            and so, with a word, is a line that a kill or a power cut has damaged.
         total: steps of the whole run.
         active: false in every process but the first, whose log is the run's.
     """
@@ -49,12 +53,11 @@ class RunLog(AbstractContextManager):
             TextColumn,
             TimeRemainingColumn,
         )
-        from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        _truncate(self._path, step)
+        damaged = _truncate(self._path, step)
         self._file = open(self._path, "a")  # noqa: SIM115 (closed in __exit__)
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
+        self._events = EventFile(folder / "events", step + 1 if step else None)
         console = Console(stderr=True)
         columns = (
             BarColumn(20),
@@ -65,6 +68,9 @@ class RunLog(AbstractContextManager):
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=step)
         self._bar.start()
+        if damaged:
+            lines = "a damaged line was" if damaged == 1 else f"{damaged} damaged lines were"
+            self.say(f"{self._path}: {lines} dropped")
 
     def write(self, step: int, metrics: Mapping[str, float], advice: str | None = None) -> None:
         """Log one step; ``advice`` is a sentence that is also said above the bar."""
@@ -76,12 +82,13 @@ class RunLog(AbstractContextManager):
         }
         if advice is not None:
             line["advice"] = advice
-            self._events.add_text("advice", advice, step)
+            self._events.text("advice", advice, step)
             self.say(advice)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+            self._events.scalar(name, value, step)
+        self._events.flush()
         shown = "  ".join(
             f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics
         )
@@ -91,10 +98,15 @@ class RunLog(AbstractContextManager):
         """A message above the bar, on standard error."""
         if self._active:
             (
-                self._bar.console.print(message, markup=False, highlight=False)
+                self._bar.console.print(printable(message), markup=False, highlight=False)
                 if not self._bar.disable
-                else print(message, file=sys.stderr)
+                else print(printable(message), file=sys.stderr)
             )
+
+    def sync(self) -> None:
+        """Wait until what was logged is on the disk."""
+        if self._active:
+            os.fsync(self._file.fileno())
 
     def __exit__(self, *_: object) -> None:
         if self._active:
@@ -104,24 +116,28 @@ class RunLog(AbstractContextManager):
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The metrics of a run, a dictionary a step, in order. A line that a kill cut off is left
-    out.
+    """The metrics of a run, a dictionary a step, in order. A line that is damaged, as by a kill
+    while it was written, is left out.
     """
-    return [entry for entry, _ in _entries(Path(folder) / "metrics.jsonl")]
+    return [entry for entry, _ in _entries(Path(folder) / "metrics.jsonl")[0]]
 
 
-def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
+def _entries(path: Path) -> tuple[list[tuple[dict[str, Any], bytes]], int]:
+    """Entries with their lines, and how many other lines there are."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for line in lines:
         try:
-            entries.append((json.loads(line), line))
-        except ValueError:
-            break
-    return entries
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # not JSON, not UTF-8, or deep without end
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append((entry, line))
+    return entries, sum(bool(line) for line in lines) - len(entries)
 
 
-def _truncate(path: Path, step: int) -> None:
-    kept = [line for entry, line in _entries(path) if entry["step"] <= step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+def _truncate(path: Path, step: int) -> int:
+    """Keep the entries up to ``step``; returns how many damaged lines were dropped."""
+    entries, damaged = _entries(path)
+    write_file(path, b"".join(line + b"\n" for entry, line in entries if entry["step"] <= step))
+    return damaged

@@ -2,21 +2,23 @@
 says the step.
 
 Random numbers and the position in the data are functions of seed and step, so there is nothing else
-to keep. A state is written beside the former one, renamed when complete, and only then replaces it.
+to keep. A state is written beside the former one, renamed once it is on the disk, and only then
+replaces it.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from relexkit import RelexkitError
-from relexkit.extension import Processes
+from relexkit.extension import Processes, replace_folder
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -47,18 +49,17 @@ def save_state(
         }
         with open(temporary / f"process-{processes.rank}.pt", "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
 
     def publish() -> None:
-        os.replace(temporary, final)
+        replace_folder(temporary, final)
         for other in folder.iterdir():
             if other != final and (_NAME.fullmatch(other.name) or other.name.endswith(".partial")):
                 shutil.rmtree(other)
 
-    processes.lead(prepare)
-    processes.agree(write)
-    processes.lead(publish)
+    with _said_of(folder):
+        processes.lead(prepare)
+        processes.agree(write)
+        processes.lead(publish)
 
 
 def last_state(folder: Path) -> int | None:
@@ -75,7 +76,8 @@ def load_state(
     """Bring model and optimizer to the state after ``step``, in place.
 
     Raises:
-        RelexkitError: it was saved by another number of processes, or for another model.
+        RelexkitError: it was saved by another number of processes, or for another model, or is
+            damaged.
     """
     place = folder / f"step-{step}"
     count = len(list(place.glob("process-*.pt")))
@@ -84,22 +86,56 @@ def load_state(
             f"{place}: was saved by {count} processes, these are {processes.size}; start as many as"
             " then"
         )
-    state = torch.load(
-        place / f"process-{processes.rank}.pt", map_location="cpu", weights_only=True
-    )
-    held = model.state_dict()
-    if held.keys() != state["model"].keys():
+    weights, moments = _read(place / f"process-{processes.rank}.pt")
+    held = {name: _local(tensor) for name, tensor in model.state_dict().items()}
+    if {n: t.shape for n, t in held.items()} != {n: t.shape for n, t in weights.items()}:
         raise RelexkitError(
             f"{place}: holds another model than {type(model).__name__}; choose another output"
         )
     with torch.no_grad():
         for name, tensor in held.items():
-            _local(tensor).copy_(state["model"][name])
+            tensor.copy_(weights[name])
         for name, parameter in model.named_parameters():
-            if name in state["optimizer"]:
+            if name in moments:
                 optimizer.state[parameter] = {
-                    key: _restored(parameter, v) for key, v in state["optimizer"][name].items()
+                    key: _restored(parameter, v) for key, v in moments[name].items()
                 }
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Weights and optimizer of one process; a file that is not such a state is refused by name."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights, moments = state["model"], state["optimizer"]
+        tensors = [*weights.values(), *(v for kept in moments.values() for v in kept.values())]
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise TypeError("its values are no tensors")
+    except FileNotFoundError:
+        raise RelexkitError(
+            f"{path}: is missing; restore it from a copy, or remove {path.parent} to begin again"
+        ) from None
+    except Exception as error:  # whatever torch makes of odd bytes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RelexkitError(
+            f"{path}: is damaged ({reason}); restore it from a copy, or remove {path.parent} to"
+            " begin again"
+        ) from error
+    return weights, moments
+
+
+@contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """A failed write as a sentence; torch says it in its own words, which name no file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RelexkitError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise RelexkitError(
+            f"{folder}: the state cannot be written ({reason}); the former one is intact: free"
+            " space and run the command again"
+        ) from error
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
@@ -41,8 +42,10 @@ from trainer.tasks import Task, load_task
 _WARN_STEPS = 10  # without any difference between the rewards of a group
 
 
-def train(config: GRPOConfig) -> Path:
+def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
     """Run or resume a training; returns its folder.
+
+    Code that lies beside the model runs only with ``trust_remote_code``.
 
     With ``torchrun`` every process calls this. Memory: the weights in float32, as much for
     gradients, twice as much for the optimizer, one copy for the recorder, a reference if ``beta``
@@ -60,18 +63,16 @@ def train(config: GRPOConfig) -> Path:
         processes.lead(lambda: claim_folder(folder, dump_config(config)))
         task = load_task(config.task)
         problems = list(task.problems("train"))
-        policy = load_policy(config, device, processes)
+        policy = load_policy(config, device, processes, trust_remote_code=trust_remote_code)
         step = last_state(folder / "state") or 0
-        if step:
-            load_state(folder / "state", step, policy.model, policy.optimizer, processes)
+        recorder, lost = _resume(config, folder, policy, step, stack)
         processes.lead(lambda: truncate_after(folder / "rollouts", step))
-        recorder = _open_recorder(config, folder, policy, step, stack)
         advice = None if recorder is None else stack.enter_context(closing(LiveAdvice(recorder)))
         log = stack.enter_context(
             RunLog(folder, step, config.max_steps, active=processes.rank == 0)
         )
         if step:
-            log.say(f"going on after step {step}")
+            log.say(f"going on after step {step}{lost}")
         rule, without_signal = config.regrounding_rule, 0
         start = 0 if rule is None or recorder is None else last_jump(recorder)
         while step < config.max_steps:
@@ -114,8 +115,8 @@ def train(config: GRPOConfig) -> Path:
                 and step // config.save_steps > (first - 1) // config.save_steps
                 and step < config.max_steps
             ):
-                _keep(folder, policy, recorder, step)
-        _keep(folder, policy, recorder, step)
+                _keep(folder, policy, recorder, log, step)
+        _keep(folder, policy, recorder, log, step)
         save_model(folder / "final", policy.model, policy.tokenizer, processes)
     return folder
 
@@ -143,35 +144,68 @@ def check_processes(config: GRPOConfig, processes: Processes) -> None:
         )
 
 
-def _open_recorder(
+def _resume(
     config: GRPOConfig, folder: Path, policy: Policy, step: int, stack: ExitStack
-) -> Recorder | None:
+) -> tuple[Recorder | None, str]:
+    """Bring the policy to the state after ``step`` (0: as it is) and the store to the same step;
+    returns the recorder, and in words what the store has lost.
+
+    A state is written once the store holds its step, so whatever a crash leaves, the store has it
+    too. If somebody removed the store or put an older copy back, the weights of the state are
+    recorded again, over the base that the run began with.
+    """
+
+    def load() -> None:
+        if step:
+            load_state(folder / "state", step, policy.model, policy.optimizer, policy.processes)
+
     if not config.record_every:
-        return None
-    store = folder / "run.zarr"
-    begun = any(policy.processes.gather(_is_store(store)))
-    with own_dropout(policy.model):
-        recorder = Recorder(
-            policy.model,
-            store,
-            every=config.record_every,
-            mantissa_bits=config.mantissa_bits,
-            tokenizer=policy.tokenizer,
-            resume_from=step if begun else None,
-            source=f"GRPO of {config.model}",
-            sketch=config.regrounding is None,  # jumps are no part of a trajectory
+        load()
+        return None, ""
+    path = folder / "run.zarr"
+    recorded = policy.processes.gather(_recorded(path))[0]
+    due = step - step % config.record_every
+    lacking = due > 0 and due not in (recorded or ())
+    if lacking and config.regrounding is not None:
+        raise RelexkitError(
+            f"{path}: lacks step {due}, from which regrounding predicts; restore the store from a"
+            f" copy, or remove {folder / 'state'} to begin again"
         )
-    return stack.enter_context(recorder)
+    open_recorder = partial(
+        Recorder,
+        policy.model,
+        path,
+        every=config.record_every,
+        mantissa_bits=config.mantissa_bits,
+        tokenizer=policy.tokenizer,
+        source=f"GRPO of {config.model}",
+        sketch=config.regrounding is None,  # jumps are no part of a trajectory
+    )
+    with own_dropout(policy.model):
+        if recorded is None and step:
+            open_recorder().close()  # its base: the weights that the run began with
+        load()
+        begun = recorded is not None or step > 0
+        recorder = open_recorder(resume_from=step if begun else None, compare=not lacking)
+    stack.enter_context(recorder)
+    if not lacking:
+        return recorder, ""
+    before = max((s for s in recorded or () if s < due), default=0)
+    if due == step:
+        recorder.record(step, {})
+        recorder.flush()
+    there = "was missing" if recorded is None else f"ended with step {before}"
+    return recorder, f"; {path} {there}, so it lacks what was recorded between {before} and {step}"
 
 
-def _is_store(path: Path) -> bool:
+def _recorded(path: Path) -> list[int] | None:
+    """The steps of a store; None if there is none, or one whose creation was interrupted, which the
+    recorder starts again.
+    """
     try:
-        TrajectoryStore(path)
-    except (
-        NotAStoreError
-    ):  # nothing, or a creation that was interrupted, which the recorder starts again
-        return False
-    return True
+        return [int(step) for step in TrajectoryStore(path).steps]
+    except NotAStoreError:
+        return None
 
 
 def _warn_without_signal(
@@ -237,8 +271,9 @@ def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float
     return {"eval/accuracy": found.accuracy}
 
 
-def _keep(folder: Path, policy: Policy, recorder: Recorder | None, step: int) -> None:
-    """The full state, once the store holds the step too."""
+def _keep(folder: Path, policy: Policy, recorder: Recorder | None, log: RunLog, step: int) -> None:
+    """The full state, once the store and the log hold the step too, on the disk."""
     if recorder is not None:
         recorder.flush()
+    log.sync()
     save_state(folder / "state", step, policy.model, policy.optimizer, policy.processes)

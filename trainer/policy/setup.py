@@ -122,6 +122,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     disable_dropout: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Model, in ``dtype``, and tokenizer of a Hugging Face folder.
 
@@ -129,6 +130,7 @@ def load_model(
         disable_dropout: every dropout rate is 0 in training too, so that the policy that is updated
             is the one that samples. ``own_dropout`` shows the model's own rates again, for
             what is saved.
+        trust_remote_code: run the code that lies in the folder, if the model needs it.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -142,18 +144,22 @@ def load_model(
         )
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            # said each time: transformers asks at a prompt where it is left open
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             rates = _dropout_rates(config) if disable_dropout else {}
             _set_rates(config, dict.fromkeys(rates, 0.0))
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: cannot be loaded as a model ({error})") from error
     if disable_dropout:
         for module in model.modules():  # what a model's code sets whatever its configuration says
             if isinstance(module, torch.nn.modules.dropout._DropoutNd):
                 module.p = 0.0
     model.own_dropout_rates = rates
-    return model.to(device), load_tokenizer(folder)
+    return model.to(device), load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -189,8 +195,8 @@ def _set_rates(config: Any, rates: dict[str, float]) -> None:
         setattr(owner, name, rate)
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Tokenizer of a Hugging Face folder.
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer of a Hugging Face folder; its code runs only with ``trust_remote_code``.
 
     Raises:
         RelexkitError: it cannot be loaded.
@@ -198,9 +204,18 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        _refuse_untrusted(error, folder, trust_remote_code)
         raise RelexkitError(f"{folder}: has no tokenizer that can be loaded ({error})") from error
+
+
+def _refuse_untrusted(error: Exception, folder: str, trust_remote_code: bool) -> None:
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        raise RelexkitError(
+            f"{folder}: needs code of its own (auto_map), none of which was run; read it, and give"
+            " --trust-remote-code if it may be run"
+        ) from error
 
 
 def shard(model: Any, processes: Processes, device: torch.device) -> Any:
@@ -224,7 +239,13 @@ def shard(model: Any, processes: Processes, device: torch.device) -> Any:
     return model
 
 
-def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) -> Policy:
+def load_policy(
+    config: GRPOConfig,
+    device: torch.device,
+    processes: Processes,
+    *,
+    trust_remote_code: bool = False,
+) -> Policy:
     """Everything that takes part in the steps of a run, ready for the first.
 
     Raises:
@@ -233,7 +254,11 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
     rounding = PRECISIONS[config.precision]
     dtype = torch.float32 if rounding is None else torch.bfloat16
     model, tokenizer = load_model(
-        config.model, device, dtype, disable_dropout=config.disable_dropout
+        config.model,
+        device,
+        dtype,
+        disable_dropout=config.disable_dropout,
+        trust_remote_code=trust_remote_code,
     )
     model.train()
     if config.gradient_checkpointing:
@@ -243,9 +268,8 @@ def load_policy(config: GRPOConfig, device: torch.device, processes: Processes) 
         enable({"use_reentrant": False})
     reference = None
     if config.beta:
-        reference = shard(
-            load_model(config.model, device, dtype)[0].requires_grad_(False), processes, device
-        )
+        other, _ = load_model(config.model, device, dtype, trust_remote_code=trust_remote_code)
+        reference = shard(other.requires_grad_(False), processes, device)
     shard(model, processes, device)
     return Policy(
         model=model,

@@ -22,7 +22,8 @@ class StoredModel:
 
     ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are
     what is computed with, so that models in different precisions differ by their weights alone.
-    Memory: one model, and a second one in ``dtype``.
+    Memory: one model, and a second one in ``dtype``. Code that the store carries for its model runs
+    only with ``trust_remote_code``.
 
     Attributes:
         model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at
@@ -38,19 +39,20 @@ class StoredModel:
         seed: int = 0,
         device: torch.device | None = None,
         disable_dropout: bool = True,
+        trust_remote_code: bool = False,
     ):
         self.store = store
         self._rounding, self._seed = rounding, seed
         with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
             base = str(checkout(store, 0, Path(folder) / "base"))
+            where = device or torch.device("cpu")
             self.model, self.tokenizer = load_model(
-                base, device or torch.device("cpu"), disable_dropout=disable_dropout
+                base, where, disable_dropout=disable_dropout, trust_remote_code=trust_remote_code
             )
             self._rounded: Any = None
             if dtype != "float32":
-                self._rounded = load_model(base, device or torch.device("cpu"))[0].to(
-                    dtype=getattr(torch, dtype)
-                )
+                rounded, _ = load_model(base, where, trust_remote_code=trust_remote_code)
+                self._rounded = rounded.to(dtype=getattr(torch, dtype))
 
     def put(self, weights: np.ndarray) -> None:
         """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass

@@ -44,7 +44,7 @@ def _refuse(folder: Path) -> NoReturn:
     raise refused.refusal(folder)
 
 
-FORMATS = (
+FORMATS = [
     Format("peft", "PEFT adapters", peft.find, peft.AdapterCheckpoint),
     Format(
         "huggingface", "Hugging Face folders", huggingface.find, huggingface.HuggingFaceCheckpoint
@@ -54,5 +54,5 @@ FORMATS = (
     Format("deepspeed", "DeepSpeed ZeRO partitions", deepspeed.find, deepspeed.DeepSpeedCheckpoint),
     Format("weight-sync", "weight-sync deltas", weight_sync.find, weight_sync.refuse_single),
     Format("unsupported", "checkpoints to be converted first", refused.find, _refuse),
-)
+]
 """In the order of preference between equally precise ones."""

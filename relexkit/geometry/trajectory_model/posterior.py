@@ -145,9 +145,20 @@ def kept(parts: list[Drift], posterior: np.ndarray) -> tuple[tuple[Drift, np.nda
     )
 
 
-def quantiles(values: np.ndarray, weights: np.ndarray) -> list[float]:
-    """5, 50 and 95 % of a distribution over ascending values."""
-    return [
-        float(values[i])
-        for i in np.searchsorted(np.cumsum(weights), (0.05, 0.5, 0.95)).clip(max=len(values) - 1)
-    ]
+def quantiles(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """5, 50 and 95 % of a distribution over a grid of positive values, of which the last may be
+    infinite.
+
+    Each value stands for its cell of the grid, whose ends are geometric means of neighbours: an
+    interval is never narrower than the grid can tell, and what is infinite is at least known to be
+    more than the last finite cell.
+    """
+    grid, cell_of = np.unique(values, return_inverse=True)
+    mass = np.bincount(cell_of, weights) / weights.sum()
+    logs = np.log(grid[np.isfinite(grid)])
+    middles = (logs[1:] + logs[:-1]) / 2
+    edges = np.r_[2 * logs[0] - middles[0], middles, 2 * logs[-1] - middles[-1]]
+    below = np.r_[0.0, np.cumsum(mass[: len(logs)])]
+    ends = np.exp(np.interp((0.05, 0.5, 0.95), below, edges))
+    low, middle, high = np.where(below[-1] >= (0.05, 0.5, 0.95), ends, np.inf)
+    return float(min(low, np.exp(edges[-1]))), float(middle), float(high)

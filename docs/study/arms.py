@@ -1,0 +1,218 @@
+"""The arms of the study: what is trained, at what length, with which seeds, and what is asked of
+each run, the most decisive first.
+
+A job is one arm with one seed and one question. Its answer is one JSON file, so any machine can add
+some of them, in any order, at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SORTING = {"name": "arithmetic", "family": "sorting"}
+RANDOM_REWARDS = {"name": f"{Path(__file__).with_name('random_rewards.py')}:make"}
+GROUP = 8
+PROMPTS = 32
+"""Prompts of a step unless the arm says otherwise: 256 rollouts."""
+
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+CUTS = (50, 25, 100, 150)
+"""Steps from which the rest of a run is predicted."""
+RATIOS = (1.25, 1.5, 2.0, 4.0, 10.0)
+METHODS = ("relex", "two-point", "least-squares", "drift", "model")
+"""Methods whose prediction depends on the target; hold and average are asked once a cut."""
+G2D_STEPS = (25, 50, 100, 150)
+
+_FIVE, _TWO = tuple(range(5)), (0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: of its folder and in the tables.
+        rate, prompts: learning rate, and prompts of a step, of eight rollouts each.
+        jump: method, trained steps and jumped steps of fixed jumps; None for none.
+        options: what else differs from plain GRPO, by names of ``trainer.config.GRPOConfig``.
+        lengths: ``(priority, steps)``: a run is first trained to the step of least priority number,
+            and later goes on. Steps that are jumped over count.
+        seeds: how many matter how much: ``(seeds, added priority)``.
+        cuts: steps from which its future is predicted.
+        further: other questions, of ``g2d`` and ``precision``.
+    """
+
+    name: str
+    rate: float
+    prompts: int = PROMPTS
+    jump: tuple[str, int, int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...] = _TWO
+    cuts: tuple[int, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options of the training that are the arm's own."""
+        own: dict[str, Any] = {
+            "task": SORTING,
+            "learning_rate": self.rate,
+            "generation_batch_size": GROUP * self.prompts,
+            **self.options,
+        }
+        if self.jump is not None:
+            method, trained, jumped = self.jump
+            own["regrounding"] = {
+                "train_steps": trained,
+                "jump_steps": jumped,
+                "method": method,
+            }
+        return own
+
+
+@dataclass(frozen=True, order=True)
+class Job:
+    """One question to one run: ``train`` to ``steps``, ``predict`` from ``steps``, ``g2d`` or
+    ``precision``.
+
+    Jobs are ordered by priority, then seed.
+    """
+
+    priority: int
+    seed: int
+    arm: str
+    question: str
+    steps: int
+
+    @property
+    def result(self) -> Path:
+        """Where its answer stands below the folder of the results."""
+        ending = {
+            "train": "",
+            "predict": f"-from-{self.steps}",
+            "g2d": "-g2d",
+            "precision": "-precision",
+        }[self.question]
+        return Path(self.arm) / f"seed-{self.seed}{ending}.json"
+
+
+def rate_name(rate: float) -> str:
+    """``3e-6`` for 3e-06."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def _plain() -> Iterable[Arm]:
+    """Constant rates at 256 rollouts a step: the runs that everything is held against."""
+    first = {1e-6: 5, 3e-6: 0, 1e-5: 0, 3e-5: 1, 1e-4: 1, 3e-4: 3}
+    for rate in RATES:
+        decides = rate not in (1e-6, 3e-4)
+        yield Arm(
+            name=f"plain-{rate_name(rate)}",
+            rate=rate,
+            lengths=((first[rate], 150 if rate < 3e-5 else 75), (first[rate] + 4, 300)),
+            seeds=_FIVE if decides else _TWO,
+            cuts=CUTS,
+            further=("g2d", "precision") if rate in (3e-6, 1e-5, 1e-4) else (),
+        )
+
+
+def _jumping() -> Iterable[Arm]:
+    """Fixed jumps inside the training."""
+    for rate in RATES[1:5]:
+        for method in ("drift", "relex", "two-point"):
+            for trained, jumped in ((25, 25), (25, 12), (25, 50), (10, 10)):
+                usual, decides = (trained, jumped) == (25, 25), method != "two-point"
+                steps = 100 // trained * (trained + jumped)
+                early = 0 if rate < 1e-5 and usual else 2 if rate < 3e-5 and usual else 4
+                yield Arm(
+                    name=f"{method}-{trained}+{jumped}-{rate_name(rate)}",
+                    rate=rate,
+                    jump=(method, trained, jumped),
+                    lengths=(
+                        (
+                            early + 2 * (not decides) + 2 * (not usual),
+                            steps,
+                        ),
+                    ),
+                    seeds=_FIVE if usual and decides and rate < 3e-5 else _TWO,
+                )
+
+
+def _noise_scale() -> Iterable[Arm]:
+    """Half and four times the prompts of a step."""
+    for prompts in (16, 128):
+        for rate in (3e-6, 1e-5, 1e-4):
+            yield Arm(
+                name=f"plain-{rate_name(rate)}-{prompts}-prompts",
+                rate=rate,
+                prompts=prompts,
+                lengths=((6, 100), (9, 300)),
+                cuts=(50,),
+            )
+
+
+def _systems() -> Iterable[Arm]:
+    """What else is done to GRPO."""
+    kinds: dict[str, dict[str, Any]] = {
+        "delta": {"token_weighting": "delta"},
+        "delta-decay": {"token_weighting": "delta", "weight_decay": 0.1},
+        "decay": {"weight_decay": 0.1},
+        "lampo": {"advantage": "lampo"},
+        "kl": {"beta": 0.001},
+        "random-rewards": {"task": RANDOM_REWARDS},
+    }
+    for rate in (3e-6, 1e-5, 1e-4):
+        for name, options in kinds.items():
+            yield Arm(
+                name=f"{name}-{rate_name(rate)}",
+                rate=rate,
+                options=options,
+                lengths=((5, 100), (9, 300)),
+                cuts=(50,) if name in ("kl", "random-rewards") else (),
+            )
+
+
+def _warm_up() -> Iterable[Arm]:
+    """The other control: a warm-up to the rate of a plain arm, which then stays."""
+    for rate in (3e-5, 1e-4, 3e-4):
+        yield Arm(
+            name=f"warm-up-{rate_name(rate)}",
+            rate=rate,
+            options={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20},
+            lengths=((4, 150),),
+            cuts=(50,),
+        )
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arms in (_plain(), _jumping(), _noise_scale(), _systems(), _warm_up())
+    for arm in arms
+}
+
+
+def jobs() -> list[Job]:
+    """Everything there is to do, in the order in which to do it.
+
+    The second seed of an arm comes one priority after the first, later ones three. A prediction
+    comes one priority after the training that it needs, its later cuts after that; G2D and
+    precision last.
+    """
+    found = []
+    for arm in ARMS.values():
+        for seed in arm.seeds:
+            late = seed if seed in _TWO else 3
+            found += [
+                Job(priority + late, seed, arm.name, "train", steps)
+                for priority, steps in arm.lengths
+            ]
+            for place, cut in enumerate(arm.cuts):
+                needed = next(p for p, steps in sorted(arm.lengths) if steps >= cut)
+                found.append(Job(needed + late + 1 + place, seed, arm.name, "predict", cut))
+            last = max(priority for priority, _ in arm.lengths)
+            found += [Job(last + late + 1, seed, arm.name, question, 0) for question in arm.further]
+    return sorted(found)
