@@ -4,12 +4,23 @@ never changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import Run, write_run
 
 from relexkit import TrajectoryStore, import_checkpoints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed_disk() -> Iterator[None]:
+    """Tests do not wait for the disk; those of what is flushed, and when, put their own function
+    there.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relexkit.store.durable.fsync", lambda path: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -276,7 +276,9 @@ def rounded(folder: Path, job: Job, result: Draft) -> None:
                 ("two-point", 2.0),
             ):
                 target = round(ratio * cut)
-                weights = predict_weights(matrices.until(cut), [target], method=method)[0]
+                weights = predict_weights(matrices.until(cut), [target], Prediction(method=method))[
+                    0
+                ]
                 found["predictions"].append(
                     {"method": method, "until": cut, "target": target, **models.answers(weights)}
                 )

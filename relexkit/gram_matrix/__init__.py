@@ -7,8 +7,7 @@ On top of the store. Inside, each module uses those before it:
   not trained
 - ``device``, ``distributed``: where products are computed and who computes them; ``onepass``: the
   pass over a part
-- ``factors``: low-rank deltas in closed form; ``kept``: results kept in the store; ``parts``: what
-  the passes share
+- ``factors``: low-rank deltas in closed form; ``parts``: what the passes share
 - ``exact``: ``gram``; ``subspace``, ``randomized``: ``randomized_gram`` for long runs; ``pca``:
   ``pca_gram`` takes either
 - ``segment``: a stretch of a run as a trajectory of its own

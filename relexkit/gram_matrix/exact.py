@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zarr
 
 from relexkit.gram_matrix.compute.device import PIECE, open_engine
 from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.factors import factor_gram
 from relexkit.gram_matrix.jumps import last_trained
-from relexkit.gram_matrix.kept import keep, kept
-from relexkit.gram_matrix.matrices import Gram
+from relexkit.gram_matrix.matrices import Gram, mirror
 from relexkit.gram_matrix.onepass import Sums, Tick, ticker
 from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
 from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import ProgressCallback, TrajectoryStore
+from relexkit.store.kept import common_prefix, identity, keep, kept, kept_attributes
 
 
 def gram(
@@ -78,19 +77,8 @@ def gram(
 
 
 def known_steps(store: TrajectoryStore) -> int:
-    """How many of the recorded steps the matrices that are kept in the store cover, in every
-    part.
-    """
-    covered = []
-    for part in moving_parts(store):
-        try:
-            steps = np.asarray(
-                zarr.open_group(store.path, path=f"gram/{part}", mode="r").attrs["steps"]
-            )
-        except Exception:  # absent or damaged
-            return 0
-        covered.append(len(steps) if np.array_equal(steps, store.steps[: len(steps)]) else 0)
-    return min(covered, default=0)
+    """How many of the recorded steps the matrices kept in the store cover, in every part."""
+    return min((_num_known(store, part) for part in moving_parts(store)), default=0)
 
 
 @dataclass
@@ -138,7 +126,7 @@ def _part_gram(work: Work, part: int, tick: Tick) -> _PartGram:
         kernel = _OuterProducts(num_steps, old)
         sums = run_shared(work, part, kernel, num_steps, old, tick)
         result = _from_sparse(sums, known, old) if encoding == "sparse" else _from_dense(sums, old)
-    result.matrices[:, :, old:] = result.matrices[:, old:, :].transpose(0, 2, 1)
+    mirror(result.matrices)
     if known is not None:
         result.matrices[:, :old, :old] = known.matrices
         result.counts[:, :, :old] = known.counts
@@ -192,18 +180,26 @@ def _from_sparse(sums: Sums, known: _PartGram | None, old: int) -> _PartGram:
 # -- cache in the store ----------------------------------------------------------------------------
 
 
+def _num_known(store: TrajectoryStore, part: int) -> int:
+    """Steps of the run, from the first one on, whose content is that of the cached matrices."""
+    return common_prefix(store, part, kept_attributes(store, f"gram/{part}"))
+
+
 def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
-    """The cached result for a prefix of the recorded steps, or None if there is none that can be
-    trusted.
+    """The cached result for the steps whose content it was computed from, or None if there is none
+    that can be trusted.
     """
     attributes, arrays = kept(store, f"gram/{part}", ("matrices", "counts"))
-    steps = np.asarray(attributes.get("steps", []))
-    if not len(steps) or not np.array_equal(steps, store.steps[: len(steps)]):
+    num_known = common_prefix(store, part, attributes)
+    if not num_known:
         return None
-    shape = (len(store.layout.segments_in(part)), len(steps), len(steps))
+    num_steps = len(attributes["steps"])
+    shape = (len(store.layout.segments_in(part)), num_steps, num_steps)
     if arrays["matrices"].shape != shape or arrays["counts"].shape != (shape[0], 3, shape[1]):
-        return None  # another process is replacing it
-    return _PartGram(arrays["matrices"], arrays["counts"])
+        return None
+    return _PartGram(
+        arrays["matrices"][:, :num_known, :num_known], arrays["counts"][:, :, :num_known]
+    )
 
 
 def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
@@ -213,4 +209,4 @@ def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
     recorded.
     """
     arrays = {"matrices": result.matrices, "counts": result.counts}
-    keep(store, f"gram/{part}", arrays, {"steps": store.steps.tolist()})
+    keep(store, f"gram/{part}", arrays, identity(store, part, len(store.steps)))

@@ -125,6 +125,16 @@ class Gram:
         return [scope_of(name, scope) for name in self.names]
 
 
+def mirror(matrices: np.ndarray) -> None:
+    """Make ``matrices [..., T, T]`` exactly symmetric, in place: above the diagonal what is below.
+
+    A product and its transpose may be computed by different kernels of the linear algebra library,
+    which round differently; sums along rows round differently from sums along columns.
+    """
+    for row in range(matrices.shape[-1]):
+        matrices[..., row, row + 1 :] = matrices[..., row + 1 :, row]
+
+
 def rounding_error(matrices: np.ndarray) -> np.ndarray:
     """``Gram.uncertainty`` of exact ``matrices [N, T, T]``."""
     return ROUNDING_ERROR * np.einsum("nii->ni", matrices).cumsum(axis=1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.gram_matrix.matrices import Gram
+from relexkit.gram_matrix.matrices import Gram, mirror
 from relexkit.gram_matrix.parts import moving_parts
 from relexkit.store import TrajectoryStore, blocks
 
@@ -40,6 +40,7 @@ def segment_gram(store: TrajectoryStore, start: int) -> Gram:
                 low = segment.offset - begin
                 piece_TD = delta_TD[:, low : low + segment.numel].astype(np.float64)
                 matrices[places[segment.tensor.name]] += piece_TD @ piece_TD.T
+    mirror(matrices)
     sizes = np.array([tensor.numel for tensor in tensors], np.int64)
     counts = np.zeros((len(tensors), len(rows)), np.int64)
     return Gram(store.steps[rows] - start, tuple(places), sizes, matrices, counts, counts, counts)

@@ -17,14 +17,16 @@ from relexkit.checkpoints import ChangingCheckpoint, Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
 from relexkit.checkpoints.tied import equal_tensors
-from relexkit.errors import CheckpointError
+from relexkit.errors import CheckpointError, StoreError
 from relexkit.geometry.sketch import Sketch
+from relexkit.ingest.write_queue import WriteQueue
 from relexkit.store import Encoded, StoreWriter, blocks, stretches
 from relexkit.store.encodings.bits import (
     CHECKSUM_BLOCK,
     block_checksums,
     changed_columns,
     content_checksum,
+    encode_update,
     extend_checksum,
 )
 from relexkit.weights.dtypes import (
@@ -164,8 +166,8 @@ class Appender:
                 remaining -= size
                 self._kept[part] = self._initial_reference(part, 0, spec.numel)
         self._pool = ThreadPoolExecutor(_WORKERS)
-        self._background = ThreadPoolExecutor(1)
-        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._queue = WriteQueue(_QUEUE_BYTES)
+        self._failed = False
         self._scratch = threading.local()
 
     def close(self) -> None:
@@ -175,10 +177,9 @@ class Appender:
             StoreError: the last writes failed.
         """
         try:
-            self._finish(0)
+            self._queue.close()
         finally:
             self._pool.shutdown()
-            self._background.shutdown()
             if self._previous is not None:
                 self._previous.close()
 
@@ -188,35 +189,20 @@ class Appender:
         Raises:
             StoreError: a write failed.
         """
-        self._finish(0)
-
-    def _finish(self, num_bytes: int) -> None:
-        """Wait until no more than ``num_bytes`` are still to be written."""
-        while self._pending and (
-            num_bytes == 0 or sum(size for _, size in self._pending) > num_bytes
-        ):
-            self._pending.popleft()[0].result()
-
-    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Let the background thread write, once there is room in its queue."""
-        size = sum(
-            a.nbytes if isinstance(a, np.ndarray) else sum(map(len, a))
-            for a in arguments
-            if isinstance(a, (np.ndarray, list))
-        )
-        self._finish(max(0, _QUEUE_BYTES - size))
-        self._pending.append((self._background.submit(write, *arguments), size))
+        self._queue.finish()
 
     def append(self, step: int, checkpoint: Checkpoint) -> None:
-        """Record one checkpoint; it is closed when the next one is done."""
+        """Record one checkpoint; it is closed when the next one is done. After a failure nothing is
+        recorded any more.
+        """
         if isinstance(checkpoint, AdaptedCheckpoint):
             try:
                 checkpoint.refuse_zero()
             except CheckpointError as error:
                 raise CheckpointError(f"step {step}: {error}") from None
-        self._write(self._writer.begin, step)
+        self._queue.put(self._writer.begin, step)
         self.write_parts(step, checkpoint)
-        self._write(self._writer.commit, checkpoint.metrics())
+        self._queue.put(self._writer.commit, checkpoint.metrics())
         if self._previous is not None:
             self._previous.close()
         self._previous, self._last_step = checkpoint, step
@@ -225,6 +211,16 @@ class Appender:
         """Encode the owned parts of a checkpoint and let the background write them, between
         ``begin`` and ``commit``.
         """
+        if self._failed:  # the reference may hold some of the weights of the step that failed
+            raise StoreError(
+                f"{self._store.path}: takes no step {step} since the one before could not be"
+                " recorded; run the command again"
+            )
+        self._failed = True
+        self._write_parts(step, checkpoint)
+        self._failed = False
+
+    def _write_parts(self, step: int, checkpoint: Checkpoint) -> None:
         where = f"step {step}"
         expected = {t.name: (t.shape, t.dtype) for t in self._layout.tensors}
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
@@ -287,27 +283,26 @@ class Appender:
         )
 
     def _append_sparse(self, part: int, checkpoint: Checkpoint, where: str) -> None:
-        def encode(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        spec = self._layout.parts[part]
+        signed = np.dtype(f"int{bits_dtype(spec.dtype).itemsize * 8}")
+
+        def encode(span: tuple[int, int]) -> tuple[tuple[np.ndarray, ...], list[int]]:
             begin, end = span
             current = self._read(checkpoint, part, begin, end, where)
             reference = self._reference(part, begin, end)
             columns = changed_columns(reference, current)
             after = current[columns]
-            self._refuse_nonfinite(
-                part, after, begin + columns, where, self._layout.parts[part].dtype
-            )
-            differences = after - reference[columns]
+            self._refuse_nonfinite(part, after, begin + columns, where, spec.dtype)
+            differences = (after - reference[columns]).view(signed)
             if part in self._kept:
                 reference[columns] = after
-            return columns + np.int32(begin), differences, block_checksums(current)
+            return encode_update(columns, differences, end - begin), block_checksums(current)
 
-        results = list(self._pool.map(encode, blocks(self._layout.parts[part].numel)))
-        self._write_update(
-            part,
-            [r[0] for r in results],
-            [r[1] for r in results],
-            [value for r in results for value in r[2]],
-        )
+        checksums: list[int] = []
+        for update, checksum in self._in_order(encode, blocks(spec.numel)):
+            self._queue.put(self._writer.append_update, part, *update)
+            checksums += checksum
+        self._queue.put(self._writer.finish_update, part, content_checksum(checksums))
 
     def _append_changes(self, part: int, checkpoint: ChangingCheckpoint, where: str) -> None:
         """The update of a sparse part from what the checkpoint knows; its content is read for the
@@ -327,17 +322,8 @@ class Appender:
 
         spans = blocks(self._layout.parts[part].numel)
         checksums = [value for found in self._pool.map(content, spans) for value in found]
-        self._write_update(part, columns, differences, checksums)
-
-    def _write_update(
-        self,
-        part: int,
-        columns: list[np.ndarray],
-        differences: list[np.ndarray],
-        checksums: list[int],
-    ) -> None:
         bits = bits_dtype(self._layout.parts[part].dtype)
-        self._write(
+        self._queue.put(
             self._writer.write_sparse,
             part,
             np.concatenate([np.empty(0, np.int32), *columns]),
@@ -365,11 +351,13 @@ class Appender:
             ]
             checksum = self._still[part] = content_checksum(contents)
         nothing = np.empty(0, f"int{bits_dtype(spec.dtype).itemsize * 8}")
-        self._write(self._writer.write_sparse, part, np.empty(0, np.int32), nothing, checksum)
+        self._queue.put(self._writer.write_sparse, part, np.empty(0, np.int32), nothing, checksum)
 
     def _append_factors(self, part: int, checkpoint: Any) -> None:
         bits = checkpoint.factor_bits(self._layout.segments_in(part)[0].tensor.name)
-        self._write(self._writer.write_factors, part, bits, content_checksum(block_checksums(bits)))
+        self._queue.put(
+            self._writer.write_factors, part, bits, content_checksum(block_checksums(bits))
+        )
 
     def _append_row(self, part: int, spec: Part, checkpoint: Checkpoint, where: str) -> None:
         """A dense part, in stretches that are read, differenced, checked and encoded by the workers
@@ -401,11 +389,11 @@ class Appender:
 
         checksums = []
         for chunks, checksum, sketch in self._in_order(encode, blocks(spec.numel)):
-            self._write(self._writer.append_row, part, chunks)
+            self._queue.put(self._writer.append_row, part, chunks)
             checksums.append(checksum)
             if sketch is not None:
                 self.sketch_row += sketch
-        self._write(self._writer.finish_row, part, content_checksum(checksums))
+        self._queue.put(self._writer.finish_row, part, content_checksum(checksums))
 
     def _in_order(self, encode: Callable[[_S], _T], spans: Iterable[_S]) -> Iterator[_T]:
         """Results of the workers, who are never ahead by more than one piece of work each."""

@@ -7,12 +7,14 @@ One writer at a time, any number of readers meanwhile. A step exists once its nu
 The layer above layout and encoding, whose names other modules take from here. Inside, each module
 uses those before it:
 
-- ``lock``: the writer's lock; ``passes``: how columns are cut
+- ``durable``: files written, flushed and renamed; ``lock``: the writer's lock; ``passes``: how
+  columns are cut
 - ``format``: names, chunks and codecs of the arrays; ``opening``: is this a store, and one that we
   read
 - ``shards``, ``chunk_files``: reads and writes past Zarr's pipeline; ``arrays``: with them, the
   arrays of a group
 - ``base``, ``create``: a new store with its base weights
+- ``descriptions``: what Zarr's descriptions must say; ``kept``: results derived from the steps
 - ``reader``: ``TrajectoryStore``; ``writer``: ``StoreWriter``, which appends steps
 """
 

@@ -27,17 +27,9 @@ def write_base(
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as hasher:
         for part, spec in enumerate(layout.parts):
-            chunk = min(BASE_CHUNK, max(1, spec.numel))
-            shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
-            array = create_array(
-                group,
-                f"base/{part}",
-                (spec.numel,),
-                bits_dtype(spec.dtype),
-                (chunk,),
-                shards=(shard,),
-                codecs=DENSE_CODECS,
-            )
+            array = create_base_array(group, layout, part)
+            assert array.shards is not None
+            shard = array.shards[0]
             for begin in range(0, spec.numel, shard):
                 end = min(begin + shard, spec.numel)
                 bits = read_base(part, begin, end)
@@ -47,6 +39,22 @@ def write_base(
             if progress:
                 progress("writing the base", part + 1, len(layout.parts))
     return digest.hexdigest()
+
+
+def create_base_array(group: zarr.Group, layout: Layout, part: int) -> zarr.Array:
+    """The array of the base weights of a part, with nothing in it."""
+    spec = layout.parts[part]
+    chunk = min(BASE_CHUNK, max(1, spec.numel))
+    shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
+    return create_array(
+        group,
+        f"base/{part}",
+        (spec.numel,),
+        bits_dtype(spec.dtype),
+        (chunk,),
+        shards=(shard,),
+        codecs=DENSE_CODECS,
+    )
 
 
 def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:

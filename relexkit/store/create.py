@@ -16,9 +16,10 @@ from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
 from relexkit.store.base import write_base
+from relexkit.store.durable import make_folder
+from relexkit.store.fastpath.local import for_writing, unflushed_of
 from relexkit.store.format import (
-    DENSE_CODECS,
-    create_array,
+    create_file_array,
     create_step_arrays,
     format_version,
     json_checksum,
@@ -64,27 +65,31 @@ def create_store(
             "layout": layout.to_json(),
             "files": sorted(files),
         }
+        place = for_writing(path)
+        unflushed = unflushed_of(place)
         try:
-            group = zarr.create_group(path, attributes={"relexkit": attributes})
+            if "://" not in path:
+                make_folder(Path(path))
+            group = zarr.create_group(place, attributes={"relexkit": attributes})
             digest = write_base(group, layout, read_base, progress)
             create_step_arrays(group, layout)
             for name, content in files.items():
                 data = np.frombuffer(content, np.uint8)
-                create_array(
-                    group,
-                    f"files/{name}",
-                    data.shape,
-                    "uint8",
-                    (max(1, len(data)),),
-                    codecs=DENSE_CODECS,
-                )[:] = data
+                create_file_array(group, name, len(data))[:] = data
             attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
+            if unflushed is not None:
+                unflushed.flush()
             group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
+            if unflushed is not None:
+                unflushed.flush()
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be written ({error.strerror or error}); free space and run the"
                 " command again"
             ) from error
+        finally:
+            if unflushed is not None:
+                unflushed.close()
 
 
 def _clear_for_creation(path: str) -> None:

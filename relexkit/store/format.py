@@ -151,6 +151,31 @@ def create_array(
     )
 
 
+def create_metric(group: zarr.Group, name: str, num_rows: int) -> zarr.Array:
+    """The array ``[T]`` of a metric."""
+    return create_array(
+        group,
+        f"metrics/{name}",
+        (num_rows,),
+        "float64",
+        (METRIC_CHUNK,),
+        fill_value=float("nan"),
+    )
+
+
+def create_sketches(group: zarr.Group, num_rows: int, width: int) -> zarr.Array:
+    """The array ``[T, width]`` of the sketches that a recorder keeps."""
+    return create_array(
+        group, "sketches", (num_rows, width), np.float32, (1, width), fill_value=float("nan")
+    )
+
+
+def create_file_array(group: zarr.Group, name: str, num_bytes: int) -> zarr.Array:
+    """The array of the bytes of a file."""
+    chunks = (max(1, num_bytes),)
+    return create_array(group, f"files/{name}", (num_bytes,), "uint8", chunks, codecs=DENSE_CODECS)
+
+
 def json_checksum(document: Any) -> int:
     """CRC-32C of a document, however its keys are ordered."""
     return google_crc32c.value(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from relexkit.errors import StoreError
+from relexkit.store.durable import make_folder
 
 
 class WriterLock(contextlib.AbstractContextManager):
@@ -24,7 +25,7 @@ class WriterLock(contextlib.AbstractContextManager):
             return  # object stores have no locks; one writer is then the user's promise
         lock_path = os.path.realpath(path) + ".lock"  # one lock, whatever the spelling of the path
         try:
-            Path(lock_path).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(Path(lock_path).parent)
             while True:
                 fd = os.open(
                     lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644

@@ -11,6 +11,7 @@ import zarr
 
 from relexkit.errors import StoreError
 from relexkit.store.format import FACTORS_FORMAT_VERSION, FORMAT_VERSION, json_checksum
+from relexkit.weights.layout import Layout
 
 
 class NotAStoreError(StoreError):
@@ -77,3 +78,18 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
             f"{path}: its description (zarr.json) is damaged; restore the store from a copy"
         )
     return content
+
+
+def layout_of(attributes: dict[str, Any], path: str) -> Layout:
+    """The layout in the description of a store.
+
+    Raises:
+        StoreError: it is not one: tensors overlap, a shape is negative, a name is missing.
+    """
+    try:
+        return Layout.from_json(attributes["layout"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"
+            " copy"
+        ) from None

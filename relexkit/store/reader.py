@@ -7,15 +7,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
+from relexkit.store.descriptions import verify_descriptions
 from relexkit.store.encodings.bits import (
     BLOCK,
     Update,
@@ -28,10 +31,13 @@ from relexkit.store.encodings.bits import (
 )
 from relexkit.store.fastpath.arrays import ReadableArrays
 from relexkit.store.format import SAFE_FILE_NAME, metric_keys
-from relexkit.store.opening import open_group, read_attributes
+from relexkit.store.kept import verify_kept
+from relexkit.store.opening import layout_of, open_group, read_attributes
 from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows
 from relexkit.weights.dtypes import round_bits, to_float32
-from relexkit.weights.layout import Factors, Layout
+from relexkit.weights.layout import Factors
+
+_T = TypeVar("_T")
 
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 
@@ -39,6 +45,13 @@ _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack
 class TrajectoryStore:
     """A store opened for reading. ``TrajectoryStore(path)`` costs a few small reads, whatever the
     number of steps.
+
+    What it reads are the steps that it was opened with. On a local disk every read looks whether
+    the commit log was replaced since, and if so whether these steps still have the same content;
+    of a store behind a URL only ``check_unchanged`` looks, which every pass calls at its end.
+
+    Args:
+        locked: the caller holds the writer's lock, so that nobody else changes the store.
 
     Attributes:
         layout: the flat parameter space.
@@ -48,30 +61,40 @@ class TrajectoryStore:
 
     Raises:
         StoreError: there is no store, its creation was interrupted, or its format version is
-            unknown.
+            unknown; or, of any read, a chunk is damaged, or other steps were recorded in place of
+            these.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = str(path)
+    def __init__(self, path: str | Path, *, locked: bool = False):
+        self.path, self._locked = str(path), locked
+        self._lock = threading.RLock()
         self._indptr: dict[int, np.ndarray] = {}
         self._group = open_group(self.path)
         self._arrays = ReadableArrays(self._group, self.path)
         self.attributes = read_attributes(self._group, self.path)
-        self.layout = Layout.from_json(self.attributes["layout"])
+        self.layout = layout_of(self.attributes, self.path)
         self.refresh()
 
     def refresh(self) -> None:
         """See the steps that a writer has committed since."""
         self._arrays.forget()
         self._indptr.clear()
+        self._checksums: np.ndarray | None = None
+        self._seen = self._arrays.version("steps")
         log = self._arrays.read_rows("the commit log", "steps", None)
-        self.steps: np.ndarray = log[log >= 0]
+        self.steps: np.ndarray = log[: int((log >= 0).sum())]
+        if (log[len(self.steps) :] != -1).any() or (np.diff(self.steps, prepend=0) <= 0).any():
+            raise StoreError(
+                f"{self.path}: the commit log does not go upwards from 1 without a hole; restore"
+                " the store from a copy"
+            )
 
     def add_step(self, step: int) -> None:
         """Note a step that this process has just committed; ``refresh`` without reading
         anything.
         """
         self._indptr.clear()
+        self._checksums = None
         self.steps = np.append(self.steps, step)
 
     @property
@@ -110,7 +133,7 @@ class TrajectoryStore:
         """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed
         part).
         """
-        return self._arrays.guard(
+        return self._content(
             lambda: f"the base, tensor {self._tensor_at(part, begin)!r}",
             lambda: self._arrays.read(f"base/{part}", None, begin, end),
         )
@@ -133,10 +156,10 @@ class TrajectoryStore:
             return np.asarray(self._arrays.array(f"updates/{part}/indptr")[row])
 
         try:
-            return read(slice(len(self.steps)))
-        except Exception:  # a damaged chunk belongs to one step: find and name it
+            return self._content(f"the index of part {part}", lambda: read(slice(len(self.steps))))
+        except StoreError:  # a damaged chunk belongs to one step: find and name it
             rows = [
-                self._arrays.guard(self._where(row, part, 0), partial(read, row))
+                self._content(partial(self._where, row, part, 0), partial(read, row))
                 for row in range(len(self.steps))
             ]
             return np.stack(rows)
@@ -157,17 +180,15 @@ class TrajectoryStore:
         where = partial(self._where, row, part, begin)
         if low == high:
             return np.empty(0, np.int32), np.empty(
-                0, self._arrays.guard(where, lambda: self._arrays.array(f"{name}/data").dtype)
+                0, self._content(where, lambda: self._arrays.array(f"{name}/data").dtype)
             )
-        gaps = self._arrays.guard(
-            where, lambda: self._arrays.read(f"{name}/indices", row, low, high)
-        )
-        differences = self._arrays.guard(
+        gaps = self._content(where, lambda: self._arrays.read(f"{name}/indices", row, low, high))
+        differences = self._content(
             where, lambda: self._arrays.read(f"{name}/data", row, low, high)
         )
         if not differences.all():
             self._damaged(row, part, begin, "a chunk is missing")
-        columns = self._arrays.guard(where, lambda: decode_columns(gaps, indptr, first))
+        columns = self._content(where, lambda: decode_columns(gaps, indptr, first))
         if columns[0] < begin or columns[-1] >= end:
             self._damaged(row, part, begin, "columns lie outside their block")
         return columns, differences
@@ -214,7 +235,7 @@ class TrajectoryStore:
         """Columns of a dense part that are compressed together: reading fewer decodes as many."""
         if self.layout.parts[part].encoding == "factors":
             return READ_WINDOW["factors"]
-        return self._arrays.guard(
+        return self._content(
             f"the deltas of part {part}",
             lambda: int(self._arrays.array(f"deltas/{part}").chunks[-1]),
         )
@@ -233,7 +254,7 @@ class TrajectoryStore:
             scale = np.float32(self._factors_of(part).scale)
             return np.multiply(factor_product(left, right, begin, end), scale, out=out)
         name = f"deltas/{part}"
-        return self._arrays.guard(
+        return self._content(
             partial(self._where, row, part, begin),
             lambda: self._arrays.read(name, row, begin, end, out),
         )
@@ -274,7 +295,7 @@ class TrajectoryStore:
     def read_factor_bits(self, part: int, row: int) -> np.ndarray:
         """Raw bits of one step's factors, ``left`` before ``right``, flat."""
         numel = self._factors_of(part).numel
-        return self._arrays.guard(
+        return self._content(
             self._where(row, part, 0), lambda: self._arrays.read(f"factors/{part}", row, 0, numel)
         )
 
@@ -314,10 +335,10 @@ class TrajectoryStore:
         """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None
         if there are none.
         """
-        if not self._arrays.guard("the sketches", lambda: "sketches" in self._group):
+        if not self._content("the sketches", lambda: "sketches" in self._group):
             return None
         rows = [
-            self._arrays.guard(f"the sketch of step {s}", partial(self._read_sketch, row))
+            self._content(f"the sketch of step {s}", partial(self._read_sketch, row))
             for row, s in enumerate(self.steps)
         ]
         return np.stack(rows) if rows else None
@@ -327,12 +348,18 @@ class TrajectoryStore:
 
     def checksums(self) -> np.ndarray:
         """Content checksum of every step and part, ``uint32 [T, parts]``."""
-        return self._arrays.read_rows("the checksums", "checksums", len(self.steps))
+        self._bind()
+        assert self._checksums is not None
+        return self._checksums
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
+        read = self._arrays.read_rows
         return {
-            name: self._arrays.read_rows(f"metric {name!r}", f"metrics/{key}", len(self.steps))
+            name: self._content(
+                f"metric {name!r}",
+                partial(read, f"metric {name!r}", f"metrics/{key}", len(self.steps)),
+            )
             for name, key in self.metric_keys().items()
         }
 
@@ -367,14 +394,22 @@ class TrajectoryStore:
         return keys
 
     def verify(self, progress: ProgressCallback | None = None) -> None:
-        """Read every chunk and compare every step with the checksum of its content. One pass, flat
-        memory.
+        """Read every chunk of the steps, of the base and of what is derived from them, and compare
+        it with its checksum, and every description with what it must be. One pass, flat memory.
 
         Raises:
             StoreError: the first damaged place, by step and tensor.
         """
         self.files()
         self.metrics()
+        verify_descriptions(
+            self._group,
+            self.layout,
+            self.attributes["files"],
+            list(self.metric_keys().values()),
+            self.path,
+        )
+        self.sketches()
         checksums = self.checksums()
         digest = hashlib.sha256()
         for part, spec in enumerate(self.layout.parts):
@@ -402,29 +437,103 @@ class TrajectoryStore:
             if progress:
                 progress("verifying", part + 1, len(self.layout.parts))
         if digest.hexdigest() != self.attributes["base"]["sha256"]:
+            self.check_unchanged()
             raise StoreError(
                 f"{self.path}: the base does not match its sha256; restore the store from a copy"
             )
+        verify_kept(self)
 
     def check_unchanged(self) -> None:
-        """Refuse results of a pass during which the store was replaced; steps that were added do
-        not matter.
+        """Refuse results of a pass during which other steps were recorded in place of these, or the
+        store was replaced; steps that were added do not matter.
 
         Raises:
-            StoreError: it is gone or another one.
+            StoreError: these steps are gone or have another content.
         """
+        self._confirm(always="://" in self.path)
+
+    def _content(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
+        """What ``read`` gives, if it is of the steps that this reader was opened with.
+
+        Raises:
+            StoreError: ``read`` failed, or what it gave may be of other steps.
+        """
+        if not self._locked:
+            self._bind()
         try:
-            now = TrajectoryStore(self.path)
-            same = now.attributes == self.attributes and np.array_equal(
-                now.steps[: len(self.steps)], self.steps
-            )
+            found = self._arrays.guard(where, read)
         except StoreError:
-            same = False
-        if not same:
-            raise StoreError(
-                f"{self.path}: was replaced while it was read; run the command again when nothing"
-                " writes it"
-            )
+            self._confirm()  # a store that is being rewritten is not damaged
+            raise
+        self._confirm()
+        return found
+
+    def _bind(self) -> None:
+        """Take the content checksums of these steps, before anything is read of them."""
+        if self._checksums is not None:
+            return
+        with self._lock:
+            if self._locked:
+                self._checksums = self._read_checksums()
+            while self._checksums is None:
+                seen = self._arrays.version("steps")
+                try:
+                    found = self._read_checksums()
+                except StoreError:
+                    self._check_log()
+                    raise
+                if seen != self._seen:
+                    self._check_log()
+                if self._arrays.version("steps") == seen:  # else they may be of two states
+                    self._checksums, self._seen = found, seen
+
+    def _read_checksums(self) -> np.ndarray:
+        return self._arrays.read_rows("the checksums", "checksums", len(self.steps))
+
+    def _check_log(self) -> None:
+        """Refuse a log that names other steps now."""
+        if not self._is_prefix_of(self._reopened()):
+            self._refuse()
+
+    def _confirm(self, always: bool = False) -> None:
+        """Refuse to go on if the commit log was replaced and these steps have another content
+        now.
+        """
+        if self._locked:
+            return
+        now = self._arrays.version("steps")
+        if now == self._seen and not always:
+            return
+        with self._lock:
+            if now == self._seen and not always:
+                return
+            self._bind()
+            other = self._reopened()
+            if not self._is_prefix_of(other):
+                self._refuse()
+            if not np.array_equal(other.checksums()[: len(self.steps)], self.checksums()):
+                self._refuse()
+            self._seen = now
+
+    def _reopened(self) -> TrajectoryStore:
+        try:
+            return TrajectoryStore(self.path)
+        except StoreError as error:
+            raise self._changed() from error
+
+    def _is_prefix_of(self, other: TrajectoryStore) -> bool:
+        return other.attributes == self.attributes and np.array_equal(
+            other.steps[: len(self.steps)], self.steps
+        )
+
+    def _changed(self) -> StoreError:
+        return StoreError(
+            f"{self.path}: other steps were recorded in place of those that were read, or the store"
+            " was replaced; run the command again when nothing writes it"
+        )
+
+    def _refuse(self) -> None:
+        raise self._changed()
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...)."""
@@ -453,6 +562,7 @@ class TrajectoryStore:
         return f"step {self.steps[row]}, tensor {self._tensor_at(part, begin)!r}"
 
     def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
+        self._confirm()
         raise StoreError(
             f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy"
         )

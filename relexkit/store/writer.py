@@ -13,13 +13,14 @@ import zarr
 from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
-from relexkit.store.encodings.bits import encode_columns
+from relexkit.store.encodings.bits import encode_update, num_blocks
 from relexkit.store.fastpath.arrays import WritableArrays
-from relexkit.store.fastpath.chunk_files import Encoded, RowWriter, ZarrRow
+from relexkit.store.fastpath.chunk_files import Encoded, RowWriter
+from relexkit.store.fastpath.local import for_writing, unflushed_of
 from relexkit.store.format import (
     LOG_CHUNK,
-    METRIC_CHUNK,
-    create_array,
+    create_metric,
+    create_sketches,
     metric_key,
     metric_list,
 )
@@ -32,9 +33,14 @@ class StoreWriter:
 
     A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving
     part, then ``commit``. A large row may come in pieces: ``encode_row`` and ``append_row`` for
-    each, then ``finish_row``. Several processes may write the parts of one step: the leader holds
+    each, then ``finish_row``; so may an update: ``encode_update``, ``append_update``,
+    ``finish_update``. Several processes may write the parts of one step: the leader holds
     the lock and calls ``begin`` first and ``commit`` last, with the others' ``checksums``; the
-    others are members, call ``begin`` after it and ``follow`` once it has committed.
+    others are members, call ``begin`` after it, ``flush`` before they give their checksums and
+    ``follow`` once it has committed.
+
+    A step is on the disk before the commit log names it. After a failed write the writer takes no
+    more: what would be committed later may have been differenced against what was lost.
 
     Args:
         member: another process holds the lock and commits.
@@ -47,9 +53,12 @@ class StoreWriter:
         self._member = member
         self._lock = None if member else WriterLock(str(path))
         try:
-            self.store = TrajectoryStore(path)
+            self.store = TrajectoryStore(path, locked=True)
             self._rows: dict[int, RowWriter] = {}
-            self._group = zarr.open_group(str(path), mode="r+")
+            self._updates: dict[int, _UpdateRow] = {}
+            self._failure: BaseException | None = None
+            self._group = zarr.open_group(for_writing(str(path)), mode="r+")
+            self._unflushed = unflushed_of(self._group.store)
             self._arrays = WritableArrays(self._group)
             self._row = len(self.store.steps)
         except BaseException:
@@ -64,13 +73,26 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock. A step that was begun and not committed does not exist."""
-        for row in getattr(self, "_rows", {}).values():
-            row.discard()
+        self._give_up_rows()
+        unflushed = getattr(self, "_unflushed", None)
+        if unflushed is not None:
+            unflushed.close()
         if self._lock is not None:
             self._lock.close()
 
+    def _give_up_rows(self) -> None:
+        for rows in (getattr(self, "_rows", {}), getattr(self, "_updates", {})):
+            for row in rows.values():
+                row.discard()
+            rows.clear()
+
     def begin(self, step: int) -> None:
-        """Start a step; it must be larger than every recorded one."""
+        """Start a step; it must be larger than every recorded one.
+
+        Raises:
+            StoreError: it is not, or an earlier write failed.
+        """
+        self._refuse_after_failure()
         last = int(self.store.steps[-1]) if self._row else 0
         if step <= last:
             raise StoreError(
@@ -82,9 +104,7 @@ class StoreWriter:
         self._missing = {
             p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"
         }
-        for row in self._rows.values():
-            row.discard()
-        self._rows.clear()
+        self._give_up_rows()
         if self._member:
             self._arrays.forget()  # the leader may have made room for more rows
         else:
@@ -114,11 +134,10 @@ class StoreWriter:
             return
         if not self._member:
             with self._writing():
-                for derived in ("gram", "randomized"):  # from steps that may soon be others
-                    sync((self._group.store_path / derived).delete_dir())
                 log = np.full(self._arrays.array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
                 self._arrays.array("steps")[:] = log
+                self._flush()  # before anything is written over what the log named
             self._arrays.forget()
         self.store.refresh()
         self._row = keep
@@ -129,12 +148,25 @@ class StoreWriter:
         """Record a sparse part: ascending columns, non-zero bit differences, checksum of the bits
         after the update.
         """
-        gaps, indptr = encode_columns(columns, self.store.layout.parts[part].numel)
+        numel = self.store.layout.parts[part].numel
+        self.append_update(part, *encode_update(columns, differences, numel))
+        self.finish_update(part, checksum)
+
+    def append_update(
+        self, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
+    ) -> None:
+        """Write the next blocks of a sparse part, as ``encode_update`` gives them, in order."""
         with self._writing():
-            if len(gaps):
-                self._arrays.array(f"updates/{part}/indices")[self._row, : len(gaps)] = gaps
-                self._arrays.array(f"updates/{part}/data")[self._row, : len(gaps)] = differences
-            self._arrays.array(f"updates/{part}/indptr")[self._row, :] = indptr
+            if part not in self._updates:
+                self._updates[part] = _UpdateRow(self._arrays, part, self._row)
+            self._updates[part].append(gaps, differences, counts)
+
+    def finish_update(self, part: int, checksum: int) -> None:
+        """Complete a sparse part, whose bits after the update have this checksum."""
+        with self._writing():
+            row = self._updates.get(part) or _UpdateRow(self._arrays, part, self._row)
+            row.close(num_blocks(self.store.layout.parts[part].numel))
+        self._updates.pop(part, None)
         self._written(part, checksum)
 
     def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
@@ -148,20 +180,13 @@ class StoreWriter:
         """Encode the next values of a dense part, a multiple of ``store.row_chunk(part)`` or the
         last ones; on any thread.
         """
-        found = self._arrays.direct(f"deltas/{part}")
-        return [values.copy()] if found is None else found.encode(values)
+        return self._arrays.encode(f"deltas/{part}", values)
 
     def append_row(self, part: int, chunks: Encoded) -> None:
         """Write values that ``encode_row`` has encoded, in order."""
-        if part not in self._rows:
-            name = f"deltas/{part}"
-            found = self._arrays.direct(name)
-            self._rows[part] = (
-                ZarrRow(self._arrays.array(name), self._row)
-                if found is None
-                else found.open_row(self._row)
-            )
         with self._writing():
+            if part not in self._rows:
+                self._rows[part] = self._arrays.open_row(f"deltas/{part}", self._row)
             self._rows[part].append(chunks)
 
     def finish_row(self, part: int, checksum: int) -> None:
@@ -177,10 +202,8 @@ class StoreWriter:
         """
         with self._writing():
             if "sketches" not in self._group:
-                shape, nothing = (self._arrays.array("steps").shape[0], len(row)), float("nan")
-                create_array(
-                    self._group, "sketches", shape, np.float32, (1, len(row)), fill_value=nothing
-                )
+                create_sketches(self._group, self._arrays.array("steps").shape[0], len(row))
+                self._flush()  # readers of the committed steps look at it
             self._arrays.set_row("sketches", self._row, row.astype(np.float32))
 
     def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
@@ -191,6 +214,15 @@ class StoreWriter:
             self._arrays.array(f"factors/{part}")[self._row, :] = bits
         self._written(part, checksum)
 
+    def flush(self) -> None:
+        """Put what was written on the disk, as a member does before the leader commits."""
+        with self._writing():
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unflushed is not None:
+            self._unflushed.flush()
+
     def _written(self, part: int, checksum: int) -> None:
         self._checksums[part] = checksum
         self._missing.discard(part)
@@ -199,7 +231,7 @@ class StoreWriter:
         self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None
     ) -> None:
         """Make the step visible to readers: everything before was invisible, and this is one atomic
-        replacement.
+        replacement, made when everything before is on the disk.
 
         Args:
             checksums: of the parts that members have written, from their ``checksums``.
@@ -217,27 +249,23 @@ class StoreWriter:
         with self._writing():
             self._arrays.set_row("checksums", self._row, self._checksums)
             self._write_metrics(metrics or {})
+            self._flush()
             self._arrays.set_entry("steps", self._row, self._step)
+            self._flush()
         self.store.add_step(self._step)
         self._row += 1
 
     def _write_metrics(self, metrics: Mapping[str, float]) -> None:
         """Every known metric gets a value or NaN: a killed writer may have left one in this row."""
         group, keys = self._group["metrics"], self.store.metric_keys()
-        for name in metrics:
-            if name in keys:
-                continue
+        new = [name for name in metrics if name not in keys]
+        for name in new:
             keys[name] = metric_key(name, keys.values())
-            array = create_array(
-                self._group,
-                f"metrics/{keys[name]}",
-                self._arrays.array("steps").shape,
-                "float64",
-                (METRIC_CHUNK,),
-                fill_value=float("nan"),
-            )
+            array = create_metric(self._group, keys[name], self._arrays.array("steps").shape[0])
             array[:] = float("nan")
-            group.update_attributes(metric_list(keys))  # one write: a crash leaves either
+        if new:
+            self._flush()  # before the list names them
+            group.update_attributes(metric_list(keys))
         for name, key in keys.items():
             self._arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
 
@@ -264,6 +292,8 @@ class StoreWriter:
             )
         with self._writing():
             for name in self._per_step_arrays():
+                if name == "steps":
+                    self._flush()
                 array = self._arrays.array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
         self._arrays.forget()
@@ -274,16 +304,83 @@ class StoreWriter:
         """
         with self._writing():
             for name in self._per_step_arrays():
-                if name.startswith(("updates/", "deltas/", "factors/")):
+                if name.startswith(("updates/", "deltas/", "factors/", "sketches")):
                     sync((self._group.store_path / name / "c" / str(self._row)).delete_dir())
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise StoreError(
+                f"{self.store.path}: takes no more steps since one could not be written"
+                f" ({self._failure}); free space and run the command again"
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        self._refuse_after_failure()
         try:
             yield
-        except OSError as error:
+        except BaseException as error:
+            self._failure = error
+            if not isinstance(error, OSError):
+                raise
             raise StoreError(
                 f"{self.store.path}: cannot be written ({error.strerror or error}); the"
-                f" {len(self.store.steps)} recorded steps are intact: free space and run the"
+                f" {self._num_committed()} recorded steps are intact: free space and run the"
                 " command again"
             ) from error
+
+    def _num_committed(self) -> int:
+        """Steps that the log names; a failed flush may have come after its replacement."""
+        try:
+            return len(TrajectoryStore(self.store.path).steps)
+        except StoreError:
+            return len(self.store.steps)
+
+
+class _UpdateRow:
+    """One step of the sparse log of a part, in pieces that are compressed as soon as a chunk is
+    full.
+    """
+
+    def __init__(self, arrays: WritableArrays, part: int, row: int):
+        self._arrays, self._row, self._name = arrays, row, f"updates/{part}"
+        self._leaves: dict[str, RowWriter] = {}
+        self._pieces: list[tuple[np.ndarray, np.ndarray]] = []
+        self._waiting = 0
+        self._counts = [np.zeros(1, np.int64)]
+
+    def append(self, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray) -> None:
+        """Entries of the next blocks of columns, with their number in each block."""
+        self._counts.append(counts)
+        if len(gaps):
+            self._pieces.append((gaps, differences))
+            self._waiting += len(gaps)
+        chunk = self._arrays.array(f"{self._name}/data").chunks[-1]
+        if self._waiting >= chunk:
+            self._write(self._waiting // chunk * chunk)
+
+    def close(self, blocks: int) -> None:
+        """Write what is left, and the index of all ``blocks``, which makes the update complete."""
+        if self._waiting:
+            self._write(self._waiting)
+        for leaf in self._leaves.values():
+            leaf.close()
+        indptr = np.zeros(blocks + 1, np.int64)
+        counts = np.concatenate(self._counts)
+        indptr[: len(counts)] = counts.cumsum()
+        self._arrays.set_row(f"{self._name}/indptr", self._row, indptr.astype(np.uint32))
+
+    def discard(self) -> None:
+        """Nothing was written."""
+        for leaf in self._leaves.values():
+            leaf.discard()
+
+    def _write(self, count: int) -> None:
+        joined = [np.concatenate(column) for column in zip(*self._pieces, strict=True)]
+        for leaf, values in zip(("indices", "data"), joined, strict=True):
+            name = f"{self._name}/{leaf}"
+            if leaf not in self._leaves:
+                self._leaves[leaf] = self._arrays.open_row(name, self._row)
+            self._leaves[leaf].append(self._arrays.encode(name, values[:count]))
+        self._waiting -= count
+        self._pieces = [(joined[0][count:], joined[1][count:])] if self._waiting else []

@@ -8,13 +8,14 @@ files on disk and of parallel work.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from relexkit.weights.dtypes import FLOAT_DTYPES
-from relexkit.weights.safetensors_io import TensorInfo
+from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
 Encoding = Literal["sparse", "exact", "float", "factors", "fixed"]
 """How a part is stored: sparse update log, dense integer differences, dense float deltas, factors
@@ -163,9 +164,31 @@ class Layout:
         ]
         return {"tensors": [asdict(t) for t in self.tensors], "parts": parts}
 
+    def check(self) -> None:
+        """Refuse a layout in which something cannot be, or lies in the place of something else.
+
+        Raises:
+            ValueError: what is wrong, with the name of the tensor or the number of the part.
+        """
+        for number, part in enumerate(self.parts):
+            _check_part(number, part)
+        specs = {tensor.name: tensor for tensor in self.tensors}
+        if len(specs) != len(self.tensors):
+            raise ValueError("two tensors have the same name")
+        for tensor in self.tensors:
+            _check_tensor(tensor, self.parts, specs)
+        for number, segments in enumerate(self._by_part):
+            ends = [0, *(s.offset + s.numel for s in segments)]
+            if [s.offset for s in segments] != ends[:-1] or ends[-1] != self.parts[number].numel:
+                raise ValueError(f"the tensors of part {number} overlap or leave a gap")
+
     @classmethod
     def from_json(cls, document: dict) -> Layout:
-        """Inverse of ``to_json``."""
+        """Inverse of ``to_json``.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a layout.
+        """
         tensors = tuple(
             TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in document["tensors"]
         )
@@ -173,7 +196,68 @@ class Layout:
             {**p, "factors": Factors(**p["factors"])} if "factors" in p else p
             for p in document["parts"]
         ]
-        return cls(tensors, tuple(Part(**p) for p in parts))
+        layout = cls(tensors, tuple(Part(**p) for p in parts))
+        layout.check()
+        return layout
+
+
+def _are_counts(*values: object) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+
+
+def _check_part(number: int, part: Part) -> None:
+    known = part.encoding in get_args(Encoding) and isinstance(part.dtype, str)
+    if not known or not _are_counts(part.numel) or part.numel > 2**31 - 1:
+        raise ValueError(
+            f"part {number} is of {part.numel} elements, {part.dtype}, {part.encoding}"
+        )
+    if part.encoding != "fixed" and part.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"part {number} has steps but the dtype {part.dtype}")
+    factors = part.factors
+    if (factors is not None) != (part.encoding == "factors"):
+        raise ValueError(f"part {number} has factors or the encoding, but not both")
+    if factors is not None and not (
+        _are_counts(factors.rows, factors.columns, factors.rank)
+        and factors.rows * factors.columns == part.numel
+        and factors.dtype in FLOAT_DTYPES
+        and isinstance(factors.scale, (int, float))
+        and math.isfinite(factors.scale)
+    ):
+        raise ValueError(f"the factors of part {number} do not give its {part.numel} elements")
+
+
+def _check_tensor(
+    tensor: TensorSpec, parts: Sequence[Part], specs: Mapping[str, TensorSpec]
+) -> None:
+    where = f"tensor {tensor.name!r}"
+    if not isinstance(tensor.name, str) or tensor.dtype not in ITEM_BYTES:
+        raise ValueError(f"{where} is of dtype {tensor.dtype!r}")
+    if not _are_counts(*tensor.shape):
+        raise ValueError(f"{where} has the shape {list(tensor.shape)}")
+    info, moves = TensorInfo(tensor.shape, tensor.dtype), tensor.dtype in FLOAT_DTYPES
+    if tensor.numel != (info.numel if moves else info.num_bytes):
+        raise ValueError(f"{where} has the shape {list(tensor.shape)} but {tensor.numel} elements")
+    if tensor.tied_to is not None:
+        owner = specs.get(tensor.tied_to)
+        if owner is None or owner.tied_to is not None or owner.shape != tensor.shape:
+            raise ValueError(f"{where} is tied to {tensor.tied_to!r}, which is not such a tensor")
+        return
+    if not _are_counts(tensor.part, tensor.offset) or tensor.part >= len(parts):
+        raise ValueError(f"{where} lies in part {tensor.part}, at {tensor.offset}")
+    part, remaining, room = tensor.part, tensor.numel, parts[tensor.part].numel - tensor.offset
+    while True:
+        spec = parts[part]
+        if (spec.encoding == "fixed") == moves or (moves and spec.dtype != tensor.dtype):
+            raise ValueError(f"{where} of dtype {tensor.dtype} lies in a part of {spec.dtype}")
+        if room < 0:
+            raise ValueError(f"{where} begins beyond the end of part {part}")
+        remaining -= room
+        if remaining <= 0:
+            return
+        part += 1
+        if part >= len(parts):
+            raise ValueError(f"{where} goes on beyond the last part")
+        room = parts[part].numel
 
 
 def build_layout(

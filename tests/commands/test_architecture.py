@@ -1,4 +1,6 @@
-"""The worked examples of docs/architecture.md, run; and the documents that name the tree, against it."""
+"""The worked examples of docs/architecture.md, run; and the documents that name the tree,
+against it.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_an_extension_adds_commands_and_plots(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_map_in_the_readme_is_the_tree() -> None:
     """Every package and every module at the top of one is in the map, and nothing else."""
-    map_ = re.search(r"## Where things are\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    map_ = re.search(
+        r"## Where things are\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
     assert map_ is not None
     top, named = "", set()
     for line in map_[1].splitlines():

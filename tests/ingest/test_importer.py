@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import relexkit.weights.layout
 from relexkit import TrajectoryStore, import_checkpoints
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.ingest.importer import select_steps
-from relexkit.store import WriterLock
+from relexkit.store import WriterLock, durable
 from relexkit.weights.dtypes import to_float32
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -863,39 +863,28 @@ def test_a_file_size_limit_is_a_stated_error_and_leaves_whole_steps(
     check_lossless(import_checkpoints(run.source, out, base=run.base).store, run)
 
 
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write_leaves_whole_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, alone: bool
 ) -> None:
-    """The k-th write of the store and all after it fail with ENOSPC, for growing k until an import
-    gets through.
+    """The k-th file of the store cannot be made, and none after it or only that one, for growing k
+    until an import gets through.
     """
-    import zarr.storage._local as local
-
-    from relexkit.store.fastpath import chunk_files
-
-    replace = chunk_files._replacing
     run = write_run(
         tmp_path, shapes={"w": (40,), "v": (9,)}, steps=(1, 4), metrics=True, density=0.1
     )
     import_checkpoints(run.source, tmp_path / "whole.zarr", base=run.base)
-    real, calls = local._put, 0
+    real, calls = durable.create, 0
 
-    def put(path: Path, value: Any, exclusive: bool = False) -> int:
+    def create(path: Path) -> Any:
         nonlocal calls
         calls += 1
-        if calls >= fail_from:
+        if calls == fail_from or (calls > fail_from and not alone):
             raise OSError(28, "No space left on device", str(path))
-        return 0 if value is None else real(path, value, exclusive)
+        return real(path)
 
-    @contextlib.contextmanager
-    def replacing(path: Path) -> Iterator[Any]:
-        put(path, None)
-        with replace(path) as file:
-            yield file
-
-    monkeypatch.setattr(local, "_put", put)
-    monkeypatch.setattr(chunk_files, "_replacing", replacing)
+    monkeypatch.setattr(durable, "create", create)
     for fail_from in range(1, 400, every):
         calls, out = 0, tmp_path / f"{fail_from}.zarr"
         message = None
@@ -924,16 +913,13 @@ def test_the_list_of_metrics_is_replaced_in_one_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between a name and the checksum of the names, a store would be lost."""
-    import zarr.storage._local as local
+    real, written = durable.rename, []
 
-    real, written = local._put, []
+    def rename(source: Path, target: Path) -> None:
+        written.append("/".join(target.parts[-2:]))
+        real(source, target)
 
-    def put(path: Path, value: Any, exclusive: bool = False) -> int:
-        if not exclusive:
-            written.append("/".join(Path(path).parts[-2:]))
-        return real(path, value, exclusive)
-
-    monkeypatch.setattr(local, "_put", put)
+    monkeypatch.setattr(durable, "rename", rename)
     run = write_run(tmp_path, shapes={"w": (40,)}, steps=(1, 4), metrics=True)
     store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
     assert store.metric_names() == ["reward"]

@@ -201,18 +201,18 @@ def test_a_step_that_was_stored_wrongly_is_not_deleted(
     run, folder = saved
     for step in run.steps:
         appear(run, folder, step)
-    write = StoreWriter.write_sparse
+    write = StoreWriter.append_update
 
     def wrong(
-        self: StoreWriter, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int
+        self: StoreWriter, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
     ) -> None:
         if self._step == 2:
             differences = differences.copy()
             differences[0] ^= 0x40
-        write(self, part, columns, differences, checksum)
+        write(self, part, gaps, differences, counts)
 
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base, steps="1:1")
-    monkeypatch.setattr(StoreWriter, "write_sparse", wrong)
+    monkeypatch.setattr(StoreWriter, "append_update", wrong)
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base)
     with pytest.raises(StoreError, match=r"step 2"):
         watch(folder, tmp_path / "s.zarr", base=run.base, delete_after=True, **QUICK)

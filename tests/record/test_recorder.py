@@ -167,7 +167,9 @@ def test_a_resumed_run_replaces_what_came_after_its_state(tmp_path):
     stores[1].verify()
     np.testing.assert_array_equal(stores[0].checksums(), stores[1].checksums())
     np.testing.assert_array_equal(stores[0].metrics()["reward"], stores[1].metrics()["reward"])
-    np.testing.assert_array_equal(gram(stores[0]).matrices, gram(stores[1]).matrices)
+    # of the cache the first three steps are used again, so the products differ in their rounding
+    one, other = (gram(store).matrices for store in stores)
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
 def test_resuming_with_other_weights_or_another_model_changes_nothing(tmp_path):

@@ -98,7 +98,7 @@ def test_a_row_that_is_given_up_or_cannot_be_completed_leaves_what_was_there(tmp
     found = chunk_files(array)
     row = found.open_row(0)
     row.append(found.encode(np.ones(32, np.float32)))
-    monkeypatch.setattr("relexkit.store.fastpath.chunk_files.os.replace", full)
+    monkeypatch.setattr("relexkit.store.durable.rename", full)
     with pytest.raises(OSError, match="No space"):
         row.close()
     assert files(tmp_path) == before

@@ -25,7 +25,7 @@ from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError, TrajectoryStore, checkout
 from relexkit.cli import main
-from relexkit.store.fastpath import chunk_files
+from relexkit.store import durable
 from trainer.config import GRPOConfig, dump_config
 from trainer.loop import step as step_module
 from trainer.loop.generation import prompt_numbers
@@ -501,15 +501,15 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 @contextlib.contextmanager
 def no_room_for_a_step() -> Iterator[None]:
     """The disk is full when the fourth step is written."""
-    replacing = chunk_files._replacing
+    create = durable.create
 
     def full(path: Path) -> Any:
-        if path.match("deltas/*/c/3/0"):
+        if path.match("deltas/*/c/3/0.partial"):
             raise OSError(28, "No space left on device", str(path))
-        return replacing(path)
+        return create(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_files, "_replacing", full)
+        patch.setattr(durable, "create", full)
         yield
 
 

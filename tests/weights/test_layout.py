@@ -99,7 +99,8 @@ def test_segments_in_a_window_are_the_window_clipped(
 @settings(max_examples=50, deadline=None)
 @given(tensors=tensor_lists, part_numel=limits)
 def test_json_round_trip(tensors: Tensors, part_numel: dict) -> None:
-    tied = {"t1": "t0"} if len(tensors) > 1 else {}
+    alike = len(tensors) > 1 and tensors[0][1:] == tensors[1][1:]
+    tied = {"t1": "t0"} if alike else {}
     layout = build_layout(tensors, ENCODINGS, tied, part_numel)  # type: ignore[arg-type]
     again = Layout.from_json(json.loads(json.dumps(layout.to_json())))
     assert again == layout

@@ -31,7 +31,6 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.device import PIECE, open_engine
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
 from relexkit.gram_matrix.jumps import last_trained
-from relexkit.gram_matrix.kept import keep, kept
 from relexkit.gram_matrix.lowrank.subspace import complete, good_enough, orthonormal
 from relexkit.gram_matrix.matrices import Gram
 from relexkit.gram_matrix.onepass import Pass, Span, Tick, ticker
@@ -39,6 +38,7 @@ from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
 from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import TrajectoryStore, describe_steps
 from relexkit.store.encodings.bits import BLOCK
+from relexkit.store.kept import identity, keep, kept
 
 _COMPONENTS = 8
 
@@ -240,7 +240,7 @@ def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick)
     result = _Images(bases, images, norms, counts)
     if team.rank == 0:
         arrays = {"bases": bases, "images": images, "norms": norms, "counts": counts}
-        keep(store, f"randomized/{part}", arrays, _key(store, num_rows, settings))
+        keep(store, f"randomized/{part}", arrays, _key(store, part, num_rows, settings))
     return result
 
 
@@ -253,13 +253,13 @@ def _norms(squares: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     return np.stack([squares, np.maximum(steps, 0.0)], axis=1)
 
 
-def _key(store: TrajectoryStore, num_rows: int, settings: _Settings) -> dict[str, Any]:
-    return {"steps": store.steps[:num_rows].tolist(), **vars(settings)}
+def _key(store: TrajectoryStore, part: int, num_rows: int, settings: _Settings) -> dict[str, Any]:
+    return {**identity(store, part, num_rows), **vars(settings)}
 
 
 def _load(store: TrajectoryStore, part: int, num_rows: int, settings: _Settings) -> _Images | None:
     attributes, arrays = kept(store, f"randomized/{part}", ("bases", "images", "norms", "counts"))
-    key = _key(store, num_rows, settings)
+    key = _key(store, part, num_rows, settings)
     if {name: attributes.get(name) for name in key} != key:
         return None
     shape = (

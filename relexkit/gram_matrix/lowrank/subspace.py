@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.gram_matrix.matrices import ROUNDING_ERROR, rounding_error
+from relexkit.gram_matrix.matrices import ROUNDING_ERROR, mirror, rounding_error
 
 RATIO_TOLERANCE = 1e-3
 ANGLE_TOLERANCE = 5e-3
@@ -78,6 +78,7 @@ def complete(
     used = values > _CUTOFF * values[-1]
     factor = image @ (vectors[:, used] / np.sqrt(values[used]))
     known = factor @ factor.T
+    mirror(known)
     missing = np.maximum(squares - np.diag(known), 0.0)
     if basis.shape[0] == basis.shape[1] or missing.sum() <= ROUNDING_ERROR * trace:
         return known, rounding_error(known[None])[0]
@@ -92,6 +93,7 @@ def complete(
     uncertainty[:-1] = np.maximum(
         uncertainty[:-1], missing.cumsum()[:-1]
     )  # of a prefix nothing but its size is known
+    mirror(rest)
     return known + rest, uncertainty + ROUNDING_ERROR * squares.cumsum()
 
 

@@ -58,6 +58,16 @@ def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndar
     return gaps.astype(np.uint16), indptr
 
 
+def encode_update(
+    columns: np.ndarray, differences: np.ndarray, numel: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gaps ``uint16 [n]``, differences ``[n]`` and entries of each block of a stretch of ``numel``
+    columns, a multiple of ``BLOCK`` or the last ones; ``columns`` count from its start.
+    """
+    gaps, indptr = encode_columns(columns, numel)
+    return gaps, differences, np.diff(indptr.astype(np.int64))
+
+
 def decode_columns(gaps: np.ndarray, indptr: np.ndarray, first_block: int = 0) -> np.ndarray:
     """Columns ``int32 [n]`` of the part from gaps of whole blocks (a part has fewer than 2**31
     columns).

@@ -4,15 +4,23 @@ Zarr where they do not.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import zarr
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from relexkit.errors import StoreError
-from relexkit.store.fastpath.chunk_files import ChunkFiles, chunk_files
+from relexkit.store.fastpath.chunk_files import (
+    ChunkFiles,
+    Encoded,
+    RowWriter,
+    ZarrRow,
+    chunk_files,
+)
 from relexkit.store.fastpath.shards import ShardReader, shard_reader
 from relexkit.store.format import WRITE_ALL
 
@@ -33,6 +41,19 @@ class ReadableArrays:
         """Open every array anew: a writer may have replaced what describes them."""
         self._arrays.clear()
         self._readers.clear()
+
+    def version(self, name: str) -> tuple[int, ...] | None:
+        """What changes whenever the first chunk of an array ``[T]`` is replaced, from a look at its
+        file; None of a store that is not on a local disk.
+        """
+        store = self._group.store
+        if not isinstance(store, LocalStore):
+            return None
+        try:
+            found = os.stat(f"{store.root}/{name}/c/0")
+        except OSError:
+            return ()
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
     def array(self, name: str) -> zarr.Array:
         """The array itself.
@@ -148,6 +169,16 @@ class WritableArrays:
             files = self._chunk_files | {name: chunk_files(self.array(name))}
             self._chunk_files = files
         return files[name]
+
+    def encode(self, name: str, values: np.ndarray) -> Encoded:
+        """Values for ``RowWriter.append``: whole chunks, or the last ones. On any thread."""
+        found = self.direct(name)
+        return [values.copy()] if found is None else found.encode(values)
+
+    def open_row(self, name: str, row: int) -> RowWriter:
+        """Begin a row of a sharded array ``[T, n]`` that comes in pieces."""
+        found = self.direct(name)
+        return ZarrRow(self.array(name), row) if found is None else found.open_row(row)
 
     def set_row(self, name: str, row: int, values: np.ndarray) -> None:
         """A row of an array ``[T, n]`` whose rows are one chunk each."""

@@ -11,7 +11,6 @@ byte; arrays in other stores or with other codecs go through Zarr.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -23,7 +22,9 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
-from relexkit.store.fastpath.shards import sharding_of
+from relexkit.store import durable
+from relexkit.store.fastpath.local import unflushed_of
+from relexkit.store.fastpath.shards import MISSING, sharding_of
 
 _SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
@@ -38,7 +39,7 @@ class RowWriter(Protocol):
         """Write encoded chunks, in order."""
 
     def close(self) -> None:
-        """Complete the row; a row that is not completed does not exist."""
+        """Complete the row, if anything was appended; until then it does not exist."""
 
     def discard(self) -> None:
         """Give the row up."""
@@ -51,6 +52,7 @@ class ChunkFiles:
 
     def __init__(self, folder: Path, array: zarr.Array, codec: BloscCodec):
         self._folder, self._array = folder, array
+        self._unflushed = unflushed_of(array.store_path.store)
         self._sharded = array.shards is not None
         self.chunk = array.chunks[-1]
         self._file_numel = array.shards[-1] if array.shards is not None else self.chunk
@@ -81,14 +83,13 @@ class ChunkFiles:
         """Replace the chunk at ``place`` in the grid of an array without shards, at once."""
         assert not self._sharded
         [content] = self.encode(values)
-        with _replacing(self._path(place)) as file:
-            file.write(content)
+        durable.write_file(self._path(place), content, self._unflushed)
 
     def open_row(self, row: int) -> RowWriter:
-        """Begin a row that lies in one shard."""
+        """Begin a row that lies in one shard; what is not appended stays unwritten."""
         assert self._sharded
         assert self._array.shape[-1] <= self._file_numel
-        return _ShardRow(self._path((row, 0)), self._file_numel // self.chunk)
+        return _ShardRow(self._path((row, 0)), self._file_numel // self.chunk, self._unflushed)
 
     def _path(self, place: tuple[int, ...]) -> Path:
         return self._folder.joinpath("c", *map(str, place))
@@ -99,8 +100,8 @@ class _ShardRow:
     failed once stays failed.
     """
 
-    def __init__(self, path: Path, count: int):
-        self._path, self._count = path, count
+    def __init__(self, path: Path, count: int, unflushed: durable.Unflushed | None):
+        self._path, self._count, self._unflushed = path, count, unflushed
         self._stack = contextlib.ExitStack()
         self._file: BinaryIO | None = None
         self._lengths: list[int] = []
@@ -109,17 +110,19 @@ class _ShardRow:
     def append(self, chunks: Encoded) -> None:
         with self._giving_up():
             if self._file is None:
-                self._file = self._stack.enter_context(_replacing(self._path))
+                self._file = self._stack.enter_context(
+                    durable.replacing(self._path, self._unflushed)
+                )
             self._lengths += map(len, chunks)
-            self._file.write(b"".join(chunks))
+            durable.write(self._file, b"".join(chunks))
 
     def close(self) -> None:
-        lengths = np.array(self._lengths, "<u8")
-        index = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8").tobytes()
+        lengths, places = np.array(self._lengths, "<u8"), np.full((self._count, 2), MISSING)
+        places[: len(lengths)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+        index = places.astype("<u8").tobytes()
         with self._giving_up():
             assert self._file is not None
-            assert len(self._lengths) == self._count
-            self._file.write(index + google_crc32c.value(index).to_bytes(4, "little"))
+            durable.write(self._file, index + google_crc32c.value(index).to_bytes(4, "little"))
             self._stack.close()
 
     def discard(self) -> None:
@@ -152,7 +155,8 @@ class ZarrRow:
 
     def close(self) -> None:
         """Write the row."""
-        self._array[self._row, :] = np.concatenate(self._pieces)
+        values = np.concatenate(self._pieces)
+        self._array[self._row, : len(values)] = values
 
     def discard(self) -> None:
         """Nothing was written."""
@@ -174,21 +178,3 @@ def chunk_files(array: zarr.Array) -> ChunkFiles | None:
     if list(map(type, chain)) != [BytesCodec, BloscCodec, Crc32cCodec]:
         return None
     return ChunkFiles(Path(store.root) / array.store_path.path, array, chain[1])
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is complete."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        file = open(temporary, "wb")  # noqa: SIM115 (closed below)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "wb")  # noqa: SIM115
-    try:
-        with file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

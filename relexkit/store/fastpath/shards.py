@@ -24,7 +24,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-_MISSING = np.uint64(2**64 - 1)
+MISSING = np.uint64(2**64 - 1)
+"""Offset and length of a chunk that is not in its shard."""
+
 _BLOSC_HEADER = 16
 _CACHED_BYTES = 2**25  # of indices that a reader keeps; committed shards never change
 
@@ -118,7 +120,7 @@ class ShardReader:
             return
         first, last = begin // self._chunk, -(-end // self._chunk)
         places = self._index(key)[first:last]
-        if (places == _MISSING).any():
+        if (places == MISSING).any():
             raise ValueError("a chunk is missing")  # the store writes chunks of fill values too
         offset = int(places[:, 0].min())
         num_bytes = (

@@ -1,0 +1,95 @@
+"""What the ``zarr.json`` of every group and array of a store must say, from its layout alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from relexkit.errors import StoreError
+from relexkit.store.base import create_base_array
+from relexkit.store.format import (
+    create_file_array,
+    create_metric,
+    create_sketches,
+    create_step_arrays,
+)
+from relexkit.weights.layout import Layout
+
+
+def verify_descriptions(
+    group: zarr.Group, layout: Layout, files: list[str], metrics: list[str], path: str
+) -> None:
+    """Compare every description with that of a store which is created now for the same layout.
+
+    How many rows there is room for, how wide a sketch is, how long a file is and how large the
+    chunks are may differ, where reading finds it.
+
+    Raises:
+        StoreError: one is damaged or missing, by name.
+    """
+    expected = zarr.create_group(MemoryStore())
+    for part in range(len(layout.parts)):
+        create_base_array(expected, layout, part)
+    create_step_arrays(expected, layout)
+    for name in files:
+        create_file_array(expected, name, 1)
+    for name in metrics:
+        create_metric(expected, name, 64)
+    if "sketches" in group:
+        create_sketches(expected, 64, 1)
+    for name, node in expected.members(max_depth=None):
+        try:
+            found = _description(group, name)
+            wanted = _description(expected, name)
+            if isinstance(node, zarr.Array):
+                group[name]  # what Zarr does not take is malformed
+                same = _fixed(found) == _fixed(wanted) and _same_shape(
+                    name, found["shape"], wanted["shape"]
+                )
+            else:
+                same = {**found, "attributes": {}} == {**wanted, "attributes": {}}
+                same &= name == "metrics" or found["attributes"] == {}
+        except Exception as error:
+            raise _damaged(path, name, str(error).strip().splitlines()[0]) from error
+        if not same:
+            raise _damaged(path, name, "it differs from what relexkit writes")
+
+
+def _description(group: zarr.Group, name: str) -> dict[str, Any]:
+    place = group.store_path / name / "zarr.json"
+    found = sync(place.get(default_buffer_prototype()))
+    if found is None:
+        raise ValueError("zarr.json is missing")
+    return json.loads(found.to_bytes())
+
+
+def _fixed(document: Any) -> Any:
+    """A description without the numbers that differ between stores of one layout."""
+    if isinstance(document, dict):
+        return {
+            key: len(value) if key in ("shape", "chunk_shape") else _fixed(value)
+            for key, value in document.items()
+        }
+    return [_fixed(value) for value in document] if isinstance(document, list) else document
+
+
+def _same_shape(name: str, found: list[int], wanted: list[int]) -> bool:
+    """Rows are doubled when they are full; the base has none, files and sketches have any size."""
+    top = name.split("/")[0]
+    if top in ("base", "files"):
+        return top == "files" or found == wanted
+    doublings = found[0] // wanted[0]
+    rows = found[0] == doublings * wanted[0] and doublings.bit_count() == 1
+    return rows and (top == "sketches" or found[1:] == wanted[1:])
+
+
+def _damaged(path: str, name: str, reason: str) -> StoreError:
+    return StoreError(
+        f"{path}: the description of {name} (zarr.json) is damaged ({reason}); restore the store"
+        " from a copy"
+    )

@@ -1,0 +1,175 @@
+"""Derived arrays kept in a store beside the steps: found again if they are whole and come from the
+content that the store has now, else computed again.
+
+A group of them holds, in its attributes, the steps and the content checksums that it was computed
+from, the CRC-32C of every array, and a ``checksum`` of all that. The attributes are written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from typing import Any, Protocol
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from relexkit.errors import StoreError
+from relexkit.store.encodings.bits import extend_checksum
+from relexkit.store.fastpath.local import for_writing, unflushed_of
+from relexkit.store.format import FORMAT_VERSION, create_array, json_checksum
+from relexkit.store.lock import WriterLock
+from relexkit.weights.layout import Layout
+
+_UNWRITTEN_COUNT = np.iinfo(np.int64).min
+
+
+class Content(Protocol):
+    """What results are derived from: a ``TrajectoryStore``."""
+
+    path: str
+    layout: Layout
+    steps: np.ndarray
+
+    def checksums(self) -> np.ndarray:
+        """Content checksum of every step and part, ``uint32 [T, parts]``."""
+
+
+def identity(store: Content, part: int, num_rows: int) -> dict[str, Any]:
+    """What a result of a part over the first ``num_rows`` steps is computed from: their numbers and
+    the checksums of their content.
+    """
+    return {
+        "steps": store.steps[:num_rows].tolist(),
+        "content": store.checksums()[:num_rows, part].tolist(),
+    }
+
+
+def common_prefix(store: Content, part: int, attributes: dict[str, Any]) -> int:
+    """The first steps of the store whose number and content are those in ``attributes``."""
+    now = identity(store, part, len(store.steps))
+    pairs = zip(
+        zip(now["steps"], now["content"], strict=True),
+        zip(attributes.get("steps", []), attributes.get("content", []), strict=False),
+        strict=False,
+    )
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def kept_attributes(store: Content, name: str) -> dict[str, Any]:
+    """What group ``name`` was computed from; empty if it is absent, damaged or half-written."""
+    try:
+        return _attributes(store, name)
+    except Exception:  # it is derived data and computed again
+        return {}
+
+
+def kept(
+    store: Content, name: str, keys: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Attributes and whole arrays that ``keep`` left in group ``name``; empty if they are absent,
+    damaged or half-written.
+    """
+    try:
+        attributes = _attributes(store, name)
+        return attributes, {key: _array(store, name, key, attributes) for key in keys}
+    except Exception:  # it is derived data and computed again
+        return {}, {}
+
+
+def keep(
+    store: Content, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]
+) -> None:
+    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if nobody else does and it can
+    be written. They are on the disk before their attributes are.
+    """
+    content = {
+        **attributes,
+        "format_version": FORMAT_VERSION,
+        "arrays": {key: _checksum(values) for key, values in arrays.items()},
+    }
+    with contextlib.suppress(StoreError, OSError), WriterLock(f"{store.path.rstrip('/')}.gram"):
+        place = for_writing(store.path)
+        unflushed = unflushed_of(place)
+        with contextlib.closing(unflushed) if unflushed else contextlib.nullcontext():
+            group = zarr.open_group(place, mode="r+").create_group(name, overwrite=True)
+            for key, values in arrays.items():
+                fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
+                chunks, shape = (1, *values.shape[1:]), values.shape
+                create_array(
+                    group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill
+                )[:] = values
+            if unflushed:
+                unflushed.flush()
+            group.update_attributes(content | {"checksum": json_checksum(content)})
+            if unflushed:
+                unflushed.flush()
+
+
+def verify_kept(store: Content) -> None:
+    """Read all derived arrays and compare them with their checksums.
+
+    Raises:
+        StoreError: some are damaged. One that is being written, or that an earlier release has left
+            without checksums, is passed over: it is not used.
+    """
+    for top in ("gram", "randomized"):
+        for part in range(len(store.layout.parts)):
+            name = f"{top}/{part}"
+            before = _raw_attributes(store, name)
+            try:
+                attributes = _attributes(store, name)
+                for key in attributes.get("arrays", ()):
+                    _array(store, name, key, attributes)
+            except Exception as error:
+                if before == _raw_attributes(store, name):  # else another process replaces it
+                    raise StoreError(
+                        f"{store.path}: {name}, which is derived from the steps, is damaged"
+                        f" ({error}); remove {top}/ inside the store, and it is computed again"
+                    ) from error
+
+
+def _raw_attributes(store: Content, name: str) -> bytes | None:
+    place = zarr.open_group(store.path, mode="r").store_path / name / "zarr.json"
+    found = sync(place.get(default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
+def _attributes(store: Content, name: str) -> dict[str, Any]:
+    """Checked attributes; empty if there are none.
+
+    Raises:
+        ValueError: they do not fit their checksum.
+    """
+    raw = _raw_attributes(store, name)
+    if raw is None:
+        return {}
+    document = json.loads(raw)
+    found = document["attributes"]
+    if document != {"attributes": found, "zarr_format": 3, "node_type": "group"}:
+        raise ValueError("its description is malformed")
+    if not {"content", "arrays", "checksum"} & set(found):
+        return {}  # half-written, or kept by a release that had no checksums here
+    content = {key: value for key, value in found.items() if key != "checksum"}
+    if found.get("checksum") != json_checksum(content):
+        raise ValueError("its description does not match its checksum")
+    return content if content["format_version"] == FORMAT_VERSION else {}
+
+
+def _array(store: Content, name: str, key: str, attributes: dict[str, Any]) -> np.ndarray:
+    """A whole array of a group with these attributes.
+
+    Raises:
+        ValueError: it does not match its checksum. (What Zarr raises of damage goes through.)
+    """
+    values = np.asarray(zarr.open_array(store.path, path=f"{name}/{key}", mode="r")[:])
+    if attributes["arrays"][key] != _checksum(values):
+        raise ValueError(f"{key} does not match its checksum")
+    return values
+
+
+def _checksum(values: np.ndarray) -> int:
+    return extend_checksum(0, np.ascontiguousarray(values).reshape(-1))
