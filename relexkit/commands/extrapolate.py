@@ -64,11 +64,11 @@ def run(parsed: argparse.Namespace) -> None:
     output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter)
     store = TrajectoryStore(parsed.store)
     with observer(parsed) as observed:
-        _warn(observed, store, prediction, parsed.to)
         compute = observed.decided(store, prediction.until)
         written = extrapolate(
             store, parsed.to, parsed.out, prediction, output=output, compute=compute
         )
+        _warn(observed, store, prediction, parsed.to)
     if observed.silent:
         return
     first, last = _window(store, prediction)
