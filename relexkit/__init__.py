@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from relexkit.gram_matrix import Gram, gram
     from relexkit.gram_matrix.compute.settings import Compute
     from relexkit.ingest.importer import import_checkpoints
-    from relexkit.materialize import Output, apply, checkout, extrapolate, round_checkpoint
+    from relexkit.materialize import (
+        Output,
+        WeightSync,
+        apply,
+        checkout,
+        extrapolate,
+        round_checkpoint,
+    )
     from relexkit.predict.extrapolators import METHODS, predict_weights
     from relexkit.predict.fits import Options
     from relexkit.predict.prediction import Prediction
@@ -44,6 +51,7 @@ _HOMES = {
     "Spectrum": "relexkit.geometry.spectrum",
     "StoreError": "relexkit.errors",
     "TrajectoryStore": "relexkit.store",
+    "WeightSync": "relexkit.materialize",
     "__version__": "relexkit.version",
     "apply": "relexkit.materialize",
     "checkout": "relexkit.materialize",
@@ -73,6 +81,7 @@ __all__ = [
     "Spectrum",
     "StoreError",
     "TrajectoryStore",
+    "WeightSync",
     "__version__",
     "apply",
     "checkout",

@@ -29,7 +29,7 @@ from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
-from relexkit.materialize import temporary_folder
+from relexkit.materialize import apply_step, temporary_folder
 from relexkit.predict.extrapolators import METHODS, check_request, step_text
 from relexkit.predict.fits import Options
 from relexkit.predict.prediction import Prediction
@@ -65,6 +65,7 @@ __all__ = [
     "TrajectoryStore",
     "__version__",
     "advise",
+    "apply_step",
     "backtest",
     "center",
     "check_request",

@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ import torch
 from runs import write_checkpoint
 from safetensors.torch import save_file
 from sharded import write_dcp, write_verl, write_zero
+from versions import write_pull_version, write_skyrl_version
 
-from relexkit.checkpoints import open_checkpoint
+from relexkit.checkpoints import Checkpoint, open_checkpoint, open_run
+from relexkit.checkpoints.chain import ChainedRun
+from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.errors import CheckpointError, StoreError
 from relexkit.ingest.importer import import_checkpoints
 from relexkit.store import TrajectoryStore
@@ -71,6 +75,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "zero-3": lambda folder: write_zero(folder, TENSORS, 2, stage=3),
     "peft": lambda folder: write_adapter(folder, safe=True),
     "peft-bin": lambda folder: write_adapter(folder, safe=False),
+    "weight-sync": lambda folder: write_chain(folder, "xor"),
+    "weight-sync-overwrite": lambda folder: write_chain(folder, "overwrite"),
+    "weight-sync-skyrl": lambda folder: write_chain(folder, "skyrl"),
     "store": lambda folder: write_store(folder),
 }
 
@@ -100,6 +107,23 @@ def write_adapter(folder: Path, *, safe: bool) -> None:
         "use_rslora": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_chain(folder: Path, kind: str) -> None:
+    """Two weight-sync versions of a base that lies beside them."""
+    if (folder / "base").exists():
+        return
+    write_checkpoint(folder / "base", TENSORS)
+    states = [
+        {n: t * (1 + s / 8) if t.is_floating_point() else t for n, t in TENSORS.items()}
+        for s in range(3)
+    ]
+    for number in (1, 2):
+        pair = states[number - 1 : number + 1]
+        if kind == "skyrl":
+            write_skyrl_version(folder, number, *pair)
+        else:
+            write_pull_version(folder, number, *pair, encoding=kind)
 
 
 def write_store(folder: Path) -> None:
@@ -143,7 +167,26 @@ def read_all(folder: Path) -> None:
     if (folder / "zarr.json").exists():
         TrajectoryStore(folder).verify()
         return
-    checkpoint = open_checkpoint(folder)
+    if (folder / "base").exists():
+        read_chain(folder)
+        return
+    read_elements(open_checkpoint(folder))
+
+
+def read_chain(folder: Path) -> None:
+    """Both versions over their base; one that is left out counts as refused."""
+    run = open_run(folder)
+    assert isinstance(run, WeightSyncRun)
+    if len(run.steps) < 2:
+        raise CheckpointError(next(iter(run.left_out.values())))
+    with closing(open_checkpoint(folder / "base")) as base:
+        chained = ChainedRun(run, base)
+        for step in run.steps:
+            read_elements(chained.checkpoint(step))
+
+
+def read_elements(checkpoint: Checkpoint) -> None:
+    """Every element, and the files beside."""
     try:
         checkpoint.files()
         checkpoint.metrics()

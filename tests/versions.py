@@ -8,10 +8,10 @@ SkyRL's ``delta_checkpoint.py`` (``delta-``).
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def write_skyrl_version(
 def write_versions(folder: Path, run: Run, *, layout: str = "pull", **options: Any) -> Path:
     """The whole of a run as versions 1, 2, ...; the base is version 0."""
     steps = [0, *run.steps]
-    for number, (earlier, step) in enumerate(itertools.pairwise(steps), 1):
+    for number, (earlier, step) in enumerate(pairwise(steps), 1):
         write = write_pull_version if layout == "pull" else write_skyrl_version
         write(folder, number, run.weights[earlier], run.weights[step], **options)
     return folder

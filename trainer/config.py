@@ -86,6 +86,13 @@ class GRPOConfig:
         micro_batch_tokens: most tokens (padding included) in one forward and backward pass;
             gradients accumulate, exactly.
         generation_rows: rows of one batch of the generation, in each process.
+        engine: what samples: None for the policy itself, or ``FILE.py:FUNCTION``, which makes a
+            ``trainer.loop.engine.Engine`` (docs/training.md).
+        vllm_importance_sampling_correction, vllm_importance_sampling_mode: of an engine's tokens,
+            multiply the surrogate by the ratio of the policy's probabilities to the engine's, of
+            the token or the sequence, cut to or masked outside of the range below.
+        vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max: that range; None for
+            no end.
         gradient_checkpointing: recompute activations in the backward pass.
         precision: of weights, gradients and optimizer: ``float32``, or bfloat16 alone, with updates
             rounded to nearest (``bfloat16_nearest``), stochastically (``bfloat16_stochastic``), or
@@ -145,6 +152,13 @@ class GRPOConfig:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 8192
     generation_rows: int = 64
+    engine: str | None = None
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "sequence_mask"
+    vllm_importance_sampling_clip_min: float | None = None
+    vllm_importance_sampling_clip_max: float | None = 3.0
     gradient_checkpointing: bool = False
     precision: Literal[
         "float32", "bfloat16_nearest", "bfloat16_stochastic", "bfloat16_compensated"
@@ -217,6 +231,7 @@ class GRPOConfig:
                 f" expected 2 to {groups}, the groups of a step, or 0"
             )
         self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
+        _check_engine(self)
         if self.precision != "float32" and self.bf16 is not None:
             raise RelexkitError(
                 f"bf16: chooses how float32 weights compute, those of precision {self.precision}"
@@ -363,6 +378,32 @@ class G2DConfig:
 
 
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)
+
+
+def _check_engine(config: GRPOConfig) -> None:
+    """Refuse what an engine cannot do, and options that belong to one where there is none."""
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    if config.engine is None:
+        for name, default in defaults.items():
+            if name.startswith("vllm_") and getattr(config, name) != default:
+                raise RelexkitError(f"{name}: belongs to an engine; give --engine, or leave it out")
+        return
+    if config.token_weighting != "none" or config.token_shares or config.advantage == "lampo":
+        raise RelexkitError(
+            "engine: token_weighting, token_shares and lampo look into the model while it"
+            " generates; expected none of them, or no engine"
+        )
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and low >= high:
+        raise RelexkitError(
+            f"vllm_importance_sampling_clip_min: {low} is not below"
+            f" vllm_importance_sampling_clip_max, {high}"
+        )
+    if low is high is None and config.vllm_importance_sampling_mode.endswith("truncate"):
+        raise RelexkitError(
+            "vllm_importance_sampling_mode: cuts to a range; expected"
+            " vllm_importance_sampling_clip_min or vllm_importance_sampling_clip_max"
+        )
 
 
 def _check_ranges(

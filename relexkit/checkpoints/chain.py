@@ -286,8 +286,8 @@ class _State:
         for name, info in tensors.items():
             self._begin[name] = size
             size += info.num_bytes
-        self._fd, path = tempfile.mkstemp(prefix=".relexkit-", dir=scratch)
-        os.unlink(path)
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            self._fd = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._fd)
 
     def read_into(self, name: str, begin: int, view: memoryview) -> None:

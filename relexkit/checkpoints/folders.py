@@ -59,7 +59,7 @@ class LocalFolder(Folder):
         try:
             return sorted(
                 (str(p), p.stat().st_size, str(p.stat().st_mtime_ns))
-                for p in (self.path / name).rglob("*")
+                for p in (self.path / name, *(self.path / name).rglob("*"))
                 if p.is_file()
             )
         except OSError:  # it goes away meanwhile

@@ -13,13 +13,18 @@ from fractions import Fraction
 from pathlib import Path
 
 from relexkit.checkpoints.folders import LocalFolder
+from relexkit.checkpoints.formats.flat_files import STEP_FILE
 from relexkit.checkpoints.formats.table import FORMATS, Format
 from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.small_files import read_small
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError
 
-_STEP = re.compile(r"(?:checkpoint-|global_steps?_?|step_?|step-|iter_|.+-step-)(\d{1,15})(_hf)?")
+_STEP = re.compile(
+    r"(?:checkpoint[-_]|ckpt[-_]|global_steps?_?|step_?|step-|iter[-_]|epoch_|.+-step-)"
+    r"(\d{1,15})(_hf)?"
+)
+_EPOCH = re.compile(r"epoch_\d+")
 _UNFINISHED = re.compile(
     r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)"
 )
@@ -30,7 +35,7 @@ _ENOUGH = 0.5
 """A more precise source is taken if it has at least this share of the steps that another one has.
 """
 
-SUPPORTED_NAMES = "checkpoint-N, global_step_N, step_N or step-N"
+SUPPORTED_NAMES = "checkpoint-N, global_step_N, step_N, iter_N, ckpt-N, epoch_N or weight_vN"
 
 
 @dataclass
@@ -68,6 +73,7 @@ class FolderRun:
         label_step: Callable[[int], int | None] | None = None,
     ):
         folders, self.left_out = step_folders(source)
+        _check_epochs(folders, label_step, source)
         sources = _survey(folders)
         chosen = choose(sources, wanted, source)
         self.format = chosen.format.name
@@ -99,7 +105,11 @@ class FolderRun:
     def folder(self, step: int) -> Path:
         """The folder that a trainer made for one step, with all that it saved there."""
         place = self._places[self._labels[step]]
-        return next(path for path in (place, *place.parents) if _STEP.fullmatch(path.name))
+        return next(
+            path
+            for path in (place, *place.parents)
+            if _STEP.fullmatch(path.name) or STEP_FILE.fullmatch(path.name)
+        )
 
     def stamp(self, step: int) -> list[tuple[str, int, str]]:
         """Name, size and time of every file of a step; nothing if it goes away meanwhile."""
@@ -144,14 +154,15 @@ def step_folders(source: Path) -> tuple[dict[int, list[Path]], dict[str, str]]:
     unfinished: dict[str, str] = {}
     places = [source, *(p for p in (source / name for name in _BELOW) if p.is_dir())]
     for path in (path for place in places for path in sorted(place.iterdir())):
-        match = _STEP.fullmatch(path.name)
-        if match is None or not path.is_dir():
+        match = _STEP.fullmatch(path.name) if path.is_dir() else find_flat(path)
+        if match is None:
             if _UNFINISHED.fullmatch(path.name) and path.is_dir():
                 unfinished[path.name] = "is the name of a checkpoint that is being written"
             continue
+        suffix = match[2] or "" if path.is_dir() else ""
         key = (
             int(match[1]),
-            f"{path.parent.name}/{match[2]}" if path.parent != source else match[2] or "",
+            f"{path.parent.name}/{suffix}" if path.parent != source else suffix,
         )
         if key in folders:
             raise CheckpointError(
@@ -173,8 +184,29 @@ def has_steps(source: Path) -> bool:
     """True if a folder holds folders of steps."""
     places = [source, *(p for p in (source / name for name in _BELOW) if p.is_dir())]
     return any(
-        _STEP.fullmatch(path.name) and path.is_dir() for place in places for path in place.iterdir()
+        _STEP.fullmatch(path.name) if path.is_dir() else find_flat(path)
+        for place in places
+        for path in place.iterdir()
     )
+
+
+def find_flat(path: Path) -> re.Match[str] | None:
+    """The name of a file that is a whole step."""
+    return STEP_FILE.fullmatch(path.name) if path.is_file() else None
+
+
+def _check_epochs(
+    folders: dict[int, list[Path]], label_step: Callable[[int], int | None] | None, source: Path
+) -> None:
+    """Epochs are no optimizer steps, and ``epoch_0`` is the end of the first one, not the base."""
+    names = [path.name for paths in folders.values() for path in paths]
+    if not any(_EPOCH.fullmatch(name) for name in names):
+        return
+    if label_step is None or (0 in folders and not label_step(0)):
+        raise CheckpointError(
+            f"{source}: is numbered by epochs, and epoch_0 is the end of the first one; give the"
+            ' optimizer step of each with --step-map FILE, such as {"0": 500, "1": 1000}'
+        )
 
 
 def _survey(folders: dict[int, list[Path]]) -> list[Source]:
@@ -210,6 +242,8 @@ def _survey(folders: dict[int, list[Path]]) -> list[Source]:
 
 def _find(f: Format, folder: Path) -> Path | None:
     try:
+        if folder.is_file() != f.of_files:
+            return None
         return f.find(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed ({error.strerror or error})") from None

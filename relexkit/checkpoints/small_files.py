@@ -20,11 +20,13 @@ def read_small(path: Path, most: int = MAX_BYTES) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            content = bytearray()
+            while len(content) <= most and (piece := file.read(min(2**20, most + 1))):
+                content += piece  # one read of most + 1 would take that much memory at once
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > most:
         raise CheckpointError(
             f"{path}: has more than {most:,} bytes; expected a small file: remove or replace it"
         )
-    return content
+    return bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from relexkit.commands.console import print_json, progress_bar, show
+from relexkit.commands.sync import add_sync, read_sync
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="from a store of PEFT adapters: the adapter, not merged weights",
     )
+    add_sync(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
     )
@@ -29,11 +31,12 @@ def run(parsed: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
+    sync = read_sync(parsed)
     with progress_bar() as progress:
         if parsed.adapter:
             folder = checkout_adapter(store, parsed.step, parsed.out)
         else:
-            folder = checkout(store, parsed.step, parsed.out, progress=progress)
+            folder = checkout(store, parsed.step, parsed.out, sync=sync, progress=progress)
     exact = (store.exact and (parsed.adapter or not store.has_factors)) or parsed.step == 0
     if parsed.json:
         print_json({"step": parsed.step, "folder": str(folder), "exact": exact})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from relexkit.commands.console import print_json, say, show
 from relexkit.commands.observer import Observer, add_pca, observer
 from relexkit.commands.options import add_fields, given
+from relexkit.commands.sync import add_sync, read_sync
 from relexkit.errors import RelexkitError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RANK",
         help="from a store of PEFT adapters: write an adapter, of this rank or one that fits",
     )
+    add_sync(parser)
     add_pca(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
@@ -61,7 +63,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     options = given(parsed, Options, [field.name for field in fields(Options)])
     prediction = replace(given(parsed, Prediction, PREDICTION), options=options)
-    output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter)
+    output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter, sync=read_sync(parsed))
     store = TrajectoryStore(parsed.store)
     with observer(parsed) as observed:
         compute = observed.decided(store, prediction.until)

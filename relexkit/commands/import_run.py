@@ -14,12 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder with checkpoint-N, global_step_N or step_N inside, or hf://OWNER/NAME",
+        help="folder with checkpoint-N, step_N, weight_vN ... inside, or hf://OWNER/NAME",
     )
     parser.add_argument(
         "--format",
         metavar="F",
-        help="peft, huggingface, verl, dcp or deepspeed (default: the most precise)",
+        help="peft, huggingface, verl, dcp, deepspeed, sharded-safetensors, flat or weight-sync",
     )
     parser.add_argument(
         "--step-map",

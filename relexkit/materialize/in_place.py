@@ -1,4 +1,4 @@
-"""Predicted weights straight into a model in memory, without a folder."""
+"""Predicted and recorded weights straight into a model in memory, without a folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relexkit.errors import RelexkitError
+from relexkit.materialize.recorded import recorded_bits
 from relexkit.materialize.sums import stream_sums
 from relexkit.store import TrajectoryStore
-from relexkit.weights.dtypes import FLOAT_DTYPES, Rounding, round_bits
+from relexkit.weights.dtypes import FLOAT_DTYPES, Rounding, round_bits, to_float32
 from relexkit.weights.layout import Layout, Segment
 
 if TYPE_CHECKING:
@@ -47,18 +48,64 @@ def apply(
             f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of"
             " predict_weights"
         )
-    flat = _flat_tensors(store.layout, model.state_dict())
+    targets = _Targets(store, model, rounding, seed)
 
     def consume(_: int, segment: Segment, values: np.ndarray) -> None:
-        name, start = segment.tensor.name, segment.start
-        for target in flat[name]:
-            dtype = str(target.dtype).removeprefix("torch.")
-            bits = round_bits(values, dtype, rounding, seed=seed, tensor=name, start=start)
-            block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(target.dtype)
-            target[start : start + segment.numel].copy_(block)
+        targets.write(segment, values)
 
     with torch.no_grad():
         stream_sums(store, weights[None], consume, memory_budget_bytes, None)
+
+
+def apply_step(
+    store: TrajectoryStore,
+    model: torch.nn.Module,
+    step: int,
+    *,
+    rounding: Rounding = "stochastic",
+    seed: int = 0,
+) -> None:
+    """Load a recorded step, 0 for the base, into a model in place: the weights that ``checkout``
+    writes, bit for bit where the model's dtype holds them.
+
+    Tensors that are not float keep the model's values. One pass over the step's part of the store.
+
+    Args:
+        model, rounding, seed: as for ``apply``.
+
+    Raises:
+        RelexkitError: the model lacks a tensor, or has it with another shape.
+        StoreError: the step is not recorded.
+    """
+    import torch
+
+    targets = _Targets(store, model, rounding, seed)
+    with torch.no_grad():
+        for segment, bits in recorded_bits(store, step):
+            targets.write(segment, to_float32(bits, segment.tensor.dtype))
+
+
+class _Targets:
+    """The memory of a model's tensors, which float32 values are rounded into."""
+
+    def __init__(
+        self, store: TrajectoryStore, model: torch.nn.Module, rounding: Rounding, seed: int
+    ):
+        self._flat = _flat_tensors(store.layout, model.state_dict())
+        self._rounding, self._seed = rounding, seed
+
+    def write(self, segment: Segment, values: np.ndarray) -> None:
+        """Values ``float32 [segment.numel]`` into every tensor that shares the segment's."""
+        import torch
+
+        name, start = segment.tensor.name, segment.start
+        for target in self._flat[name]:
+            dtype = str(target.dtype).removeprefix("torch.")
+            bits = round_bits(
+                values, dtype, self._rounding, seed=self._seed, tensor=name, start=start
+            )
+            block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(target.dtype)
+            target[start : start + segment.numel].copy_(block)
 
 
 def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:

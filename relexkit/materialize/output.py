@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from relexkit.materialize.versions import WeightSync
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -19,6 +21,8 @@ class Output:
     """of the stochastic rounding"""
     adapter: int | None = None
     """from a store of PEFT adapters: write an adapter of this rank; 0 for the smallest that fits"""
+    sync: WeightSync | None = None
+    """versions ``OUT/weight_v{N}`` that an inference engine pulls, each against the one before"""
 
 
 AS_RECORDED = Output()

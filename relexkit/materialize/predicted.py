@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished
 from relexkit.materialize.output import AS_RECORDED, Output, Written
 from relexkit.materialize.planning import plan
+from relexkit.materialize.recorded import checkout
 from relexkit.materialize.sums import stream_sums
+from relexkit.materialize.versions import write_versions
 from relexkit.predict.extrapolators import step_text
 from relexkit.predict.prediction import PLAIN, Prediction
 from relexkit.store import TrajectoryStore
@@ -52,6 +56,16 @@ def extrapolate(
     check_output(output.dtype, output.rounding)
     if output.adapter is not None:
         return extrapolate_adapter(store, to, out, prediction, output.adapter, compute)
+    if output.sync is not None and not compute.team.rank:
+        made: list[Written] = []
+
+        def make(scratch: Path) -> list[Path]:
+            plain = replace(output, sync=None)
+            made.extend(extrapolate(store, to, scratch, prediction, output=plain, compute=compute))
+            return [one.folder for one in made]
+
+        versions = write_versions(output.sync, Path(out), partial(checkout, store), make)
+        return [Written(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)]
     plans = plan(store, to, prediction, compute)
     dtype, rounding, seed = output.dtype, output.rounding, output.seed
     weights, jobs, written = [], [], []

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from relexkit.materialize.folders import FolderJob, PendingFolders, is_finished
+from relexkit.materialize.versions import WeightSync, write_versions
 from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
 from relexkit.weights.dtypes import round_bits, to_float32
+from relexkit.weights.layout import Segment
 
 
 def checkout(
-    store: TrajectoryStore, step: int, out: str | Path, *, progress: ProgressCallback | None = None
+    store: TrajectoryStore,
+    step: int,
+    out: str | Path,
+    *,
+    sync: WeightSync | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a recorded step as a checkpoint folder ``out``: bit for bit if the store is exact.
+    Returns the folder.
+
+    With ``sync`` it is written as a version ``out/weight_v{N}`` that an inference engine pulls.
 
     Step 0 is the base. Float deltas give the weights to the store's mantissa bits, in the recorded
     dtype. From a store of adapters these are the merged weights, rounded stochastically (seed 0)
@@ -27,6 +39,12 @@ def checkout(
         RelexkitError: something else is at ``out``.
     """
     row = -1 if step == 0 else store.row_of(step)
+    if sync is not None:
+
+        def make(scratch: Path) -> list[Path]:
+            return [checkout(store, step, scratch / f"step-{step}", progress=progress)]
+
+        return write_versions(sync, Path(out), partial(checkout, store), make)[0].folder
     content = f"{content_checksum(store.checksums()[row].tolist()):08x}" if row >= 0 else "base"
     exact = (
         "bit for bit"
@@ -46,21 +64,35 @@ def checkout(
     if is_finished(folder, provenance):
         return folder
     with PendingFolders(store, [FolderJob(folder, provenance, None)], None) as writers:
-        for part, spec in enumerate(store.layout.parts):
-            if spec.encoding == "fixed":
-                continue
-            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-                if spec.encoding == "factors" and row >= 0:
-                    state = _merged(store, part, row, begin, end)
-                else:
-                    state = store.read_state(part, row, begin, end)
-                for segment in store.layout.segments_in(part, begin, end):
-                    low = segment.offset - begin
-                    writers.write(0, segment, state[low : low + segment.numel])
-                if progress:
-                    progress("writing", end, spec.numel)
+        for segment, bits in recorded_bits(store, step, progress):
+            writers.write(0, segment, bits)
         writers.write_fixed()
     return folder
+
+
+def recorded_bits(
+    store: TrajectoryStore, step: int, progress: ProgressCallback | None = None
+) -> Iterator[tuple[Segment, np.ndarray]]:
+    """Pieces of the float tensors at a recorded step, 0 for the base, with their bits in the
+    recorded dtype. One pass over the step's part of the store.
+
+    Raises:
+        StoreError: the step is not recorded, or a chunk is damaged.
+    """
+    row = -1 if step == 0 else store.row_of(step)
+    for part, spec in enumerate(store.layout.parts):
+        if spec.encoding == "fixed":
+            continue
+        for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+            if spec.encoding == "factors" and row >= 0:
+                state = _merged(store, part, row, begin, end)
+            else:
+                state = store.read_state(part, row, begin, end)
+            for segment in store.layout.segments_in(part, begin, end):
+                low = segment.offset - begin
+                yield segment, state[low : low + segment.numel]
+            if progress:
+                progress("writing", end, spec.numel)
 
 
 def _merged(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:

@@ -40,7 +40,7 @@ def verify_descriptions(
         create_file_array(expected, name, 1)
     for name in metrics:
         create_metric(expected, name, 64)
-    if "sketches" in group:
+    if _content(group, "sketches") is not None:
         create_sketches(expected, 64, 1)
     for name, node in expected.members(max_depth=None):
         try:
@@ -60,12 +60,16 @@ def verify_descriptions(
             raise _damaged(path, name, "it differs from what relexkit writes")
 
 
+def _content(group: zarr.Group, name: str) -> bytes | None:
+    found = sync((group.store_path / name / "zarr.json").get(default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
 def _description(group: zarr.Group, name: str) -> dict[str, Any]:
-    place = group.store_path / name / "zarr.json"
-    found = sync(place.get(default_buffer_prototype()))
-    if found is None:
+    content = _content(group, name)
+    if content is None:
         raise ValueError("zarr.json is missing")
-    return json.loads(found.to_bytes())
+    return json.loads(content)
 
 
 def _fixed(document: Any) -> Any:

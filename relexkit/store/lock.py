@@ -12,17 +12,19 @@ from pathlib import Path
 
 from relexkit.errors import StoreError
 from relexkit.store.durable import make_folder
+from relexkit.store.lease import Lease
 
 
 class WriterLock(contextlib.AbstractContextManager):
     """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes
-    with the process.
+    with the process; of a store behind an ``s3://`` URL a ``Lease``.
     """
 
     def __init__(self, path: str):
         self._file = None
+        self._lease = Lease(path) if path.startswith("s3://") else None
         if "://" in path:
-            return  # object stores have no locks; one writer is then the user's promise
+            return  # other object stores take no conditions; one writer is the user's promise
         lock_path = os.path.realpath(path) + ".lock"  # one lock, whatever the spelling of the path
         try:
             make_folder(Path(lock_path).parent)
@@ -56,8 +58,20 @@ class WriterLock(contextlib.AbstractContextManager):
             ) from error
         self._file, self._path = file, lock_path
 
+    def check(self) -> None:
+        """Refuse to go on if the lock may be another's by now, as that of an object store may be.
+
+        Raises:
+            StoreError: it may.
+        """
+        if self._lease is not None:
+            self._lease.check()
+
     def close(self) -> None:
         """Release the lock and remove its file."""
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
         if self._file is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)

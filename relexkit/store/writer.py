@@ -136,6 +136,7 @@ class StoreWriter:
             with self._writing():
                 log = np.full(self._arrays.array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
+                self._check_lock()
                 self._arrays.array("steps")[:] = log
                 self._flush()  # before anything is written over what the log named
             self._arrays.forget()
@@ -250,6 +251,7 @@ class StoreWriter:
             self._arrays.set_row("checksums", self._row, self._checksums)
             self._write_metrics(metrics or {})
             self._flush()
+            self._check_lock()
             self._arrays.set_entry("steps", self._row, self._step)
             self._flush()
         self.store.add_step(self._step)
@@ -306,6 +308,10 @@ class StoreWriter:
             for name in self._per_step_arrays():
                 if name.startswith(("updates/", "deltas/", "factors/", "sketches")):
                     sync((self._group.store_path / name / "c" / str(self._row)).delete_dir())
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:

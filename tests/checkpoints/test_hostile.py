@@ -12,19 +12,26 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pytest
 import torch
-from fuzz_readers import WRITERS, read_all
+import zstandard
+from fuzz_readers import WRITERS, read_all, write_chain
 from runs import write_checkpoint
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from sharded import Malicious, write_dcp
 
 from relexkit.checkpoints import open_checkpoint, open_run
+from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.peft import read_settings
 from relexkit.errors import CheckpointError, StoreError
 from relexkit.store import TrajectoryStore
+from relexkit.weights.dtypes import bits_dtype
 
 SCRIPT = Path(__file__).parents[1].joinpath("fuzz_readers.py")
 FORMATS = (
@@ -37,6 +44,9 @@ FORMATS = (
     "zero-3",
     "peft",
     "peft-bin",
+    "weight-sync",
+    "weight-sync-overwrite",
+    "weight-sync-skyrl",
     "store",
 )
 
@@ -106,7 +116,10 @@ def test_a_dtype_that_no_store_can_hold_is_refused_by_name(tmp_path: Path) -> No
 
 
 PICKLED = [
-    name for name in FORMATS if name not in ("safetensors", "safetensors-index", "peft", "store")
+    name
+    for name in FORMATS
+    if name not in ("safetensors", "safetensors-index", "peft", "store")
+    and not name.startswith("weight-sync")
 ]
 
 
@@ -166,6 +179,8 @@ def test_an_archive_that_would_unpack_to_more_than_its_size_is_refused_unread(
     [
         ("safetensors", "config.json"),
         ("safetensors-index", "model.safetensors.index.json"),
+        ("weight-sync", "weight_v000002/model.safetensors.index.json"),
+        ("weight-sync-skyrl", "delta-00000002/manifest.json"),
         ("peft", "adapter_config.json"),
         ("verl", "huggingface/tokenizer.json"),
     ],
@@ -177,6 +192,171 @@ def test_a_small_file_that_is_huge_is_refused_unread(tmp_path: Path, name: str, 
         sparse.truncate(2**40)
     with pytest.raises(CheckpointError, match=rf"{Path(file).name}: has more than [\d,]+ bytes"):
         read_all(tmp_path)
+
+
+def edited(path: Path, **changes: object) -> dict:
+    """A JSON file with other values, at the place that ``a.b`` names."""
+    document = json.loads(path.read_text())
+    for place, value in changes.items():
+        *inner, last = place.split("__")
+        target = document
+        for key in inner:
+            target = target[int(key) if key.isdecimal() else key]
+        target[last] = value
+    path.write_text(json.dumps(document))
+    return document
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata__version": "3"}, "says that it is version 3; it was moved"),
+        ({"metadata__base_version": "2"}, "applies to version 2, which does not come before it"),
+        ({"metadata__base_version": "9"}, "applies to version 9, which does not come before it"),
+        ({"metadata__base_version": "9" * 400}, "does not describe a version"),
+        ({"metadata__base_version": True}, "does not describe a version"),
+        ({"metadata__delta_encoding": "sum"}, "has the encoding 'sum'; expected one of xor"),
+        ({"metadata__compression_format": "none"}, "has the compression 'none'; expected zstd"),
+        ({"metadata__checksum_format": "crc"}, "has the checksum format 'crc'; expected one of"),
+        ({"metadata": [1]}, "version 2 lacks tensor"),
+        ({"weight_map": 7}, "does not describe a version"),
+        (
+            {"weight_map": {"model.norm.weight": "../x.safetensors"}},
+            r"names the file '\.\./x\.safetensors'; expected a plain \.safetensors file name",
+        ),
+        (
+            {"weight_map": {"model.norm.weight": "/etc/passwd"}},
+            "names the file '/etc/passwd'; expected a plain",
+        ),
+        ({"weight_map": {"w": "model-00007-of-00009.safetensors"}}, "which does not exist"),
+        ({"weight_map": {}}, "holds model-00000-of-00002.safetensors, which its list does not"),
+    ],
+    ids=str,
+)
+def test_a_version_that_lies_about_itself_is_left_out_with_the_reason(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    write_chain(tmp_path, "xor")
+    edited(tmp_path / "weight_v000002" / "model.safetensors.index.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors__0__payload_file": "../../x"}, r"names the file '\.\./\.\./x'"),
+        ({"tensors__0__payload_key": "other"}, "its tensors are not those that the version lists"),
+        ({"tensors__0__uncompressed_num_bytes": 2**50}, "contradict one another or the file"),
+        ({"tensors__0__compressed_num_bytes": 3}, "contradict one another or the file"),
+        ({"tensors__0__shape": [10, -4]}, "does not describe a version|contradict"),
+        ({"tensors__0__shape": [2**62, 2**62]}, "contradict one another or the file"),
+        ({"tensors__0__dtype": "float4"}, "contradict|does not describe"),
+        ({"tensors__0__checksum": "zz"}, "has no checksum of tensor"),
+        ({"tensors__0__checksum_algorithm": "md5"}, "has the checksum format 'md5'"),
+        ({"tensors__0__checksum": "0" * 32}, "checksum differs from the declared one"),
+        ({"tensors__0__name": "model.norm.weight"}, "twice|the base has"),
+        ({"tensors__0__name": "nothing"}, "changes tensor 'nothing', which the base does not"),
+        ({"tensors": {"a": 1}}, "does not describe a version"),
+        ({"version": 1.5}, "does not describe a version"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_lies_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    write_chain(tmp_path, "skyrl")
+    edited(tmp_path / "delta-00000002" / "manifest.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_all(tmp_path)
+
+
+def replaced_frame(folder: Path, name: str, content: bytes) -> None:
+    """Exchange the stored bytes of one tensor's delta, with the checksums that were there."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            metadata, names = file.metadata(), list(file.keys())
+            tensors = {n: file.get_tensor(n) for n in names}
+        if name in tensors:
+            tensors[name] = np.frombuffer(content, np.uint8)
+            save_file(tensors, path, metadata=metadata)
+
+
+def packed(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
+
+
+NORM = 16  # bytes of model.norm.weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("xor", packed(bytes(2**28)), "unpacks to more than the tensor holds"),
+        ("xor", packed(bytes(NORM - 1)), "unpacks to 15 bytes; the tensor has 16"),
+        ("xor", b"", "unpacks to 0 bytes; the tensor has 16"),
+        ("xor", b"no frame at all", "is no whole zstd frame"),
+        ("xor", packed(bytes(NORM))[:-3], "unpacks to|is no whole zstd frame"),
+        ("xor", packed(bytes(NORM)), "checksum differs from the declared one"),
+        ("overwrite", packed(struct.pack("<I", 2**32 - 1)), "claims 4,294,967,295 changed bytes"),
+        ("overwrite", packed(bytes(2**28)), "unpacks to more than the tensor holds"),
+        ("overwrite", packed(struct.pack("<IIB", 1, 16, 7)), "changes byte 16; the tensor has 16"),
+        ("overwrite", packed(struct.pack("<IIIBB", 2, 5, 5, 7, 7)), "do not ascend"),
+        ("overwrite", packed(struct.pack("<IIIBB", 2, 5, 4, 7, 7)), "do not ascend"),
+        ("overwrite", packed(struct.pack("<II", 1, 5)), "ends too early"),
+        ("overwrite", packed(b"\x01"), "ends too early"),
+    ],
+    ids=range(13),
+)
+def test_a_delta_that_is_a_bomb_or_does_not_fit_is_refused_in_little_memory(
+    tmp_path: Path, kind: str, content: bytes, message: str
+) -> None:
+    write_chain(tmp_path, kind)
+    replaced_frame(tmp_path / "weight_v000002", "model.norm.weight", content)
+    tracemalloc.start()
+    with pytest.raises(
+        CheckpointError, match=rf"step 2: version 2: tensor 'model\.norm\.weight': .*{message}"
+    ):
+        read_all(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+
+
+@pytest.mark.parametrize("kind", ["xor", "overwrite", "skyrl"])
+def test_every_flipped_byte_of_a_delta_is_refused(tmp_path: Path, kind: str) -> None:
+    """Or is without effect: what is read is then what was written."""
+    write_chain(tmp_path, kind)
+    folder = sorted(p for p in tmp_path.iterdir() if p.name != "base")[1]
+    path = sorted(folder.glob("*.safetensors"))[0]
+    original = path.read_bytes()
+    expected = chain_content(tmp_path)
+    for at in range(0, len(original), 7):
+        changed = bytearray(original)
+        changed[at] ^= 0x10
+        path.write_bytes(changed)
+        try:
+            found = chain_content(tmp_path)
+        except CheckpointError:
+            continue
+        assert found == expected, at
+
+
+def chain_content(folder: Path) -> dict[str, bytes]:
+    """Bytes of the last version's floats."""
+    run = open_run(folder)
+    if len(run.steps) < 2:
+        raise CheckpointError("left out")
+    with closing(open_checkpoint(folder / "base")) as base:
+        checkpoint = ChainedRun(run, base).checkpoint(2)  # type: ignore[arg-type]
+        content = {}
+        for name, info in checkpoint.tensors.items():
+            out = np.empty(
+                info.num_bytes // bits_dtype(info.dtype).itemsize, bits_dtype(info.dtype)
+            )
+            checkpoint.read_into(name, 0, out)
+            content[name] = out.tobytes()
+        return content
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,7 @@ from relexkit.ingest.watch import watch
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A bfloat16 run of five steps with buffers, a scalar and an empty tensor; steps are
-    versions.
-    """
+    """A bfloat16 run of five steps with buffers, a scalar and an empty tensor."""
     return write_run(
         tmp_path_factory.mktemp("run"), steps=[1, 2, 3, 4, 5], buffers=True, head="own"
     )
@@ -327,3 +325,19 @@ def test_the_checksums_of_the_tests_are_those_of_the_reference_vectors() -> None
     assert CHECKSUMS["xxh3-128"](b"") == "99aa06d3014798d86001c324468d497f"
     assert CHECKSUMS["blake3"](b"").startswith("af1349b9f5f9a1a6a0404dea36dcc949")
     assert CHECKSUMS["sha256"](b"").startswith("e3b0c44298fc1c149afbf4c8996fb924")
+
+
+@pytest.mark.parametrize("writer", ["skyrl", "slime-xor-xxh3-128", "slime-overwrite-blake3"])
+def test_files_that_the_trainers_own_code_wrote(tmp_path: Path, writer: str) -> None:
+    """``tests/data/weight_sync``: two versions by SkyRL's ``DeltaCheckpointPublisher`` (a956457)
+    and
+    slime's ``UpdateWeightFromDiskDelta`` (624b824), and the weights that they were given.
+    """
+    data = Path(__file__).parents[1] / "data" / "weight_sync"
+    store = import_checkpoints(data / writer, tmp_path / "s.zarr", base=data / "base").store
+    expected = load_file(data / "expected.safetensors")
+    assert store.steps.tolist() == [1, 2]
+    for step in (1, 2):
+        found = load_file(checkout(store, step, tmp_path / f"{step}") / "model.safetensors")
+        assert len(found) * 2 == len(expected)
+        assert all(same_bits(t, expected[f"{step}/{n}"]) for n, t in found.items())

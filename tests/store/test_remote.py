@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from relexkit import StoreError, TrajectoryStore, checkout, extrapolate, gram, i
 from relexkit.cli import main
 from relexkit.gram_matrix.lowrank.randomized import randomized_gram
 from relexkit.store import StoreWriter
+from relexkit.store.lease import Lease
 
 pytest.importorskip("s3fs")
 
@@ -181,3 +183,57 @@ def test_a_missing_object_is_named(pair, bucket: str) -> None:
         StoreError, match=r"step 5, tensor .*: cannot be read \(a chunk is missing\)"
     ):
         gram(TrajectoryStore(copy))
+
+
+def test_a_second_writer_is_refused_and_names_the_first(pair, bucket: str, tmp_path: Path) -> None:
+    run, _, _ = pair
+    url = f"{bucket}/two.zarr"
+    import_checkpoints(run.source, url, base=run.base, steps=":1")
+    with StoreWriter(url):
+        with pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} on"):
+            StoreWriter(url)
+        with pytest.raises(StoreError, match="is being written by"):
+            import_checkpoints(run.source, url, base=run.base)
+    assert import_checkpoints(run.source, url, base=run.base).added == [2, 5, 6]
+    import fsspec
+
+    assert not fsspec.filesystem("s3").exists(f"{url}.lock")
+
+
+def test_a_lease_that_was_left_over_is_taken_by_one_and_lost_by_its_owner(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)  # as that of a killed process
+    url = f"{bucket}/left.zarr"
+    left = Lease(url, seconds=3600)
+    with pytest.raises(StoreError, match="is being written"):
+        Lease(url, seconds=3600)
+    taken = Lease(url, seconds=-1)  # whatever its age is
+    assert left._put(IfMatch=left._tag) is None
+    with pytest.raises(StoreError, match="is being written"):
+        Lease(url, seconds=3600)
+    left.close()  # leaves the other's lease alone
+    with pytest.raises(StoreError, match="is being written"):
+        Lease(url, seconds=3600)
+    taken.close()
+    Lease(url).close()
+
+
+def test_a_writer_whose_lease_is_lost_commits_nothing(pair, bucket: str) -> None:
+    run, _, _ = pair
+    url = f"{bucket}/lost.zarr"
+    import_checkpoints(run.source, url, base=run.base, steps=":1")
+    with StoreWriter(url) as writer:
+        writer.begin(2)
+        for part, spec in enumerate(writer.store.layout.parts):
+            if spec.encoding == "sparse":
+                writer.write_sparse(part, np.empty(0, np.int32), np.empty(0, np.int16), 0)
+            elif spec.encoding != "fixed":
+                writer.write_row(part, np.zeros(spec.numel, np.float32), 0)
+        assert writer._lock is not None
+        lease = writer._lock._lease
+        assert lease is not None
+        lease._lost = True
+        with pytest.raises(StoreError, match="may not be the only writer any more"):
+            writer.commit()
+    assert TrajectoryStore(url).steps.tolist() == [1]

@@ -67,10 +67,21 @@ def test_without_steps_the_base_and_the_last_one(store, capsys):
     assert [model["name"] for model in evaluated(capsys, store.path)] == ["base", "step 4"]
 
 
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_recorded_step_is_put_bit_for_bit(store, tmp_path, step):
+    stored = StoredModel(store)
+    stored.put_step(step)
+    expected = load_model(str(checkout(store, step, tmp_path / "step")), torch.device("cpu"))[0]
+    for (name, mine), theirs in zip(
+        stored.model.named_parameters(), expected.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_rounded_weights_are_those_of_a_rounded_checkpoint(store, tmp_path, rounding):
     stored = StoredModel(store, dtype="bfloat16", rounding=rounding, seed=5)
-    stored.put(recorded_weights(store, 4))
+    stored.put_step(4)
     source = checkout(store, 4, tmp_path / "step-4")
     folder = round_checkpoint(
         source, tmp_path / "rounded", dtype="bfloat16", rounding=rounding, seed=5

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
+from trainer.commands import evaluate_harness
 from trainer.commands.trust import add_trust
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task",
-        required=True,
         help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes",
     )
     parser.add_argument(
@@ -94,10 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    evaluate_harness.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate every model alike, and each against the first one in pairs."""
+    if arguments.harness:
+        evaluate_harness.run(arguments, _models(arguments))
+        return
     found = evaluate_models(arguments)
     if arguments.json:
         print_json(document(found, arguments))
@@ -112,6 +116,8 @@ def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
     from trainer.evaluation.evaluate import evaluate
     from trainer.tasks import load_task
 
+    if arguments.task is None:
+        raise RelexkitError("no task was given; expected --task, or --harness with its tasks")
     task = load_task(yaml.safe_load(arguments.task))
     found: dict[str, Evaluation] = {}
     with progress_bar() as progress:
@@ -178,14 +184,13 @@ def _is_store(path: str) -> bool:
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
     from relexkit.extension import step_text
-    from trainer.policy.stored_model import StoredModel, recorded_weights
+    from trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(arguments.model[0])
     if not arguments.step and not arguments.to:
         arguments.step = [0, *store.steps[-1:].tolist()]
-    recorded = {
-        f"step {step}" if step else "base": recorded_weights(store, step) for step in arguments.step
-    }
+    for step in filter(None, arguments.step):
+        store.row_of(step)  # refuses one that is not recorded before anything slow
     stored = StoredModel(
         store,
         dtype=arguments.dtype,
@@ -194,9 +199,9 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
         device=device,
         trust_remote_code=arguments.trust_remote_code,
     )
-    for name, weights in recorded.items():
-        stored.put(weights)
-        yield name, stored.model, stored.tokenizer
+    for step in dict.fromkeys(arguments.step):
+        stored.put_step(step)
+        yield f"step {step}" if step else "base", stored.model, stored.tokenizer
     if not arguments.to:
         return
     observed = gram(store).until(arguments.until)

@@ -106,9 +106,7 @@ class _Run:
 
     def put(self, which: str, step: int) -> Any:
         """The model with the weights of the base, or (``warm``) of the step."""
-        from trainer.policy.stored_model import recorded_weights
-
-        self.stored.put(recorded_weights(self.store, 0 if which == "base" else step))
+        self.stored.put_step(0 if which == "base" else step)
         return self.stored.model
 
     def pad(self) -> int:

@@ -24,7 +24,7 @@ from relexkit.extension import (
     r_squared,
 )
 from trainer.policy.sampling import encode_prompt, end_tokens
-from trainer.policy.stored_model import StoredModel, recorded_weights
+from trainer.policy.stored_model import StoredModel
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -106,7 +106,7 @@ def output_linearity(
     rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
     found = []
     for done, row in enumerate(rows, 1):
-        stored.put(recorded_weights(store, int(observed.steps[row])))
+        stored.put_step(int(observed.steps[row]))
         found.append(text_logprobs(model, tokenizer, texts))
         if progress:
             progress("probing", done, len(rows) + len(targets))
@@ -182,13 +182,13 @@ def logit_extrapolation(
             " later one"
         )
     stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
-    stored.put(recorded_weights(store, first))
+    stored.put_step(first)
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),
         stored.model.eval(),
         stored.tokenizer,
     )
-    stored.put(recorded_weights(store, second))
+    stored.put_step(second)
     factor = (target - second) / (second - first)
     return [
         extrapolated_completion(

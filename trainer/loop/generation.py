@@ -22,6 +22,8 @@ from trainer.credit.assignment import (
     token_share_metrics,
     token_weights,
 )
+from trainer.credit.importance import importance_metrics, importance_ratios
+from trainer.loop.engine import Engine, generate_with
 from trainer.loop.rollout_log import Rollout, write_step
 from trainer.policy.log_probabilities import sampled_logprobs
 from trainer.policy.sampling import Completion, Sampling, generate, pad_token, stream_seed
@@ -37,8 +39,9 @@ class Generation:
     coefficients of its tokens, None where all are 1, and ``token_norms`` their ``|v|`` where
     measured (``trainer.credit.token_states``); ``shares`` are metrics of these. ``old_logp`` and
     ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling
-    policy and under the reference; None where they are not needed. ``counts`` is 0 for a completion
-    that is masked out. ``seconds`` is how long sampling and scoring took.
+    policy and under the reference; None where they are not needed. ``importance`` multiplies the
+    surrogate of each token that an engine sampled (``trainer.credit.importance``). ``counts`` is 0
+    for a completion that is masked out. ``seconds`` is how long sampling and scoring took.
     """
 
     problems: list[Problem]
@@ -54,6 +57,15 @@ class Generation:
     seconds: float
     old_logp: list[torch.Tensor] | None
     ref_logp: list[torch.Tensor] | None
+    importance: list[torch.Tensor] | None = None
+
+    @property
+    def surrogate_weights(self) -> list[torch.Tensor] | None:
+        """What multiplies the surrogate of each token, or None where it is 1."""
+        if self.importance is None or self.token_weights is None:
+            return self.token_weights or self.importance
+        pairs = zip(self.importance, self.token_weights, strict=True)
+        return [ratio * weight for ratio, weight in pairs]
 
 
 def prompt_numbers(num_problems: int, config: GRPOConfig, generation: int) -> list[int]:
@@ -72,9 +84,16 @@ def prompt_numbers(num_problems: int, config: GRPOConfig, generation: int) -> li
 
 
 def roll_out(
-    config: GRPOConfig, policy: Policy, task: Task, problems: Sequence[Problem], generation: int
+    config: GRPOConfig,
+    policy: Policy,
+    task: Task,
+    problems: Sequence[Problem],
+    generation: int,
+    engine: Engine | None = None,
 ) -> Generation:
-    """Sample, score and compare the rollouts of this process for one generation."""
+    """Sample, score and compare the rollouts of this process for one generation; an engine samples
+    if there is one.
+    """
     began = time.monotonic()
     numbers = prompt_numbers(len(problems), config, generation)
     share = config.num_prompts // policy.processes.size
@@ -95,15 +114,19 @@ def roll_out(
         seed=config.seed,
     )
     states = open_watcher(config, policy.model)
-    completions = generate(
-        policy.model,
-        policy.tokenizer,
-        prompts,
-        keys,
-        sampling,
-        batch_size=config.generation_rows,
-        watcher=states,
-    )
+    sampled = None
+    if engine is not None:
+        completions, sampled = generate_with(engine, policy, prompts, keys, sampling)
+    else:
+        completions = generate(
+            policy.model,
+            policy.tokenizer,
+            prompts,
+            keys,
+            sampling,
+            batch_size=config.generation_rows,
+            watcher=states,
+        )
     right, rewards = policy.processes.agree(lambda: _scores(config, task, rows, completions))
     reward_PG = torch.tensor(rewards, dtype=torch.float32).view(share, config.num_generations)
     advantage_PG = advantages(config, reward_PG, states, policy.processes)
@@ -138,8 +161,13 @@ def roll_out(
         pad_token(policy.tokenizer),
         policy.autocast,
     )
-    if config.steps_of_generation > 1 or not config.disable_dropout:
+    if config.steps_of_generation > 1 or not config.disable_dropout or sampled is not None:
         result.old_logp = sampled_logprobs(policy.model, *shared)
+    if sampled is not None:
+        assert result.old_logp is not None
+        if config.vllm_importance_sampling_correction:
+            result.importance = importance_ratios(result.old_logp, sampled, config)
+        result.shares |= importance_metrics(result.old_logp, sampled, result.importance)
     if policy.reference is not None:
         result.ref_logp = sampled_logprobs(policy.reference, *shared)
     return result

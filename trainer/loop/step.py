@@ -113,6 +113,7 @@ def _accumulate(
     parts = GradientParts(policy.optimizer) if config.gradient_noise_parts else None
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low", "clip_high"), 0.0)
     fresh: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    token_weights = generation.surrogate_weights
     for group, ends_part in groups:
         batch = make_batch(
             [completions[index] for index in group], pad_token(policy.tokenizer), device
@@ -126,7 +127,7 @@ def _accumulate(
         mask_BT = batch.mask * counts_B[group, None]
         old, ref, weight = (
             None if values is None else padded([values[rows[index]] for index in group], logp_BT)
-            for values in (generation.old_logp, generation.ref_logp, generation.token_weights)
+            for values in (generation.old_logp, generation.ref_logp, token_weights)
         )
         outputs = policy_loss(
             logp_BT,

@@ -23,6 +23,7 @@ from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import LiveAdvice, NotAStoreError, Processes
 from trainer.config import GRPOConfig, dump_config
 from trainer.evaluation.evaluate import evaluate
+from trainer.loop.engine import open_engine
 from trainer.loop.folder import claim_folder, save_model
 from trainer.loop.generation import Generation, log_rollouts, roll_out
 from trainer.loop.regrounding import is_due, jump, last_jump
@@ -64,6 +65,7 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
         task = load_task(config.task)
         problems = list(task.problems("train"))
         policy = load_policy(config, device, processes, trust_remote_code=trust_remote_code)
+        engine = open_engine(config, policy)
         step = last_state(folder / "state") or 0
         recorder, lost = _resume(config, folder, policy, step, stack)
         processes.lead(lambda: truncate_after(folder / "rollouts", step))
@@ -92,7 +94,7 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                 log.write(step, metrics)
                 continue
             generation = roll_out(
-                config, policy, task, problems, step // config.steps_of_generation
+                config, policy, task, problems, step // config.steps_of_generation, engine
             )
             first = step + 1
             for index in range(min(config.steps_of_generation, config.max_steps - step)):
@@ -130,6 +132,8 @@ def check_processes(config: GRPOConfig, processes: Processes) -> None:
         raise RelexkitError(
             "regrounding: writes predictions into a model that is whole; expected one process"
         )
+    if config.engine is not None and processes.size > 1:
+        raise RelexkitError("engine: takes over whole weights; expected one process")
     unit = processes.size * config.num_generations * config.steps_per_generation
     if config.generation_batch_size % unit:
         raise RelexkitError(

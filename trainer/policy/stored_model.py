@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from relexkit import TrajectoryStore, apply, checkout
+from relexkit.extension import apply_step
 from trainer.policy.setup import load_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -62,6 +63,21 @@ class StoredModel:
             apply(self.store, self.model, weights)
             return
         apply(self.store, self._rounded, weights, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def put_step(self, step: int) -> None:
+        """Put a recorded step into the model, 0 for the base, bit for bit where the store is exact.
+
+        Raises:
+            StoreError: the step is not recorded.
+        """
+        if self._rounded is None:
+            apply_step(self.store, self.model, step)
+            return
+        apply_step(self.store, self._rounded, step, rounding=self._rounding, seed=self._seed)
+        self._take_over()
+
+    def _take_over(self) -> None:
         with torch.no_grad():
             for parameter, rounded in zip(
                 self.model.parameters(), self._rounded.parameters(), strict=True

@@ -20,8 +20,14 @@ from relexkit.checkpoints.torchfile.torch_files import StoredTensor, TorchFile, 
 from relexkit.errors import CheckpointError
 from relexkit.weights.safetensors_io import SafetensorsFile, TensorInfo
 
-_INSIDE = ("actor/huggingface", "huggingface", ".")
+_INSIDE = (
+    "actor/huggingface",
+    "huggingface",
+    ".",
+    "policy/weights/model/consolidated",  # NeMo-RL
+)
 
+_INFO = "training_info.json"
 _SAFE_INDEX, _SAFE = "model.safetensors.index.json", "model.safetensors"
 _BIN_INDEX, _BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _FSDP_BIN = "pytorch_model_fsdp.bin"  # accelerate's FULL_STATE_DICT
@@ -51,23 +57,26 @@ def model_files(folder: Path) -> dict[str, bytes]:
 
 
 def trainer_metrics(folder: Path) -> dict[str, float]:
-    """The last entries of ``trainer_state.json`` for its own step, as Trainer and TRL write it;
-    nothing if there is none.
+    """The last entries of ``trainer_state.json`` for its own step, as Trainer and TRL write it, or
+    the numbers of NeMo-RL's ``training_info.json``, which lies above the weights; nothing if there
+    is neither.
     """
     path = folder / "trainer_state.json"
-    if not path.is_file():
-        return {}
+    places = (folder, *folder.parents[:4])
+    info = next((p / _INFO for p in places if (p / _INFO).is_file()), None)
     try:
-        state = json.loads(read_small(path))
-        entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
-        merged = {
-            key: value
+        if path.is_file():
+            state = json.loads(read_small(path))
+            entries = [e for e in state["log_history"] if e.get("step") == state["global_step"]]
+        elif info is not None:
+            entries = [json.loads(read_small(info))]
+        else:
+            return {}
+        numbers = {
+            key: float(value)
             for entry in entries
             for key, value in entry.items()
-            if key not in ("step", "epoch")
-        }
-        numbers = {
-            key: float(value) for key, value in merged.items() if isinstance(value, int | float)
+            if key not in ("step", "epoch") and isinstance(value, int | float)
         }
     except (
         CheckpointError,

@@ -39,7 +39,7 @@ CONFIG, WEIGHTS, WEIGHTS_BIN = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
-_INSIDE = (".", "lora_adapter", "actor/lora_adapter")
+_INSIDE = (".", "lora_adapter", "actor/lora_adapter", "actor/huggingface/lora_adapter")
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.default)?")
@@ -223,7 +223,10 @@ class Adapter(ABC):
         factors: weights of the base whose delta is a product, with its shape, rank and scale.
         saved: weights and biases of the base that the adapter holds whole -> their names in the
             file.
+        base_name: what the configuration calls the base, if it does.
     """
+
+    base_name: Any = None
 
     def __init__(self, where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
         self.where, self.tensors = where, tensors
@@ -233,6 +236,9 @@ class Adapter(ABC):
     @abstractmethod
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Raw bits of elements ``start:start+len(out)`` of a stored tensor."""
+
+    def check_base(self, base: Checkpoint) -> None:
+        """Refuse a base that the adapter was not trained on, as far as it holds some of it."""
 
     def _sort_tensors(self) -> None:
         """Decide for every stored tensor what it is; anything unknown is an error."""
@@ -355,7 +361,7 @@ class AdapterCheckpoint(Adapter):
     def __init__(self, folder: Path):
         self.folder = folder
         self.description = f"PEFT adapter {folder}"
-        config = _read_config(folder)
+        config = read_config(folder)
         read_settings(config, str(folder / CONFIG))  # before any weights are looked for
         self.base_name = config.get("base_model_name_or_path")
         safe = (folder / WEIGHTS).is_file()
@@ -416,6 +422,7 @@ class AdaptedCheckpoint:
         self.factors, self.factor_bits = adapter.factors, adapter.factor_bits
         for name, shape in adapter.shapes.items():
             self._check_in_base(name, shape)
+        adapter.check_base(base)
         for name, key in adapter.base_layers.items():
             self._check_in_base(name, adapter.tensors[key].shape)
             if not self._equals_base(key, name):
@@ -536,9 +543,9 @@ class AdaptedRun:
             raise
 
 
-def adapter_in(opened: Checkpoint) -> AdapterCheckpoint | None:
+def adapter_in(opened: Checkpoint) -> Adapter | None:
     """The adapter that a checkpoint is, or a view of; None if it is something else."""
-    while not isinstance(opened, AdapterCheckpoint):
+    while not isinstance(opened, Adapter):
         if not hasattr(opened, "inner"):
             return None
         opened = opened.inner
@@ -571,7 +578,12 @@ def named_base(run: Run, step: int) -> str | None:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: it is not valid.
+    """
     try:
         config = json.loads(read_small(folder / CONFIG, _MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:

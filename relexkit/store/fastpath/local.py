@@ -32,8 +32,7 @@ class DurableStore(LocalStore):
     async def set(self, key: str, value: Buffer) -> None:
         """Write one file, at once for whoever reads it."""
         self._check_writable()
-        path = self.root / key
-        await asyncio.to_thread(durable.write_file, path, value.as_buffer_like(), self.unflushed)
+        await asyncio.to_thread(self._write, key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """As ``set``, if there is no such file; there is one writer."""
@@ -43,7 +42,12 @@ class DurableStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         """As ``set``, for callers outside the event loop."""
         self._check_writable()
-        durable.write_file(self.root / key, value.as_buffer_like(), self.unflushed)
+        self._write(key, value)
+
+    def _write(self, key: str, value: Buffer) -> None:
+        # the description of the whole says whether there is a store: never a name without content
+        unflushed = None if key == "zarr.json" else self.unflushed
+        durable.write_file(self.root / key, value.as_buffer_like(), unflushed)
 
 
 def for_writing(path: str) -> Any:

@@ -1,0 +1,300 @@
+"""What the tests of faults run: every way to write, on runs so small that it takes a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from disk import copy, same_files
+from runs import Run, store_content, write_run
+
+import relexkit
+from relexkit import Recorder, RelexkitError, TrajectoryStore, import_checkpoints
+from relexkit.cli import main
+from relexkit.errors import StoreError
+
+SHAPES = {"model.embed_tokens.weight": (30, 4), "model.norm.weight": (5,)}
+STEPS = [1, 2, 4]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its status, and the one line that it said of an error."""
+
+    status: int
+    said: str
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command on a folder.
+
+    Attributes:
+        prepare: makes what the command finds, in an empty folder.
+        run: the command, on that folder.
+        result: what it leaves, comparable.
+        store: name of the store that it writes, if it writes one.
+        outputs: names that are whole or absent.
+        goes_on: the command may end well although an operation failed, as what failed is not asked
+            for.
+    """
+
+    prepare: Callable[[Path], None]
+    run: Callable[[Path], Outcome]
+    result: Callable[[Path], Any]
+    store: str | None = None
+    outputs: tuple[str, ...] = ()
+    goes_on: bool = False
+
+
+def command(*words: str) -> Callable[[Path], Outcome]:
+    """``relexkit`` with these words, ``@name`` for a path in the folder."""
+
+    def run(folder: Path) -> Outcome:
+        given = [str(folder / word[1:]) if word.startswith("@") else word for word in words]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(given)
+        return Outcome(status, "\n".join(x for x in err.getvalue().splitlines() if said(x)))
+
+    return run
+
+
+def said(line: str) -> bool:
+    """A line about an error, not about progress."""
+    return line.startswith("relexkit: ") or "Traceback" in line or "Error" in line
+
+
+def small_run(folder: Path, dtype: str, steps: list[int]) -> Run:
+    moves = {"motion": "drift", "density": 1.0} if dtype == "float32" else {"density": 0.08}
+    return write_run(
+        folder, steps=steps, shapes=SHAPES, dtype=dtype, extras=False, buffers=True, **moves
+    )
+
+
+def importing(dtype: str, encoding: str, *, begun: int = 0) -> Scenario:
+    """``relexkit import``, of the steps after the first ``begun`` ones."""
+
+    def prepare(folder: Path) -> None:
+        run = small_run(folder, dtype, STEPS)
+        if begun:
+            import_checkpoints(
+                run.source,
+                folder / "s.zarr",
+                base=run.base,
+                encoding=encoding,  # type: ignore[arg-type]
+                steps=f":{STEPS[begun - 1]}",
+            )
+
+    words = ("import", "@run", "-o", "@s.zarr", "--base", "@base", "--encoding", encoding)
+    return Scenario(prepare, command(*words), content_of("s.zarr"), store="s.zarr")
+
+
+def content_of(name: str) -> Callable[[Path], Any]:
+    return lambda folder: store_content(folder / name)
+
+
+class _Model(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(3)
+        self.weight = torch.nn.Parameter(torch.randn(7, 3).to(dtype))
+
+    def train_step(self, step: int) -> None:
+        random = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            change = torch.randn(7, 3, generator=random) * (torch.arange(3) != step % 3)
+            self.weight += (0.05 * change).to(self.weight.dtype)
+
+
+def recording(dtype: torch.dtype) -> Scenario:
+    """A training that records, resumes after whatever the store holds, and records on."""
+
+    def run(folder: Path) -> Outcome:
+        model, path = _Model(dtype), folder / "s.zarr"
+        last = (recorded(path) or [0])[-1] if recorded(path) is not None else None
+        for step in range(1, (last or 0) + 1):
+            model.train_step(step)
+        try:
+            with Recorder(model, path, resume_from=last, encoding="exact") as recorder:
+                for step in range((last or 0) + 1, 5):
+                    model.train_step(step)
+                    recorder.record(step, {"reward": float(step)})
+        except (RelexkitError, OSError) as error:
+            return Outcome(1, " ".join(str(error).split()))
+        return Outcome(0, "")
+
+    def prepare(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    return Scenario(prepare, run, content_of("s.zarr"), store="s.zarr")
+
+
+def watching(dtype: str) -> Scenario:
+    """``relexkit watch --delete-after`` over checkpoints that are there."""
+
+    def prepare(folder: Path) -> None:
+        for checkpoint in small_run(folder, dtype, STEPS).folders.values():
+            (checkpoint / "STABLE").touch()  # need not be looked at twice
+
+    words = ("watch", "@run", "-o", "@s.zarr", "--base", "@base", "--delete-after")
+    options = ("--poll", "0.001", "--idle", "0.002")
+    if dtype == "float32":
+        options += ("--encoding", "float")
+
+    def result(folder: Path) -> Any:
+        return store_content(folder / "s.zarr"), sorted(p.name for p in (folder / "run").iterdir())
+
+    return Scenario(prepare, command(*words, *options), result, store="s.zarr")
+
+
+def of_store(*words: str, dtype: str = "bfloat16", outputs: tuple[str, ...] = ()) -> Scenario:
+    """A command on a finished store."""
+
+    def prepare(folder: Path) -> None:
+        run = small_run(folder, dtype, [1, 2, 4, 5])
+        import_checkpoints(run.source, folder / "s.zarr", base=run.base)
+
+    def result(folder: Path) -> Any:
+        if outputs:
+            return [tree(folder / name) for name in outputs]
+        found = relexkit.gram(TrajectoryStore(folder / "s.zarr"))
+        return found.steps.tolist(), found.matrices.tobytes(), store_content(folder / "s.zarr")
+
+    return Scenario(prepare, command(*words), result, store="s.zarr", outputs=outputs)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "import, sparse": importing("bfloat16", "auto"),
+    "import, exact": importing("float32", "exact"),
+    "import, float": importing("float32", "float"),
+    "append, sparse": importing("bfloat16", "auto", begun=1),
+    "append, float": importing("float32", "float", begun=2),
+    "record, bfloat16": recording(torch.bfloat16),
+    "record, float32": recording(torch.float32),
+    "watch, sparse": watching("bfloat16"),
+    "watch, float": watching("float32"),
+    "gram": of_store("gram", "@s.zarr"),
+    "extrapolate": of_store(
+        "extrapolate", "@s.zarr", "--to", "7", "9", "-o", "@out", outputs=("out",)
+    ),
+    "checkout": of_store("checkout", "@s.zarr", "--step", "4", "-o", "@out", outputs=("out",)),
+    "round": of_store(
+        "round",
+        "@run/checkpoint-4",
+        "--dtype",
+        "bfloat16",
+        "-o",
+        "@out",
+        dtype="float32",
+        outputs=("out",),
+    ),
+}
+
+
+def recorded(path: Path) -> list[int] | None:
+    """The steps of a store that verifies; None if there is no finished one."""
+    try:
+        store = TrajectoryStore(path)
+    except StoreError as error:
+        words = ("no such store", "is not a trajectory store", "its creation was interrupted")
+        if any(word in str(error) for word in words):
+            return None
+        raise
+    store.verify()
+    return [int(step) for step in store.steps]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A scenario with what it needs and what it gives.
+
+    Attributes:
+        before: the folder before the command.
+        work: where it runs, always the same, since stores say where they come from.
+        expected: what an undisturbed run leaves.
+        checksums: of its store, by step.
+    """
+
+    scenario: Scenario
+    before: Path
+    work: Path
+    expected: Any
+    checksums: dict[int, bytes]
+
+    @classmethod
+    def of(cls, scenario: Scenario, place: Path) -> Undisturbed:
+        before, work = place / "before", place / "work"
+        work.mkdir(parents=True)
+        scenario.prepare(work)
+        copy(work, before)
+        outcome = scenario.run(work)
+        assert outcome == Outcome(0, ""), outcome
+        return cls(scenario, before, work, scenario.result(work), sums_of(scenario, work))
+
+    def fresh(self) -> Path:
+        """The folder as it was before the command."""
+        return copy(self.before, self.work)
+
+    def check_left(self, folder: Path, outcome: Outcome) -> list[int]:
+        """What a disturbed run has left is whole, and what it said is true; the steps recorded."""
+        steps: list[int] = []
+        if outcome.status:
+            assert outcome.status == 1
+            lines = outcome.said.splitlines()
+            assert len(lines) == 1, outcome.said
+            assert "Traceback" not in outcome.said
+        if self.scenario.store is not None:
+            found = recorded(folder / self.scenario.store)
+            steps = found or []
+            told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
+            assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
+            assert steps == list(self.checksums)[: len(steps)]
+            sums = sums_of(self.scenario, folder) if found is not None else {}
+            assert all(self.checksums[step] == sums[step] for step in steps)
+            if (folder / "run").is_dir():
+                self._check_originals(folder, steps)
+        for name in self.scenario.outputs:
+            for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
+                assert not path.name.endswith(".partial"), path
+        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        outside = [p for p in left if self.scenario.store not in p.parts]
+        assert not outside, f"left behind: {outside}"
+        return steps
+
+    def _check_originals(self, folder: Path, steps: list[int]) -> None:
+        """A checkpoint is where it was, whole, or its step is recorded."""
+        for checkpoint in (self.before / "run").iterdir():
+            here = folder / "run" / checkpoint.name
+            step = int(checkpoint.name.partition("-")[2])
+            assert step in steps or not same_files(checkpoint, here), f"{checkpoint.name} is lost"
+            assert not here.exists() or not same_files(checkpoint, here), f"half of {here.name}"
+
+    def check_completed(self, folder: Path) -> None:
+        """The same command completes it, to what an undisturbed run leaves."""
+        outcome = self.scenario.run(folder)
+        assert outcome.status == 0, outcome
+        assert self.scenario.result(folder) == self.expected
+        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        assert not left, left
+
+
+def sums_of(scenario: Scenario, folder: Path) -> dict[int, bytes]:
+    if scenario.store is None or recorded(folder / scenario.store) is None:
+        return {}
+    store = TrajectoryStore(folder / scenario.store)
+    return {
+        int(step): np.asarray(row).tobytes()
+        for step, row in zip(store.steps, store.checksums(), strict=True)
+    }
