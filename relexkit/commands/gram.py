@@ -41,9 +41,9 @@ def _refuse_unless_kept(store: TrajectoryStore, num_steps: int) -> None:
         ]
         if max(covered) < num_steps:
             raise RelexkitError(
-                f"{store.path}: the Gram matrices were computed but cannot be kept there; expected a"
-                " store that can be written, with free space, and no other process that keeps some:"
-                " run the command again"
+                f"{store.path}: the Gram matrices were computed but cannot be kept there; expected"
+                " a store that can be written, with free space, and no other process that keeps"
+                " some: run the command again"
             )
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         matrices = observed.observe(store, arguments.until).gram
     if observed.silent:
         return
-    _refuse_unless_kept(store, len(found.steps))
+    _refuse_unless_kept(store, len(matrices.steps))
     if arguments.json:
         steps, sizes = matrices.steps.tolist(), int(matrices.num_parameters.sum())
         print_json(
