@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from runs import write_checkpoint
 from safetensors.torch import save_file
-from sharded import write_dcp, write_verl, write_zero
+from sharded import write_dcp, write_shards, write_verl, write_zero
 from versions import write_pull_version, write_skyrl_version
 
 from relexkit.checkpoints import Checkpoint, open_checkpoint, open_run
@@ -71,6 +71,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "bin": lambda folder: write_checkpoint(folder, TENSORS, layout="bin"),
     "verl": lambda folder: write_verl(folder, TENSORS, (2,)),
     "dcp": lambda folder: write_dcp(folder, TENSORS, 2),
+    "sharded-safetensors": lambda folder: write_shards(folder, TENSORS, 2),
     "zero-2": lambda folder: write_zero(folder, TENSORS, 2, stage=2),
     "zero-3": lambda folder: write_zero(folder, TENSORS, 2, stage=3),
     "peft": lambda folder: write_adapter(folder, safe=True),
@@ -200,7 +201,7 @@ def read_elements(checkpoint: Checkpoint) -> None:
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Damage one file at a time; returns how many checkpoints were refused and how many were read."""
+    """Damage one file at a time; returns how many were refused and how many were read."""
     WRITERS[name](folder)
     read_all(folder)
     originals = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from runs import Weights, raw_bits
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -136,6 +137,29 @@ def write_dcp_states(folder: Path, world: int, state_of_rank: Callable[[], dict[
             results.append(
                 writers[rank].write_data(planner.finish_plan(plans[rank]), planner).value()
             )
+    writers[0].finish(metadata, results)
+
+
+def write_shards(folder: Path, tensors: Weights, world: int) -> None:
+    """What every rank's ``HuggingFaceStorageWriter(save_distributed=True)`` writes."""
+    planners, writers, plans = [], [], []
+    for rank in range(world):
+        with rank_of(rank, world):
+            planner = DefaultSavePlanner()
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            state = sharded_state(tensors, (world,)) if world > 1 else tensors
+            planner.set_up_planner(state, writer.storage_meta(), rank == 0)
+            writer.set_up_storage_writer(rank == 0)
+            plans.append(writer.prepare_local_plan(planner.create_local_plan()))
+            planners.append(planner)
+            writers.append(writer)
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writers[0].prepare_global_plan(plans)
+    results = []
+    for rank in range(world):
+        with rank_of(rank, world):
+            plan = planners[rank].finish_plan(plans[rank])
+            results.append(writers[rank].write_data(plan, planners[rank]).value())
     writers[0].finish(metadata, results)
 
 

@@ -156,7 +156,7 @@ def _noise_scale() -> Iterable[Arm]:
 
 
 def _systems() -> Iterable[Arm]:
-    """What else is done to GRPO."""
+    """What else is done to GRPO, and weights without float32 masters."""
     kinds: dict[str, dict[str, Any]] = {
         "delta": {"token_weighting": "delta"},
         "delta-decay": {"token_weighting": "delta", "weight_decay": 0.1},
@@ -164,7 +164,10 @@ def _systems() -> Iterable[Arm]:
         "lampo": {"advantage": "lampo"},
         "kl": {"beta": 0.001},
         "random-rewards": {"task": RANDOM_REWARDS},
+        "bfloat16-nearest": {"precision": "bfloat16_nearest"},
+        "bfloat16-stochastic": {"precision": "bfloat16_stochastic"},
     }
+    asked = ("kl", "random-rewards", "bfloat16-nearest", "bfloat16-stochastic")
     for rate in (3e-6, 1e-5, 1e-4):
         for name, options in kinds.items():
             yield Arm(
@@ -172,7 +175,7 @@ def _systems() -> Iterable[Arm]:
                 rate=rate,
                 options=options,
                 lengths=((5, 100), (9, 300)),
-                cuts=(50,) if name in ("kl", "random-rewards") else (),
+                cuts=(50,) if name in asked else (),
             )
 
 

@@ -1,49 +1,171 @@
-"""The tables and figures of docs/study.md from the results of study.py.
+"""The tables and figures of docs/study.md from the results that are there.
 
-    python docs/study/report.py OUT/results.json
+    python docs/study/report.py [--results DIR]
 
-Replaces what stands between the two marks in docs/study.md, and the figures in docs/study/.
+Replaces what stands between the two marks in docs/study.md, and the figures in docs/study/. Every
+number says from how many seeds it comes. Intervals are of 95 %: over seeds (Student's t) from three
+on; with fewer over the 512 problems, in pairs, marked by a dagger: these leave out how runs differ.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from arms import ARMS, CUTS, METHODS, RATES, RATIOS, Arm, rate_name
+from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
 from analysis import style
-from trainer.credit.gradient_noise import noise_scale
+from relexkit import Gram, spectrum
+from relexkit.assess.advice import Advice, advise
 
-Seed = dict[str, Any]
-MARKS = ("<!-- what study.py measured -->", "<!-- end -->")
-COLOURS = {
-    "GRPO": style.NULL,
-    "DelTA": style.RUN,
-    "LamPO": style.SECOND,
-    "LamPO + DelTA": style.THIRD,
-    "re-grounding, RELEX": "#CC79A7",
-    "re-grounding, model": "#E69F00",
-}
+HERE = Path(__file__).parent
+MARKS = ("<!-- what report.py made -->", "<!-- end -->")
+KINDS = ("greedy", "sampled")
+SHOWN_STEPS = (25, 50, 75, 100, 150, 300)
+ENOUGH = 3
+"""Seeds from which an interval over seeds is given."""
+TARGET_STEP, PROBLEMS = 150, 512
+
+Result = dict[str, Any]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % interval over seeds (Student's t)."""
-    mean = float(np.mean(values))
-    half = float(
-        student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+class Results:
+    """The JSON files by arm, seed and question."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def seeds(self, arm: str) -> dict[int, Result]:
+        """What training left, by seed."""
+        found = sorted((self.folder / arm).glob("seed-?.json"))
+        return {int(place.stem[5:]): json.loads(place.read_text()) for place in found}
+
+    def others(self, arm: str, ending: str) -> dict[int, Result]:
+        """Answers to another question, by seed."""
+        found = sorted((self.folder / arm).glob(f"seed-?-{ending}.json"))
+        return {int(place.stem[5]): json.loads(place.read_text()) for place in found}
+
+    def gram(self, arm: str, seed: int) -> tuple[Gram, dict[str, np.ndarray]] | None:
+        """Gram matrix of the whole model and the metric that says which steps were informative."""
+        place = self.folder / arm / f"seed-{seed}-gram.npz"
+        if not place.exists():
+            return None
+        kept = np.load(place)
+        steps = kept["steps"]
+        whole = np.zeros((len(steps), len(steps)))
+        whole[np.triu_indices(len(steps))] = kept["upper"]
+        whole += np.triu(whole, 1).T
+        return as_gram(steps, whole, int(kept["num_parameters"])), {
+            "frac_reward_zero_std": kept["frac_reward_zero_std"]
+        }
+
+
+def as_gram(steps: np.ndarray, whole: np.ndarray, num_parameters: int) -> Gram:
+    """A Gram matrix as a group of its own; counts of changed weights say nothing."""
+    counts = np.zeros((1, len(steps)), np.int64)
+    size = np.array([num_parameters])
+    return Gram(steps, ("model",), size, whole[None], counts, counts, counts)
+
+
+def every(matrices: Gram, interval: int) -> tuple[Gram, np.ndarray]:
+    """The run as if only every so many steps had been saved, and which rows these are."""
+    rows = np.flatnonzero(matrices.steps % interval == 0)
+    whole = matrices.matrices[0][np.ix_(rows, rows)]
+    return as_gram(matrices.steps[rows], whole, int(matrices.num_parameters[0])), rows
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def right(answer: Result, kind: str) -> np.ndarray:
+    """Which of the problems were right, ``float64 [512]``."""
+    bits = np.frombuffer(bytes.fromhex(answer[f"{kind}_right"]), np.uint8)
+    return np.unpackbits(bits).astype(np.float64)
+
+
+def mean_text(right_SN: np.ndarray, sign: bool = False) -> str:
+    """Mean over seeds and problems with its interval, of accuracies or of paired differences."""
+    num_seeds, means = len(right_SN), right_SN.mean(axis=1)
+    if num_seeds >= ENOUGH:
+        error = means.std(ddof=1) / np.sqrt(num_seeds)
+        half, mark = student.ppf(0.975, num_seeds - 1) * error, ""
+    else:
+        by_problem = right_SN.mean(axis=0)
+        half, mark = 1.96 * by_problem.std(ddof=1) / np.sqrt(len(by_problem)), "†"
+    form = f"{'+' if sign else ''}.3f"
+    mean = means.mean()
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]{mark}"
+
+
+def at_step(result: Result, step: int) -> Result | None:
+    """A place on the curve of a run."""
+    return next((c for c in result["curve"] if c["step"] == step), None)
+
+
+def curve(result: Result, kind: str, chosen: np.ndarray | None = None) -> np.ndarray:
+    """Rollouts in thousands and accuracy along a run, the latter never falling, ``[2, places]``.
+
+    ``chosen`` are indices of the problems that count.
+    """
+    per_step = result["rollouts_per_step"] / 1000
+    rows = [right(c, kind) for c in result["curve"]]
+    accuracy = [r.mean() if chosen is None else r[chosen].mean() for r in rows]
+    return np.array(
+        [
+            [c["trained"] * per_step for c in result["curve"]],
+            isotonic_regression(accuracy).x,
+        ]
     )
-    return mean, mean - half, mean + half
 
 
-def over_seeds(values: Iterable[float], sign: bool = False, digits: int = 3) -> str:
-    """A mean with its interval."""
-    mean, low, high = interval(list(values))
-    form = f"{'+' if sign else ''}.{digits}f"
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+def rollouts_to(places: np.ndarray, accuracy: float) -> float:
+    """Rollouts after which a curve reaches an accuracy, between places in proportion; infinite if
+    it does not.
+    """
+    rollouts, reached = places
+    later = np.flatnonzero(reached >= accuracy)
+    if not len(later):
+        return float("inf")
+    last = int(later[0])
+    if last == 0:
+        return float(rollouts[0])
+    share = (accuracy - reached[last - 1]) / (reached[last] - reached[last - 1])
+    return float(rollouts[last - 1] + share * (rollouts[last] - rollouts[last - 1]))
+
+
+def savings(plain: dict[int, Result], other: dict[int, Result], kind: str) -> str:
+    """How many times fewer rollouts ``other`` takes to the accuracy of ``plain`` at step 150, or to
+    its own best if that is less, and which accuracy that is on average.
+    """
+    seeds = [s for s in plain if s in other and at_step(plain[s], TARGET_STEP)]
+    if not seeds:
+        return ""
+
+    def ratio(seed: int, chosen: np.ndarray | None) -> tuple[float, float]:
+        steps = [c["step"] for c in plain[seed]["curve"]]
+        places, others = (curve(r[seed], kind, chosen) for r in (plain, other))
+        target = min(places[1][steps.index(TARGET_STEP)], others[1].max())
+        needed = rollouts_to(others, target)
+        return (rollouts_to(places, target) / needed if needed else np.nan), target
+
+    logs, targets = np.array([ratio(seed, None) for seed in seeds]).T
+    logs = np.log(logs)
+    if len(seeds) >= ENOUGH:
+        half = student.ppf(0.975, len(seeds) - 1) * logs.std(ddof=1) / np.sqrt(len(seeds))
+        low, high, mark = logs.mean() - half, logs.mean() + half, ""
+    else:
+        rng = np.random.default_rng(0)
+        draws = rng.integers(0, PROBLEMS, (200, PROBLEMS))
+        means = [np.log([ratio(seed, drawn)[0] for seed in seeds]).mean() for drawn in draws]
+        (low, high), mark = np.nanquantile(means, (0.025, 0.975)), "†"
+    middle, low, high = np.exp([logs.mean(), low, high])
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]{mark} to {targets.mean():.3f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -52,295 +174,406 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def arms_table(results: list[Seed]) -> str:
-    """Every arm after its last step."""
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def rates_table(results: Results) -> str:
+    """Accuracy of plain training by rate and step."""
     rows = []
-    for arm in results[0]["arms"]:
-        found = [seed["arms"][arm] for seed in results]
-        plain = [seed["arms"]["GRPO"] for seed in results]
-
-        def against(kind: str, found: list[Any] = found, plain: list[Any] = plain) -> str:
-            pairs = zip(found, plain, strict=True)
-            return over_seeds([a["final"][kind] - b["final"][kind] for a, b in pairs], sign=True)
-
-        first = arm == "GRPO"
-        rows.append(
-            [
-                arm,
-                over_seeds(f["final"]["greedy"] for f in found),
-                "" if first else against("greedy"),
-                over_seeds(f["final"]["sampled"] for f in found),
-                "" if first else against("sampled"),
-                f"{np.mean([f['trained_steps'] for f in found]):.0f}",
-                f"{np.mean([f['tokens'] for f in found]) / 1000:.0f}",
-            ]
-        )
-    head = ("", "greedy", "against GRPO", "sampled", "against GRPO", "trained steps", "1000 tokens")
-    return table(head, rows)
-
-
-def g2d_table(results: list[Seed]) -> str:
-    """G2D by K."""
-    rows = []
-    for index, first in enumerate(results[0]["g2d"]):
-        found = [seed["g2d"][index] for seed in results]
-        told = [f["informativeness"] for f in found]
-        final = [seed["arms"]["GRPO"]["final"]["greedy"] for seed in results]
-
-        def mean(name: str, told: list[Any] = told) -> float:
-            return float(np.mean([entry[name] for entry in told]))
-
-        rows.append(
-            [
-                str(first["k"]),
-                first["pairs"],
-                f"{mean('pairs'):.0f}",
-                f"{mean('entropy'):.3f}",
-                f"{mean('margin'):+.3f}",
-                f"{mean('accuracy_spread'):.3f}",
-                over_seeds(f["before"] for f in found),
-                over_seeds(f["after"] for f in found),
-                over_seeds([f["after"] - f["before"] for f in found], sign=True),
-                over_seeds(
-                    [f["after"] - last for f, last in zip(found, final, strict=True)], sign=True
-                ),
-            ]
-        )
-    rows.sort(key=lambda row: (row[1] == "fresh", int(row[0])))
-    head = (
-        "K",
-        "pairs from",
-        "pairs",
-        "entropy",
-        "margin",
-        "spread",
-        "GRPO(K)",
-        "after DPO",
-        "gain",
-        "against the whole run",
-    )
-    return table(head, rows)
-
-
-def extrapolation_table(results: list[Seed]) -> str:
-    """Predictions of the last step, on the task."""
-    steps = results[0]["steps"]
-    rows = []
-    for index, first in enumerate(results[0]["extrapolated"]["predictions"]):
-        if first["method"] == "hold":
+    for rate in RATES:
+        found = results.seeds(f"plain-{rate_name(rate)}")
+        if not found:
             continue
-        found = [seed["extrapolated"]["predictions"][index] for seed in results]
-        observed = [
-            seed["extrapolated"]["observed"][str(first["until"])]["greedy"] for seed in results
-        ]
-        final = [seed["arms"]["GRPO"]["final"]["greedy"] for seed in results]
-        rows.append(
-            [
-                str(first["until"]),
-                first["method"],
-                over_seeds(observed),
-                over_seeds(f["greedy"] for f in found),
-                over_seeds(
-                    [f["greedy"] - o for f, o in zip(found, observed, strict=True)], sign=True
-                ),
-                over_seeds(
-                    [f["greedy"] - last for f, last in zip(found, final, strict=True)], sign=True
-                ),
+        cells = []
+        for step in SHOWN_STEPS:
+            places = [p for p in (at_step(r, step) for r in found.values()) if p]
+            both = " / ".join(
+                f"{np.mean([p[kind] for p in places]):.3f}" for kind in KINDS if places
+            )
+            fewer = f" ({len(places)})" if 0 < len(places) < len(found) else ""
+            cells.append(both + fewer)
+        rows.append([rate_name(rate), str(len(found)), *cells])
+    return table(("rate", "seeds", *(f"step {s}" for s in SHOWN_STEPS)), rows)
+
+
+def savings_table(results: Results) -> str:
+    """Every arm against plain training at the same rate, and every rate against each other."""
+    rows = []
+    plain = {rate: results.seeds(f"plain-{rate_name(rate)}") for rate in RATES}
+    for rate in (3e-6, 1e-5):
+        if not any(at_step(r, TARGET_STEP) for r in plain[rate].values()):
+            continue
+        others = [a for a in ARMS.values() if (a.jump is not None and a.rate == rate)]
+        others += [ARMS[f"plain-{rate_name(r)}"] for r in RATES if r > rate]
+        for arm in others:
+            found = results.seeds(arm.name)
+            common = [seed for seed in found if seed in plain[rate]]
+            if common:
+                cells = [savings(plain[rate], found, kind) for kind in KINDS]
+                rows.append([rate_name(rate), arm.name, str(len(common)), *cells])
+    head = ("plain to step 150 at", "against", "seeds", "greedy", "sampled")
+    return table(head, rows)
+
+
+def jumps_table(results: Results) -> str:
+    """Accuracy after so many trained steps, with the jumps."""
+    rows = []
+    for arm in ARMS.values():
+        found = results.seeds(arm.name) if arm.jump is not None else {}
+        if not found:
+            continue
+        for place in next(iter(found.values()))["curve"]:
+            if not place["jumped"]:
+                continue
+            pairs = [
+                (before, after)
+                for result in found.values()
+                for before, after in zip(result["curve"], result["curve"][1:], strict=False)
+                if after["step"] == place["step"]
             ]
-        )
+            cells = []
+            for kind in KINDS:
+                after = np.array([right(a, kind) for _, a in pairs])
+                before = np.array([right(b, kind) for b, _ in pairs])
+                cells += [f"{after.mean():.3f}", mean_text(after - before, sign=True)]
+            rows.append([arm.name, str(len(pairs)), str(place["trained"]), *cells])
     head = (
-        "T_cut",
-        "method",
-        "observed at T_cut",
-        f"predicted for {steps}",
-        "against T_cut",
-        f"against trained {steps}",
+        "arm",
+        "seeds",
+        "trained steps",
+        "greedy",
+        "of it the jump",
+        "sampled",
+        "of it the jump",
     )
     return table(head, rows)
 
 
-def claims_table(results: list[Seed]) -> str:
-    """What accounts of such runs claim, beside what these runs show."""
-    steps = results[0]["steps"]
-
-    def geometry(name: str) -> str:
-        observed, walk = (
-            float(np.mean([seed["extrapolated"]["geometry"][name][kind] for seed in results]))
-            for kind in ("observed", "walk")
-        )
-        return f"{style.percent(observed)}; a walk without direction gives {style.percent(walk)}"
-
-    drift = [seed["extrapolated"]["geometry"]["drift_to_noise"] for seed in results]
-    lows = sum(entry is not None and entry[1] > 1 for entry in drift)
-    trained = [seed["arms"]["GRPO"]["final"]["greedy"] for seed in results]
-    half = [
-        next(
-            p["greedy"]
-            for p in seed["extrapolated"]["predictions"]
-            if (p["method"], p["until"]) == ("relex", steps // 2)
-        )
-        for seed in results
-    ]
-    errors = {
-        name: over_seeds(seed["extrapolated"]["ablation"][name] for seed in results)
-        for name in results[0]["extrapolated"]["ablation"]
-    }
-    shared = over_seeds(seed["arms"]["GRPO"]["shares"]["token_share/shared"] for seed in results)
-    scales = {}
-    for arm in ("GRPO", "LamPO", "DelTA", "LamPO + DelTA"):
-        noise = [seed["arms"][arm]["noise"] for seed in results]
-        scales[arm] = noise_scale([n["trace"] for n in noise], [n["signal"] for n in noise])
-    k, pairs, after = best_early_g2d(results)
-    reached, jumped = (
-        over_seeds(np.subtract(values, trained).tolist(), sign=True) for values in (half, after)
-    )
-    rows = [
-        ["the first direction holds 92 % of the variance", geometry("first")],
-        ["the first two hold 96 %", geometry("first_two")],
-        [
-            "the trajectory is a line, all else is noise",
-            f"drift to noise certainly above 1 in {lows} of {len(results)} runs",
-        ],
-        [
-            "a line reaches far at equal quality",
-            f"RELEX from {steps // 2} to {steps}: {reached} greedy against the trained step",
-        ],
-        [
-            "more directions or curves do not help",
-            "relative error of the weights: "
-            + "; ".join(f"{name} {value}" for name, value in errors.items()),
-        ],
-        ["shared tokens carry over 80 % of the update", f"{shared} is on token ids of both sides"],
-        [
-            "pairwise advantages lower gradient variance",
-            "noise scale in prompts: "
-            + ", ".join(f"{arm} {value:.0f}" for arm, value in scales.items()),
-        ],
-        [
-            "a few online steps, then DPO, beat many online steps",
-            f"{k} steps, then DPO on {pairs} pairs, against {steps} steps: {jumped} greedy",
-        ],
-    ]
-    return table(("claimed", "measured"), rows)
+def predictions_table(results: Results) -> str:
+    """Predicted steps on the task, hold beside every row."""
+    rows = []
+    for rate in RATES:
+        name = f"plain-{rate_name(rate)}"
+        curves = results.seeds(name)
+        for cut in sorted(CUTS):
+            found = results.others(name, f"from-{cut}")
+            for ratio in RATIOS if found else ():
+                rows.append(_prediction_row(rate, cut, round(ratio * cut), found, curves))
+    head = ("rate", "from", "to", "seeds", "hold", "trained", "average", *METHODS)
+    return table(head, rows)
 
 
-def best_early_g2d(results: list[Seed]) -> tuple[int, str, list[float]]:
-    """The kind of G2D within the first third of the steps that is best on average: K, pairs, and
-    accuracies by seed.
-    """
-    by_kind: dict[tuple[int, str], list[float]] = {}
-    for seed in results:
-        for row in seed["g2d"]:
-            if row["k"] <= seed["steps"] // 3:
-                by_kind.setdefault((row["k"], row["pairs"]), []).append(row["after"])
-    (k, pairs), values = max(by_kind.items(), key=lambda item: np.mean(item[1]))
-    return k, pairs, values
-
-
-def _save(draw: Callable[[Any], None], height: float, folder: Path, name: str) -> None:
-    with style.styled():
-        figure = style.new_figure(height)
-        draw(figure)
-        style.save(figure, folder, name)
-    for other in ("svg", "pdf"):
-        (folder / f"{name}.{other}").unlink(missing_ok=True)
-
-
-def curves(results: list[Seed], folder: Path) -> None:
-    """Validation accuracy against steps and generated tokens: means over seeds, intervals where
-    they tell arms apart.
-    """
-
-    def draw(figure: Any) -> None:
-        axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
-        for arm, colour in COLOURS.items():
-            points = [seed["arms"][arm]["curve"] for seed in results]
-            stats = np.array(
-                [interval([p[row]["accuracy"] for p in points]) for row in range(len(points[0]))]
-            ).T
-            for place, (axis, scale) in zip(axes, (("step", 1.0), ("tokens", 1000.0)), strict=True):
-                x = np.mean([[entry[axis] / scale for entry in p] for p in points], axis=0)
-                dashed = "--" if arm.startswith("re-") else "-"
-                place.plot(
-                    x, stats[0], color=colour, linestyle=dashed, marker="o", markersize=3, label=arm
-                )
-                if arm == "GRPO" or dashed == "--":
-                    place.fill_between(x, stats[1], stats[2], color=colour, alpha=0.15, linewidth=0)
-        axes[0].set(xlabel="optimizer step", ylabel="greedy accuracy", ylim=(0, 1))
-        axes[1].set(xlabel="thousand generated tokens")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-
-    _save(draw, 3.0, folder, "curves")
-
-
-def by_k(results: list[Seed], folder: Path) -> None:
-    """Accuracy before and after DPO by K."""
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        ks = sorted({row["k"] for row in results[0]["g2d"]})
-        shown = [
-            ("before", "training", "GRPO(K)", style.NULL),
-            ("after", "training", "DPO on the training's pairs", style.SECOND),
-            ("after", "fresh", "DPO on fresh pairs", style.RUN),
-        ]
-        for shift, (key, pairs, label, colour) in enumerate(shown):
-            values = [
-                [
-                    r[key]
-                    for seed in results
-                    for r in seed["g2d"]
-                    if r["k"] == k and r["pairs"] == pairs
-                ]
-                for k in ks
+def _prediction_row(
+    rate: float, cut: int, target: int, found: dict[int, Result], curves: dict[int, Result]
+) -> list[str]:
+    def answers(method: str, at: int) -> np.ndarray:
+        return np.array(
+            [
+                right(row, "greedy")
+                for result in found.values()
+                for row in result["predictions"]
+                if (row["method"], row["target"]) == (method, at)
             ]
-            stats = np.array([interval(v) for v in values]).T
-            x = np.array(ks) + 0.5 * (shift - 1)
-            axes.errorbar(
-                x,
-                stats[0],
-                [stats[0] - stats[1], stats[2] - stats[0]],
-                color=colour,
-                marker="o",
-                markersize=3.5,
-                label=label,
-                capsize=2,
-                linewidth=1,
-            )
-        axes.set(xlabel="K, steps of GRPO before DPO", ylabel="greedy accuracy", xticks=ks)
-        axes.legend()
+        )
 
-    _save(draw, 2.6, folder, "g2d")
-
-
-def write_report(results: list[Seed], folder: Path) -> None:
-    """Put tables into docs/study.md and figures beside ``folder``'s scripts."""
-    curves(results, folder)
-    by_k(results, folder)
-    steps = results[0]["steps"]
-    seeds = ", ".join(str(seed["seed"]) for seed in results)
-    pieces = [
-        (
-            f"Seeds {seeds}; {steps} steps of 128 rollouts; 512 held-out problems. Means over"
-            " seeds, 95 % intervals (Student's t)."
-        ),
-        "![Accuracy of every arm](study/curves.png)",
-        arms_table(results),
-        "### G2D",
-        "![Accuracy by K](study/g2d.png)",
-        g2d_table(results),
-        "### Extrapolation of the GRPO runs",
-        extrapolation_table(results),
-        "### Claims",
-        claims_table(results),
+    hold, average = answers("hold", cut), answers("average", cut)
+    places = [
+        result["trained"].get(str(target)) or (seed in curves and at_step(curves[seed], target))
+        for seed, result in found.items()
     ]
-    text = "\n\n".join(pieces)
+    trained = (
+        ""
+        if not all(places)
+        else mean_text(np.array([right(p, "greedy") for p in places]) - hold, True)
+    )
+    gains = [mean_text(answers(method, target) - hold, sign=True) for method in METHODS]
+    return [
+        rate_name(rate),
+        str(cut),
+        str(target),
+        str(len(found)),
+        f"{hold.mean():.3f}",
+        trained,
+        mean_text(average - hold, sign=True),
+        *gains,
+    ]
+
+
+def line_table(results: Results) -> str:
+    """What a run looks like from its own record, and what the advice says of it."""
+    rows = []
+    for arm in ARMS.values():
+        for seed in results.seeds(arm.name):
+            kept = results.gram(arm.name, seed)
+            if kept is None:
+                continue
+            for cut in (50, 150):
+                if kept[0].steps[-1] >= cut:
+                    rows.append([arm.name, str(seed), str(cut), *_line_cells(*kept, cut)])
+    head = (
+        "run",
+        "seed",
+        "until",
+        "first direction (walk)",
+        "first two (walk)",
+        "drift to noise",
+        "lasting",
+        "advice, every step saved",
+        "every 5th",
+        "every 10th",
+        "the rate could be",
+    )
+    return table(head, rows)
+
+
+def _line_cells(matrices: Gram, metrics: dict[str, np.ndarray], cut: int) -> list[str]:
+    seen = matrices.until(cut)
+    whole = spectrum(seen, scope="global").whole
+    found = advised(matrices, metrics, cut, 1)
+    fit = found.fit
+    assert fit is not None
+    lasting = fit.correlation_time
+    return [
+        *(
+            f"{style.percent(float(whole.observed[n]))} ({style.percent(float(whole.expected[n]))})"
+            for n in ("first", "first_two")
+        ),
+        "{:.2g} ({:.2g} to {:.2g})".format(fit.drift_to_noise, *fit.drift_to_noise_interval),
+        "on" if np.isinf(lasting) else f"{lasting:.3g}",
+        *(said(advised(matrices, metrics, cut, interval)) for interval in (1, 5, 10)),
+        f"times {rate_factor(found, cut):.2g}",
+    ]
+
+
+def advised(matrices: Gram, metrics: dict[str, np.ndarray], cut: int, interval: int) -> Advice:
+    """Advice on the steps to ``cut`` if only every so many had been saved."""
+    saved, rows = every(matrices.until(cut), interval)
+    return advise(saved, {name: values[rows] for name, values in metrics.items()})
+
+
+def said(advice: Advice) -> str:
+    """An advice in a table."""
+    if advice.target is None:
+        return advice.verdict
+    return f"to {advice.target} by {advice.method}"
+
+
+def rate_factor(advice: Advice, cut: int) -> float:
+    """By what factor the record says that the rate could be raised; 1 without evidence of a drift.
+
+    At a small rate a run's drift keeps its direction for a distance, so ``k`` times the rate makes
+    its correlation time ``ell / k``. The drift stands above the noise after ``T / rho_T`` steps,
+    whatever the rate. Where the two meet the run is no line any more: ``k = ell rho_T / T``.
+    """
+    fit = advice.fit
+    if fit is None or fit.p_value > 0.05:
+        return 1.0
+    lasting = min(fit.correlation_time, 8.0 * cut)
+    return max(1.0, lasting * fit.drift_to_noise / cut)
+
+
+def advice_table(results: Results) -> str:
+    """What the advice said against what predictions did on the task."""
+    rows = []
+    for rate in RATES:
+        name = f"plain-{rate_name(rate)}"
+        for cut in sorted(CUTS):
+            for seed, result in results.others(name, f"from-{cut}").items():
+                kept = results.gram(name, seed)
+                if kept is None:
+                    continue
+                by_key = {(r["method"], r["target"]): r for r in result["predictions"]}
+                hold = right(by_key["hold", cut], "greedy")
+                gains = {
+                    key: (right(row, "greedy") - hold).mean()
+                    for key, row in by_key.items()
+                    if key[0] in METHODS and key[1] <= 2 * cut
+                }
+                advice = advised(*kept, cut, 1)
+                best = max(gains, key=lambda key: gains[key])
+                asked = (advice.method, advice.target)
+                did = f"{gains[asked]:+.3f}" if asked in gains else ""
+                cells = [
+                    f"{best[0]} to {best[1]}: {gains[best]:+.3f}",
+                    f"{gains['relex', 2 * cut]:+.3f}",
+                ]
+                rows.append([name, str(seed), str(cut), said(advice), did, *cells])
+    head = (
+        "run",
+        "seed",
+        "from",
+        "advice",
+        "what it gained",
+        "best of all to twice the steps",
+        "RELEX to twice the steps",
+    )
+    return table(head, rows)
+
+
+def systems_table(results: Results) -> str:
+    """Arms without jumps against plain training at the same rate and the same steps."""
+    rows = []
+    for arm in ARMS.values():
+        if arm.jump is not None or arm.name == f"plain-{rate_name(arm.rate)}":
+            continue
+        rows += _system_rows(
+            arm, results.seeds(arm.name), results.seeds(f"plain-{rate_name(arm.rate)}")
+        )
+    head = ("arm", "seeds", "step", "greedy", "against plain", "sampled", "against plain")
+    return table(head, rows)
+
+
+def _system_rows(arm: Arm, found: dict[int, Result], plain: dict[int, Result]) -> list[list[str]]:
+    rows = []
+    for step in SHOWN_STEPS:
+        pairs = [
+            (at_step(found[seed], step), at_step(plain[seed], step))
+            for seed in found
+            if seed in plain
+        ]
+        whole = [(a, b) for a, b in pairs if a and b]
+        if not whole:
+            continue
+        cells = []
+        for kind in KINDS:
+            own = np.array([right(a, kind) for a, _ in whole])
+            other = np.array([right(b, kind) for _, b in whole])
+            cells += [f"{own.mean():.3f}", mean_text(own - other, sign=True)]
+        rows.append([arm.name, str(len(whole)), str(step), *cells])
+    return rows
+
+
+def g2d_table(results: Results) -> str:
+    """G2D by K and pairs."""
+    rows = []
+    for rate in RATES:
+        name = f"plain-{rate_name(rate)}"
+        found = results.others(name, "g2d")
+        for first in next(iter(found.values()))["rows"] if found else ():
+            key = (first["pairs"], first["k"])
+            same = [
+                row for r in found.values() for row in r["rows"] if (row["pairs"], row["k"]) == key
+            ]
+            before, after = (np.mean([row[name] for row in same]) for name in ("before", "after"))
+            pairs = np.mean([row["informativeness"]["pairs"] for row in same])
+            cells = [f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+            rows.append([rate_name(rate), *map(str, key), str(len(same)), f"{pairs:.0f}", *cells])
+    return table(("rate", "pairs from", "K", "seeds", "pairs", "before DPO", "after", "gain"), rows)
+
+
+def precision_table(results: Results) -> str:
+    """Exports in bfloat16, and RELEX and two-point lines through them."""
+    rows = []
+    for rate in RATES:
+        found = results.others(f"plain-{rate_name(rate)}", "precision")
+        for cut in (50, 100) if found else ():
+            exact = np.mean([r["float32"][str(cut)]["greedy"] for r in found.values()])
+            for rounding in ("nearest", "stochastic"):
+                recorded = np.mean(
+                    [r[rounding]["recorded"][str(cut)]["greedy"] for r in found.values()]
+                )
+                predictions: dict[str, list[float]] = {}
+                for result in found.values():
+                    for row in result[rounding]["predictions"]:
+                        if row["until"] == cut:
+                            name = f"{row['method']} to {row['target']}"
+                            predictions.setdefault(name, []).append(row["greedy"])
+                told = "; ".join(f"{n} {np.mean(v):.3f}" for n, v in predictions.items())
+                cells = [f"{exact:.3f}", rounding, f"{recorded:.3f}", told]
+                rows.append([rate_name(rate), str(cut), str(len(found)), *cells])
+    head = ("rate", "step", "seeds", "float32", "export", "as exported", "predicted from exports")
+    return table(head, rows)
+
+
+def done_table(results: Results) -> str:
+    """Which arms have results: seeds, steps, other questions."""
+    rows = []
+    for arm in ARMS.values():
+        found = results.seeds(arm.name)
+        if found:
+            steps = ", ".join(f"{seed}: {result['steps']}" for seed, result in found.items())
+            more = sorted(
+                place.stem[7:] + f" (seed {place.stem[5]})"
+                for place in (results.folder / arm.name).glob("seed-?-*.json")
+            )
+            rows.append([arm.name, steps, ", ".join(more)])
+    return table(("arm", "seed: steps", "further answers"), rows)
+
+
+# -- figure and page -------------------------------------------------------------------------------
+
+
+def draw_curves(results: Results, folder: Path) -> None:
+    """Accuracy against rollouts: rates as lines, jumps dashed."""
+    shades = dict(
+        zip(RATES, ("#B0B0B0", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#404040"), strict=True)
+    )
+
+    with style.styled():
+        figure = style.new_figure(3.0)
+        axes = figure.subplots(1, 2)
+        for arm in ARMS.values():
+            found = results.seeds(arm.name)
+            plain = arm.name == f"plain-{rate_name(arm.rate)}"
+            usual = arm.jump is not None and arm.jump[1:] == (25, 25) and arm.jump[0] != "two-point"
+            if not found or not (plain or usual):
+                continue
+            look = "-" if plain else "--" if arm.jump and arm.jump[0] == "drift" else ":"
+            for axis, kind in zip(axes, KINDS, strict=True):
+                shared = min(len(r["curve"]) for r in found.values())
+                places = next(iter(found.values()))["curve"][:shared]
+                x = [p["trained"] * 8 * arm.prompts / 1000 for p in places]
+                y = np.mean(
+                    [[p[kind] for p in r["curve"][:shared]] for r in found.values()], axis=0
+                )
+                label = f"{rate_name(arm.rate)}" + ("" if plain else f", {arm.jump[0]} 25+25")
+                axis.plot(
+                    x, y, look, color=shades[arm.rate], marker="o", markersize=2.5, label=label
+                )
+                axis.set(xlabel="thousand rollouts", ylabel=f"{kind} accuracy", xlim=(0, 40))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        style.save(figure, folder, "curves")
+    for other in ("svg", "pdf"):
+        (folder / f"curves.{other}").unlink(missing_ok=True)
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "Plain training, greedy / sampled accuracy": rates_table,
+    "Times fewer rollouts to plain training's accuracy": savings_table,
+    "Jumps inside the training": jumps_table,
+    "Predicted steps on the task: greedy accuracy against hold": predictions_table,
+    "What the record of a run says": line_table,
+    "Advice against the task": advice_table,
+    "Other systems, other batches, KL, random rewards, warm-up": systems_table,
+    "G2D": g2d_table,
+    "Precision": precision_table,
+    "What has been run": done_table,
+}
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Put the tables into docs/study.md and the figure beside the scripts; what has no results yet
+    is named.
+    """
+    draw_curves(results, folder)
+    pieces, lacking = ["![Accuracy against rollouts](study/curves.png)"], []
+    for heading, make in SECTIONS.items():
+        made = make(results)
+        if made.count("\n") < 2:
+            lacking.append(heading)
+        else:
+            pieces.append(f"### {heading}\n\n{made}")
+    if lacking:
+        pieces.append("Without results so far: " + "; ".join(lacking) + ".")
     page = folder.parent / "study.md"
     before, _, rest = page.read_text().partition(MARKS[0])
-    page.write_text(
-        before + MARKS[0] + "\n\n" + text + "\n\n" + MARKS[1] + rest.partition(MARKS[1])[2]
-    )
+    after = rest.partition(MARKS[1])[2]
+    page.write_text(before + MARKS[0] + "\n\n" + "\n\n".join(pieces) + "\n\n" + MARKS[1] + after)
 
 
 if __name__ == "__main__":
-    write_report(json.loads(Path(sys.argv[1]).read_text()), Path(__file__).parent)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    write_report(Results(parser.parse_args().results), HERE)

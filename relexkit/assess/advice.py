@@ -156,14 +156,10 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
             " momentum."
         )
         return _advice("keep-training", [sparse, *drift], record, fit, last_step)
-    evident = fit is not None and fit.p_value <= _CHANCE
-    if fit is not None and not evident and fit.drift_to_noise_interval[1] > _LITTLE_DRIFT:
-        open_question = (
-            "These steps cannot tell a line from a walk: the drift may be none, or as large as"
-            f" {fit.drift_to_noise_interval[1]:.2g} times the noise."
-        )
-        return _advice("keep-training", [open_question, *drift], record, fit, last_step)
-    if fit is None or not evident or fit.correlation_time < _SHORT_LIFE * steps[-1]:
+    doubt = _doubt(fit)
+    if doubt is not None:
+        return _advice("keep-training", [doubt, *drift], record, fit, last_step)
+    if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
         return _advice("not-a-line", [*drift, *_in_vain(record)], record, fit, last_step)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
@@ -369,6 +365,28 @@ def _drift_reasons(fit: TrajectoryFit | None) -> list[str]:
         f" {lasting}; chance of this evidence on a walk {fit.p_value:.2g}; momentum"
         f" {fit.momentum:.2f}."
     ]
+
+
+def _doubt(fit: TrajectoryFit | None) -> str | None:
+    """A sentence if the steps cannot tell a line from a walk: the drift may be as large as the
+    noise, or smaller.
+    """
+    if fit is None:
+        return None
+    low, high = fit.drift_to_noise_interval
+    if fit.p_value > _CHANCE:
+        if high <= _LITTLE_DRIFT:
+            return None
+        return (
+            "These steps cannot tell a line from a walk: the drift may be none, or as large as"
+            f" {high:.2g} times the noise."
+        )
+    if low >= 1:
+        return None
+    return (
+        f"The drift is not certainly above the noise (it may be {low:.2g} of it), and only above it"
+        " does a line beat standing still."
+    )
 
 
 def _is_sparse(informative: Informative) -> bool:

@@ -184,3 +184,33 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["reasons"] == ["3 recorded steps: too few to tell a drift from a walk."]
     assert main(["advise", store, "--until", "0"]) == 1
     assert "--until 0 keeps no step" in capsys.readouterr().err
+
+
+def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(
+        tmp_path,
+        motion="drift",
+        density=1.0,
+        shapes={"w": (40, 8)},
+        steps=tuple(range(1, 7)),
+        extras=False,
+    )
+    store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
+
+    def warnings(*options: str) -> list[str]:
+        method = options[1] if options else "relex"
+        folder = str(tmp_path / method)
+        assert main(["extrapolate", store, "-o", folder, "--to", "60", *options]) == 0
+        out, err = capsys.readouterr()
+        assert f"step-60, {method} from steps 1 to 6" in out
+        return [line for line in err.splitlines() if line.startswith("warning: ")]
+
+    assert warnings() == [
+        f"warning: Keep training. relex was asked for 10 times the last step; `relexkit advise"
+        f" {store}` says why"
+    ]
+    assert len(warnings("--method", "two-point")) == 1, "the Gram matrices are there by now"
+    assert warnings("--method", "hold") == []
+    assert warnings("--method", "average") == []

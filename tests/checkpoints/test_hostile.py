@@ -40,6 +40,7 @@ FORMATS = (
     "bin",
     "verl",
     "dcp",
+    "sharded-safetensors",
     "zero-2",
     "zero-3",
     "peft",
@@ -118,7 +119,7 @@ def test_a_dtype_that_no_store_can_hold_is_refused_by_name(tmp_path: Path) -> No
 PICKLED = [
     name
     for name in FORMATS
-    if name not in ("safetensors", "safetensors-index", "peft", "store")
+    if name not in ("safetensors", "safetensors-index", "sharded-safetensors", "peft", "store")
     and not name.startswith("weight-sync")
 ]
 

@@ -12,12 +12,10 @@ import pytest
 import torch
 from runs import LLAMA_SHAPES, Run, Weights, same_bits, write_checkpoint, write_run
 from safetensors.torch import load_file
-from sharded import assert_reads, rank_of, sharded_state
+from sharded import assert_reads, write_shards
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     consolidate_safetensors_files,
 )
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from relexkit import checkout, import_checkpoints
 from relexkit.checkpoints import open_checkpoint, open_run
@@ -28,29 +26,6 @@ def weights(seed: int = 0) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     shapes = {**LLAMA_SHAPES, "experts": (4, 4, 6), "one": (1,)}
     return {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
-
-
-def write_shards(folder: Path, tensors: Weights, world: int) -> None:
-    """What every rank's ``HuggingFaceStorageWriter(save_distributed=True)`` writes."""
-    planners, writers, plans = [], [], []
-    for rank in range(world):
-        with rank_of(rank, world):
-            planner = DefaultSavePlanner()
-            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            state = sharded_state(tensors, (world,)) if world > 1 else tensors
-            planner.set_up_planner(state, writer.storage_meta(), rank == 0)
-            writer.set_up_storage_writer(rank == 0)
-            plans.append(writer.prepare_local_plan(planner.create_local_plan()))
-            planners.append(planner)
-            writers.append(writer)
-    plans, metadata = planners[0].create_global_plan(plans)
-    plans = writers[0].prepare_global_plan(plans)
-    results = []
-    for rank in range(world):
-        with rank_of(rank, world):
-            plan = planners[rank].finish_plan(plans[rank])
-            results.append(writers[rank].write_data(plan, planners[rank]).value())
-    writers[0].finish(metadata, results)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

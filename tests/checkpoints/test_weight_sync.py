@@ -329,8 +329,8 @@ def test_the_checksums_of_the_tests_are_those_of_the_reference_vectors() -> None
 
 @pytest.mark.parametrize("writer", ["skyrl", "slime-xor-xxh3-128", "slime-overwrite-blake3"])
 def test_files_that_the_trainers_own_code_wrote(tmp_path: Path, writer: str) -> None:
-    """``tests/data/weight_sync``: two versions by SkyRL's ``DeltaCheckpointPublisher`` (a956457) and
-    slime's ``UpdateWeightFromDiskDelta`` (624b824), and the weights that they were given.
+    """``tests/data/weight_sync``: two versions by SkyRL's ``DeltaCheckpointPublisher`` (a956457)
+    and slime's ``UpdateWeightFromDiskDelta`` (624b824), and the weights that they were given.
     """
     data = Path(__file__).parents[1] / "data" / "weight_sync"
     store = import_checkpoints(data / writer, tmp_path / "s.zarr", base=data / "base").store

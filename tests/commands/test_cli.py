@@ -629,6 +629,26 @@ def test_debug_gives_the_traceback(tmp_path: Path) -> None:
         main(["info", str(tmp_path / "missing"), "--debug"])
 
 
+@pytest.mark.parametrize("options", [[], ["--pca", "randomized"]])
+def test_gram_that_can_keep_nothing_is_no_success(
+    options: list[str],
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    copy = shutil.copytree(store, tmp_path / "s.zarr", ignore=shutil.ignore_patterns("gram"))
+    with monkeypatch.context() as patch:
+        patch.setattr("relexkit.store.durable.create", full)
+        words = ("gram", str(copy), *options)
+        assert "were computed but cannot be kept there" in fails(capsys, *words)
+    assert main([*words]) == 0
+    assert main([*words]) == 0
+
+
 def relexkit(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "relexkit", *map(str, arguments)],

@@ -175,6 +175,37 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def training() -> Scenario:
+    """``relexkit train``, two steps with their states."""
+
+    def prepare(folder: Path) -> None:
+        from tiny_models import save_tiny_model
+
+        from trainer.config import GRPOConfig, dump_config
+
+        config = GRPOConfig(
+            model=str(save_tiny_model(folder / "base")),
+            output=str(folder / "t"),
+            task={"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make"},
+            max_steps=2,
+            save_steps=1,
+            generation_batch_size=8,
+            num_generations=4,
+            max_completion_length=3,
+            device="cpu",
+        )
+        (folder / "config.yaml").write_text(dump_config(config))
+
+    def result(folder: Path) -> Any:
+        from trainer.loop.rollout_log import read_rollouts
+
+        store = {k: v for k, v in store_content(folder / "t/run.zarr").items() if "live" not in k}
+        final = (folder / "t/final/model.safetensors").read_bytes()
+        return store, final, read_rollouts(folder / "t/rollouts").to_pylist()
+
+    return Scenario(prepare, command("train", "@config.yaml"), result, store="t/run.zarr")
+
+
 SCENARIOS: dict[str, Scenario] = {
     "import, sparse": importing("bfloat16", "auto"),
     "import, exact": importing("float32", "exact"),
@@ -190,6 +221,7 @@ SCENARIOS: dict[str, Scenario] = {
         "extrapolate", "@s.zarr", "--to", "7", "9", "-o", "@out", outputs=("out",)
     ),
     "checkout": of_store("checkout", "@s.zarr", "--step", "4", "-o", "@out", outputs=("out",)),
+    "train": training(),
     "round": of_store(
         "round",
         "@run/checkpoint-4",
@@ -247,46 +279,57 @@ class Undisturbed:
         """The folder as it was before the command."""
         return copy(self.before, self.work)
 
-    def check_left(self, folder: Path, outcome: Outcome) -> list[int]:
-        """What a disturbed run has left is whole, and what it said is true; the steps recorded."""
-        steps: list[int] = []
+    def check_left(self, outcome: Outcome) -> list[int]:
+        """What a command that failed has left is whole, and what it said is true; the steps that
+        are recorded.
+        """
+        steps = self.check_whole()
         if outcome.status:
             assert outcome.status == 1
-            lines = outcome.said.splitlines()
-            assert len(lines) == 1, outcome.said
+            assert len(outcome.said.splitlines()) == 1, outcome.said
             assert "Traceback" not in outcome.said
-        if self.scenario.store is not None:
-            found = recorded(folder / self.scenario.store)
-            steps = found or []
-            told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
-            assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
-            assert steps == list(self.checksums)[: len(steps)]
-            sums = sums_of(self.scenario, folder) if found is not None else {}
-            assert all(self.checksums[step] == sums[step] for step in steps)
-            if (folder / "run").is_dir():
-                self._check_originals(folder, steps)
-        for name in self.scenario.outputs:
-            for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
-                assert not path.name.endswith(".partial"), path
-        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
-        outside = [p for p in left if self.scenario.store not in p.parts]
+        told = re.search(r"the (\d+) recorded steps are intact", outcome.said)
+        assert told is None or int(told[1]) == len(steps), (outcome.said, steps)
+        left = [p for p in self.work.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        store = self.work / (self.scenario.store or "")
+        outside = [p for p in left if store not in p.parents]
         assert not outside, f"left behind: {outside}"
         return steps
 
-    def _check_originals(self, folder: Path, steps: list[int]) -> None:
+    def check_whole(self) -> list[int]:
+        """Whatever happened: the store holds whole steps only, the outputs and the originals are
+        whole or not there, and no original is gone without its step; the steps that are recorded.
+        """
+        steps: list[int] = []
+        if self.scenario.store is not None:
+            found = recorded(self.work / self.scenario.store)
+            steps = found or []
+            assert steps == list(self.checksums)[: len(steps)]
+            sums = sums_of(self.scenario, self.work) if found is not None else {}
+            assert all(self.checksums[step] == sums[step] for step in steps)
+            if (self.work / "run").is_dir():
+                self._check_originals(steps)
+        for name, whole in zip(self.scenario.outputs, self.expected, strict=False):
+            shown = [p for p in tree(self.work / name) if not p.startswith(".")]
+            tops = {Path(p).parts[0] for p in shown if len(Path(p).parts) > 1}
+            expected = {p for p in whole if Path(p).parts[0] in tops or len(Path(p).parts) == 1}
+            assert not shown or {*shown} == expected, f"{name} holds a part: {shown}"
+        return steps
+
+    def _check_originals(self, steps: list[int]) -> None:
         """A checkpoint is where it was, whole, or its step is recorded."""
         for checkpoint in (self.before / "run").iterdir():
-            here = folder / "run" / checkpoint.name
+            here = self.work / "run" / checkpoint.name
             step = int(checkpoint.name.partition("-")[2])
             assert step in steps or not same_files(checkpoint, here), f"{checkpoint.name} is lost"
             assert not here.exists() or not same_files(checkpoint, here), f"half of {here.name}"
 
-    def check_completed(self, folder: Path) -> None:
+    def check_completed(self) -> None:
         """The same command completes it, to what an undisturbed run leaves."""
-        outcome = self.scenario.run(folder)
+        outcome = self.scenario.run(self.work)
         assert outcome.status == 0, outcome
-        assert self.scenario.result(folder) == self.expected
-        left = [p for p in folder.rglob("*") if p.name.endswith((".partial", ".lock"))]
+        assert self.scenario.result(self.work) == self.expected
+        left = [p for p in self.work.rglob("*") if p.name.endswith(".partial")]
         assert not left, left
 
 

@@ -47,8 +47,8 @@ def fails_at(known: Undisturbed, number: int, error: int, stays: bool) -> None:
     if not disk.failed:  # a run of several threads may take fewer operations
         return
     try:
-        known.check_left(known.work, outcome)
-        known.check_completed(known.work)
+        known.check_left(outcome)
+        known.check_completed()
     except BaseException as problem:
         problem.add_note(f"after {disk.failed[0]!r} failed, the {number}-th; said: {outcome.said}")
         raise

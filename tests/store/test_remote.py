@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs import Run, write_run
 from safetensors.torch import load_file
+from versions import write_versions
 
 from relexkit import StoreError, TrajectoryStore, checkout, extrapolate, gram, import_checkpoints
 from relexkit.cli import main
@@ -183,6 +184,31 @@ def test_a_missing_object_is_named(pair, bucket: str) -> None:
         StoreError, match=r"step 5, tensor .*: cannot be read \(a chunk is missing\)"
     ):
         gram(TrajectoryStore(copy))
+
+
+def test_weight_sync_versions_in_a_bucket_are_read_and_followed(
+    bucket: str, tmp_path: Path
+) -> None:
+    """As SkyRL writes them to S3: a version is downloaded, applied and deleted."""
+    import fsspec
+
+    run = write_run(tmp_path, steps=[1, 2, 3])
+    local = write_versions(tmp_path / "sync", run, layout="skyrl")
+    files = fsspec.filesystem("s3")
+    url = f"{bucket}/sync"
+    for number in (1, 2):
+        name = f"delta-{number:08d}"
+        files.put(str(local / name), f"{url}/{name}", recursive=True)
+    expected = import_checkpoints(run.source, tmp_path / "f.zarr", base=run.base).store.checksums()
+    first = import_checkpoints(url, tmp_path / "s.zarr", base=run.base)
+    assert np.array_equal(first.store.checksums(), expected[:2])
+    assert main(["info", url]) == 0
+    files.put(str(local / "delta-00000003"), f"{url}/delta-00000003", recursive=True)
+    files.rm(f"{url}/delta-00000001", recursive=True)
+    second = import_checkpoints(url, tmp_path / "s.zarr", base=run.base)
+    assert second.added == [3]
+    assert np.array_equal(second.store.checksums(), expected)
+    assert not list(tmp_path.glob(".relexkit-*"))
 
 
 def test_a_second_writer_is_refused_and_names_the_first(pair, bucket: str, tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def fit_trajectory(
     if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
         drifts.append((*search(gram, steps, other, (*start, *START[WALK:])), other))
     loss, parameters, clock = min(drifts, key=itemgetter(0))
+    # A walk within a drift is a walk: where it explains more than the one found first, that one was
+    # no optimum, and the difference no evidence.
+    again, walk_there = search(gram, steps, clock, tuple(parameters[:WALK]))
+    if again < null:
+        null, walk_only, walk_clock = again, walk_there, clock
     parts, posterior, effective = integrate(gram, steps, clock, parameters, num_parameters)
     evidence = max(0.0, 2 * effective * (null - loss))
     p_value = 0.5 * float(np.exp(-evidence / 2)) if evidence else 1.0
