@@ -56,6 +56,8 @@ class GRPOConfig:
         use_bias_correction_kl: multiply the divergence by the importance ratio.
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high]
             (epsilon if None).
+        entropy_coef: subtract so many times the mean entropy of the step's tokens from the loss, for
+            every ``loss_type``; 0 does not.
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the
             ``batch``, or not (``none``).
@@ -126,6 +128,7 @@ class GRPOConfig:
     use_bias_correction_kl: bool = False
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    entropy_coef: float = 0.0
     delta: float | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -192,6 +195,7 @@ class GRPOConfig:
         not_negative = (
             "beta",
             "epsilon",
+            "entropy_coef",
             "warmup_steps",
             "record_every",
             "eval_steps",

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task",
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes",
+        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes"
+        " (default: the task of the run)",
     )
     parser.add_argument(
         "--step",
@@ -63,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="round weights",
     )
     parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "train", "all"),
+        default="validation",
+        help="problems of the task; all has the whole of a file (default: validation)",
+    )
     parser.add_argument(
         "--num-problems", type=int, metavar="N", help="the first so many (default: all)"
     )
@@ -79,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-greedy", action="store_true", help="only sampled answers")
     parser.add_argument(
-        "--max-completion-length", type=int, default=256, metavar="L", help="tokens (default: 256)"
+        "--max-completion-length",
+        type=int,
+        metavar="L",
+        help="tokens (default: as in the run, else 256)",
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="of the samples (default: 1)"
@@ -111,14 +120,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
     """The evaluation of every model that the arguments name, by its name."""
-    import yaml
-
     from trainer.evaluation.evaluate import evaluate
-    from trainer.tasks import load_task
+    from trainer.evaluation.settings import chosen_length, chosen_task
 
-    if arguments.task is None:
-        raise RelexkitError("no task was given; expected --task, or --harness with its tasks")
-    task = load_task(yaml.safe_load(arguments.task))
+    task = chosen_task(arguments.task, arguments.model[0], arguments.split)
+    arguments.max_completion_length = chosen_length(
+        arguments.max_completion_length, arguments.model[0]
+    )
     found: dict[str, Evaluation] = {}
     with progress_bar() as progress:
         for name, model, tokenizer in _models(arguments):

@@ -13,9 +13,12 @@ completion tokens that count:
     dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is
     one step dr_grpo  sum over tokens / (sequences x max_completion_length)
 
+With ``entropy_coef`` so many times the mean entropy over the tokens of the optimizer step is
+subtracted, whatever ``loss_type`` is.
+
 Where we differ from TRL: the denominators are those of the whole optimizer step over all processes,
-so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``
-and ``grpo`` over micro-batches).
+so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``,
+``grpo`` and the entropy over micro-batches).
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ def policy_loss(
     old_logp_BT: torch.Tensor | None = None,
     ref_logp_BT: torch.Tensor | None = None,
     weight_BT: torch.Tensor | None = None,
+    entropy_BT: torch.Tensor | None = None,
 ) -> LossOutputs:
     """The loss of a micro-batch of ``B`` completions of at most ``T`` tokens.
 
@@ -75,6 +79,8 @@ def policy_loss(
         ref_logp_BT: those under the reference; needed if ``config.beta`` is not 0.
         weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1
             if None.
+        entropy_BT: entropies of the tokens, with gradient; needed if ``config.entropy_coef`` is not
+            0.
     """
     old = logp_BT.detach() if old_logp_BT is None else old_logp_BT
     difference_BT = logp_BT - old
@@ -100,7 +106,12 @@ def policy_loss(
     clipped_high = (ratio_BT.detach() > high) & (advantage_B[:, None] > 0)
     sums["clip_low"] = (clipped_low * mask_BT).sum().float()
     sums["clip_high"] = (clipped_high * mask_BT).sum().float()
-    return LossOutputs(loss=aggregate(token_loss_BT, mask_BT, denominators, config), sums=sums)
+    loss = aggregate(token_loss_BT, mask_BT, denominators, config)
+    if config.entropy_coef:
+        assert entropy_BT is not None, "entropy_coef needs the entropies"
+        mean = (entropy_BT * mask_BT).sum() / max(1.0, denominators.tokens)
+        loss = loss - config.entropy_coef * mean
+    return LossOutputs(loss=loss, sums=sums)
 
 
 def k3_divergence(logp_BT: torch.Tensor, ref_logp_BT: torch.Tensor) -> torch.Tensor:

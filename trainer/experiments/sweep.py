@@ -238,6 +238,8 @@ def document(
                 "fit": c.options.fit,
                 "window": c.options.window,
                 "num_problems": len(s.values),
+                "stopped": len(s.values) < len(result.baseline.values),
+                "tied": s.tied,
                 "accuracy": s.accuracy,
                 "interval": list(s.interval),
                 "difference": s.against.difference,
