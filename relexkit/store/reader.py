@@ -450,7 +450,7 @@ class TrajectoryStore:
         Raises:
             StoreError: these steps are gone or have another content.
         """
-        self._confirm(always="://" in self.path)
+        self._confirm(always=True)
 
     def _content(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
         """What ``read`` gives, if it is of the steps that this reader was opened with.
