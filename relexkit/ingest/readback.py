@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.ingest.append import read_columns
 from relexkit.store import READ_WINDOW, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import apply_update, float_row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import zarr
@@ -27,6 +28,11 @@ def open_group(path: str) -> zarr.Group:
         NotAStoreError: there is no group.
         StoreError: it is damaged, or needs a package that is not installed.
     """
+    if "::" in path and not os.path.isdir(path):
+        raise StoreError(
+            f"{path}: is a chain of addresses; expected one, a folder or a URL such as"
+            " s3://BUCKET/RUN.zarr: unpack archives first"
+        )
     if "://" not in path and not os.path.isdir(path):
         raise NotAStoreError(
             f"{path}: no such store; expected a folder written by `relexkit import`"
@@ -40,11 +46,18 @@ def open_group(path: str) -> zarr.Group:
     except FileNotFoundError:
         raise NotAStoreError(
             f"{path}: is not a trajectory store; expected a folder written by `relexkit import`"
+            f"{store_inside(path)}"
         ) from None
     except Exception as error:
         raise StoreError(
             f"{path}: is not a readable Zarr group ({error}); restore the store from a copy"
         ) from error
+
+
+def store_inside(path: str) -> str:
+    """What to add about a folder that is no store but holds one; nothing if it does not."""
+    found = sorted(p.parent for p in Path(path).glob("*/zarr.json")) if "://" not in path else []
+    return f": did you mean {found[0]}?" if found else ""
 
 
 def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:

@@ -588,23 +588,6 @@ def test_a_scale_that_changes_during_the_run_is_refused(plain: Made, tmp_path: P
         import_checkpoints(run, tmp_path / "s.zarr", base=plain.base)
 
 
-def test_an_adapter_of_a_tied_embedding_is_refused(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    made = Made(
-        tmp_path,
-        LlamaForCausalLM,
-        LlamaConfig(**LLAMA, tie_word_embeddings=True),
-        r=2,
-        target_modules=["embed_tokens"],
-    )
-    with pytest.raises(
-        CheckpointError,
-        match=r"step 1: .*adapts 'model.embed_tokens.weight', which the base ties to its output",
-    ):
-        import_checkpoints(made.source, tmp_path / "s.zarr", base=made.base)
-
-
 def test_another_base_or_another_run_is_refused(
     plain: Made, plain_store: TrajectoryStore, tmp_path: Path
 ) -> None:
@@ -613,7 +596,7 @@ def test_another_base_or_another_run_is_refused(
     edit_tensors(run / "checkpoint-8", lambda s: {k: v * 2 for k, v in s.items()})
     with pytest.raises(
         CheckpointError,
-        match=r"step 8 of the run differs from the one recorded in .*: this is another run",
+        match=r"step 8 of the run differs from the one recorded in .*, though step 5 is the same",
     ):
         import_checkpoints(run, out, base=plain.base)
     other = llama(tmp_path / "other", **{**VARIANTS["plain"], "target_modules": ["embed_tokens"]})

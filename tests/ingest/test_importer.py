@@ -768,7 +768,7 @@ def test_a_float32_base_of_bfloat16_steps_says_how_to_round_it(tmp_path: Path) -
     run = write_run(tmp_path)
     write_checkpoint(run.folders[0], {n: t.to(torch.float32) for n, t in run.weights[0].items()})
     with pytest.raises(
-        CheckpointError, match="round the base first with `relexkit round --dtype bfloat16"
+        CheckpointError, match="round the base first with `relexkit round BASE --dtype bfloat16"
     ):
         import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base)
 
@@ -935,7 +935,7 @@ def test_another_run_with_the_same_base_is_refused(tmp_path: Path) -> None:
     write_checkpoint(second.folders[2], other)
     import_checkpoints(first.source, tmp_path / "s.zarr", base=first.base)
     with pytest.raises(
-        CheckpointError, match=r"step 2 of the run differs from .*: this is another run"
+        CheckpointError, match=r"step 2 of the run differs from .*, though step 1 is the same"
     ):
         import_checkpoints(second.source, tmp_path / "s.zarr", base=second.base)
     assert TrajectoryStore(tmp_path / "s.zarr").steps.tolist() == [1, 2]

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.formats.huggingface import model_files, trainer_metrics
+from relexkit.checkpoints.formats.huggingface import trainer_metrics
 from relexkit.checkpoints.formats.key_names import model_names
+from relexkit.checkpoints.small_files import merged_files, model_files
 from relexkit.checkpoints.torchfile.regions import (
     Block,
     Chunk,
@@ -173,7 +174,7 @@ class DcpCheckpoint(PiecewiseTensors):
         """Configuration and tokenizer files near the weights, if the trainer wrote any."""
         found: dict[str, bytes] = {}
         for place in _CONFIGURATION:
-            found = {**model_files(self.folder / place), **found}
+            found = merged_files(model_files(self.folder / place), found)
         return found
 
     def metrics(self) -> dict[str, float]:
