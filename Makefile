@@ -13,7 +13,7 @@ SOURCES := relexkit trainer analysis tests docs
 
 help:
 	@echo "make demo      train a small model by GRPO, record, analyse, extrapolate, evaluate: minutes on two cores (ARGS='-o FOLDER ...')"
-	@echo "make test      the default tests (ARGS='tests/test_store.py -k crash')"
+	@echo "make test      the default tests (ARGS='tests/store -k crash')"
 	@echo "make test-all  every test, also the slow ones"
 	@echo "make test-kernels  the numerical tests with other kernels of the linear algebra library"
 	@echo "make test-browser  the report in a headless Chromium, installed by apt when missing"
@@ -46,7 +46,7 @@ test-kernels: $(STAMP)
 
 test-browser: $(STAMP)
 	command -v chromedriver >/dev/null || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium chromium-driver; }
-	$(BIN)/python -m pytest tests/test_report_browser.py $(ARGS)
+	$(BIN)/python -m pytest tests/analysis/test_report_browser.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

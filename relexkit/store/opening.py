@@ -1,4 +1,6 @@
-"""Opening a store's group and checking that it is one: its description, format version and state."""
+"""Opening a store's group and checking that it is one: its description, format version and
+state.
+"""
 
 from __future__ import annotations
 
