@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relexkit.checkpoints import Run, SavedRun, open_run
+from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import named_base
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
@@ -167,7 +168,7 @@ class _Watcher:
 
     def _run(self) -> SavedRun | None:
         """The run as it is now; None if no step is whole yet."""
-        if "://" not in str(self._source):
+        if "://" not in str(self._source) or is_hub(self._source):
             if not Path(self._source).is_dir():
                 raise CheckpointError(
                     f"{self._source}: no such folder; expected the one that the trainer saves into"

@@ -1,10 +1,12 @@
-"""Opening a store's group and checking that it is one: its description, format version and state."""
+"""Opening a store's group and checking that it is one: its description, format version and
+state.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import zarr

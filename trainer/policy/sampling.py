@@ -323,5 +323,6 @@ def _check_lengths(model: Any, encoded: dict[str, list[int]], sampling: Sampling
             raise RelexkitError(
                 f"prompt {shown!r} has {len(ids)} tokens, with max_completion_length"
                 f" {sampling.max_completion_length} more than the model's context of {context};"
-                " shorten the prompt or the completions"
+                " give --max-completion-length (max_completion_length in a configuration) of at"
+                f" most {max(0, context - len(ids))}, or leave out long prompts"
             )
