@@ -141,12 +141,12 @@ class Sketch:
     def live_statistics(self) -> dict[str, float]:
         """What the run looks like so far; NaN where nothing can be said yet.
 
-        ``live_variance_1``, ``live_variance_2``: variance on the first and on the first two
-        directions (uncentered);
-        ``live_straightness``: distance from the base over the length of the path; ``live_r2``: of
-            the first coefficient's
-        line against the steps. A walk without direction has 0.81, 0.90, small and 0.96: see
-        ``relexkit spectrum``.
+        - ``live_variance_1``, ``live_variance_2``: share of the variance on the first direction and
+          on the first two (uncentered); 0.81 and 0.90 for a walk without direction.
+        - ``live_straightness``: distance from the base over the length of the path; small for one.
+        - ``live_r2``: of the first coefficient's line against the steps; 0.96 for one.
+
+        ``relexkit spectrum`` has the run's own walk.
         """
         nothing = float("nan")
         with single_threaded_blas():
