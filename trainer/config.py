@@ -16,7 +16,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.extension import Options, check_request
+from relexkit.extension import Prediction, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -57,7 +57,8 @@ class GRPOConfig:
         use_bias_correction_kl: multiply the divergence by the importance ratio.
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high]
             (epsilon if None).
-        entropy_coef: subtract so many times the mean entropy of the step's tokens from the loss, for
+        entropy_coef: subtract so many times the mean entropy of the step's tokens from the loss,
+        for
             every ``loss_type``; 0 does not.
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the
@@ -284,7 +285,7 @@ class GRPOConfig:
             raise RelexkitError(
                 f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
             )
-        check_request([1.0], rule.method, Options(), 1.0)
+        check_request([1.0], Prediction(method=rule.method))
         unit = self.steps_of_generation
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
             raise RelexkitError(

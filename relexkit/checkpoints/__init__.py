@@ -41,7 +41,7 @@ def open_run(
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
     label_step = None if step_map is None else read_step_map(step_map)
-    is_url = "://" in str(source)
+    is_url = "://" in str(source) and not str(source).startswith("hf://")
     if not is_url and not Path(source).is_dir():
         raise CheckpointError(
             f"{source}: no such folder; expected one with a sub-folder for each"

@@ -266,7 +266,9 @@ def _try(source: Source, place: Path, label: int) -> str | None:
 
 
 def unfinished_reason(folder: Path, label: int) -> str | None:
-    """Why a step's folder must be taken for unfinished, by the file that its trainer writes last."""
+    """Why a step's folder must be taken for unfinished, by the file that its trainer writes
+    last.
+    """
     if (folder / "training_args.bin").is_file() and not (folder / "trainer_state.json").is_file():
         return (
             f"{folder}: has no trainer_state.json, which Trainer writes last: it was being written"

@@ -408,7 +408,9 @@ def _choose_encodings(
     base: Checkpoint,
     encoding: str,
 ) -> dict[str, Encoding]:
-    """Encoding of each float dtype, from a sample of what changed between the last two checkpoints."""
+    """Encoding of each float dtype, from a sample of what changed between the last two
+    checkpoints.
+    """
     dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")

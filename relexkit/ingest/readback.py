@@ -17,8 +17,8 @@ from relexkit.store.encodings.bits import apply_update, float_row
 
 
 class ReadBack:
-    """Goes through a store from step to step and compares some of them with their checkpoints: every
-    bit, of float deltas every rounded value, and the tensors that are not float.
+    """Goes through a store from step to step and compares some of them with their checkpoints:
+    every bit, of float deltas every rounded value, and the tensors that are not float.
 
     Memory: the weights of the sparse parts, since a step of the log is known only after those
     before it, and a few blocks.

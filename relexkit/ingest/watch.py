@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from relexkit.checkpoints import Run, SavedRun, open_run
+from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import named_base
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
-from relexkit.store import NotAStoreError, TrajectoryStore
+from relexkit.store import NotAStoreError, TrajectoryStore, durable
 
 
 def watch(
@@ -167,7 +168,7 @@ class _Watcher:
 
     def _run(self) -> SavedRun | None:
         """The run as it is now; None if no step is whole yet."""
-        if "://" not in str(self._source):
+        if "://" not in str(self._source) or is_hub(self._source):
             if not Path(self._source).is_dir():
                 raise CheckpointError(
                     f"{self._source}: no such folder; expected the one that the trainer saves into"
@@ -286,9 +287,10 @@ class _Watcher:
             self._kept[step] = files
             self._say(f"{folder.name} {reason}; it is not deleted")
             return False
-        # under another name first, so that a kill leaves no half of a checkpoint
+        # under another name first, on the disk, so that no crash leaves half of a checkpoint
         left = folder.with_name(_LEFT.format(folder.name))
-        os.rename(folder, left)
+        durable.rename(folder, left)
+        durable.fsync(folder.parent)
         shutil.rmtree(left)
         self._say(f"{folder.name} deleted")
         return True

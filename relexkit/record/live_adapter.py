@@ -216,7 +216,9 @@ class _LiveBase(CheckpointView):
 
 
 class AdapterSnapshot(AdaptedCheckpoint):
-    """A copy of the owned parts of an adapter over the base in a store, readable as a checkpoint."""
+    """A copy of the owned parts of an adapter over the base in a store, readable as a
+    checkpoint.
+    """
 
     def __init__(self, adapter: LiveAdapter, store: TrajectoryStore, owned: list[int]):
         super().__init__(adapter, StoredBase(store), adapter)

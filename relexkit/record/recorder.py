@@ -1,9 +1,9 @@
 """A live model's weights into a trajectory store: copied after an optimizer step, encoded and
 written in the background.
 
-    recorder = Recorder(model, "run.zarr")        # the base: the weights as they are now
-    recorder.record(step, {"reward": reward})     # after optimizer.step(); returns when the weights
-    are copied recorder.close()
+    recorder = Recorder(model, "run.zarr")     # the base: the weights as they are now
+    recorder.record(step, {"reward": reward})  # after optimizer.step(); returns once copied
+    recorder.close()
 
 Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in
 the same order: each writes the parts of the store that it owns, the first one creates the store and
@@ -503,7 +503,9 @@ def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
 
 
 def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
-    """The parts that a process writes: the largest first, each to the process that has the least."""
+    """The parts that a process writes: the largest first, each to the process that has the
+    least.
+    """
     loads = [0] * size
     owned: list[list[int]] = [[] for _ in range(size)]
     for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):

@@ -138,7 +138,9 @@ def create_array(
     codecs: Iterable[Any] = _SPARSE_CODECS,
     fill_value: float = 0,
 ) -> zarr.Array:
-    """Create an array whose every chunk is written and carries a checksum; replaces what is there."""
+    """Create an array whose every chunk is written and carries a checksum; replaces what is
+    there.
+    """
     return group.create_array(
         name,
         shape=shape,

@@ -130,7 +130,9 @@ def test_sparse_counts_of_sign_flips_and_subnormals(
 
 
 def test_deltas_beyond_the_root_of_the_float32_range(tmp_path: Path) -> None:
-    """A finite weight that jumps by 1e30 squares to 1e60: large for float32, nothing for float64."""
+    """A finite weight that jumps by 1e30 squares to 1e60: large for float32, nothing for
+    float64.
+    """
     base = {
         "a.weight": torch.zeros(40, dtype=torch.bfloat16),
         "b.weight": torch.zeros(40, dtype=torch.float32),

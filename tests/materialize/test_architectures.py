@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from relexkit import checkout, extrapolate, import_checkpoints
+from relexkit import Prediction, checkout, extrapolate, import_checkpoints
 from relexkit.materialize.adapters import checkout_adapter
 
 VOCABULARY = 96
@@ -171,7 +171,9 @@ def test_checkouts_and_predictions_load_as_the_runs_own_folder(name: str, tmp_pa
     ).store
     own = tmp_path / "run/checkpoint-3"
     assert_loads_alike(checkout(store, 3, tmp_path / "out"), own)
-    (prediction,) = extrapolate(store, [4], tmp_path, method="hold")  # holds the last step
+    (prediction,) = extrapolate(
+        store, [4], tmp_path, Prediction(method="hold")
+    )  # holds the last step
     assert_loads_alike(prediction.folder, own)
     assert torch.equal(logits(checkout(store, 0, tmp_path / "zero")), logits(tmp_path / "base"))
 

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, a
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """Files that the trainers left open are closed, with a warning, here and not in another test."""
+    """Files that the trainers left open are closed, with a warning, here and not in another
+    test.
+    """
     yield
     gc.collect()
 

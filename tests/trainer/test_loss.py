@@ -249,7 +249,9 @@ def trl_trainer(tmp_path_factory):
 
 
 def trl_batch(seed: int) -> dict[str, torch.Tensor]:
-    """Left-padded prompts and right-padded completions, an empty one among them, as TRL keeps them."""
+    """Left-padded prompts and right-padded completions, an empty one among them, as TRL keeps
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit import RelexkitError
+from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
 from trainer.commands import evaluate_harness
 from trainer.commands.trust import add_trust
@@ -152,7 +152,9 @@ def _named(progress: ProgressCallback, name: str) -> ProgressCallback:
 
 
 def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
-    """Name, model and tokenizer of everything that was asked for; a store's model is loaded once."""
+    """Name, model and tokenizer of everything that was asked for; a store's model is loaded
+    once.
+    """
     import torch
 
     device = torch.device(
@@ -189,7 +191,7 @@ def _is_store(path: str) -> bool:
 
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
-    from relexkit.extension import learning_rates, step_text
+    from relexkit.extension import step_text
     from trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(arguments.model[0])
@@ -211,9 +213,8 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
     if not arguments.to:
         return
     observed = gram(store).until(arguments.until)
-    rates = learning_rates(store.steps, store.metrics())
     for method in arguments.method:
-        predicted = predict_weights(observed, arguments.to, method=method, rates=rates)
+        predicted = predict_weights(observed, arguments.to, Prediction(method=method))
         for target, weights in zip(arguments.to, predicted, strict=True):
             stored.put(arguments.scale * weights)
             yield (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit import METHODS, TrajectoryStore, extrapolate
+from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
 from trainer.commands.trust import add_trust
 from trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
@@ -119,13 +119,14 @@ def run(arguments: argparse.Namespace) -> None:
         TrajectoryStore(arguments.store),
         [best.target],
         arguments.write,
-        until=arguments.until,
-        method=best.method,
-        options=best.options,
-        scale=best.scale,
-        dtype=None if arguments.dtype == "float32" else arguments.dtype,
-        rounding=arguments.rounding,
-        seed=arguments.seed,
+        Prediction(
+            until=arguments.until, method=best.method, options=best.options, scale=best.scale
+        ),
+        output=Output(
+            dtype=None if arguments.dtype == "float32" else arguments.dtype,
+            rounding=arguments.rounding,
+            seed=arguments.seed,
+        ),
     )
     say(f"wrote {written[0].folder}")
 

@@ -10,8 +10,10 @@ completion tokens that count:
 
     grpo     mean over sequences of the mean over their tokens
     bnpo     sum over tokens / tokens of the optimizer step
-    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is
-    one step dr_grpo  sum over tokens / (sequences x max_completion_length)
+    dapo     sum over tokens / (tokens of the generation / its steps)
+    dr_grpo  sum over tokens / (sequences x max_completion_length)
+
+``dapo`` is ``bnpo`` if a generation is one step.
 
 With ``entropy_coef`` so many times the mean entropy over the tokens of the optimizer step is
 subtracted, whatever ``loss_type`` is.
@@ -131,10 +133,47 @@ def aggregate(
     """One number of the token losses of a micro-batch; over the micro-batches of a step these add
     up to its loss.
     """
-    sum_B = (token_loss_BT * mask_BT).sum(dim=1)
-    if config.loss_type == "grpo":
-        return (sum_B / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(1.0, denominators.sequences)
-    if config.loss_type == "dr_grpo":
-        return sum_B.sum() / max(1.0, denominators.sequences * config.max_completion_length)
+    return AGGREGATIONS[config.loss_type](token_loss_BT, mask_BT, denominators, config)
+
+
+def _grpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    mean_B = (token_loss_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    return mean_B.sum() / max(1.0, denominators.sequences)
+
+
+def _bnpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, denominators.tokens)
+
+
+def _dapo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
     share = denominators.generation_tokens / config.steps_per_generation
-    return sum_B.sum() / max(1.0, denominators.tokens if config.loss_type == "bnpo" else share)
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, share)
+
+
+def _dr_grpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    most = denominators.sequences * config.max_completion_length
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, most)
+
+
+AGGREGATIONS = {"grpo": _grpo, "bnpo": _bnpo, "dr_grpo": _dr_grpo, "dapo": _dapo}
+"""How token losses become one number, by ``loss_type``."""

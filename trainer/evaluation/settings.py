@@ -1,4 +1,6 @@
-"""What a command that evaluates takes from the run that it is given: task and length of completions."""
+"""What a command that evaluates takes from the run that it is given: task and length of
+completions.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ DEFAULT_LENGTH = 256
 
 
 def run_settings(place: str | Path) -> dict[str, Any]:
-    """The configuration of the training run that a store, a folder of it, or its final model belongs
+    """The configuration of the training run that a store, a folder of it, or its final model
+    belongs
     to; empty where there is none.
     """
     path = Path(place)
@@ -31,7 +34,8 @@ def run_settings(place: str | Path) -> dict[str, Any]:
 
 
 def chosen_task(given: str | None, place: str | Path, split: Split) -> Task:
-    """The task that was asked for, as text of YAML, else that of the run at ``place``; checked before
+    """The task that was asked for, as text of YAML, else that of the run at ``place``; checked
+    before
     anything slow.
 
     Raises:

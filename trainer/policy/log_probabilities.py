@@ -91,7 +91,8 @@ def token_logprobs(
     each; the entropy with a gradient if ``entropy_gradient``.
 
     Both of the distribution at ``temperature``. Where the mask is 0 the values mean nothing.
-    Memory: the logits ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row; with a
+    Memory: the logits ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row; with
+    a
     gradient of the entropy three more copies of them.
     """
     length = batch.completion_ids.shape[1]

@@ -178,7 +178,9 @@ class DcpCheckpoint(PiecewiseTensors):
         return found
 
     def metrics(self) -> dict[str, float]:
-        """What Trainer logged, if it wrote the folder; the other trainers keep metrics elsewhere."""
+        """What Trainer logged, if it wrote the folder; the other trainers keep metrics
+        elsewhere.
+        """
         return trainer_metrics(self.folder.parent)
 
     def close(self) -> None:
@@ -299,7 +301,9 @@ def _assemble(
 
 
 def _dtype_of(properties: Any) -> Any:
-    """Of ``TensorProperties``: the first of its pickled state, or an attribute in older versions."""
+    """Of ``TensorProperties``: the first of its pickled state, or an attribute in older
+    versions.
+    """
     state = properties.state
     return state[0] if isinstance(state, tuple) else state["dtype"]
 

@@ -76,7 +76,9 @@ def trainer_metrics(folder: Path) -> dict[str, float]:
 
 
 class HuggingFaceCheckpoint:
-    """One folder with weights. Opening reads headers only; see ``relexkit.checkpoints.Checkpoint``."""
+    """One folder with weights. Opening reads headers only; see
+    ``relexkit.checkpoints.Checkpoint``.
+    """
 
     def __init__(self, folder: Path):
         found = find(folder)

@@ -456,7 +456,9 @@ class AdaptedCheckpoint:
             )
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it alone."""
+        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it
+        alone.
+        """
         if name in self._adapter.saved:
             self._adapter.read_into(self._adapter.saved[name], start, out)
         elif name in self.factors:

@@ -75,7 +75,9 @@ class VerlCheckpoint(PiecewiseTensors):
         self.description = f"verl FSDP shards of {world} rank{'s' * (world > 1)} in {folder}"
 
     def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer, which verl writes into ``huggingface/`` beside the shards."""
+        """Configuration and tokenizer, which verl writes into ``huggingface/`` beside the
+        shards.
+        """
         return model_files(self.folder / "huggingface")
 
     def metrics(self) -> dict[str, float]:
