@@ -396,7 +396,7 @@ GROUPS = {
     "beta": "loss",
     "num_train_epochs": "the run",
 }
-"""Headings of the help: a group begins with this option and goes on to the next one in this table."""
+"""Headings of the help: a group begins with this option and goes on to the next one here."""
 
 
 def option_groups(kind: type) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
