@@ -58,8 +58,7 @@ class GRPOConfig:
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high]
             (epsilon if None).
         entropy_coef: subtract so many times the mean entropy of the step's tokens from the loss,
-        for
-            every ``loss_type``; 0 does not.
+            for every ``loss_type``; 0 does not.
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the
             ``batch``, or not (``none``).
