@@ -18,7 +18,7 @@ from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
-from relexkit.store import NotAStoreError, TrajectoryStore
+from relexkit.store import NotAStoreError, TrajectoryStore, durable
 
 
 def watch(
@@ -287,9 +287,10 @@ class _Watcher:
             self._kept[step] = files
             self._say(f"{folder.name} {reason}; it is not deleted")
             return False
-        # under another name first, so that a kill leaves no half of a checkpoint
+        # under another name first, on the disk, so that no crash leaves half of a checkpoint
         left = folder.with_name(_LEFT.format(folder.name))
-        os.rename(folder, left)
+        durable.rename(folder, left)
+        durable.fsync(folder.parent)
         shutil.rmtree(left)
         self._say(f"{folder.name} deleted")
         return True

@@ -5,6 +5,7 @@ state.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
         raise StoreError(
             f"{path}: its description (zarr.json) is damaged; restore the store from a copy"
         )
+    odd = next(
+        (key for key, fits in _FIELDS.items() if key not in content or not fits(content[key])), None
+    )
+    if odd is not None:
+        raise StoreError(
+            f"{path}: its description (zarr.json) has no usable {odd!r}; restore the store from a"
+            " copy"
+        )
     return content
 
 
@@ -106,3 +115,21 @@ def layout_of(attributes: dict[str, Any], path: str) -> Layout:
             f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"
             " copy"
         ) from None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "source": _is_text,
+    "relexkit_version": _is_text,
+    "mantissa_bits": lambda bits: bits is None or (type(bits) is int and 1 <= bits <= 23),
+    "files": lambda names: isinstance(names, list) and all(map(_is_text, names)),
+    "base": lambda base: (
+        isinstance(base, dict)
+        and _is_text(base.get("description"))
+        and _is_text(base.get("sha256"))
+    ),
+}
+"""What every reader relies on in a description; the layout is checked where it is read."""

@@ -136,6 +136,18 @@ def documents() -> list[Path]:
     return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
+def test_prose_in_the_documents_is_wrapped() -> None:
+    """Tables and code aside, no line is over 160 columns."""
+    long = []
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        code = False
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            if not code and not line.startswith("|") and len(line) > 160:
+                long.append(f"{path.relative_to(ROOT)}:{number}")
+    assert long == []
+
+
 def test_files_that_the_documents_name_exist() -> None:
     """``relexkit/...`` and ``tests/...`` in code style, and relative links."""
     missing = []

@@ -323,6 +323,6 @@ def _check_lengths(model: Any, encoded: dict[str, list[int]], sampling: Sampling
             raise RelexkitError(
                 f"prompt {shown!r} has {len(ids)} tokens, with max_completion_length"
                 f" {sampling.max_completion_length} more than the model's context of {context};"
-                " give --max-completion-length (max_completion_length in a configuration) of at most"
-                f" {max(0, context - len(ids))}, or leave out long prompts"
+                " give --max-completion-length (max_completion_length in a configuration) of at"
+                f" most {max(0, context - len(ids))}, or leave out long prompts"
             )
