@@ -39,7 +39,7 @@ test-all: $(STAMP)
 
 # The linear algebra library rounds differently with every kernel, and a machine shows but one: the numerical tests
 # with two others that every x86-64 machine with AVX2 has (elsewhere the library takes its own). On one thread and on two.
-NUMERICAL := tests/gram_matrix tests/geometry --ignore tests/gram_matrix/test_distributed.py
+NUMERICAL := $(addprefix tests/gram_matrix/test_,gram.py onepass.py randomized.py segment.py) tests/geometry/test_spectrum.py
 test-kernels: $(STAMP)
 	OPENBLAS_CORETYPE=Sandybridge OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERICAL) $(ARGS)
 	OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERICAL) $(ARGS)
