@@ -29,9 +29,7 @@ _FLOOR = -1.0  # of skills on colours and axes: worse than that is worse than us
 _CHECK_SHARE = 0.5  # of the recorded steps from which the forecast is checked against the rest
 
 
-def plot_backtest(
-    gram: Gram, result: Backtest, folder: Path, *, rates: np.ndarray | None = None
-) -> list[Path]:
+def plot_backtest(gram: Gram, result: Backtest, folder: Path) -> list[Path]:
     """Write ``backtest_map``, ``skill`` and ``forecast`` into ``folder``; returns the paths.
 
     Raises:
@@ -49,7 +47,7 @@ def plot_backtest(
         for name, figure in (
             ("backtest_map", map_figure(result)),
             ("skill", skill_figure(result)),
-            ("forecast", forecast_figure(gram, rates=rates)),
+            ("forecast", forecast_figure(gram)),
         ):
             written += style.save(figure, folder, name)
     return written
@@ -149,12 +147,11 @@ def _cells(result: Backtest, method: str) -> tuple[np.ndarray, np.ndarray]:
     return ratios[known], skill[known]
 
 
-def forecast_figure(gram: Gram, *, rates: np.ndarray | None = None) -> Figure:
+def forecast_figure(gram: Gram) -> Figure:
     """The first two coefficients, the model's continuation with its calibrated 90 % interval; also
     from half the steps.
     """
     matrix, steps = gram.matrices.sum(axis=0), gram.steps
-    size = float(gram.num_parameters.sum())
     figure = style.new_figure(3.0)
     panels = figure.subplots(1, 2)
     half = max(3, round(_CHECK_SHARE * len(steps)))
@@ -174,14 +171,7 @@ def forecast_figure(gram: Gram, *, rates: np.ndarray | None = None) -> Figure:
                 last, max(int(steps[-1]) if count < len(steps) else 2 * last, last + 1), 25
             ).round()
         )[1:]
-        ahead = forecast(
-            seen,
-            steps[:count],
-            targets,
-            num_parameters=size,
-            num_directions=num_directions,
-            rates=rates,
-        )
+        ahead = forecast(gram.until(last), targets, num_directions=num_directions)
         projected = (
             parts.left[:, :num_directions] / parts.singular_values[:num_directions]
         ).T @ matrix[:count]

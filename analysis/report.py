@@ -38,7 +38,6 @@ from relexkit.extension import (
     describe_steps,
     gram,
     informative_steps,
-    learning_rates,
     progress_bar,
     say,
     single_threaded_blas,
@@ -148,13 +147,12 @@ def build_page(
     """The page as text, from Gram matrices and metrics alone; ``facts`` are names and values for
     its head.
     """
-    rates = learning_rates(gram.steps, metrics)
     advice = advise(gram, metrics)
-    whole = spectrum(gram, scope="global", rates=rates)
-    result = backtest(gram, (*CHEAP, "model"), rates=rates) if len(gram.steps) >= 2 else None
+    whole = spectrum(gram, scope="global")
+    result = backtest(gram, (*CHEAP, "model")) if len(gram.steps) >= 2 else None
     claims = measure_claims(gram, whole, result, advice, metrics) if result is not None else []
     with style.styled(), matplotlib.rc_context({"svg.fonttype": "path"}), single_threaded_blas():
-        shown = _figures(name, gram, metrics, whole, result, rates, others or {})
+        shown = _figures(name, gram, metrics, whole, result, others or {})
         if sweep is not None:
             command = sweep.get("command", f"relexkit sweep {name} --json")
             shown.insert(
@@ -210,7 +208,6 @@ def _figures(
     metrics: dict[str, np.ndarray],
     whole: Any,
     result: Any,
-    rates: Any,
     others: dict[str, Gram],
 ) -> list[_Shown]:
     reason = figures.nothing_to_draw(gram, whole)
@@ -229,7 +226,7 @@ def _figures(
         f"relexkit spectrum {name} --plot figures",
         f"relexkit backtest {name} --plot figures",
     )
-    modules = spectrum(gram, scope="module", rates=rates)
+    modules = spectrum(gram, scope="module")
     drawn: list[tuple[str, Figure | None, str]] = [
         ("null", run_figures.null_figure(runs), f"relexkit spectrum {name} --scope global"),
         ("spectrum", figures.spectrum_figure(whole, modules), plot),
@@ -242,7 +239,7 @@ def _figures(
         drawn += [
             ("map", backtest_figures.map_figure(result), test),
             ("skill", backtest_figures.skill_figure(result), test),
-            ("forecast", backtest_figures.forecast_figure(gram, rates=rates), test),
+            ("forecast", backtest_figures.forecast_figure(gram), test),
         ]
     if gram.changed.any():
         drawn.append(

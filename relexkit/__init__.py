@@ -1,11 +1,11 @@
 """relexkit: trajectory stores, spectra and extrapolated checkpoints for reinforcement-learning runs
 of language models.
 
-    from relexkit import TrajectoryStore, extrapolate, gram, import_checkpoints, spectrum
+    from relexkit import Prediction, extrapolate, import_checkpoints, observe, spectrum
 
     store = import_checkpoints("run/checkpoints", "run.zarr", base="base").store
-    table = spectrum(gram(store), scope="module")
-    extrapolate(store, [500, 1000], "predicted", until=50)
+    table = spectrum(observe(store).gram, scope="module")
+    extrapolate(store, [500, 1000], "predicted", Prediction(until=50))
 
 What is not in ``__all__`` may change freely.
 """
@@ -14,22 +14,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relexkit.assess.observed import Observed, observe
     from relexkit.errors import CheckpointError, ExtrapolationError, RelexkitError, StoreError
     from relexkit.geometry.spectrum import Spectrum, spectrum
     from relexkit.gram_matrix import Gram, gram
+    from relexkit.gram_matrix.compute.settings import Compute
     from relexkit.ingest.importer import import_checkpoints
-    from relexkit.materialize import WeightSync, apply, checkout, extrapolate, round_checkpoint
-    from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+    from relexkit.materialize import (
+        Output,
+        WeightSync,
+        apply,
+        checkout,
+        extrapolate,
+        round_checkpoint,
+    )
+    from relexkit.predict.extrapolators import METHODS, predict_weights
+    from relexkit.predict.fits import Options
+    from relexkit.predict.prediction import Prediction
     from relexkit.record.recorder import Recorder
     from relexkit.store import TrajectoryStore
     from relexkit.version import __version__
 
 _HOMES = {
+    "Compute": "relexkit.gram_matrix.compute.settings",
+    "Observed": "relexkit.assess.observed",
+    "observe": "relexkit.assess.observed",
+    "Output": "relexkit.materialize",
+    "Prediction": "relexkit.predict.prediction",
     "METHODS": "relexkit.predict.extrapolators",
     "CheckpointError": "relexkit.errors",
     "ExtrapolationError": "relexkit.errors",
     "Gram": "relexkit.gram_matrix",
-    "Options": "relexkit.predict.extrapolators",
+    "Options": "relexkit.predict.fits",
     "Recorder": "relexkit.record.recorder",
     "RelexkitError": "relexkit.errors",
     "Spectrum": "relexkit.geometry.spectrum",
@@ -53,9 +69,13 @@ signal, and says its help, before a second of imports.
 __all__ = [
     "METHODS",
     "CheckpointError",
+    "Compute",
     "ExtrapolationError",
     "Gram",
+    "Observed",
     "Options",
+    "Output",
+    "Prediction",
     "Recorder",
     "RelexkitError",
     "Spectrum",
@@ -68,6 +88,7 @@ __all__ = [
     "extrapolate",
     "gram",
     "import_checkpoints",
+    "observe",
     "predict_weights",
     "round_checkpoint",
     "spectrum",

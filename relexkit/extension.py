@@ -8,7 +8,8 @@ may change freely.
 from relexkit.assess.advice import Advice, advise
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.forecast import Forecast, forecast
-from relexkit.assess.metrics import informative_steps, learning_rates
+from relexkit.assess.metrics import informative_steps
+from relexkit.assess.observed import Observed, observe
 from relexkit.commands.console import (
     console,
     number,
@@ -29,7 +30,9 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
-from relexkit.predict.extrapolators import METHODS, Options, check_request, step_text
+from relexkit.predict.extrapolators import METHODS, check_request, step_text
+from relexkit.predict.fits import Options
+from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
@@ -52,7 +55,9 @@ __all__ = [
     "Gram",
     "LiveAdvice",
     "NotAStoreError",
+    "Observed",
     "Options",
+    "Prediction",
     "Processes",
     "ProgressCallback",
     "ScopeSpectrum",
@@ -74,10 +79,10 @@ __all__ = [
     "informative_steps",
     "jumps",
     "layer_of",
-    "learning_rates",
     "module_of",
     "named_weights",
     "number",
+    "observe",
     "percent",
     "print_json",
     "print_pairs",

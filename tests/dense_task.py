@@ -26,13 +26,13 @@ class EvenDigits:
 def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigits:
     """``huge``: the key of a problem whose rewards are too large for float32."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
-    return EvenDigits("even digits", split_fixed(problems, 10, 0, "even digits"), huge)
+    return EvenDigits("even digits", split_fixed(problems, 10, 0), huge)
 
 
 def make_for_sweep() -> EvenDigits:
     """More problems for validation."""
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(60)]
-    return EvenDigits("even digits", split_fixed(problems, 24, 0, "even digits"), None)
+    return EvenDigits("even digits", split_fixed(problems, 24, 0), None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def make_easy() -> AnyEvenDigit:
     it.
     """
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
-    return AnyEvenDigit("any even digit", split_fixed(problems, 10, 0, "any even digit"), None)
+    return AnyEvenDigit("any even digit", split_fixed(problems, 10, 0), None)
 
 
 class Vanishing(EvenDigits):
@@ -61,4 +61,4 @@ class Vanishing(EvenDigits):
 
 def make_vanishing() -> Vanishing:
     problems = [Problem(key=str(n), prompt=f"{n:02d}>", answer="") for n in range(50)]
-    return Vanishing("vanishing", split_fixed(problems, 10, 0, "vanishing"), None)
+    return Vanishing("vanishing", split_fixed(problems, 10, 0), None)

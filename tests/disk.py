@@ -34,7 +34,8 @@ FAILING = ("open", "mkdir", "write", "fsync", "rename")
 
 @dataclass(frozen=True)
 class Event:
-    """One operation: ``kind`` of ``FAILING``, ``remove`` or ``truncate``; paths relative to the folder.
+    """One operation: ``kind`` of ``FAILING``, ``remove`` or ``truncate``; paths relative to the
+    folder.
 
     ``handle`` numbers the opened files; ``at`` and ``content`` say what a write put where.
     """

@@ -236,7 +236,9 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def raw_bits(tensor: torch.Tensor) -> np.ndarray:
-    """Bits of a float tensor as ``uint16`` or ``uint32 [numel]``, raw bytes ``uint8`` of any other."""
+    """Bits of a float tensor as ``uint16`` or ``uint32 [numel]``, raw bytes ``uint8`` of any
+    other.
+    """
     name = str(tensor.dtype).removeprefix("torch.")
     flat = tensor.contiguous().reshape(-1)
     if name not in BITS:

@@ -9,15 +9,17 @@ seed gives the same run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from strategies import gram_from
 
+from relexkit import Prediction
 from relexkit.assess.advice import advise
 from relexkit.assess.forecast import forecast
-from relexkit.assess.metrics import learning_rates
 from relexkit.geometry.shape import decompose
 from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.rates import learning_rates
 from relexkit.predict.extrapolators import predict_weights
 
 D = 600
@@ -86,7 +88,9 @@ def simulate(run: Run, num_steps: int, seed: int, num_parameters: int = D) -> np
 
 
 def recorded(deltas: np.ndarray, steps: np.ndarray, num_tensors: int = 3) -> Gram:
-    """Gram matrices of some tensors at some steps, with the counts that a 16-bit store would have."""
+    """Gram matrices of some tensors at some steps, with the counts that a 16-bit store would
+    have.
+    """
     chosen = deltas[np.asarray(steps) - 1]
     parts = np.array_split(chosen, num_tensors, axis=1)
     before = [np.diff(p, axis=0, prepend=0.0) for p in parts]
@@ -235,18 +239,11 @@ def observe(
     """
     deltas = simulate(case.run, int(times * case.steps[-1]), seed)
     gram = recorded(deltas, case.steps)
+    metrics = {name: curve(case.steps) for name, curve in case.metrics.items()}
+    gram = replace(gram, rates=learning_rates(case.steps, metrics))
     if not case.run.unit:  # float32 weights: every weight changes, by many units
-        unknown = np.full_like(gram.unit_moves, -1)
-        gram = Gram(
-            gram.steps,
-            gram.names,
-            gram.num_parameters,
-            gram.matrices,
-            gram.changed,
-            gram.moved,
-            unknown,
-        )
-    return gram, {name: curve(case.steps) for name, curve in case.metrics.items()}, deltas
+        gram = replace(gram, unit_moves=np.full_like(gram.unit_moves, -1))
+    return gram, metrics, deltas
 
 
 def judge(case: Case, seed: int) -> tuple[str, bool]:
@@ -258,9 +255,8 @@ def judge(case: Case, seed: int) -> tuple[str, bool]:
     if advice.verdict not in case.right or advice.target is None:
         return advice.verdict, advice.verdict in case.right
     assert advice.method is not None
-    rates = learning_rates(case.steps, metrics)
     weights = predict_weights(
-        gram, [float(advice.target)], method=advice.method, scope="global", rates=rates
+        gram, [float(advice.target)], Prediction(method=advice.method, scope="global")
     )[0, 0]
     seen, truth = deltas[case.steps - 1], deltas[advice.target - 1]
     return advice.verdict, bool(
@@ -278,7 +274,7 @@ def covered(run: Run, seed: int) -> np.ndarray:
     deltas = simulate(run, 100, seed)
     steps = IRREGULAR if seed % 2 else np.arange(1, 51)
     seen = deltas[steps - 1]
-    found = forecast(seen @ seen.T, steps, TARGETS, num_parameters=D)
+    found = forecast(gram_from((seen @ seen.T)[None], steps, D), TARGETS)
     parts = decompose(seen @ seen.T)
     true = deltas[TARGETS - 1] @ (seen.T @ parts.left[:, 0]) / parts.singular_values[0]
     return (found.low[:, 0] <= true) & (true <= found.high[:, 0])

@@ -89,6 +89,26 @@ def gram_of(deltas: Mapping[str, np.ndarray], steps: np.ndarray) -> Gram:
     )
 
 
+def gram_from(
+    matrices: np.ndarray,
+    steps: np.ndarray,
+    num_parameters: float,
+    rates: np.ndarray | None = None,
+) -> Gram:
+    """Given matrices ``[N, T, T]`` of groups that share ``num_parameters``, without counts."""
+    nothing = np.zeros((len(matrices), len(steps)), np.int64)
+    return Gram(
+        steps=steps,
+        names=tuple(f"group {n}" for n in range(len(matrices))),
+        num_parameters=np.full(len(matrices), num_parameters / len(matrices)),
+        matrices=matrices,
+        changed=nothing,
+        moved=nothing,
+        unit_moves=nothing - 1,
+        rates=rates,
+    )
+
+
 def walk_with_momentum(
     rng: np.random.Generator,
     num_steps: int,

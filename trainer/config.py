@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.extension import Options, check_request
+from relexkit.extension import Prediction, check_request
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -56,6 +57,8 @@ class GRPOConfig:
         use_bias_correction_kl: multiply the divergence by the importance ratio.
         epsilon, epsilon_high: the importance ratio is clipped to [1 - epsilon, 1 + epsilon_high]
             (epsilon if None).
+        entropy_coef: subtract so many times the mean entropy of the step's tokens from the loss,
+            for every ``loss_type``; 0 does not.
         delta: cap of the ratio where the advantage is negative (two-sided clipping); None for none.
         scale_rewards: divide advantages by the standard deviation of the ``group``, of the
             ``batch``, or not (``none``).
@@ -126,6 +129,7 @@ class GRPOConfig:
     use_bias_correction_kl: bool = False
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    entropy_coef: float = 0.0
     delta: float | None = None
     scale_rewards: Literal["group", "batch", "none"] = "group"
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -192,6 +196,7 @@ class GRPOConfig:
         not_negative = (
             "beta",
             "epsilon",
+            "entropy_coef",
             "warmup_steps",
             "record_every",
             "eval_steps",
@@ -279,7 +284,7 @@ class GRPOConfig:
             raise RelexkitError(
                 f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
             )
-        check_request([1.0], rule.method, Options(), 1.0)
+        check_request([1.0], Prediction(method=rule.method))
         unit = self.steps_of_generation
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
             raise RelexkitError(
@@ -375,6 +380,47 @@ class G2DConfig:
                 " expected shares between 0 and 1, the smaller first"
             )
         _check_schedule(self.lr_scheduler_type)
+
+
+GROUPS = {
+    "model": "the run",
+    "generation_batch_size": "rollouts",
+    "loss_type": "loss",
+    "advantage": "credit",
+    "regrounding": "jumps",
+    "disable_dropout": "optimizer",
+    "micro_batch_tokens": "memory, speed and precision",
+    "record_every": "recording, evaluation and saving",
+    "pairs": "pairs",
+    "beta": "loss",
+    "num_train_epochs": "the run",
+}
+"""Headings of the help: a group begins with this option and goes on to the next one here."""
+
+
+def option_groups(kind: type) -> list[tuple[str, list[dataclasses.Field[Any]]]]:
+    """The options of a configuration in groups, in their order: heading and fields."""
+    groups: list[tuple[str, list[dataclasses.Field[Any]]]] = []
+    fields = dataclasses.fields(kind)
+    split = "loss_type" if any(field.name == "loss_type" for field in fields) else "pairs"
+    for field in fields:
+        begins = field.name in GROUPS and not (split == "loss_type" and field.name == "beta")
+        if begins or not groups:
+            groups.append((GROUPS[field.name], []))
+        groups[-1][1].append(field)
+    return groups
+
+
+def option_meanings(kind: type) -> dict[str, str]:
+    """What the docstring of a configuration says of each option; options described together share
+    their text.
+    """
+    text = (kind.__doc__ or "").partition("Attributes:")[2]
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n {8}(?=\w)", text)[1:]:
+        names, _, meaning = " ".join(entry.split()).partition(": ")
+        found |= dict.fromkeys(names.split(", "), meaning)
+    return found
 
 
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)

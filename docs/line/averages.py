@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from relexkit import Options, TrajectoryStore, gram, predict_weights
+from relexkit import Options, Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.assess.advice import advise
 from trainer.evaluation.evaluate import evaluate
 from trainer.policy.stored_model import StoredModel
@@ -56,11 +56,11 @@ def measured(run: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for window in (1, *options.window):
             how = (
-                {"method": "hold"}
+                Prediction(method="hold")
                 if window == 1
-                else {"method": "average", "options": Options(window=window)}
+                else Prediction(method="average", options=Options(window=window))
             )
-            stored.put(predict_weights(seen, [float(until)], **how)[0])
+            stored.put(predict_weights(seen, [float(until)], how)[0])
             found = evaluate(
                 stored.model,
                 stored.tokenizer,

@@ -13,9 +13,11 @@ import sys
 
 import numpy as np
 from simulated import COVERAGE_FAMILIES, IRREGULAR, D, Run, covered, simulate
+from strategies import gram_of
 
+from relexkit import Prediction
 from relexkit.geometry.trajectory_model import fit_trajectory
-from relexkit.predict.extrapolators import METHODS, Options
+from relexkit.predict.extrapolators import predict_weights
 
 OTHERS = ("hold", "two-point", "least-squares", "relex")
 
@@ -24,7 +26,8 @@ def errors(run: Run, seed: int) -> list[float]:
     """Squared relative errors at step 100 from irregular steps up to 50, by method."""
     deltas = simulate(run, 100, seed)
     seen, gram = deltas[IRREGULAR - 1], deltas[IRREGULAR - 1] @ deltas[IRREGULAR - 1].T
-    weights = [METHODS[name].weights(gram, IRREGULAR, 100.0, Options()) for name in OTHERS]
+    runs = gram_of({"w": seen}, IRREGULAR)
+    weights = [predict_weights(runs, [100.0], Prediction(method=name))[0, 0] for name in OTHERS]
     weights.append(fit_trajectory(gram, IRREGULAR, num_parameters=D).weights(100.0))
     return [
         float(((seen.T @ a - deltas[-1]) ** 2).sum() / (deltas[-1] ** 2).sum()) for a in weights

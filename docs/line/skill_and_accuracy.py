@@ -24,8 +24,7 @@ import torch
 import yaml
 
 from analysis import style
-from relexkit import TrajectoryStore, gram, predict_weights
-from relexkit.assess.metrics import learning_rates
+from relexkit import Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.gram_matrix import Gram
 from relexkit.weights.dtypes import round_bits, to_float32
 from trainer.evaluation.evaluate import evaluate
@@ -80,7 +79,7 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
     it.
     """
     store, task = TrajectoryStore(run), load_task(yaml.safe_load(options.task))
-    whole, rates = gram(store), learning_rates(store.steps, store.metrics())
+    whole = gram(store)
     stored, known = (
         StoredModel(store),
         {},
@@ -97,7 +96,7 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
                 if method == "trained":
                     weights = recorded_weights(store, target)
                 else:
-                    weights = predict_weights(seen, [float(target)], method=method, rates=rates)[0]
+                    weights = predict_weights(seen, [float(target)], Prediction(method=method))[0]
                 same = {
                     "hold": (method, until),
                     "average": (method, until),

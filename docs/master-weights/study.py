@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from relexkit import (
+    Prediction,
     TrajectoryStore,
     checkout,
     gram,
@@ -162,7 +163,7 @@ def study(folder: Path, model: Path, seed: int, rate: float, steps: int) -> dict
                 for method in METHODS:
                     scope = "global" if method == "model" else "tensor"
                     weights = predict_weights(
-                        matrices.until(until), [target], method=method, scope=scope
+                        matrices.until(until), [target], Prediction(method=method, scope=scope)
                     )[0]
                     found = {
                         p: accuracy(models[source], weights, p) for p in ("float32", "stochastic")

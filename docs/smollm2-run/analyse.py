@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis.figures import plot_spectra
 from relexkit import (
+    Output,
+    Prediction,
     TrajectoryStore,
     checkout,
     extrapolate,
@@ -118,7 +120,10 @@ def main() -> None:
         for until, to in ((half, last), (last, 2 * last), (last, 4 * last)):
             for method in ("relex", "two-point"):
                 written = extrapolate(
-                    store, [to], out / f"{source}-{method}-{until}", until=until, method=method
+                    store,
+                    [to],
+                    out / f"{source}-{method}-{until}",
+                    Prediction(until=until, method=method),
                 )
                 folders[f"{method} {until} -> {to}, {source}"] = written[0].folder
         check_checkout(store, run / source / f"checkpoint-{half}", half, out / f"checkout-{source}")
@@ -126,8 +131,8 @@ def main() -> None:
         TrajectoryStore(out / "bfloat16.zarr"),
         [last],
         out / "nearest",
-        until=half,
-        rounding="nearest",
+        Prediction(until=half),
+        output=Output(rounding="nearest"),
     )
     folders[f"relex {half} -> {last}, bfloat16, nearest rounding"] = nearest[0].folder
     source = run / "float32" / f"checkpoint-{last}"

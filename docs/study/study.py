@@ -30,6 +30,7 @@ import numpy as np
 from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
 
 from relexkit import (
+    Prediction,
     RelexkitError,
     TrajectoryStore,
     checkout,
@@ -39,7 +40,6 @@ from relexkit import (
     round_checkpoint,
 )
 from relexkit.assess.backtest import backtest
-from relexkit.assess.metrics import learning_rates
 from relexkit.gram_matrix.jumps import jumps
 from trainer.config import G2DConfig, GRPOConfig
 from trainer.evaluation.evaluate import RIGHT, evaluate
@@ -193,20 +193,17 @@ def predicted(folder: Path, job: Job, result: Draft) -> None:
     store = TrajectoryStore(folder / "run.zarr")
     matrices, models = gram(store), Models(store)
     seen, cut = matrices.until(job.steps), job.steps
-    rates = learning_rates(store.steps, store.metrics())
     asked = [("hold", cut), ("average", cut)]
     asked += [(method, round(ratio * cut)) for ratio in RATIOS for method in METHODS]
     later = {round(ratio * cut) for ratio in RATIOS}
-    grid = backtest(
-        matrices, methods=METHODS, prefixes=[int(np.sum(store.steps <= cut))], rates=rates
-    ).grid
+    grid = backtest(matrices, methods=METHODS, prefixes=[int(np.sum(store.steps <= cut))]).grid
     skill = {(row.method, row.target): row.skill for row in grid}
     done = {(row["method"], row["target"]): row for row in result.get("predictions", [])}
     result |= {"until": cut, "predictions": list(done.values())}
     for method, target in asked:
         if (method, target) in done:
             continue
-        weights = predict_weights(seen, [target], method=method, rates=rates)[0]
+        weights = predict_weights(seen, [target], Prediction(method=method))[0]
         result["predictions"].append(
             {
                 "method": method,
@@ -279,7 +276,9 @@ def rounded(folder: Path, job: Job, result: Draft) -> None:
                 ("two-point", 2.0),
             ):
                 target = round(ratio * cut)
-                weights = predict_weights(matrices.until(cut), [target], method=method)[0]
+                weights = predict_weights(matrices.until(cut), [target], Prediction(method=method))[
+                    0
+                ]
                 found["predictions"].append(
                     {"method": method, "until": cut, "target": target, **models.answers(weights)}
                 )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
-from relexkit.assess.metrics import Informative, informative_steps, learning_rates
+from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
@@ -130,8 +130,8 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     by recorded step.
 
     Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros
-    say nothing. Metrics that are used if present: a learning-rate schedule, and whether steps were
-    informative. Reads no weights; two seconds or so for 400 tensors and 75 steps, one for a single
+    say nothing. Metrics tell, if they are there, which steps were informative. Reads no weights;
+    two seconds or so for 400 tensors and 75 steps, one for a single
     matrix.
     """
     metrics = metrics or {}
@@ -139,10 +139,9 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     last_step = int(steps[-1]) if len(steps) else 0
     if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
         return _too_early(gram)
-    rates = learning_rates(steps, metrics)
     with single_threaded_blas():
-        result = backtest(gram, (*CHEAP, "drift"), rates=rates)
-        fit = _fit(whole, gram, rates)
+        result = backtest(gram, (*CHEAP, "drift"))
+        fit = _fit(whole, gram)
     record = {m: _record(result, m) for m in result.methods if m != "hold"}
     drift = _drift_reasons(fit)
     hidden = _hidden(gram)
@@ -289,10 +288,10 @@ def _too_early(gram: Gram) -> Advice:
     )
 
 
-def _fit(whole: np.ndarray, gram: Gram, rates: np.ndarray | None) -> TrajectoryFit | None:
+def _fit(whole: np.ndarray, gram: Gram) -> TrajectoryFit | None:
     try:
         return fit_trajectory(
-            whole, gram.steps, num_parameters=float(gram.num_parameters.sum()), rates=rates
+            whole, gram.steps, num_parameters=float(gram.num_parameters.sum()), rates=gram.rates
         )
     except ExtrapolationError:
         return None

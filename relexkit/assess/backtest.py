@@ -3,8 +3,10 @@
 For a prefix of ``n`` recorded steps and an observed later step ``j``, with weights ``a`` computed
 from ``G[:n, :n]`` only:
 
-    squared error e(n, j) = a^T G a - 2 a^T G[:n, j] + G[j, j],    relative error = sqrt(e / G[j,
-    j]), cosine = a^T G[:n, j] / sqrt(a^T G a * G[j, j]),               skill = 1 - e / e_hold.
+    squared error   e(n, j) = a^T G a - 2 a^T G[:n, j] + G[j, j]
+    relative error  sqrt(e / G[j, j])
+    cosine          a^T G[:n, j] / sqrt(a^T G a * G[j, j])
+    skill           1 - e / e_hold
 
 Squared errors, inner products and norms are summed over tensors before anything is divided: that is
 the error of the whole model, or of a layer or a type of module. No weights are read.
@@ -20,9 +22,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.shape import leading_eigenpairs
 from relexkit.gram_matrix import Gram
-from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.predict.extrapolators import METHODS, fit_method
+from relexkit.predict.fits import Options
 from relexkit.weights.layout import scope_of
 
 MODEL = "model"
@@ -30,13 +33,11 @@ MODEL = "model"
 each.
 """
 
-CHEAP = tuple(
-    name
-    for name, method in METHODS.items()
-    if method.fit is None and name not in ("reconstruct", "average")
+CHEAP = (
+    "hold",
+    *(name for name, m in METHODS.items() if m.cheap and m.moves and m.reaches_later),
 )
-"""Methods of the default grid; ``reconstruct`` knows no later steps, and ``average`` goes to none.
-"""
+"""Methods of the default grid: hold, and those that go to later steps and are quickly fitted."""
 
 _NUM_PREFIXES = 8
 
@@ -163,7 +164,9 @@ class Backtest:
         ]
 
     def skill(self, method: str) -> np.ndarray:
-        """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is none."""
+        """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is
+        none.
+        """
         return self._scores(np.arange(len(self.names)))[2][self.methods.index(method)]
 
     def _scores(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,7 +236,6 @@ def backtest(
     methods: Sequence[str] | None = None,
     prefixes: Sequence[int] | None = None,
     options: Options | None = None,
-    rates: np.ndarray | None = None,
 ) -> Backtest:
     """Every method fitted to every prefix and compared with every later recorded step.
 
@@ -245,8 +247,6 @@ def backtest(
         prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run
             on, spaced by ratio.
         options: each method takes those that it uses.
-        rates: learning rates for the trajectory model, see
-            ``relexkit.geometry.trajectory_model.fit_trajectory``.
 
     Reads no weights. The default grid takes less than a second for 400 tensors and 75 steps.
 
@@ -266,7 +266,7 @@ def backtest(
         for k, method in enumerate(chosen):
             try:
                 norms[k, p, count:], overlaps[k, p, count:] = _moments(
-                    gram, method, int(count), taken[method], rates
+                    gram, method, int(count), taken[method]
                 )
             except ExtrapolationError as error:
                 failures[method, int(gram.steps[count - 1])] = str(error)
@@ -275,8 +275,8 @@ def backtest(
 
 
 def _options_of(method: str, options: Options) -> Options:
-    if method not in METHODS or method == "reconstruct":
-        known = ", ".join(name for name in METHODS if name != "reconstruct")
+    if method not in METHODS or not METHODS[method].reaches_later:
+        known = ", ".join(name for name, m in METHODS.items() if m.reaches_later)
         raise ExtrapolationError(f"method {method} cannot be backtested; choose among {known}")
     return Options(**{name: getattr(options, name) for name in METHODS[method].options})
 
@@ -316,67 +316,16 @@ def _prefixes(steps: np.ndarray, wanted: Sequence[int] | None) -> np.ndarray:
 
 
 def _moments(
-    gram: Gram, method: str, count: int, options: Options, rates: np.ndarray | None
+    gram: Gram, method: str, count: int, options: Options
 ) -> tuple[np.ndarray, np.ndarray]:
     """``a^T G a`` and ``a^T G[:n, j]`` for every later step and tensor."""
-    matrices, steps, targets = (
-        gram.matrices,
-        gram.steps[:count],
-        gram.steps[count:].astype(np.float64),
-    )
-    if method == "relex" and options.fit != "sinusoid" and options.refit_every is None:
-        return _relex_moments(matrices, steps, targets, options)
-    fit = METHODS[method].fit
-    if fit is not None:
-        size = float(gram.num_parameters.sum())
-        shared = fit(matrices[:, :count, :count].sum(axis=0), steps, size, rates)(targets.tolist())
-    elif METHODS[method].needs_gram:
-        weights = predict_weights(
-            gram.until(int(steps[-1])), targets.tolist(), method=method, options=options
-        )
-        norms = np.einsum(
-            "jni,nik,jnk->jn", weights, matrices[:, :count, :count], weights, optimize=True
-        )
-        return norms, np.einsum("jni,nij->jn", weights, matrices[:, :count, count:], optimize=True)
-    else:
-        shared = np.array(
-            [METHODS[method].weights(matrices[0], steps, target, options) for target in targets]
-        )
-    used = np.flatnonzero(shared.any(axis=0))
-    shared = shared[:, used]
-    products = matrices[:, used[:, None], used] @ shared.T
-    later = matrices[:, used, count:]
-    return np.einsum("ji,nij->jn", shared, products), np.einsum("ji,nij->jn", shared, later)
-
-
-def _relex_moments(
-    matrices: np.ndarray, steps: np.ndarray, targets: np.ndarray, options: Options
-) -> tuple[np.ndarray, np.ndarray]:
-    """RELEX with a fit that is linear in the coefficients: ``a = U U^T h`` with the hat vector
-    ``h`` of the fit.
-    """
-    count = len(steps)
-    values, vectors = leading_eigenpairs(
-        np.ascontiguousarray(matrices[:, :count, :count]), options.rank
-    )
-    positions = vectors.transpose(0, 2, 1) @ _hat(steps, targets, options).T  # [N, R, J]
-    later = vectors.transpose(0, 2, 1) @ matrices[:, :count, count:]
-    return np.einsum("nr,nrj->jn", values, positions**2), np.einsum("nrj,nrj->jn", positions, later)
-
-
-def _hat(steps: np.ndarray, targets: np.ndarray, options: Options) -> np.ndarray:
-    """Weights of a polynomial fit's observations in its value at the targets, ``[J, n]``."""
-    degree = options.degree if options.fit == "polynomial" else 1
-    window = len(steps) if options.window is None else min(options.window, len(steps))
-    if window <= degree:
-        raise ExtrapolationError(
-            f"{window} recorded steps cannot fix a polynomial of degree {degree}"
-        )
-    x, at = steps[-window:].astype(np.float64), targets
-    if options.axis == "row":
-        x, at = np.arange(window, dtype=np.float64), window - 1 + targets - steps[-1]
-    middle, half = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
-    powers = [np.polynomial.chebyshev.chebvander((t - middle) / half, degree) for t in (x, at)]
-    hat = np.zeros((len(targets), len(steps)))
-    hat[:, -window:] = powers[1] @ np.linalg.pinv(powers[0])
-    return hat
+    prefix = gram.until(int(gram.steps[count - 1]))
+    predict = fit_method(prefix, method, options)
+    weights_JNn = predict(gram.steps[count:].astype(np.float64))
+    with single_threaded_blas():
+        used = np.flatnonzero(weights_JNn.any(axis=(0, 1)))
+        weights_NnJ = weights_JNn[:, :, used].transpose(1, 2, 0)
+        products = gram.matrices[:, used[:, None], used] @ weights_NnJ
+        norms = (weights_NnJ * products).sum(axis=1)
+        overlaps = (weights_NnJ * gram.matrices[:, used, count:]).sum(axis=1)
+    return norms.T, overlaps.T

@@ -24,6 +24,7 @@ import numpy as np
 
 from relexkit.geometry.shape import decompose
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 
 _FACTORS = 2.0 ** np.arange(-2, 3.25, 0.5)  # f, [F]
@@ -67,23 +68,18 @@ class Forecast:
 
 
 def forecast(
-    matrix: np.ndarray,
-    steps: np.ndarray,
+    gram: Gram,
     targets: Sequence[float] | np.ndarray,
     *,
-    num_parameters: float,
     num_directions: int = 1,
-    rates: np.ndarray | None = None,
     level: float = 0.9,
 ) -> Forecast:
     """Coefficients of the whole run's first directions at later steps, with intervals calibrated on
     the run's own past.
 
     Args:
-        matrix: ``float64 [T, T]``, usually the sum over all tensors.
-        steps: recorded steps ``[T]``.
+        gram: of tensors or groups, which are summed.
         targets: later steps ``[J]``.
-        num_parameters, rates: see ``fit_trajectory``.
         num_directions: R, at most as many as there are.
 
     Reads no weights; a fraction of a second for a hundred steps.
@@ -94,6 +90,8 @@ def forecast(
     from scipy.special import ndtri
 
     at = np.asarray(targets, np.float64)
+    steps, matrix = gram.steps, gram.matrices.sum(axis=0)
+    size = float(gram.num_parameters.sum())
     with single_threaded_blas():
         support, num_checked = np.tile(np.log(_PRIOR_FH)[..., None], (2, 1, 1, num_directions)), 0
         for count in _prefix_counts(steps):
@@ -103,7 +101,7 @@ def forecast(
             prefix = matrix[:count, :count]
             if not len(later) or not np.trace(prefix) > 0:
                 continue
-            fit = fit_trajectory(prefix, steps[:count], num_parameters=num_parameters, rates=rates)
+            fit = fit_trajectory(prefix, steps[:count], num_parameters=size, rates=gram.rates)
             axes = _axes(prefix, num_directions)
             centres, spreads, further = _along(fit, steps[later].astype(np.float64), axes)
             errors = matrix[:count, later].T @ axes - centres
@@ -111,7 +109,7 @@ def forecast(
             checked = np.log(variances) + errors[:, None, None] ** 2 / variances
             support[..., : axes.shape[1]] -= _CHECK * checked.mean(axis=3) / 2
             num_checked += 1
-        fit = fit_trajectory(matrix, steps, num_parameters=num_parameters, rates=rates)
+        fit = fit_trajectory(matrix, steps, num_parameters=size, rates=gram.rates)
         centres, spreads, further = _along(fit, at, _axes(matrix, num_directions))
     support = support[..., : centres.shape[2]]
     posterior = np.exp(support - support.max(axis=(0, 1, 2)))

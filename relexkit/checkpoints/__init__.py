@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from relexkit.checkpoints.protocol import ChangingCheckpoint, Checkpoint, Run, SavedRun
-from relexkit.checkpoints.runs import FolderRun, best_checkpoint, read_step_map
+from relexkit.checkpoints.runs import FolderRun, best_checkpoint, hub_hint, read_step_map
 from relexkit.checkpoints.version_run import WeightSyncRun, find_versions
 from relexkit.errors import CheckpointError
 from relexkit.store import TrajectoryStore
@@ -41,10 +41,11 @@ def open_run(
         CheckpointError: no folder, no steps, none of them whole, or two folders for the same step.
     """
     label_step = None if step_map is None else read_step_map(step_map)
-    is_url = "://" in str(source)
+    is_url = "://" in str(source) and not str(source).startswith("hf://")
     if not is_url and not Path(source).is_dir():
         raise CheckpointError(
-            f"{source}: no such folder; expected one with a sub-folder for each step"
+            f"{source}: no such folder; expected one with a sub-folder for each"
+            f" step{hub_hint(source)}"
         )
     if is_url or (source_format in (None, "weight-sync") and find_versions(source)):
         return WeightSyncRun(source, label_step=label_step, kept=kept, scratch=scratch)

@@ -221,10 +221,13 @@ class _Chain:
             stream = ENCODINGS[delta.encoding](delta.open_frame, info.num_bytes)
             hasher = CHECKSUMS[delta.algorithm]()
         elements, before, after = [np.empty(0, np.int64)], [np.empty(0, bits)], [np.empty(0, bits)]
-        for begin, end in blocks(info.num_bytes, BLOCK_BYTES):
-            old = np.empty(end - begin, np.uint8)
+        buffers = [np.empty(min(info.num_bytes, BLOCK_BYTES), np.uint8) for _ in range(2)]
+        for begin, end in blocks(
+            info.num_bytes, BLOCK_BYTES
+        ):  # fresh pages cost as much as reading
+            old, new = (buffer[: end - begin] for buffer in buffers)
             self._state.read_into(name, begin, old.data)
-            new = old.copy()
+            np.copyto(new, old)
             stream.apply(begin, new)
             if delta is not None:
                 hasher.update(new.data)

@@ -29,6 +29,7 @@ _UNFINISHED = re.compile(
     r"(?:tmp[-_]|old_)(?:checkpoint|step|global_step).*|.*\.(?:incomplete|tmp)"
 )
 _BELOW = ("_actor", "checkpoints")  # OpenRLHF and prime-rl keep the steps one level below the run
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKERS = ("STABLE", "trainer_state.json")  # written last by prime-rl; by Trainer and TRL
 _PRECISIONS = ("float32", "bfloat16", "float16")
 _ENOUGH = 0.5
@@ -265,7 +266,9 @@ def _try(source: Source, place: Path, label: int) -> str | None:
 
 
 def unfinished_reason(folder: Path, label: int) -> str | None:
-    """Why a step's folder must be taken for unfinished, by the file that its trainer writes last."""
+    """Why a step's folder must be taken for unfinished, by the file that its trainer writes
+    last.
+    """
     if (folder / "training_args.bin").is_file() and not (folder / "trainer_state.json").is_file():
         return (
             f"{folder}: has no trainer_state.json, which Trainer writes last: it was being written"
@@ -327,7 +330,9 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
         CheckpointError: there is none; with the reason of the first that is there.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected one with weights")
+        raise CheckpointError(
+            f"{folder}: no such folder; expected one with weights{hub_hint(folder)}"
+        )
     found = [
         Source(f, {0: place}) for f in FORMATS for place in [_find(f, folder)] if place is not None
     ]
@@ -346,6 +351,13 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
         )
     chosen = choose(found, wanted, folder)
     return chosen.format.open(chosen.places[0])
+
+
+def hub_hint(folder: str | Path) -> str:
+    """What to add about a folder that is not there, if it looks like the name of a repository."""
+    if _REPOSITORY.fullmatch(str(folder)):
+        return f": a repository of the hub is written hf://{folder}"
+    return ""
 
 
 def read_step_map(text: str) -> Callable[[int], int | None]:

@@ -1,12 +1,12 @@
-"""A checkpoint seen with other names or further metrics."""
+"""A checkpoint seen with other names or further metrics, and a run whose checkpoints are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from relexkit.checkpoints.protocol import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.weights.safetensors_io import TensorInfo
 
 
@@ -47,3 +47,20 @@ class CheckpointView:
     def close(self) -> None:
         """Close the checkpoint."""
         self.inner.close()
+
+
+class RunView:
+    """A run whose checkpoints are seen through ``view``; see ``relexkit.checkpoints.Run``."""
+
+    def __init__(self, run: Run, view: Callable[[Checkpoint], Checkpoint]):
+        self._run, self._view = run, view
+        self.description, self.steps, self.notes, self.left_out = (
+            run.description,
+            run.steps,
+            run.notes,
+            run.left_out,
+        )
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Open one step."""
+        return self._view(self._run.checkpoint(step))

@@ -27,16 +27,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        matrices = observed.gram(store, None).until(arguments.until)
+        run_so_far = observed.observe(store).until(arguments.until)
     if observed.silent:
         return
-    metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
-    advice = advise(matrices, metrics)
+    advice = advise(run_so_far.gram, run_so_far.metrics)
     if arguments.json:
         document = advice.document()
         if advice.next_command:
             document["next_command"] = advice.next_command.format(store=arguments.store)
-        print_json({"steps": matrices.steps.tolist(), **document})
+        print_json({"steps": run_so_far.gram.steps.tolist(), **document})
         return
     show(advice.headline)
     for heading, sentences in (

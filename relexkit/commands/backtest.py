@@ -55,23 +55,18 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the grid, the horizons and the forecast."""
     from relexkit.assess.backtest import CHEAP, backtest
     from relexkit.assess.forecast import forecast
-    from relexkit.assess.metrics import learning_rates
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        matrices = observed.gram(store, None)
+        matrices = observed.observe(store).gram
     if observed.silent:
         return
-    rates = learning_rates(store.steps, store.metrics())
-    result = backtest(matrices, arguments.method or (*CHEAP, "model"), arguments.until, rates=rates)
+    result = backtest(matrices, arguments.method or (*CHEAP, "model"), arguments.until)
     ahead = None
     if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
         targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
-        size = float(matrices.num_parameters.sum())
-        ahead = forecast(
-            matrices.matrices.sum(axis=0), matrices.steps, targets, num_parameters=size, rates=rates
-        )
+        ahead = forecast(matrices, targets)
     if arguments.json:
         print_json(_document(result, ahead, arguments.scope))
     else:
@@ -79,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.scope != "global":
             _print_groups(result, arguments.scope)
     if arguments.plot:
-        for path in plot("backtest")(matrices, result, arguments.plot, rates=rates):
+        for path in plot("backtest")(matrices, result, arguments.plot):
             say(f"wrote {path}")
 
 

@@ -1,4 +1,6 @@
-"""What commands print: tables and JSON on standard output, progress and messages on standard error."""
+"""What commands print: tables and JSON on standard output, progress and messages on standard
+error.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error that appears after two seconds of work, on a terminal only."""
+    """A progress bar on standard error that appears after two seconds of work, on a terminal
+    only.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,

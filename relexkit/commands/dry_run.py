@@ -22,6 +22,7 @@ def print_estimate(parsed: argparse.Namespace) -> None:
         mantissa_bits=parsed.mantissa_bits,
         source_format=parsed.format,
         step_map=parsed.step_map,
+        exclude=parsed.exclude,
     )
     if parsed.json:
         print_json(asdict(found))

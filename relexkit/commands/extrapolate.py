@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
-from relexkit.commands.console import print_json, progress_bar, say, show
+from relexkit.commands.console import print_json, say, show
 from relexkit.commands.observer import Observer, add_pca, observer
-from relexkit.commands.round import add_rounding
+from relexkit.commands.options import add_fields, given
 from relexkit.commands.sync import add_sync, read_sync
 from relexkit.errors import RelexkitError
 
 if TYPE_CHECKING:
+    from relexkit.predict.prediction import Prediction
     from relexkit.store import TrajectoryStore
+
+PREDICTION = ("until", "method", "scope", "scale")
+OUTPUT = ("dtype", "rounding", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit extrapolate``."""
+    from relexkit.materialize import Output
+    from relexkit.predict.extrapolators import METHODS
+    from relexkit.predict.fits import Options
+    from relexkit.predict.prediction import Prediction
+
     parser.add_argument("store", metavar="RUN.zarr")
     parser.add_argument(
         "--to", type=_step, nargs="+", required=True, metavar="STEP", help="target steps"
@@ -25,59 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", required=True, metavar="OUT", help="folder for OUT/step-STEP/"
     )
-    parser.add_argument("--until", type=int, metavar="T_CUT", help="use only steps up to this one")
-    parser.add_argument(
-        "--method",
-        default="relex",
-        help=(
-            "relex, reconstruct, least-squares, least-squares-origin, "
-            "two-point, first-update, hold, average, model or drift (default: relex)"
-        ),
-    )
-    parser.add_argument(
-        "--rank", type=int, default=1, help="principal directions to keep (default: 1)"
-    )
-    parser.add_argument("--fit", choices=("linear", "polynomial", "sinusoid"), default="linear")
-    parser.add_argument("--degree", type=int, default=2, help="of the polynomial (default: 2)")
-    parser.add_argument(
-        "--window", type=int, metavar="W", help="use only the last W recorded steps"
-    )
-    parser.add_argument(
-        "--refit-every",
-        type=int,
-        metavar="F",
-        help="autoregressive: refit after every F predicted steps",
-    )
-    parser.add_argument(
-        "--axis",
-        choices=("step", "row"),
-        default="step",
-        help="fit against step numbers, or row numbers as the released RELEX scripts do",
-    )
-    parser.add_argument(
-        "--anchor",
-        type=int,
-        metavar="STEP",
-        help="two-point: the earlier point (default: the base)",
-    )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        help="first-update: multiple of the first delta (default: target / first step)",
-    )
-    parser.add_argument(
-        "--scope",
-        choices=("tensor", "layer", "module", "global"),
-        help="what shares one fit (default: tensor; model and drift: global)",
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the output (default: as recorded)",
-    )
+    add_fields(parser, Prediction, PREDICTION)
+    add_fields(parser, Options, [field.name for field in fields(Options)])
+    add_fields(parser, Output, OUTPUT)
     parser.add_argument(
         "--adapter",
         type=_rank,
@@ -87,102 +46,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="from a store of PEFT adapters: write an adapter, of this rank or one that fits",
     )
     add_sync(parser)
-    add_rounding(parser)
     add_pca(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
     )
+    parser.epilog = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Write a folder for each target."""
-    from relexkit.materialize import extrapolate
-    from relexkit.materialize.adapters import extrapolate_adapter
-    from relexkit.predict.extrapolators import Options, step_text
+    from relexkit.materialize import Output, extrapolate
+    from relexkit.predict.extrapolators import step_text
+    from relexkit.predict.fits import Options
+    from relexkit.predict.prediction import Prediction
     from relexkit.store import TrajectoryStore
 
-    options = Options(
-        rank=parsed.rank,
-        fit=parsed.fit,
-        degree=parsed.degree,
-        window=parsed.window,
-        refit_every=parsed.refit_every,
-        axis=parsed.axis,
-        anchor=parsed.anchor,
-        alpha=parsed.alpha,
-    )
+    options = given(parsed, Options, [field.name for field in fields(Options)])
+    prediction = replace(given(parsed, Prediction, PREDICTION), options=options)
+    output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter, sync=read_sync(parsed))
     store = TrajectoryStore(parsed.store)
-    if parsed.adapter is not None:
-        with progress_bar() as progress:
-            adapters = extrapolate_adapter(
-                store,
-                parsed.to,
-                parsed.out,
-                rank=parsed.adapter or None,
-                until=parsed.until,
-                method=parsed.method,
-                options=options,
-                scope=parsed.scope,
-                scale=parsed.scale,
-                progress=progress,
-            )
-        if parsed.json:
-            print_json([asdict(a) | {"folder": str(a.folder)} for a in adapters])
-            return
-        for a in adapters:
-            there = " (was there already)" if a.already else ""
-            show(
-                f"step {step_text(a.target)}: {a.folder}, rank {a.rank}, relative error"
-                f" {a.error:.1e}{there}"
-            )
-        return
     with observer(parsed) as observed:
-        _warn(observed, store, parsed)
+        compute = observed.decided(store, prediction.until)
         written = extrapolate(
-            store,
-            parsed.to,
-            parsed.out,
-            until=parsed.until,
-            method=parsed.method,
-            options=options,
-            scope=parsed.scope,
-            scale=parsed.scale,
-            dtype=parsed.dtype,
-            rounding=parsed.rounding,
-            seed=parsed.seed,
-            sync=read_sync(parsed),
-            progress=observed.progress,
-            **observed.arguments(store, parsed.until),
+            store, parsed.to, parsed.out, prediction, output=output, compute=compute
         )
+        _warn(observed, store, prediction, parsed.to)
     if observed.silent:
         return
-    first, last = _window(store, parsed)
+    first, last = _window(store, prediction)
     if parsed.json:
-        how = {"method": parsed.method, "steps": [first, last]}
-        print_json(
-            [
-                {"target": p.target, "folder": str(p.folder), "already": p.already, **how}
-                for p in written
-            ]
-        )
+        how = {"method": prediction.method, "steps": [first, last]}
+        told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
+        print_json([one | {"folder": str(one["folder"]), **how} for one in told])
         return
-    for p in written:
+    for w in written:
+        rank = "" if w.rank is None else f", rank {w.rank}, relative error {w.error:.1e}"
         show(
-            f"step {step_text(p.target)}: {p.folder}, {parsed.method} from steps {first} to {last}"
-            + (" (was there already)" if p.already else "")
+            f"step {step_text(w.target)}: {w.folder}, {prediction.method} from steps {first} to"
+            f" {last}{rank}" + (" (was there already)" if w.already else "")
         )
 
 
-def _window(store: TrajectoryStore, parsed: argparse.Namespace) -> tuple[int, int]:
+def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
     """First and last of the recorded steps that the prediction was made from."""
     from relexkit.gram_matrix.jumps import last_trained
 
-    until = last_trained(store, parsed.until)
+    until = last_trained(store, prediction.until)
     seen = store.steps if until is None else store.steps[store.steps <= until]
-    return int(seen[-parsed.window if parsed.window else 0]), int(seen[-1])
+    return int(seen[-(prediction.options.window or 0) :][0]), int(seen[-1])
 
 
-def _warn(observed: Observer, store: TrajectoryStore, parsed: argparse.Namespace) -> None:
+def _warn(
+    observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: list[float]
+) -> None:
     """One line if the run's own record speaks against what is asked; reads no weights for it that
     the prediction does not read.
     """
@@ -190,16 +106,15 @@ def _warn(observed: Observer, store: TrajectoryStore, parsed: argparse.Namespace
     from relexkit.gram_matrix.exact import known_steps
     from relexkit.predict.extrapolators import METHODS
 
-    method = METHODS.get(parsed.method)
+    method = METHODS.get(prediction.method)
     if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
         return
-    matrices = observed.gram(store, parsed.until)
-    if observed.silent or not len(matrices.steps):
+    seen = observed.observe(store, prediction.until)
+    if observed.silent:
         return
-    metrics = {name: values[: len(matrices.steps)] for name, values in store.metrics().items()}
-    against = objection(
-        advise(matrices, metrics), parsed.method, float(matrices.steps[-1]), parsed.to, store.path
-    )
+    advice = advise(seen.gram, seen.metrics)
+    last_step = float(seen.gram.steps[-1])
+    against = objection(advice, prediction.method, last_step, targets, store.path)
     if against:
         say(f"warning: {against}")
 

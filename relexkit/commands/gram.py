@@ -41,9 +41,9 @@ def _refuse_unless_kept(store: TrajectoryStore, num_steps: int) -> None:
         ]
         if max(covered) < num_steps:
             raise RelexkitError(
-                f"{store.path}: the Gram matrices were computed but cannot be kept there; expected a"
-                " store that can be written, with free space, and no other process that keeps some:"
-                " run the command again"
+                f"{store.path}: the Gram matrices were computed but cannot be kept there; expected"
+                " a store that can be written, with free space, and no other process that keeps"
+                " some: run the command again"
             )
 
 
@@ -53,22 +53,22 @@ def run(arguments: argparse.Namespace) -> None:
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        found = observed.gram(store, arguments.until)
+        matrices = observed.observe(store, arguments.until).gram
     if observed.silent:
         return
-    _refuse_unless_kept(store, len(found.steps))
+    _refuse_unless_kept(store, len(matrices.steps))
     if arguments.json:
-        steps, sizes = found.steps.tolist(), int(found.num_parameters.sum())
+        steps, sizes = matrices.steps.tolist(), int(matrices.num_parameters.sum())
         print_json(
             {
                 "path": store.path,
                 "steps": steps,
-                "num_tensors": len(found.names),
+                "num_tensors": len(matrices.names),
                 "num_parameters": sizes,
             }
         )
     else:
         show(
-            f"{store.path}: Gram matrices of {len(found.names)} tensors,"
-            f" {describe_steps(found.steps)}"
+            f"{store.path}: Gram matrices of {len(matrices.names)} tensors,"
+            f" {describe_steps(matrices.steps)}"
         )

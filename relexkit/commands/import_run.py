@@ -38,6 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C"
     )
     parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors that keep the base's values, or are left out if it lacks them (may be given"
+        " again)",
+    )
+    parser.add_argument(
+        "--rewind",
+        action="store_true",
+        help="the run was resumed and written anew: replace the recorded steps that differ",
+    )
+    parser.add_argument(
+        "--continue",
+        dest="continues",
+        action="store_true",
+        help="the run goes on from the store although no step is in both",
+    )
+    parser.add_argument(
         "--encoding",
         choices=("auto", "exact", "float"),
         default="auto",
@@ -76,6 +95,9 @@ def run(parsed: argparse.Namespace) -> None:
             mantissa_bits=parsed.mantissa_bits,
             source_format=parsed.format,
             step_map=parsed.step_map,
+            exclude=parsed.exclude,
+            rewind=parsed.rewind,
+            continues=parsed.continues,
             progress=progress,
         )
     for note in result.notes:

@@ -25,6 +25,8 @@ def run(parsed: argparse.Namespace) -> None:
     from relexkit.store import NotAStoreError, TrajectoryStore
 
     try:
+        if parsed.store.startswith("hf://"):
+            raise NotAStoreError("a hub repository")
         store = TrajectoryStore(parsed.store)
     except NotAStoreError:
         if not Path(parsed.store).is_dir() and "://" not in parsed.store:
@@ -58,6 +60,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         "source": store.attributes["source"],
         "base": store.attributes["base"],
         "metrics": sorted(store.metric_names()),
+        "files": {name: len(content) for name, content in sorted(store.files().items())},
         "bytes": sizes,
         "checkpoint_bytes": checkpoint_bytes,
         "relexkit_version": store.attributes["relexkit_version"],
@@ -99,4 +102,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
     if document["metrics"]:
         rows.append(("metrics", ", ".join(document["metrics"])))
+    if document["files"]:
+        held = ", ".join(f"{n} ({size_text(b)})" for n, b in document["files"].items())
+        rows.append(("files", held))
     print_pairs(store.path, rows)

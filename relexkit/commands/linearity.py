@@ -34,11 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     store = TrajectoryStore(arguments.store)
     with observer(arguments) as observed:
-        matrices = observed.gram(store, None).until(arguments.until)
+        matrices = observed.observe(store).gram.until(arguments.until)
     if observed.silent:
         return
-    whole, size = matrices.matrices.sum(axis=0, keepdims=True), float(matrices.num_parameters.sum())
-    fit = calibrate(whole, matrices.steps, num_parameters=size).fitted
+    fit = calibrate(matrices.scoped("global")).fitted
     with progress_bar() as progress:
         walk = None if fit is None else fit.walk_covariance()
         found = weight_linearity(store, until=arguments.until, covariance=walk, progress=progress)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 
 from relexkit.commands.console import print_json, progress_bar, show
+from relexkit.commands.options import add_fields, given
+
+ROUNDING = ("rounding", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``relexkit round``."""
+    from relexkit.materialize import Output
+
     parser.add_argument("source", metavar="SRC", help="a checkpoint folder in any known format")
     parser.add_argument("-o", "--out", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add_rounding(parser)
+    add_fields(parser, Output, ROUNDING)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
     )
@@ -20,15 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Write the folder."""
-    from relexkit.materialize import round_checkpoint
+    from relexkit.materialize import Output, round_checkpoint
 
+    output = given(parsed, Output, ROUNDING)
     with progress_bar() as progress:
         folder = round_checkpoint(
             parsed.source,
             parsed.out,
             dtype=parsed.dtype,
-            rounding=parsed.rounding,
-            seed=parsed.seed,
+            rounding=output.rounding,
+            seed=output.seed,
             progress=progress,
         )
     if parsed.json:
@@ -36,17 +42,9 @@ def run(parsed: argparse.Namespace) -> None:
             {
                 "folder": str(folder),
                 "dtype": parsed.dtype,
-                "rounding": parsed.rounding,
-                "seed": parsed.seed,
+                "rounding": output.rounding,
+                "seed": output.seed,
             }
         )
     else:
-        show(f"{folder}: {parsed.dtype}, {parsed.rounding} rounding")
-
-
-def add_rounding(parser: argparse.ArgumentParser) -> None:
-    """``--rounding`` and ``--seed``."""
-    parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the stochastic rounding (default: 0)"
-    )
+        show(f"{folder}: {parsed.dtype}, {output.rounding} rounding")

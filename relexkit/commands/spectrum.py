@@ -59,26 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Print the table, and write what was asked for."""
-    from relexkit.assess.metrics import informative_steps, learning_rates
     from relexkit.geometry.spectrum import spectrum
     from relexkit.store import TrajectoryStore
 
     store = TrajectoryStore(parsed.store)
     with observer(parsed) as observed:
-        matrices = observed.gram(store, parsed.until)
+        run_so_far = observed.observe(store, parsed.until)
     if observed.silent:
         return
-    metrics = store.metrics()
+    matrices, informative = run_so_far.gram, run_so_far.informative
     result = spectrum(
         matrices,
         scope=parsed.scope,
-        until=parsed.until,
         centered=parsed.centered,
         momentum=parsed.momentum,
-        rates=learning_rates(store.steps, metrics),
-    )
-    informative = informative_steps(
-        {name: values[: len(result.steps)] for name, values in metrics.items()}
     )
     if parsed.json:
         print_json(_spectrum_document(result, informative))

@@ -18,6 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--every", type=int, default=1, metavar="N", help="only steps that are multiples of N"
     )
     parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors that keep the base's values, or are left out if it lacks them (may be given"
+        " again)",
+    )
+    parser.add_argument(
+        "--continue",
+        dest="continues",
+        action="store_true",
+        help="the run goes on from the store although no step is in both",
+    )
+    parser.add_argument(
         "--encoding",
         choices=("auto", "exact", "float"),
         default="auto",
@@ -69,6 +83,8 @@ def run(parsed: argparse.Namespace) -> None:
         mantissa_bits=parsed.mantissa_bits,
         source_format=parsed.format,
         step_map=parsed.step_map,
+        exclude=parsed.exclude,
+        continues=parsed.continues,
         delete_after=parsed.delete_after,
         poll_seconds=parsed.poll,
         idle_seconds=parsed.idle,

@@ -8,9 +8,11 @@ with the run's momentum, learning-rate schedule and rounding has the covariance 
 innovations, what each recorded step added that the optimizer's memory did not. Without a drift
 their signs are arbitrary:
 
-    analytic:    G_0 = L diag(W) L^T, the expectation over all signs: the run's own step sizes, no
-    direction, sign-flips:  G_f = L (s s^T * W) L^T with random signs s, so that also the chance
-    overlaps of few parameters are kept.
+    analytic    G_0 = L diag(W) L^T      the expectation over all signs
+    sign-flips  G_f = L (s s^T * W) L^T  random signs s
+
+The first has the run's own step sizes and no direction; the second also keeps the chance overlaps
+of few parameters.
 
 Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K statistics.
 """
@@ -23,6 +25,7 @@ import numpy as np
 
 from relexkit.geometry.shape import leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.gram_matrix import Gram
 
 STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")
 """First ratio, first two together, R^2 of the first coefficient on the step, mean cosine of
@@ -79,31 +82,24 @@ class Null:
 
 
 def calibrate(
-    matrices: np.ndarray,
-    steps: np.ndarray,
-    *,
-    num_parameters: float,
-    centered: bool = False,
-    momentum: float | None = None,
-    rates: np.ndarray | None = None,
-    seed: int = 0,
+    gram: Gram, *, centered: bool = False, momentum: float | None = None, seed: int = 0
 ) -> Null:
-    """Nulls of Gram matrices ``float64 [N, T, T]`` of disjoint groups whose sum is the whole run.
+    """Nulls of the N disjoint groups of ``gram``, whose sum is the whole run.
 
     Args:
-        num_parameters: of all groups.
         centered: about the mean checkpoint instead of the base.
         momentum: of the optimizer (Adam's first beta); None to fit it.
-        rates: learning rates by optimizer step, see ``fit_trajectory``.
         seed: of the signs.
 
     Up to 199 sign-flips a group; none where there are so many groups or steps that fewer than 19
     would fit into a few tenths of a second, the analytic null is then alone.
     """
+    matrices, steps = gram.matrices, gram.steps
     whole = matrices.sum(axis=0)
     fitted, rounding = None, 0.0
     if len(steps) >= 3 and np.trace(whole) > 0:
-        fitted = fit_trajectory(whole, steps, num_parameters=num_parameters, rates=rates)
+        size = float(gram.num_parameters.sum())
+        fitted = fit_trajectory(whole, steps, num_parameters=size, rates=gram.rates)
         rounding = fitted.rounding
         factor = np.linalg.cholesky(fitted.walk_covariance(momentum))
         momentum = fitted.momentum if momentum is None else momentum

@@ -140,14 +140,13 @@ def spectrum(
     until: int | None = None,
     centered: bool = False,
     momentum: float | None = None,
-    rates: np.ndarray | None = None,
 ) -> Spectrum:
     """Spectrum of every group of ``scope`` (``tensor``, ``layer``, ``module``, ``global``), over
     the steps to ``until``.
 
     Every statistic comes with what a walk without direction gives (``relexkit.geometry.null``).
-    ``momentum`` is the optimizer's (Adam's first beta), fitted if None; ``rates`` are its learning
-    rates by optimizer step, see ``relexkit.assess.metrics.learning_rates``.
+    ``momentum`` is the optimizer's (Adam's first beta), fitted if None; its learning rates are
+    those of ``gram``.
 
     Reads no weights; tenths of a second for hundreds of tensors.
 
@@ -156,21 +155,11 @@ def spectrum(
     """
     chosen = gram.until(until).scoped(scope)
     with single_threaded_blas():
-        return _spectrum(chosen, scope, centered, momentum, rates)
+        return _spectrum(chosen, scope, centered, momentum)
 
 
-def _spectrum(
-    chosen: Gram, scope: str, centered: bool, momentum: float | None, rates: np.ndarray | None
-) -> Spectrum:
-    size = float(chosen.num_parameters.sum())
-    nulls = calibrate(
-        chosen.matrices,
-        chosen.steps,
-        num_parameters=size,
-        centered=centered,
-        momentum=momentum,
-        rates=rates,
-    )
+def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) -> Spectrum:
+    nulls = calibrate(chosen, centered=centered, momentum=momentum)
     energy = np.trace(chosen.matrices, axis1=1, axis2=2)
     total = energy.sum()
     about = center(chosen.matrices) if centered else chosen.matrices

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.gram_matrix.compute.device import PIECE, Engine, open_engine
+from relexkit.gram_matrix.compute.device import PIECE, open_engine
 from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.factors import factor_gram
 from relexkit.gram_matrix.jumps import last_trained
 from relexkit.gram_matrix.matrices import Gram, mirror
 from relexkit.gram_matrix.onepass import Sums, Tick, ticker
-from relexkit.gram_matrix.parts import assemble, moving_parts, run_shared
+from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
+from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.store.kept import common_prefix, identity, keep, kept, kept_attributes
 
@@ -57,12 +58,10 @@ def gram(
             replaced meanwhile.
         RelexkitError: the device is not there, or another of the processes failed.
     """
-    engine = open_engine(device)
+    work = Work(store, open_engine(device), team, memory_budget_bytes)
     parts = moving_parts(store)
     tick = ticker(progress, "Gram matrices", sum(store.layout.parts[part].numel for part in parts))
-    results = {
-        part: _part_gram(store, part, memory_budget_bytes, engine, team, tick) for part in parts
-    }
+    results = {part: _part_gram(work, part, tick) for part in parts}
     store.check_unchanged()
     matrices, counts = assemble(
         store,
@@ -71,7 +70,10 @@ def gram(
     )
     sizes = np.array([t.numel for t in store.layout.moving_tensors], np.int64)
     names = tuple(t.name for t in store.layout.moving_tensors)
-    return Gram(store.steps, names, sizes, matrices[0], *counts).until(last_trained(store, None))
+    rates = learning_rates(store.steps, store.metrics())
+    changed, moved, unit_moves = counts
+    whole = Gram(store.steps, names, sizes, matrices[0], changed, moved, unit_moves, rates=rates)
+    return whole.until(last_trained(store, None))
 
 
 def known_steps(store: TrajectoryStore) -> int:
@@ -109,9 +111,8 @@ class _OuterProducts:
         return [rows[self.old :] @ rows.T]
 
 
-def _part_gram(
-    store: TrajectoryStore, part: int, budget: int, engine: Engine, team: Team, tick: Tick
-) -> _PartGram:
+def _part_gram(work: Work, part: int, tick: Tick) -> _PartGram:
+    store, team = work.store, work.team
     known = team.share(lambda: _load(store, part))
     num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
     if known is not None and old == num_steps:
@@ -119,11 +120,11 @@ def _part_gram(
         return known
     encoding = store.layout.parts[part].encoding
     if encoding == "factors":
-        result = _from_factors(store, part, old, budget, team)
+        result = _from_factors(work, part, old)
         tick(store.layout.parts[part].numel)
     else:
         kernel = _OuterProducts(num_steps, old)
-        sums = run_shared(store, part, kernel, num_steps, old, budget, engine, team, tick)
+        sums = run_shared(work, part, kernel, num_steps, old, tick)
         result = _from_sparse(sums, known, old) if encoding == "sparse" else _from_dense(sums, old)
     mirror(result.matrices)
     if known is not None:
@@ -134,11 +135,10 @@ def _part_gram(
     return result
 
 
-def _from_factors(
-    store: TrajectoryStore, part: int, old: int, budget: int, team: Team
-) -> _PartGram:
+def _from_factors(work: Work, part: int, old: int) -> _PartGram:
     """In closed form, by the first process; the factors are small."""
-    matrix, counts = team.share(lambda: factor_gram(store, part, old, budget))
+    store = work.store
+    matrix, counts = work.team.share(lambda: factor_gram(store, part, old, work.budget))
     result = _PartGram(
         np.zeros((1, len(store.steps), len(store.steps))),
         np.zeros((1, 3, len(store.steps)), np.int64),

@@ -34,6 +34,8 @@ class Gram:
         uncertainty: ``float64 [N, T]``: for the leading ``n x n`` block, how far it may be off
             along its first two directions, in the spectral norm: rounding, and for a randomized
             result the estimated error of the approximation. Taken as rounding alone if not given.
+        rates: learning rate of every optimizer step, in any unit, ``float64 [S]``, possibly past
+            the last recorded one (``relexkit.gram_matrix.rates``); None if constant or unknown.
     """
 
     steps: np.ndarray
@@ -44,6 +46,7 @@ class Gram:
     moved: np.ndarray
     unit_moves: np.ndarray
     uncertainty: np.ndarray = field(default_factory=lambda: np.empty(0))
+    rates: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.uncertainty.size:
@@ -71,6 +74,21 @@ class Gram:
             self.moved[:, :count],
             self.unit_moves[:, :count],
             self.uncertainty[:, :count],
+            self.rates,
+        )
+
+    def only(self, rows: np.ndarray) -> Gram:
+        """Some of the N tensors or groups, by their rows."""
+        return Gram(
+            self.steps,
+            tuple(self.names[row] for row in rows),
+            self.num_parameters[rows],
+            self.matrices[rows],
+            self.changed[rows],
+            self.moved[rows],
+            self.unit_moves[rows],
+            self.uncertainty[rows],
+            self.rates,
         )
 
     def scoped(self, scope: str) -> Gram:
@@ -99,6 +117,7 @@ class Gram:
             add(self.moved),
             unit,
             add(self.uncertainty),
+            self.rates,
         )
 
     def groups(self, scope: str) -> list[str]:

@@ -4,6 +4,7 @@ processes, added up by tensor.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,33 +29,34 @@ def moving_parts(store: TrajectoryStore) -> list[int]:
     ]
 
 
-def run_shared(
-    store: TrajectoryStore,
-    part: int,
-    kernel: Any,
-    num_rows: int,
-    old: int,
-    budget: int,
-    engine: Engine,
-    team: Team,
-    tick: Tick,
-) -> Sums:
-    """One pass over a part, its columns divided among the processes; every process gets the sums."""
-    spans = team.spans(store.layout.parts[part].numel, part)
-    work = Pass(
-        store=store,
+@dataclass(frozen=True)
+class Work:
+    """What the passes over all parts of a store share."""
+
+    store: TrajectoryStore
+    engine: Engine
+    team: Team
+    budget: int
+
+
+def run_shared(work: Work, part: int, kernel: Any, num_rows: int, old: int, tick: Tick) -> Sums:
+    """One pass over a part, its columns divided among the processes; every process gets the
+    sums.
+    """
+    one = Pass(
+        store=work.store,
         part=part,
         kernel=kernel,
         num_rows=num_rows,
         old=old,
-        spans=spans,
-        budget=budget,
-        engine=engine,
+        spans=work.team.spans(work.store.layout.parts[part].numel, part),
+        budget=work.budget,
+        engine=work.engine,
         tick=tick,
     )
-    with team.together():
-        sums = work.run()
-    return Sums([team.sum(product) for product in sums.products], team.sum(sums.counts))
+    with work.team.together():
+        sums = one.run()
+    return Sums([work.team.sum(product) for product in sums.products], work.team.sum(sums.counts))
 
 
 def assemble(

@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 
 from relexkit.errors import RelexkitError
-from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
 from relexkit.gram_matrix.exact import gram, known_steps
 from relexkit.gram_matrix.lowrank.randomized import is_kept, randomized_gram, wanted_components
 from relexkit.gram_matrix.matrices import Gram
-from relexkit.store import ProgressCallback, TrajectoryStore
+from relexkit.store import TrajectoryStore
 from relexkit.store.encodings.bits import BLOCK
 
 PCA = ("auto", "exact", "randomized")
@@ -121,37 +121,23 @@ def estimated_seconds(
 
 
 def pca_gram(
-    store: TrajectoryStore,
-    *,
-    pca: str = "exact",
-    until: int | None = None,
-    components: int | None = None,
-    device: str = "cpu",
-    team: Team = ALONE,
-    memory_budget_bytes: int = 2**28,
-    progress: ProgressCallback | None = None,
+    store: TrajectoryStore, *, until: int | None = None, compute: Compute = DEFAULT
 ) -> Gram:
     """Gram matrices over the steps to ``until``, exact or randomized as ``choose`` says.
 
-    For the arguments, memory and errors see ``gram`` and ``randomized_gram``.
+    For memory and errors see ``gram`` and ``randomized_gram``.
     """
-    choice = team.share(
-        lambda: choose(store, pca=pca, until=until, components=components, device=device)
+    c = compute
+    choice = c.team.share(
+        lambda: choose(store, pca=c.pca, until=until, components=c.components, device=c.device)
     )
     if choice.method == "exact":
-        return gram(
+        whole = gram(
             store,
-            device=device,
-            team=team,
-            memory_budget_bytes=memory_budget_bytes,
-            progress=progress,
-        ).until(until)
-    return randomized_gram(
-        store,
-        until=until,
-        components=components,
-        device=device,
-        team=team,
-        memory_budget_bytes=memory_budget_bytes,
-        progress=progress,
-    )
+            device=c.device,
+            team=c.team,
+            memory_budget_bytes=c.memory_budget_bytes,
+            progress=c.progress,
+        )
+        return whole.until(until)
+    return randomized_gram(store, until=until, components=c.components, compute=c)

@@ -447,7 +447,8 @@ class Appender:
                 name = self._layout.segments_in(part, at)[0].tensor.name
                 raise CheckpointError(
                     f"{where}: tensor {name!r} is not float and differs from the base; "
-                    "expected integer and boolean tensors to stay the same in all steps"
+                    "expected integer and boolean tensors to stay the same in all steps: --exclude"
+                    " keeps the base's values"
                 )
 
     def _refuse_nonfinite(

@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ def estimate_import(
     mantissa_bits: int | None = None,
     source_format: str | None = None,
     step_map: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> Estimate:
     """Estimate an import with the same arguments. Reads ``2**16`` elements of every tensor in up to
     four steps; writes nothing.
@@ -94,11 +95,12 @@ def estimate_import(
             f"{source}: has no step 0, so the base is unknown; give the base model with --base DIR"
         )
     with closing(run.checkpoint(0) if base is None else open_checkpoint(Path(base))) as original:
-        view, over = seen_alike(run, original, wanted[0])
+        view, over, said = seen_alike(run, original, wanted[0], exclude)
         with closing(view.checkpoint(wanted[0])) as first:
             if isinstance(first, AdaptedCheckpoint):
                 return _of_adapters(first, run, wanted)
-            return _of_miniature(view, over, first, run, wanted, encoding, mantissa_bits)
+            found = _of_miniature(view, over, first, run, wanted, encoding, mantissa_bits)
+            return replace(found, notes=[*found.notes, *said])
 
 
 def _of_adapters(first: AdaptedCheckpoint, run: Run, wanted: list[int]) -> Estimate:

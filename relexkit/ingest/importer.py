@@ -16,12 +16,17 @@ from relexkit.checkpoints import ChangingCheckpoint, Checkpoint, Run, open_check
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base, over_base
+from relexkit.checkpoints.model_names import named_alike
+from relexkit.checkpoints.one_sided import KeptFromBase, refuse_exclude, sides
 from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
+from relexkit.checkpoints.small_files import merged_files
 from relexkit.checkpoints.stored import StoredBase
-from relexkit.checkpoints.tied import RunWithHeads, heads_on_one_side, tied_tensors, with_heads
+from relexkit.checkpoints.tied import heads_on_one_side, tied_tensors, with_heads
 from relexkit.checkpoints.version_run import WeightSyncRun
+from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
-from relexkit.ingest.append import Appender, base_reader, read_columns
+from relexkit.ingest.append import Appender, base_reader
+from relexkit.ingest.branches import check_branch, compare_steps, is_base_throughout
 from relexkit.store import (
     NotAStoreError,
     ProgressCallback,
@@ -31,7 +36,6 @@ from relexkit.store import (
     create_store,
     describe_steps,
 )
-from relexkit.store.encodings.bits import BLOCK, float_row
 from relexkit.version import __version__
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
 from relexkit.weights.layout import Encoding, build_layout
@@ -74,6 +78,10 @@ def import_checkpoints(
     mantissa_bits: int | None = None,
     source_format: str | None = None,
     step_map: str | None = None,
+    exclude: Sequence[str] = (),
+    rewind: bool = False,
+    continues: bool = False,
+    known_until: int = 0,
     memory_budget_bytes: int = 5 * 2**26,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
@@ -98,6 +106,15 @@ def import_checkpoints(
         step_map: optimizer steps per label (``"2"``, ``"1/4"``) or a JSON file ``{label: step}``,
             where folders are not numbered by optimizer steps; ``steps`` then means optimizer steps,
             and labels are kept as the metric ``label``.
+        exclude: regular expressions, searched for in tensor names: what matches keeps the base's
+            values in every step, or is left out if the base lacks it. Tensors that trainers are
+            known to drop or to add (``mtp.*``, layers beyond the model's, rotary frequencies; value
+            heads) are treated so by themselves, and said.
+        rewind: the run was resumed and written anew: remove the recorded steps after the last one
+            that is still the same, and record it again from there.
+        continues: the run goes on from the store although no step is in both.
+        known_until: the recorded steps up to this one need not be compared, because the caller has
+            just imported them.
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory;
             what does not fit is read again from its file.
 
@@ -105,7 +122,9 @@ def import_checkpoints(
     and deleted: the disk never holds more than two checkpoints, and heads are not tested for being
     tied, which would take a second download.
 
-    Weight-sync deltas need one copy of the model beside ``OUT`` while they are applied.
+    Steps that the store has already are compared with the run's, in samples of where the run moves;
+    a run that differs, or shares no step, is refused. Weight-sync deltas need one copy of the model
+    beside ``OUT`` while they are applied.
 
     Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are
     read once more, and so is what does not fit the budget. Memory: the budget, a few blocks of
@@ -132,45 +151,118 @@ def import_checkpoints(
         wanted = select_steps(run.steps, steps)
         base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source, hub)
         with closing(base_checkpoint):
-            view, over = seen_alike(run, base_checkpoint, wanted[0])
-            notes = list(run.notes)
+            view, over, said = seen_alike(run, base_checkpoint, wanted[0], exclude)
+            notes = [*run.notes, *said]
             created = not _is_store(out)
             if created:
                 sampled = wanted[:1] if is_hub(source) else wanted
                 notes += create_for(
                     out, view, sampled, over, base_words, encoding, mantissa_bits, progress
                 )
+            left_out = {**run.left_out, **_step_zero(run, base, view, over)}
             with StoreWriter(out) as writer:
                 if not created:
-                    _check_same_run(writer.store, view, over, encoding, mantissa_bits)
+                    _check_same_base(writer.store, over, encoding, mantissa_bits)
                     if isinstance(run, HubRun):
                         run.check_commits(
                             writer.store.files(), [int(s) for s in writer.store.steps]
                         )
+                    else:
+                        linked = continues or isinstance(run, WeightSyncRun)  # by its versions
+                        notes += _join(writer, view, over, wanted, rewind, linked, known_until)
                 if is_hub(base_words):  # the store has it by now, and the disk needs the room
                     base_checkpoint.close()
-                    view, over = seen_alike(run, StoredBase(writer.store), wanted[0])
+                    view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], exclude)
                 recorded = {int(s) for s in writer.store.steps}
                 new = _new_steps(wanted, recorded, source, out)
                 if new:
                     append_all(view, new, writer, over, memory_budget_bytes, progress)
-    return ImportResult(
-        TrajectoryStore(out), new, [s for s in wanted if s in recorded], notes, run.left_out
-    )
+    store = TrajectoryStore(out)
+    if new and is_base_throughout(store):
+        notes.append(
+            "every step equals the base bit for bit: nothing was trained, or these are not the"
+            " trained weights (a merged folder beside an adapter may be the base: --format peft)"
+        )
+    return ImportResult(store, new, [s for s in wanted if s in recorded], notes, left_out)
 
 
-def seen_alike(run: Run, base: Checkpoint, first_step: int) -> tuple[Run, Checkpoint]:
-    """Run and base with the same tensors: adapters merged into the base, tied heads on both sides."""
-    run = (
-        ChainedRun(run, base)
-        if isinstance(run, WeightSyncRun)
-        else over_base(run, base, first_step)
+def _join(
+    writer: StoreWriter,
+    run: Run,
+    base: Checkpoint,
+    wanted: list[int],
+    rewind: bool,
+    continues: bool,
+    known_until: int,
+) -> list[str]:
+    """Check that the run is the one in the store, and remove what it has written anew if asked to;
+    returns what a person should know.
+    """
+    store = writer.store
+    found = compare_steps(store, run, base, known_until)
+    recorded = {int(s) for s in store.steps}
+    new = [s for s in wanted if s not in recorded]
+    notes = check_branch(
+        store, run, found, new, rewind=rewind, continues=continues or known_until > 0
     )
-    if isinstance(run, ChainedRun):  # its tensors are the base's
-        return run, base
+    last = max(found.last_agreeing(), known_until)
+    removed = [s for s in recorded if s > last]
+    if rewind and last and removed:
+        writer.truncate(last)
+        notes.append(f"removed, to be recorded anew, what was recorded after step {last}")
+    return notes
+
+
+def _step_zero(run: Run, base: str | Path | None, view: Run, over: Checkpoint) -> dict[str, str]:
+    """What to say of a step 0 beside a base that was given."""
+    if base is None or 0 not in run.steps or isinstance(run, HubRun):
+        return {}
+    with closing(view.checkpoint(0)) as first:
+        if isinstance(first, AdaptedCheckpoint):
+            return {"step 0": "is before the first step; the base is what --base gives"}
+        names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
+        if _sampled_equal(first, over, names):
+            return {"step 0": "is the base that --base gives"}
+    return {
+        "step 0": (
+            "differs from the base that --base gives, and steps count from 1: if the trainer counts"
+            ' its first trained step as 0, give --step-map FILE with {"0": 1, "1": 2, ...}'
+        )
+    }
+
+
+def _sampled_equal(
+    first: Checkpoint, base: Checkpoint, names: dict[str, tuple[tuple[int, ...], str]]
+) -> bool:
+    floats = [(n, shape, dtype) for n, (shape, dtype) in names.items() if dtype in FLOAT_DTYPES]
+    density = _sampled_density(floats, base, first)
+    return bool(density) and not any(density.values())
+
+
+def seen_alike(
+    run: Run, base: Checkpoint, first_step: int, exclude: Sequence[str] = ()
+) -> tuple[Run, Checkpoint, list[str]]:
+    """Run and base with the same tensors under the same names, and what was done about those of one
+    side, in words: adapters merged into the base, tied heads on both sides.
+    """
+    if isinstance(run, WeightSyncRun):
+        refuse_exclude(exclude, "weight-sync deltas")
+        return ChainedRun(run, base), base, []  # its tensors are the base's
+    run, base = over_base(run, base, first_step)
+    with closing(run.checkpoint(first_step)) as first:
+        if isinstance(first, AdaptedCheckpoint):
+            refuse_exclude(exclude, "adapters")
+            return run, base, []
+        run, base = named_alike(run, base, first)
     with closing(run.checkpoint(first_step)) as first:
         missing = heads_on_one_side(base, first)
-    return RunWithHeads(run, missing), with_heads(base, missing)
+        base = with_heads(base, missing)
+        found = sides(base, with_heads(first, missing), exclude)
+
+    def view(step: Checkpoint) -> Checkpoint:
+        return KeptFromBase(with_heads(step, missing), base, found)
+
+    return RunView(run, view), base, found.notes()
 
 
 def _new_steps(
@@ -283,10 +375,11 @@ def create_for(
     with closing(run.checkpoint(steps[0])) as first:
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         check_tensors(names, base, f"step {steps[0]}", base_words, widen=True)
-        files = {**base.files(), **first.files()}
+        files = merged_files(base.files(), first.files())
         order = [(name, *names[name]) for name in first.tensors]
         adapted = first if isinstance(first, AdaptedCheckpoint) else None
-        factors, still = (adapted.factors, adapted.still) if adapted else ({}, frozenset[str]())
+        factors = adapted.factors if adapted else {}
+        still = getattr(first, "still", frozenset[str]())
     tied, notes = tied_tensors(run, [] if adapted else steps, base)
     if adapted:  # what an adapter leaves alone needs no look at the steps
         tied = {head: embedding for head, embedding in tied.items() if {head, embedding} <= still}
@@ -315,7 +408,9 @@ def _choose_encodings(
     base: Checkpoint,
     encoding: str,
 ) -> dict[str, Encoding]:
-    """Encoding of each float dtype, from a sample of what changed between the last two checkpoints."""
+    """Encoding of each float dtype, from a sample of what changed between the last two
+    checkpoints.
+    """
     dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
     if encoding == "float":
         return dict.fromkeys(dtypes, "float")
@@ -369,10 +464,10 @@ def _sampled_density(
 # -- checking --------------------------------------------------------------------------------------
 
 
-def _check_same_run(
-    store: TrajectoryStore, run: Run, base: Checkpoint, encoding: str, mantissa_bits: int | None
+def _check_same_base(
+    store: TrajectoryStore, base: Checkpoint, encoding: str, mantissa_bits: int | None
 ) -> None:
-    """The store belongs to this run, base and options (it may have been created by an earlier,
+    """The store has this base and these options (it may have been created by an earlier,
     interrupted call).
     """
     expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
@@ -396,44 +491,6 @@ def _check_same_run(
             f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or"
             " choose another -o"
         )
-    _check_last_step(store, run, base)
-
-
-def _check_last_step(store: TrajectoryStore, run: Run, base: Checkpoint) -> None:
-    """The last recorded step, if the run still has it, holds what the store holds, in the first
-    block of every part.
-    """
-    last = int(store.steps[-1]) if len(store.steps) else 0
-    if last not in run.steps or not last:
-        return
-    with closing(run.checkpoint(last)) as checkpoint:
-        expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
-        check_tensors(expected, checkpoint, f"the store {store.path}", f"step {last}")
-        for part, spec in enumerate(store.layout.parts):
-            end = min(spec.numel, BLOCK)
-            if isinstance(checkpoint, AdaptedCheckpoint) and spec.encoding == "factors":
-                bits = checkpoint.factor_bits(store.layout.segments_in(part)[0].tensor.name)
-                if not np.array_equal(bits, store.read_factor_bits(part, len(store.steps) - 1)):
-                    raise _another_run(store, last)
-                continue
-            current = read_columns(checkpoint, store.layout, part, 0, end, f"step {last}")
-            if spec.encoding == "float":
-                reference = read_columns(base, store.layout, part, 0, end, "the base")
-                row = store.read_row(part, len(store.steps) - 1, 0, end)
-                same = np.array_equal(
-                    float_row(reference, current, spec.dtype, store.mantissa_bits or 23), row
-                )
-            else:
-                same = np.array_equal(current, store.read_state(part, len(store.steps) - 1, 0, end))
-            if not same:
-                raise _another_run(store, last)
-
-
-def _another_run(store: TrajectoryStore, step: int) -> CheckpointError:
-    return CheckpointError(
-        f"step {step} of the run differs from the one recorded in {store.path}: this is another"
-        " run; choose another -o"
-    )
 
 
 # -- appending -------------------------------------------------------------------------------------
@@ -449,7 +506,7 @@ def append_all(
 ) -> None:
     """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
-        still = first.still if isinstance(first, AdaptedCheckpoint) else ()
+        still = getattr(first, "still", ())
         changing = isinstance(first, ChangingCheckpoint)
     with closing(
         Appender(writer, base, memory_budget_bytes, still=still, changing=changing)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.ingest.append import read_columns
 from relexkit.store import READ_WINDOW, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import apply_update, float_row
 
 
 class ReadBack:
-    """Goes through a store from step to step and compares some of them with their checkpoints: every
-    bit, of float deltas every rounded value, and the tensors that are not float.
+    """Goes through a store from step to step and compares some of them with their checkpoints:
+    every bit, of float deltas every rounded value, and the tensors that are not float.
 
     Memory: the weights of the sparse parts, since a step of the log is known only after those
     before it, and a few blocks.

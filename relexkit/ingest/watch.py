@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 from relexkit.checkpoints import Run, SavedRun, open_run
+from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import named_base
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
-from relexkit.store import NotAStoreError, TrajectoryStore
+from relexkit.store import NotAStoreError, TrajectoryStore, durable
 
 
 def watch(
@@ -30,6 +31,8 @@ def watch(
     mantissa_bits: int | None = None,
     source_format: str | None = None,
     step_map: str | None = None,
+    exclude: Sequence[str] = (),
+    continues: bool = False,
     delete_after: bool = False,
     poll_seconds: float = 5.0,
     idle_seconds: float | None = None,
@@ -43,7 +46,8 @@ def watch(
     are reported and left out.
 
     Args:
-        base, encoding, mantissa_bits, source_format, step_map: see ``import_checkpoints``.
+        base, encoding, mantissa_bits, source_format, step_map, exclude, continues: see
+            ``import_checkpoints``.
         every: only steps that are multiples of this; the others are not deleted either.
         delete_after: delete a checkpoint's folder once a later one is stored as well: the newest
             stays, to resume from. Right before, the whole checkpoint is compared with what the
@@ -75,8 +79,11 @@ def watch(
         encoding == "float",
         _local(base),
         say,
+        exclude,
     )
     options = {
+        "exclude": exclude,
+        "continues": continues,
         "base": base,
         "encoding": encoding,
         "mantissa_bits": mantissa_bits,
@@ -103,7 +110,10 @@ class _Watcher:
         rounded_is_enough: bool,
         base: Path | None,
         say: Callable[[str], None],
+        exclude: Sequence[str],
     ):
+        self._exclude = exclude
+        self._known_until = 0
         self._source, self._out, self._every, self._format = source, out, every, source_format
         self._step_map = step_map
         self._delete_after, self._rounded_is_enough = delete_after, rounded_is_enough
@@ -140,6 +150,7 @@ class _Watcher:
                     self._out,
                     steps=f"{step}:{step}",
                     source_format=run.format,
+                    known_until=self._known_until,
                     **options,
                 )
             except (RelexkitError, OSError):
@@ -150,14 +161,14 @@ class _Watcher:
                 )
                 return did
             did = True
-            self._format = run.format
+            self._format, self._known_until = run.format, step
             self._say(f"step {step} recorded")
             self._delete_earlier(run)
         return did
 
     def _run(self) -> SavedRun | None:
         """The run as it is now; None if no step is whole yet."""
-        if "://" not in str(self._source):
+        if "://" not in str(self._source) or is_hub(self._source):
             if not Path(self._source).is_dir():
                 raise CheckpointError(
                     f"{self._source}: no such folder; expected the one that the trainer saves into"
@@ -276,9 +287,10 @@ class _Watcher:
             self._kept[step] = files
             self._say(f"{folder.name} {reason}; it is not deleted")
             return False
-        # under another name first, so that a kill leaves no half of a checkpoint
+        # under another name first, on the disk, so that no crash leaves half of a checkpoint
         left = folder.with_name(_LEFT.format(folder.name))
-        os.rename(folder, left)
+        durable.rename(folder, left)
+        durable.fsync(folder.parent)
         shutil.rmtree(left)
         self._say(f"{folder.name} deleted")
         return True
@@ -304,7 +316,7 @@ class _Watcher:
         try:
             if self._view is None or self._view[0] is not run:
                 # one for all steps of a look: of a chain of deltas it goes on where it was
-                self._view = run, seen_alike(run, StoredBase(store), step)[0]
+                self._view = run, seen_alike(run, StoredBase(store), step, self._exclude)[0]
             with closing(self._view[1].checkpoint(step)) as checkpoint:
                 expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
                 check_tensors(expected, checkpoint, f"the store {store.path}", f"step {step}")

@@ -14,14 +14,16 @@ it:
 
 from relexkit.materialize.folders import temporary_folder
 from relexkit.materialize.in_place import apply, apply_step
-from relexkit.materialize.predicted import Prediction, extrapolate
+from relexkit.materialize.output import Output, Written
+from relexkit.materialize.predicted import extrapolate
 from relexkit.materialize.recorded import checkout
 from relexkit.materialize.rounded import round_checkpoint
 from relexkit.materialize.versions import WeightSync
 
 __all__ = [
-    "Prediction",
+    "Output",
     "WeightSync",
+    "Written",
     "apply",
     "apply_step",
     "checkout",

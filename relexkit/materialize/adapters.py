@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,21 @@ import numpy as np
 
 from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, WEIGHTS
 from relexkit.errors import RelexkitError, StoreError
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.factors import compress, singular_values, stacked_sum
 from relexkit.materialize.folders import PROVENANCE, is_finished, temporary_folder
+from relexkit.materialize.output import Written
 from relexkit.materialize.planning import plan
 from relexkit.materialize.sums import stream_sums
-from relexkit.predict.extrapolators import Options, step_text
-from relexkit.store import ProgressCallback, TrajectoryStore, blocks
+from relexkit.predict.extrapolators import step_text
+from relexkit.predict.prediction import Prediction
+from relexkit.store import TrajectoryStore, blocks
 from relexkit.store.encodings.bits import BLOCK, content_checksum
 from relexkit.weights.layout import Factors, TensorSpec
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter, TensorInfo
 
 LARGEST_ERROR = 1e-3
 """Relative error of the whole delta that a rank chosen by itself may leave."""
-
-
-@dataclass(frozen=True)
-class AdapterPrediction:
-    """A predicted adapter: target, folder, rank, the relative error that the cut to that rank
-    leaves, whether it was there.
-    """
-
-    target: float
-    folder: Path
-    rank: int
-    error: float
-    already: bool
 
 
 def checkout_adapter(store: TrajectoryStore, step: int, out: str | Path) -> Path:
@@ -100,49 +89,23 @@ def extrapolate_adapter(
     store: TrajectoryStore,
     to: Sequence[float],
     out: str | Path,
-    *,
-    rank: int | None = None,
-    until: int | None = None,
-    method: str = "relex",
-    options: Options | None = None,
-    scope: str | None = None,
-    scale: float = 1.0,
-    memory_budget_bytes: int = 2**28,
-    progress: ProgressCallback | None = None,
-) -> list[AdapterPrediction]:
-    """Write a predicted adapter ``OUT/step-TARGET/`` in float32 for every target; PEFT loads it
-    onto the base.
+    prediction: Prediction,
+    rank: int,
+    compute: Compute,
+) -> list[Written]:
+    """``extrapolate`` to adapters in float32, of ``rank`` in every target module; 0 for the
+    smallest that leaves a relative error of at most ``LARGEST_ERROR``.
 
-    Args:
-        rank: of every target module; if not given the smallest that leaves a relative error of at
-            most ``LARGEST_ERROR``.
-        until, method, options, scope, scale: as for ``extrapolate``.
-
-    Whole tensors (``modules_to_save``) are predicted as they are. Memory: the factors of one tensor
-    over all steps, twice.
-
-    Raises:
-        StoreError: the store holds no adapters, or a chunk is damaged.
-        ExtrapolationError: see ``predict_weights``.
+    Whole tensors (``modules_to_save``) are predicted as they are.
     """
     _refuse_without_factors(store)
-    if rank is not None and rank < 1:
-        raise RelexkitError(f"--adapter {rank} is not a rank; expected 1 or more")
-    plans = plan(
-        store,
-        to,
-        until=until,
-        method=method,
-        options=options,
-        scope=scope,
-        scale=scale,
-        memory_budget_bytes=memory_budget_bytes,
-        progress=progress,
-    )
+    if rank < 0:
+        raise RelexkitError(f"--adapter {rank} is not a rank; expected 1 or more, or 0 to choose")
+    plans = plan(store, to, prediction, compute)
     written = []
     for planned in plans:
         folder = Path(out) / f"step-{step_text(planned.target)}"
-        chosen, error = _choose_rank(store, planned.weights, rank)
+        chosen, error = _choose_rank(store, planned.weights, rank or None)
         provenance = {
             **planned.provenance,
             "kind": "extrapolated adapter",
@@ -151,12 +114,11 @@ def extrapolate_adapter(
         }
         already = is_finished(folder, provenance)
         if not already:
-            _write_predicted(
-                store, folder, planned.weights, chosen, provenance, memory_budget_bytes
-            )
-        written.append(AdapterPrediction(planned.target, folder, chosen, error, already))
-        if progress:
-            progress("adapters", len(written), len(to))
+            budget = compute.memory_budget_bytes
+            _write_predicted(store, folder, planned.weights, chosen, provenance, budget)
+        written.append(Written(planned.target, folder, already, chosen, error))
+        if compute.progress:
+            compute.progress("adapters", len(written), len(to))
     return written
 
 
@@ -282,7 +244,9 @@ def _whole_tensors(store: TrajectoryStore) -> list[TensorSpec]:
 
 
 def _whole_key(name: str, store: TrajectoryStore) -> str:
-    """Name in the file of a whole tensor; PEFT puts the bias of an adapted module one level deeper."""
+    """Name in the file of a whole tensor; PEFT puts the bias of an adapted module one level
+    deeper.
+    """
     module, _, end = name.rpartition(".")
     adapted = end == "bias" and any(t.name == f"{module}.weight" for t, _ in _adapted(store))
     return f"{PREFIX}{module}.base_layer.bias" if adapted else f"{PREFIX}{name}"

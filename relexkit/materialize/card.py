@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from relexkit.predict.extrapolators import Options, step_text
+from relexkit.predict.extrapolators import step_text
+from relexkit.predict.fits import Options
 
 
 def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from relexkit.checkpoints.formats.hub import REVISIONS_FILE
 from relexkit.checkpoints.formats.peft import CONFIG
+from relexkit.checkpoints.tied import with_tie
 from relexkit.errors import RelexkitError, StoreError, printable
 from relexkit.store import TrajectoryStore, WriterLock, blocks
 from relexkit.store.durable import replace_folder
@@ -50,13 +51,14 @@ class PendingFolders:
     def __init__(self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None):
         self._store, self._jobs, self._dtype = store, jobs, dtype
         self._aliases = store.layout.aliases()
+        self._tied = {t.name: t.tied_to for t in store.layout.tensors if t.tied_to}
         sizes = Counter[str]()
         for part in store.layout.parts:
             sizes[part.dtype] += part.numel if part.encoding != "fixed" else 0
         self._dtypes = [dtype] if dtype else [name for name, _ in sizes.most_common()]
 
     def __enter__(self) -> PendingFolders:
-        tensors = {
+        self._tensors = tensors = {
             t.name: TensorInfo(
                 t.shape, (self._dtype or t.dtype) if t.dtype in FLOAT_DTYPES else t.dtype
             )
@@ -97,8 +99,11 @@ class PendingFolders:
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
+            files = self._store.files()
+            if "config.json" in files:
+                files["config.json"] = with_tie(files["config.json"], self._tensors, self._tied)
             for folder, job in zip(self._folders, self._jobs, strict=True):
-                write_files(folder, self._store.files(), self._dtypes, job.provenance, job.card)
+                write_files(folder, files, self._dtypes, job.provenance, job.card)
 
 
 @contextmanager
@@ -162,6 +167,7 @@ def write_files(
             continue
         if name == "config.json":
             content = _with_dtype(content, dtypes)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
     if card is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from relexkit.checkpoints.model_names import common_prefix, model_places
 from relexkit.errors import RelexkitError
 from relexkit.materialize.recorded import recorded_bits
 from relexkit.materialize.sums import stream_sums
 from relexkit.store import TrajectoryStore
 from relexkit.weights.dtypes import FLOAT_DTYPES, Rounding, round_bits, to_float32
-from relexkit.weights.layout import Layout, Segment
+from relexkit.weights.layout import Layout, Segment, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,8 @@ def apply(
     partly changed.
 
     Args:
-        model: its ``state_dict`` has the store's tensors (tied ones under either name).
+        model: its ``state_dict`` has the store's tensors (tied ones under either name; a
+            transformers model also where it holds them under other names, or several as one).
         weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of
             ``predict_weights``; all zero for the base.
         rounding: used where a parameter is less precise than float32.
@@ -91,7 +94,7 @@ class _Targets:
     def __init__(
         self, store: TrajectoryStore, model: torch.nn.Module, rounding: Rounding, seed: int
     ):
-        self._flat = _flat_tensors(store.layout, model.state_dict())
+        self._flat = _flat_tensors(store, _named_as_stored(store.layout, model))
         self._rounding, self._seed = rounding, seed
 
     def write(self, segment: Segment, values: np.ndarray) -> None:
@@ -108,13 +111,38 @@ class _Targets:
             target[start : start + segment.numel].copy_(block)
 
 
-def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """For each moving tensor, flat views of its memory in the model, under its own name and those
-    tied to it.
+def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by the store's names: those of memory, and where tensors of the store lack
+    there, those on disk, as pieces of what memory holds, or with a prefix.
     """
-    shared = layout.aliases()
-    flat = {}
-    for tensor in layout.moving_tensors:
+    state = dict(model.state_dict())
+    names = [t.name for t in layout.moving_tensors]
+    lacking = {n for n in names if not state.keys() & {n, *layout.aliases().get(n, ())}}
+    if not lacking:
+        return state
+    for name, place in model_places(model).items():
+        whole = state[place.name]
+        if name in lacking and whole.is_contiguous():
+            piece = whole.view(-1)[place.start : place.start + math.prod(place.shape)]
+            state[name] = piece.view(place.shape)
+    lacking -= state.keys()
+    added, removed = common_prefix(lacking, state), common_prefix(state, lacking)
+    for name in lacking:
+        other = added + name if added else name.removeprefix(removed)
+        if other in state:
+            state[name] = state[other]
+    return state
+
+
+def _flat_tensors(
+    store: TrajectoryStore, state: dict[str, torch.Tensor]
+) -> dict[str, list[torch.Tensor]]:
+    """For each moving tensor, flat views of its memory in the model, under its own name and those
+    tied to it; none of what no step moves and the model does not have.
+    """
+    shared = store.layout.aliases()
+    flat: dict[str, list[torch.Tensor]] = {}
+    for tensor in store.layout.moving_tensors:
         found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
         for name in found:
@@ -126,10 +154,37 @@ def _flat_tensors(layout: Layout, state: dict[str, torch.Tensor]) -> dict[str, l
                     f"tensor {name!r} of the model is {state[name].dtype}, contiguous"
                     f" {state[name].is_contiguous()}; expected contiguous {', '.join(FLOAT_DTYPES)}"
                 )
+        if not found and _is_still(store, tensor):
+            flat[tensor.name] = []
+            continue
         if wrong or not found:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
             raise RelexkitError(
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}"
             )
         flat[tensor.name] = [state[name].detach().view(-1) for name in found]
+    _refuse_shared(flat)
     return flat
+
+
+def _is_still(store: TrajectoryStore, tensor: TensorSpec) -> bool:
+    """True if no step moves the part that a tensor lies in."""
+    parts = {segment.part for segment in store.layout.segments_of(tensor)}
+    return all(
+        store.layout.parts[part].encoding == "sparse"
+        and not store.entries(part, len(store.steps)).any()
+        for part in parts
+    )
+
+
+def _refuse_shared(flat: dict[str, list[torch.Tensor]]) -> None:
+    """Refuse a model in which tensors that differ in the store are one parameter."""
+    owner: dict[int, str] = {}
+    for name, views in flat.items():
+        for view in views:
+            other = owner.setdefault(view.data_ptr(), name) if view.data_ptr() else name
+            if other != name:
+                raise RelexkitError(
+                    f"the model ties {name!r} to {other!r}, which are two tensors in the store;"
+                    " load the model with tie_word_embeddings=False"
+                )

@@ -5,20 +5,21 @@ came about.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from relexkit.assess.metrics import learning_rates
 from relexkit.errors import StoreError
 from relexkit.geometry.shape import decompose
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.pca import pca_gram
-from relexkit.predict.extrapolators import METHODS, Options, check_request, predict_weights
-from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.predict.extrapolators import METHODS, check_request, predict_weights
+from relexkit.predict.fits import Options
+from relexkit.predict.prediction import Prediction
+from relexkit.store import TrajectoryStore, describe_steps
 from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
 
@@ -36,55 +37,32 @@ class Plan:
 
 
 def plan(
-    store: TrajectoryStore,
-    to: Sequence[float],
-    *,
-    until: int | None = None,
-    method: str = "relex",
-    options: Options | None = None,
-    scope: str | None = None,
-    scale: float = 1.0,
-    pca: str = "exact",
-    components: int | None = None,
-    device: str = "cpu",
-    team: Team = ALONE,
-    memory_budget_bytes: int = 2**28,
-    progress: ProgressCallback | None = None,
+    store: TrajectoryStore, to: Sequence[float], prediction: Prediction, compute: Compute
 ) -> list[Plan]:
     """Weights and provenance for every target, in order; nothing for all but the first process. See
     ``extrapolate``.
     """
-    options, targets = options or Options(), [float(target) for target in dict.fromkeys(to)]
-    check_request(targets, method, options, scale)
+    targets = [float(target) for target in dict.fromkeys(to)]
+    check_request(targets, prediction)
+    method, until = METHODS[prediction.method], prediction.until
     num_used = len(_used_steps(store, until))
-    needs_gram = METHODS[method].needs_gram
-    observed = _shape_only(store).until(until)
-    if needs_gram:
-        observed = pca_gram(
-            store,
-            pca=pca,
-            until=until,
-            components=components,
-            device=device,
-            team=team,
-            memory_budget_bytes=memory_budget_bytes,
-            progress=progress,
-        )
-    if team.rank:
-        return []
-    rates = learning_rates(store.steps, store.metrics())
-    weights = predict_weights(
-        observed, targets, method=method, options=options, scope=scope, scale=scale, rates=rates
+    observed = (
+        pca_gram(store, until=until, compute=compute)
+        if method.needs_gram
+        else _shape_only(store).until(until)
     )
+    if compute.team.rank:
+        return []
+    weights = predict_weights(observed, targets, prediction)
     settings = {
-        "method": method,
-        **_used_options(method, options),
-        "scope": scope or METHODS[method].scope,
-        "scale": scale,
+        "method": prediction.method,
+        **{name: getattr(prediction.options, name) for name in _in_order(method.options)},
+        "scope": prediction.scope or method.scope,
+        "scale": prediction.scale,
     }
     content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
     with single_threaded_blas():
-        variance = _variance(observed) if needs_gram else None
+        variance = _variance(observed) if method.needs_gram else None
     return [
         Plan(
             target,
@@ -133,10 +111,8 @@ def _shape_only(store: TrajectoryStore) -> Gram:
     )
 
 
-def _used_options(method: str, options: Options) -> dict[str, Any]:
-    return {
-        name: value for name, value in asdict(options).items() if name in METHODS[method].options
-    }
+def _in_order(names: tuple[str, ...]) -> list[str]:
+    return [field.name for field in fields(Options) if field.name in names]
 
 
 def _variance(observed: Gram) -> float:

@@ -3,126 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
+from relexkit.materialize.adapters import extrapolate_adapter
 from relexkit.materialize.card import model_card
 from relexkit.materialize.folders import FolderJob, PendingFolders, check_output, is_finished
+from relexkit.materialize.output import AS_RECORDED, Output, Written
 from relexkit.materialize.planning import plan
 from relexkit.materialize.recorded import checkout
 from relexkit.materialize.sums import stream_sums
-from relexkit.materialize.versions import WeightSync, write_versions
-from relexkit.predict.extrapolators import Options, step_text
-from relexkit.store import ProgressCallback, TrajectoryStore
-from relexkit.weights.dtypes import Rounding, round_bits
+from relexkit.materialize.versions import write_versions
+from relexkit.predict.extrapolators import step_text
+from relexkit.predict.prediction import PLAIN, Prediction
+from relexkit.store import TrajectoryStore
+from relexkit.weights.dtypes import round_bits
 from relexkit.weights.layout import Segment
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What ``extrapolate`` wrote for one target: the folder, and whether it was there already."""
-
-    target: float
-    folder: Path
-    already: bool
 
 
 def extrapolate(
     store: TrajectoryStore,
     to: Sequence[float],
     out: str | Path,
+    prediction: Prediction = PLAIN,
     *,
-    until: int | None = None,
-    method: str = "relex",
-    options: Options | None = None,
-    scope: str | None = None,
-    scale: float = 1.0,
-    dtype: str | None = None,
-    rounding: Rounding = "stochastic",
-    seed: int = 0,
-    pca: str = "exact",
-    components: int | None = None,
-    device: str = "cpu",
-    team: Team = ALONE,
-    memory_budget_bytes: int = 2**28,
-    sync: WeightSync | None = None,
-    progress: ProgressCallback | None = None,
-) -> list[Prediction]:
+    output: Output = AS_RECORDED,
+    compute: Compute = DEFAULT,
+) -> list[Written]:
     """Write a predicted checkpoint ``OUT/step-TARGET/`` for every target; each loads with
-    ``from_pretrained``.
+    ``from_pretrained``, or as a PEFT adapter onto the base if ``output.adapter`` is given.
 
     Args:
         to: target steps, in optimizer steps.
-        until: use only steps up to this one.
-        method, options, scope, scale: see ``predict_weights``.
-        dtype: of the output; the recorded one if not given. 16-bit outputs are rounded
-            stochastically unless ``rounding`` is ``nearest``: nearest rounding erases motion below
-            half a unit in the last place.
-        seed: of the stochastic rounding; the result does not depend on how the work is cut.
-        pca, components, device, team: how the Gram matrices are found, see ``pca_gram``. The first
-            process writes.
-        sync: write versions ``OUT/weight_v{N}`` that an inference engine pulls, each against the
-            one before.
+        prediction: method, options, scope, scale, and the last step to use.
+        output: precision and kind of what is written; the result does not depend on how the work is
+            cut.
+        compute: how the Gram matrices are found, see ``pca_gram``. The first process writes.
 
-    One pass over the deltas up to ``until`` for all targets together (and one for the Gram matrices
-    if the store has none yet). Memory: the budget, whatever the number of steps and parameters.
+    One pass over the deltas up to ``prediction.until`` for all targets together (and one for the
+    Gram matrices if the store has none yet). Memory: the budget, whatever the number of steps and
+    parameters; of an adapter the factors of one tensor over all steps, twice.
 
     Raises:
         ExtrapolationError: see ``predict_weights``.
-        StoreError: damaged chunk, or the disk is full; nothing half-written is left.
+        StoreError: damaged chunk, or the disk is full; nothing half-written is left. Or an adapter
+            is asked for and the store holds none.
     """
-    check_output(dtype, rounding)
-    if sync is not None and not team.rank:
-        made: list[Prediction] = []
+    check_output(output.dtype, output.rounding)
+    if output.adapter is not None:
+        return extrapolate_adapter(store, to, out, prediction, output.adapter, compute)
+    if output.sync is not None and not compute.team.rank:
+        made: list[Written] = []
 
         def make(scratch: Path) -> list[Path]:
-            made.extend(
-                extrapolate(
-                    store,
-                    to,
-                    scratch,
-                    until=until,
-                    method=method,
-                    options=options,
-                    scope=scope,
-                    scale=scale,
-                    dtype=dtype,
-                    rounding=rounding,
-                    seed=seed,
-                    pca=pca,
-                    components=components,
-                    device=device,
-                    team=team,
-                    memory_budget_bytes=memory_budget_bytes,
-                    progress=progress,
-                )
-            )
-            return [prediction.folder for prediction in made]
+            plain = replace(output, sync=None)
+            made.extend(extrapolate(store, to, scratch, prediction, output=plain, compute=compute))
+            return [one.folder for one in made]
 
-        versions = write_versions(sync, Path(out), partial(checkout, store), make)
-        return [
-            Prediction(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)
-        ]
-    plans = plan(
-        store,
-        to,
-        until=until,
-        method=method,
-        options=options,
-        scope=scope,
-        scale=scale,
-        pca=pca,
-        components=components,
-        device=device,
-        team=team,
-        memory_budget_bytes=memory_budget_bytes,
-        progress=progress,
-    )
-    weights, jobs, predictions = [], [], []
+        versions = write_versions(output.sync, Path(out), partial(checkout, store), make)
+        return [Written(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)]
+    plans = plan(store, to, prediction, compute)
+    dtype, rounding, seed = output.dtype, output.rounding, output.seed
+    weights, jobs, written = [], [], []
     for planned in plans:
         provenance = {
             **planned.provenance,
@@ -132,7 +78,7 @@ def extrapolate(
         }
         folder = Path(out) / f"step-{step_text(planned.target)}"
         already = is_finished(folder, provenance)
-        predictions.append(Prediction(planned.target, folder, already))
+        written.append(Written(planned.target, folder, already))
         if not already:
             weights.append(planned.weights)
             jobs.append(FolderJob(folder, provenance, model_card(provenance, planned.variance)))
@@ -151,6 +97,8 @@ def extrapolate(
                 )
                 writers.write(index, segment, bits)
 
-            stream_sums(store, np.stack(weights), consume, memory_budget_bytes, progress)
+            stream_sums(
+                store, np.stack(weights), consume, compute.memory_budget_bytes, compute.progress
+            )
             writers.write_fixed()
-    return predictions
+    return written

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint, open_checkpoint
+from relexkit.checkpoints.tied import equal_heads, with_tie
 from relexkit.errors import CheckpointError
 from relexkit.materialize.folders import check_output, is_finished, temporary_folder, write_files
 from relexkit.store import ProgressCallback, blocks
@@ -60,6 +61,7 @@ def round_checkpoint(
             name: TensorInfo(info.shape, dtype if info.dtype in FLOAT_DTYPES else info.dtype)
             for name, info in checkpoint.tensors.items()
         }
+        tied = equal_heads(checkpoint)  # rounded alike, so that they stay equal
         with temporary_folder(folder) as temporary:
             with closing(SafetensorsFolderWriter(temporary, tensors)) as writer:
                 for done, (name, info) in enumerate(checkpoint.tensors.items(), 1):
@@ -72,12 +74,20 @@ def round_checkpoint(
                         if moving and info.dtype != dtype:
                             values = to_float32(bits, info.dtype)
                             bits = round_bits(
-                                values, dtype, rounding, seed=seed, tensor=name, start=begin
+                                values,
+                                dtype,
+                                rounding,
+                                seed=seed,
+                                tensor=tied.get(name, name),
+                                start=begin,
                             )
                         writer.write(name, begin, bits)
                     if progress:
                         progress("rounding", done, len(tensors))
-            write_files(temporary, checkpoint.files(), [dtype], provenance, None)
+            files = checkpoint.files()
+            if "config.json" in files:
+                files["config.json"] = with_tie(files["config.json"], tensors, tied)
+            write_files(temporary, files, [dtype], provenance, None)
     return folder
 
 

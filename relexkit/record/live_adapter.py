@@ -21,6 +21,7 @@ import numpy as np
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, AdaptedCheckpoint, Adapter
 from relexkit.checkpoints.stored import StoredBase
+from relexkit.checkpoints.tied import split_heads
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import RelexkitError
 from relexkit.record.live_weights import frozen_names, whole_weights
@@ -76,6 +77,9 @@ class LiveAdapter(Adapter):
             json.loads(self._config),
             {key: weights[name] for name, key in self._keys_of.items()},
         )
+        plain = {name: weights[live] for name, live in self.base_names.items()}
+        for head, embedding in split_heads(self.shapes, plain).items():
+            self.base_names[head] = self.base_names[embedding]
         quantised = [
             n
             for n in self.factors
@@ -212,7 +216,9 @@ class _LiveBase(CheckpointView):
 
 
 class AdapterSnapshot(AdaptedCheckpoint):
-    """A copy of the owned parts of an adapter over the base in a store, readable as a checkpoint."""
+    """A copy of the owned parts of an adapter over the base in a store, readable as a
+    checkpoint.
+    """
 
     def __init__(self, adapter: LiveAdapter, store: TrajectoryStore, owned: list[int]):
         super().__init__(adapter, StoredBase(store), adapter)

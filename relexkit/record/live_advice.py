@@ -20,6 +20,7 @@ import numpy as np
 from relexkit.assess.advice import advise
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import TrajectoryStore
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:
         }
         with single_threaded_blas():
             wide = rows[kept].astype(np.float64)
-            found = advise(_whole(steps[kept], wide @ wide.T, store.layout.num_parameters), metrics)
+            rates = learning_rates(steps[kept], metrics)
+            whole = _whole(steps[kept], wide @ wide.T, store.layout.num_parameters, rates)
+            found = advise(whole, metrics)
         return f"Up to step {steps[-1]}: {found.headline}"
     except Exception as error:
         return f"Up to step {steps[-1]}: no advice: {' '.join(str(error).split())}"
@@ -110,8 +113,17 @@ def _thin(count: int) -> np.ndarray:
     return np.r_[earlier, np.arange(count - _LATEST, count)]
 
 
-def _whole(steps: np.ndarray, matrix: np.ndarray, num_parameters: int) -> Gram:
+def _whole(
+    steps: np.ndarray, matrix: np.ndarray, num_parameters: int, rates: np.ndarray | None
+) -> Gram:
     nothing = np.zeros((1, len(steps)), np.int64)
     return Gram(
-        steps, ("model",), np.array([num_parameters]), matrix[None], nothing, nothing, nothing - 1
+        steps=steps,
+        names=("model",),
+        num_parameters=np.array([num_parameters]),
+        matrices=matrix[None],
+        changed=nothing,
+        moved=nothing,
+        unit_moves=nothing - 1,
+        rates=rates,
     )

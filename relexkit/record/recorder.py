@@ -1,9 +1,9 @@
 """A live model's weights into a trajectory store: copied after an optimizer step, encoded and
 written in the background.
 
-    recorder = Recorder(model, "run.zarr")        # the base: the weights as they are now
-    recorder.record(step, {"reward": reward})     # after optimizer.step(); returns when the weights
-    are copied recorder.close()
+    recorder = Recorder(model, "run.zarr")     # the base: the weights as they are now
+    recorder.record(step, {"reward": reward})  # after optimizer.step(); returns once copied
+    recorder.close()
 
 Works on any ``torch.nn.Module``. With ``torch.distributed`` every process makes the same calls in
 the same order: each writes the parts of the store that it owns, the first one creates the store and
@@ -26,6 +26,7 @@ import numpy as np
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
+from relexkit.checkpoints.small_files import model_files
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.geometry.sketch import Sketch
 from relexkit.ingest.append import Appender, base_reader, read_columns
@@ -34,7 +35,6 @@ from relexkit.record.live_adapter import AdapterSnapshot, LiveAdapter, peft_mode
 from relexkit.record.live_snapshot import Snapshot, check_equals, layout_of
 from relexkit.record.live_weights import frozen_names
 from relexkit.store import (
-    SAFE_FILE_NAME,
     StoreWriter,
     TrajectoryStore,
     blocks,
@@ -443,19 +443,18 @@ def _refuse_other_base(different: str | None, store: TrajectoryStore) -> None:
 
 def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
     """What transformers saves beside the weights: configuration, generation configuration,
-    tokenizer.
+    tokenizer, and the code of a model that has its own.
     """
     config = getattr(model, "config", None)
     with tempfile.TemporaryDirectory() as folder:
+        if config is not None and getattr(model, "_auto_class", None) is not None:
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(model, folder, config=config)
         for owner in (config, getattr(model, "generation_config", None), tokenizer):
             if owner is not None and hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(folder)
-        found = sorted(
-            path
-            for path in Path(folder).iterdir()
-            if path.is_file() and SAFE_FILE_NAME.fullmatch(path.name)
-        )
-        return {path.name: path.read_bytes() for path in found}
+        return model_files(Path(folder))
 
 
 def _still_names(
@@ -504,7 +503,9 @@ def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
 
 
 def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
-    """The parts that a process writes: the largest first, each to the process that has the least."""
+    """The parts that a process writes: the largest first, each to the process that has the
+    least.
+    """
     loads = [0] * size
     owned: list[list[int]] = [[] for _ in range(size)]
     for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):

@@ -40,7 +40,7 @@ def verify_descriptions(
         create_file_array(expected, name, 1)
     for name in metrics:
         create_metric(expected, name, 64)
-    if _content(group, "sketches") is not None:
+    if raw_description(group, "sketches") is not None:
         create_sketches(expected, 64, 1)
     for name, node in expected.members(max_depth=None):
         try:
@@ -60,13 +60,14 @@ def verify_descriptions(
             raise _damaged(path, name, "it differs from what relexkit writes")
 
 
-def _content(group: zarr.Group, name: str) -> bytes | None:
+def raw_description(group: zarr.Group, name: str) -> bytes | None:
+    """The bytes of the ``zarr.json`` of a group or an array; None if there is none."""
     found = sync((group.store_path / name / "zarr.json").get(default_buffer_prototype()))
     return None if found is None else found.to_bytes()
 
 
 def _description(group: zarr.Group, name: str) -> dict[str, Any]:
-    content = _content(group, name)
+    content = raw_description(group, name)
     if content is None:
         raise ValueError("zarr.json is missing")
     return json.loads(content)

@@ -23,10 +23,13 @@ FACTORS_FORMAT_VERSION = 2
 """Of stores that keep factors, which readers of version 1 do not know."""
 
 SAFE_FILE_NAME = re.compile(
-    r"(?!relexkit\.json|model|pytorch_model|adapter_model|README)[A-Za-z0-9][A-Za-z0-9_.-]*"
+    r"(?!(.*/)?(relexkit\.json|zarr\.json|README|__[^/]*$))"
+    r"(?!.*\.(safetensors|bin|pt|pth|ckpt|gguf|pkl|index\.json)$)"
+    r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/){0,2}[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}",
+    re.IGNORECASE,
 )
-"""Files that a store may hold and write beside weights: plain names that replace no weights and no
-record of ours.
+"""Files that a store may hold and write beside weights: plain names, at most two folders deep, that
+replace no weights and no record of ours.
 """
 
 LOG_CHUNK = 2**17  # steps that a store can hold: the commit log is one chunk, replaced as a whole
@@ -135,7 +138,9 @@ def create_array(
     codecs: Iterable[Any] = _SPARSE_CODECS,
     fill_value: float = 0,
 ) -> zarr.Array:
-    """Create an array whose every chunk is written and carries a checksum; replaces what is there."""
+    """Create an array whose every chunk is written and carries a checksum; replaces what is
+    there.
+    """
     return group.create_array(
         name,
         shape=shape,

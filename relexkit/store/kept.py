@@ -14,16 +14,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
 from relexkit.errors import StoreError
+from relexkit.store.descriptions import raw_description
 from relexkit.store.encodings.bits import extend_checksum
 from relexkit.store.fastpath.local import for_writing, unflushed_of
 from relexkit.store.format import FORMAT_VERSION, create_array, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.weights.layout import Layout
 
+_EMPTY_GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
 _UNWRITTEN_COUNT = np.iinfo(np.int64).min
 
 
@@ -97,11 +98,7 @@ def keep(
         with contextlib.closing(unflushed) if unflushed else contextlib.nullcontext():
             group = zarr.open_group(place, mode="r+").create_group(name, overwrite=True)
             for key, values in arrays.items():
-                fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
-                chunks, shape = (1, *values.shape[1:]), values.shape
-                create_array(
-                    group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill
-                )[:] = values
+                _create(group, key, values)[:] = values
             if unflushed:
                 unflushed.flush()
             group.update_attributes(content | {"checksum": json_checksum(content)})
@@ -114,6 +111,12 @@ def _keeping(path: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if "://" in path else WriterLock(f"{path.rstrip('/')}.gram")
 
 
+def _create(group: zarr.Group, key: str, values: np.ndarray) -> zarr.Array:
+    fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
+    chunks, shape = (1, *values.shape[1:]), values.shape
+    return create_array(group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill)
+
+
 def verify_kept(store: Content) -> None:
     """Read all derived arrays and compare them with their checksums.
 
@@ -122,25 +125,53 @@ def verify_kept(store: Content) -> None:
             without checksums, is passed over: it is not used.
     """
     for top in ("gram", "randomized"):
+        try:
+            if _check_group(_raw(store, top) or _EMPTY_GROUP):
+                raise ValueError("its description is malformed")
+        except (ValueError, KeyError) as error:
+            raise _damaged(store, top, top, str(error)) from error
         for part in range(len(store.layout.parts)):
             name = f"{top}/{part}"
-            before = _raw_attributes(store, name)
+            before = _raw(store, name)
             try:
                 attributes = _attributes(store, name)
                 for key in attributes.get("arrays", ()):
-                    _array(store, name, key, attributes)
+                    _check_description(store, name, key, _array(store, name, key, attributes))
             except Exception as error:
-                if before == _raw_attributes(store, name):  # else another process replaces it
-                    raise StoreError(
-                        f"{store.path}: {name}, which is derived from the steps, is damaged"
-                        f" ({error}); remove {top}/ inside the store, and it is computed again"
-                    ) from error
+                if before == _raw(store, name):  # else another process replaces it
+                    raise _damaged(store, top, name, str(error)) from error
 
 
-def _raw_attributes(store: Content, name: str) -> bytes | None:
-    place = zarr.open_group(store.path, mode="r").store_path / name / "zarr.json"
-    found = sync(place.get(default_buffer_prototype()))
-    return None if found is None else found.to_bytes()
+def _damaged(store: Content, top: str, name: str, reason: str) -> StoreError:
+    return StoreError(
+        f"{store.path}: {name}, which is derived from the steps, is damaged ({reason}); remove"
+        f" {top}/ inside the store, and it is computed again"
+    )
+
+
+def _check_description(store: Content, name: str, key: str, values: np.ndarray) -> None:
+    wanted = zarr.create_group(MemoryStore())
+    _create(wanted, key, values)
+    found, expected = _raw(store, f"{name}/{key}"), raw_description(wanted, key)
+    if found is None or expected is None or json.loads(found) != json.loads(expected):
+        raise ValueError(f"the description of {key} is malformed")
+
+
+def _raw(store: Content, name: str) -> bytes | None:
+    return raw_description(zarr.open_group(store.path, mode="r"), name)
+
+
+def _check_group(raw: bytes) -> dict[str, Any]:
+    """The attributes of a group with this description.
+
+    Raises:
+        ValueError, KeyError: it is not one of a group.
+    """
+    document = json.loads(raw)
+    found = document["attributes"]
+    if document != {"attributes": found, "zarr_format": 3, "node_type": "group"}:
+        raise ValueError("its description is malformed")
+    return found
 
 
 def _attributes(store: Content, name: str) -> dict[str, Any]:
@@ -149,13 +180,7 @@ def _attributes(store: Content, name: str) -> dict[str, Any]:
     Raises:
         ValueError: they do not fit their checksum.
     """
-    raw = _raw_attributes(store, name)
-    if raw is None:
-        return {}
-    document = json.loads(raw)
-    found = document["attributes"]
-    if document != {"attributes": found, "zarr_format": 3, "node_type": "group"}:
-        raise ValueError("its description is malformed")
+    found = _check_group(_raw(store, name) or _EMPTY_GROUP)
     if not {"content", "arrays", "checksum"} & set(found):
         return {}  # half-written, or kept by a release that had no checksums here
     content = {key: value for key, value in found.items() if key != "checksum"}

@@ -86,7 +86,9 @@ class Lease:
         return tag
 
     def _take_over(self) -> tuple[str, str | None]:
-        """The owner of the lease that is there, and the tag of our own if that one was left over."""
+        """The owner of the lease that is there, and the tag of our own if that one was left
+        over.
+        """
         try:
             found = self._call("head_object")
         except FileNotFoundError:  # it was given back just now

@@ -1,8 +1,12 @@
-"""Opening a store's group and checking that it is one: its description, format version and state."""
+"""Opening a store's group and checking that it is one: its description, format version and
+state.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import zarr
@@ -27,6 +31,11 @@ def open_group(path: str) -> zarr.Group:
         NotAStoreError: there is no group.
         StoreError: it is damaged, or needs a package that is not installed.
     """
+    if "::" in path and not os.path.isdir(path):
+        raise StoreError(
+            f"{path}: is a chain of addresses; expected one, a folder or a URL such as"
+            " s3://BUCKET/RUN.zarr: unpack archives first"
+        )
     if "://" not in path and not os.path.isdir(path):
         raise NotAStoreError(
             f"{path}: no such store; expected a folder written by `relexkit import`"
@@ -40,11 +49,18 @@ def open_group(path: str) -> zarr.Group:
     except FileNotFoundError:
         raise NotAStoreError(
             f"{path}: is not a trajectory store; expected a folder written by `relexkit import`"
+            f"{store_inside(path)}"
         ) from None
     except Exception as error:
         raise StoreError(
             f"{path}: is not a readable Zarr group ({error}); restore the store from a copy"
         ) from error
+
+
+def store_inside(path: str) -> str:
+    """What to add about a folder that is no store but holds one; nothing if it does not."""
+    found = sorted(p.parent for p in Path(path).glob("*/zarr.json")) if "://" not in path else []
+    return f": did you mean {found[0]}?" if found else ""
 
 
 def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
@@ -75,6 +91,14 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
         raise StoreError(
             f"{path}: its description (zarr.json) is damaged; restore the store from a copy"
         )
+    odd = next(
+        (key for key, fits in _FIELDS.items() if key not in content or not fits(content[key])), None
+    )
+    if odd is not None:
+        raise StoreError(
+            f"{path}: its description (zarr.json) has no usable {odd!r}; restore the store from a"
+            " copy"
+        )
     return content
 
 
@@ -91,3 +115,21 @@ def layout_of(attributes: dict[str, Any], path: str) -> Layout:
             f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"
             " copy"
         ) from None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "source": _is_text,
+    "relexkit_version": _is_text,
+    "mantissa_bits": lambda bits: bits is None or (type(bits) is int and 1 <= bits <= 23),
+    "files": lambda names: isinstance(names, list) and all(map(_is_text, names)),
+    "base": lambda base: (
+        isinstance(base, dict)
+        and _is_text(base.get("description"))
+        and _is_text(base.get("sha256"))
+    ),
+}
+"""What every reader relies on in a description; the layout is checked where it is read."""

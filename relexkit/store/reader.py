@@ -90,7 +90,9 @@ class TrajectoryStore:
             )
 
     def add_step(self, step: int) -> None:
-        """Note a step that this process has just committed; ``refresh`` without reading anything."""
+        """Note a step that this process has just committed; ``refresh`` without reading
+        anything.
+        """
         self._indptr.clear()
         self._checksums = None
         self.steps = np.append(self.steps, step)
@@ -102,7 +104,9 @@ class TrajectoryStore:
 
     @property
     def exact(self) -> bool:
-        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own tensors)."""
+        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own
+        tensors).
+        """
         return all(part.encoding != "float" for part in self.layout.parts)
 
     @property
@@ -446,7 +450,7 @@ class TrajectoryStore:
         Raises:
             StoreError: these steps are gone or have another content.
         """
-        self._confirm(always="://" in self.path)
+        self._confirm(always=True)
 
     def _content(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
         """What ``read`` gives, if it is of the steps that this reader was opened with.
@@ -492,7 +496,9 @@ class TrajectoryStore:
             self._refuse()
 
     def _confirm(self, always: bool = False) -> None:
-        """Refuse to go on if the commit log was replaced and these steps have another content now."""
+        """Refuse to go on if the commit log was replaced and these steps have another content
+        now.
+        """
         if self._locked:
             return
         now = self._arrays.version("steps")

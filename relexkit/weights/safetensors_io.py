@@ -153,7 +153,9 @@ class SafetensorsFile:
         self._begin[name] = data_start + begin
 
     def offset(self, name: str) -> int:
-        """Position of a tensor's first byte in the file; sorting by it gives the order of reading."""
+        """Position of a tensor's first byte in the file; sorting by it gives the order of
+        reading.
+        """
         return self._begin[name]
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:

@@ -52,13 +52,7 @@ def test_forecast_draws_the_calibrated_interval(gram: Gram) -> None:
     with style.styled():
         figure = backtest_figures.forecast_figure(gram)
     drawn = line(figure.axes[1], "direction 1, model")
-    ahead = forecast(
-        gram.matrices.sum(axis=0),
-        gram.steps,
-        drawn.get_xdata(),
-        num_parameters=float(gram.num_parameters.sum()),
-        num_directions=2,
-    )
+    ahead = forecast(gram, drawn.get_xdata(), num_directions=2)
     np.testing.assert_allclose(drawn.get_ydata(), ahead.coefficients[:, 0])
     assert drawn.get_xdata()[-1] == 60
     assert_readable(figure)

@@ -141,7 +141,9 @@ def test_nothing_moved() -> None:
 
 
 def test_a_jump_is_no_line() -> None:
-    """Somebody else's checkpoint in between: one step leaps a hundred times as far as the others."""
+    """Somebody else's checkpoint in between: one step leaps a hundred times as far as the
+    others.
+    """
     deltas = simulate(Run(), 40, 2)
     deltas[20:] += 100 * np.random.default_rng(0).standard_normal(deltas.shape[1])
     assert advise(recorded(deltas, np.arange(1, 41))).verdict in ("not-a-line", "keep-training")

@@ -7,12 +7,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from relexkit import Prediction
 from relexkit.assess.backtest import CHEAP, MODEL, Backtest, backtest
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.shape import leading_eigenpairs
 from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.gram_matrix import Gram
-from relexkit.predict.extrapolators import METHODS, Options, predict_weights
+from relexkit.predict.extrapolators import METHODS, predict_weights
+from relexkit.predict.fits import Options
 
 STEPS = np.array([1, 2, 4, 7, 8, 11, 15, 16, 20, 23, 30, 31])
 NAMES = (
@@ -32,7 +34,9 @@ def gram_of(deltas: list[np.ndarray], steps: np.ndarray, names: tuple[str, ...])
 
 @pytest.fixture
 def deltas() -> list[np.ndarray]:
-    """A curved, a noisy, a straight, a turning and a frozen tensor ``[T, D]`` over irregular steps."""
+    """A curved, a noisy, a straight, a turning and a frozen tensor ``[T, D]`` over irregular
+    steps.
+    """
     rng = np.random.default_rng(0)
     time, T = STEPS[:, None].astype(float), len(STEPS)
     direction = rng.standard_normal((4, 60))
@@ -74,7 +78,7 @@ def explicit(
         weights = np.array([[fit.weights(float(t))] * len(deltas) for t in targets])
     else:
         weights = predict_weights(
-            prefix, [float(t) for t in targets], method=method, options=options
+            prefix, [float(t) for t in targets], Prediction(method=method, options=options)
         )
     found = np.empty((len(targets), len(deltas), 3))
     for j, target in enumerate(targets):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 from simulated import COVERAGE_FAMILIES, D, Run, covered, simulate
+from strategies import gram_from
 
 from relexkit.assess import forecast as module
 from relexkit.assess.forecast import Forecast, forecast
@@ -39,7 +40,7 @@ def test_a_mixture_of_two_normals_holds_its_level() -> None:
 def test_coefficients_are_those_of_the_predicted_delta() -> None:
     seen = simulate(Run(drift=0.4, beta=0.9), 40, 0)
     gram, steps = seen @ seen.T, np.arange(1, 41)
-    found: Forecast = forecast(gram, steps, [60, 80], num_parameters=D, num_directions=2)
+    found: Forecast = forecast(gram_from(gram[None], steps, D), [60, 80], num_directions=2)
     fit, parts = fit_trajectory(gram, steps, num_parameters=D), decompose(gram)
     directions = seen.T @ parts.left[:, :2] / parts.singular_values[:2]
     np.testing.assert_allclose(np.linalg.norm(directions, axis=0), 1)
@@ -58,10 +59,8 @@ def test_a_higher_level_is_wider_and_few_steps_are_wider_still() -> None:
     widths = {}
     for level, count in ((0.5, 40), (0.9, 40), (0.9, 4)):
         found = forecast(
-            seen[:count] @ seen[:count].T,
-            np.arange(1, count + 1),
+            gram_from((seen[:count] @ seen[:count].T)[None], np.arange(1, count + 1), D),
             [2 * count],
-            num_parameters=D,
             level=level,
         )
         widths[level, count] = float(found.high[0, 0] - found.low[0, 0]) / float(
@@ -72,7 +71,7 @@ def test_a_higher_level_is_wider_and_few_steps_are_wider_still() -> None:
 
 def test_too_few_steps_say_what_to_do() -> None:
     with pytest.raises(ExtrapolationError, match="record at least 3"):
-        forecast(np.eye(2), np.array([1, 2]), [5], num_parameters=10)
+        forecast(gram_from(np.eye(2)[None], np.array([1, 2]), 10), [5])
 
 
 def test_coverage_of_a_few_runs() -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from relexkit.assess.metrics import Informative, informative_steps, learning_rates
+from relexkit.assess.metrics import Informative, informative_steps
+from relexkit.gram_matrix.rates import learning_rates
 
 NAN = float("nan")
 

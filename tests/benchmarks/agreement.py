@@ -106,7 +106,9 @@ def compare(
     reference: tuple[Path, Path] | None,
     target: float,
 ) -> dict[str, dict[str, float | str]]:
-    """Relative errors of predicted deltas for every pair, and the share of equal bfloat16 weights."""
+    """Relative errors of predicted deltas for every pair, and the share of equal bfloat16
+    weights.
+    """
     folders = sorted((run / "bfloat16").iterdir(), key=lambda p: int(p.name.rpartition("-")[2]))
     steps = np.array([int(p.name.rpartition("-")[2]) for p in folders], np.float64)
     pairs: dict[str, Differences] = {}

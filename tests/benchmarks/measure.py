@@ -181,7 +181,9 @@ def write_once(path: Path, num_bytes: int) -> float:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Ask the system to drop the files from its page cache (only pages that are not dirty leave)."""
+    """Ask the system to drop the files from its page cache (only pages that are not dirty
+    leave).
+    """
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -50,7 +50,9 @@ def limit(path: Path) -> dict:
 
 
 def ours(method: str) -> Callable[[Path], dict]:
-    """The exact or randomized Gram matrices, nothing kept from before, and their global spectrum."""
+    """The exact or randomized Gram matrices, nothing kept from before, and their global
+    spectrum.
+    """
 
     def run(path: Path) -> dict:
         from relexkit import TrajectoryStore, gram, spectrum

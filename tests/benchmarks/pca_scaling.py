@@ -107,7 +107,8 @@ def report(results: dict[str, Any]) -> None:
                 error = ""
                 if "truth" in case and "ratios" in rows[0]:
                     truth = case["truth"]["centered" if rows[0].get("centered") else "uncentered"]
-                    error = f"{max(abs(a - b) for a, b in zip(rows[0]['ratios'], truth, strict=True)):.1e}"
+                    worst = max(abs(a - b) for a, b in zip(rows[0]["ratios"], truth, strict=True))
+                    error = f"{worst:.1e}"
                 peak = max(row["peak_bytes"] or 0 for row in rows) / 1e6
                 print(
                     f"| {case['parameters']:.0e} | {case['steps']} | {name} |"

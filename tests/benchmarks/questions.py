@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit import METHODS, Gram, Options, TrajectoryStore, predict_weights, spectrum
+from relexkit import METHODS, Gram, Options, Prediction, TrajectoryStore, predict_weights, spectrum
 from relexkit.cli import main as relexkit
 from relexkit.errors import ExtrapolationError
 
@@ -80,7 +80,7 @@ def asked(observed: Gram) -> Iterator[tuple[str, float, dict[str, Any]]]:
     future = 5.0 * float(observed.steps[-1])
     recorded = float(observed.steps[len(observed.steps) // 2])
     for method in METHODS:
-        yield method, recorded if method == "reconstruct" else future, {"method": method}
+        yield method, recorded if method == "reconstruct" else future, Prediction(method=method)
     for label, options in (
         ("rank 5", Options(rank=5)),
         ("polynomial", Options(fit="polynomial")),
@@ -89,9 +89,9 @@ def asked(observed: Gram) -> Iterator[tuple[str, float, dict[str, Any]]]:
         ("refit every 10", Options(refit_every=10)),
         ("row axis", Options(axis="row")),
     ):
-        yield f"relex, {label}", future, {"options": options}
+        yield f"relex, {label}", future, Prediction(options=options)
     for scope in ("layer", "module", "global"):
-        yield f"relex, {scope} scope", future, {"scope": scope}
+        yield f"relex, {scope} scope", future, Prediction(scope=scope)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def main() -> None:
         for name, target, arguments in asked(observed):
             began = time.perf_counter()
             try:
-                weights = predict_weights(observed, [target], **arguments)
+                weights = predict_weights(observed, [target], arguments)
             except (
                 ExtrapolationError
             ) as error:  # a curve that does not converge is an answer too; it is reported as such

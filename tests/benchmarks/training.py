@@ -89,7 +89,7 @@ def make_task(chat: bool, mixed: float) -> Hashed:
     from trainer.tasks import Problem, split_fixed
 
     problems = [Problem(key=str(n), prompt=text, answer="") for n, text in enumerate(prompts(chat))]
-    return Hashed("hashed", split_fixed(problems, 4, 0, "hashed"), mixed)
+    return Hashed("hashed", split_fixed(problems, 4, 0), mixed)
 
 
 def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:

@@ -94,7 +94,8 @@ def main() -> None:
     given = parser.parse_args()
     if not given.folder.exists():
         write_run(given.folder, given.steps, given.parameters)
-    result: dict[str, object] = {"steps": given.steps, "cores": os.cpu_count()}
+    steps = len(list((given.folder / "run").iterdir()))
+    result: dict[str, object] = {"steps": steps, "cores": os.cpu_count()}
     rows: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
     for repeat in range(given.repeats):  # interleaved: the machine may be busy with other work
         for kind in KINDS:

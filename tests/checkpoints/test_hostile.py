@@ -29,8 +29,10 @@ from sharded import Malicious, write_dcp
 from relexkit.checkpoints import open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.peft import read_settings
+from relexkit.cli import main
 from relexkit.errors import CheckpointError, StoreError
 from relexkit.store import TrajectoryStore
+from relexkit.store.format import json_checksum
 from relexkit.weights.dtypes import bits_dtype
 
 SCRIPT = Path(__file__).parents[1].joinpath("fuzz_readers.py")
@@ -384,6 +386,39 @@ def test_an_index_of_a_store_that_points_far_beyond_its_shard_is_refused(tmp_pat
     shard.write_bytes(content)
     with pytest.raises(StoreError, match="the shard is truncated"):
         TrajectoryStore(tmp_path / "store").verify()
+
+
+ODD = (None, -1, 2**70, 1.5, "\ud800", [], {}, [[1]])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("source",), ("relexkit_version",), ("mantissa_bits",), ("files",), ("base",),
+     ("base", "sha256"), ("base", "description"), ("layout",), ("layout", "tensors"),
+     ("layout", "parts")],
+    ids=".".join,
+)  # fmt: skip
+def test_an_odd_description_of_a_store_ends_in_one_line(
+    place: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WRITERS["store"](tmp_path / "store")
+    path = tmp_path / "store/zarr.json"
+    document = json.loads(path.read_text())
+    for odd in (*ODD, "missing"):
+        attributes = json.loads(json.dumps(document["attributes"]["relexkit"]))
+        del attributes["checksum"]
+        inner = attributes[place[0]] if len(place) > 1 else attributes
+        if odd == "missing":
+            inner.pop(place[-1], None)
+        else:
+            inner[place[-1]] = odd
+        changed = {**attributes, "checksum": json_checksum(attributes)}
+        path.write_text(json.dumps({**document, "attributes": {"relexkit": changed}}))
+        for command in ("info", "verify"):
+            status = main([command, str(tmp_path / "store")])
+            said = capsys.readouterr().err
+            assert status in (0, 1)
+            assert len(said.splitlines()) == status, said
 
 
 @pytest.mark.slow

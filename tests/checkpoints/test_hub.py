@@ -207,3 +207,11 @@ def test_the_command_takes_a_repository(
     document = json.loads(capsys.readouterr().out)
     assert document["steps"] == run.steps
     assert document["source"] == "hub repository lab/rl-run"
+
+
+def test_info_lists_the_steps_of_a_repository_without_a_download(
+    hub: HubServer, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", RUN, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == run.steps
+    assert not any("/resolve/" in request for request in hub.requests)

@@ -4,6 +4,7 @@ flag claims.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from runs import EMBEDDING, HEAD, Weights, raw_bits, write_checkpoint
+from safetensors.torch import load_file
 
-from relexkit import TrajectoryStore, import_checkpoints
-from relexkit.errors import CheckpointError
+from relexkit import TrajectoryStore, apply, checkout, import_checkpoints, round_checkpoint
+from relexkit.checkpoints.tied import with_tie
+from relexkit.errors import CheckpointError, RelexkitError
+from relexkit.weights.safetensors_io import TensorInfo
 
 
 def tensors(seed: int, head: str) -> Weights:
@@ -117,3 +121,77 @@ def test_a_second_import_sees_the_same_heads(tmp_path: Path) -> None:
         CheckpointError, match="differ but were tied so far; import into a new store"
     ):
         import_checkpoints(tmp_path / "run", tmp_path / "s.zarr", base=tmp_path / "base")
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+CAUSAL = {"architectures": ["LlamaForCausalLM"]}
+
+
+def written_config(folder: Path, store: TrajectoryStore, step: int) -> dict[str, Any]:
+    return json.loads((checkout(store, step, folder / "out") / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("heads", "claim", "said"),
+    [
+        ("other", {"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        ("other", {}, {"tie_word_embeddings": False}),
+        (
+            "other",
+            {"text_config": {"tie_word_embeddings": True}},
+            {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}},
+        ),
+        ("other", {"text_config": {}}, {"text_config": {"tie_word_embeddings": False}}),
+        ("absent", {}, {"tie_word_embeddings": True}),
+        ("absent", {"tie_word_embeddings": False}, {"tie_word_embeddings": True}),
+        ("equal", {"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ("equal", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_written_configuration_says_what_the_written_tensors_are(
+    heads: str, claim: dict[str, Any], said: dict[str, Any], tmp_path: Path
+) -> None:
+    store, _ = imported(tmp_path, heads, heads, heads, config=CAUSAL | claim)
+    written = written_config(tmp_path, store, 2)
+    assert said.items() <= written.items()
+
+
+def test_a_model_without_a_head_says_nothing(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForSequenceClassification"]}
+    store, _ = imported(tmp_path, "absent", "absent", config=config)
+    assert "tie_word_embeddings" not in written_config(tmp_path, store, 1)
+
+
+@pytest.mark.parametrize("config", [b"{", b"[]", b'{"architectures": 3}', b'"text"', b"\xff"])
+def test_a_configuration_that_is_none_stays_as_it_is(config: bytes) -> None:
+    two = {HEAD: TensorInfo((7, 3), "float32"), EMBEDDING: TensorInfo((7, 3), "float32")}
+    one = {EMBEDDING: TensorInfo((7, 3), "float32")}
+    assert with_tie(config, one, {}) == config
+    if b"architectures" not in config:
+        assert with_tie(config, two, {}) == config
+
+
+def test_equal_heads_are_rounded_alike(tmp_path: Path) -> None:
+    """Stochastic rounding depends on the name: head and embedding would drift apart."""
+    write_checkpoint(tmp_path / "a", tensors(1, "equal"), config={"tie_word_embeddings": True})
+    rounded = load_file(round_checkpoint(tmp_path / "a", tmp_path / "b") / "model.safetensors")
+    assert torch.equal(rounded[HEAD], rounded[EMBEDDING])
+    assert json.loads((tmp_path / "b/config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_model_that_ties_what_the_store_keeps_apart_is_refused(tmp_path: Path) -> None:
+    store, _ = imported(tmp_path, "equal", "other", "other")
+    model = torch.nn.Module()
+    model.model, model.model.embed_tokens = torch.nn.Module(), torch.nn.Embedding(7, 3)
+    model.model.norm, model.lm_head = (
+        torch.nn.LayerNorm(3, bias=False),
+        torch.nn.Linear(3, 7, False),
+    )
+    weights = np.zeros((len(store.layout.moving_tensors), 2))
+    weights[:, 1] = 1.0
+    apply(store, model, weights)
+    torch.testing.assert_close(model.lm_head.weight.data, tensors(2, "other")[HEAD])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(RelexkitError, match=r"the model ties .* load the model with tie_word"):
+        apply(store, model, weights)

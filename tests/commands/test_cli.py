@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from relexkit import (
     Options,
+    Output,
+    Prediction,
     TrajectoryStore,
     __version__,
     checkout,
@@ -77,7 +79,9 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line on standard error of a command that fails with status 1 and prints nothing else."""
+    """The one line on standard error of a command that fails with status 1 and prints nothing
+    else.
+    """
     capsys.readouterr()
     assert main([str(a) for a in arguments]) == 1
     captured = capsys.readouterr()
@@ -298,12 +302,13 @@ def test_extrapolate_equals_the_python_call(
         TrajectoryStore(store),
         [60, 90.5],
         tmp_path / "python",
-        until=8,
-        scope="module",
-        scale=0.5,
-        dtype="float16",
-        seed=4,
-        options=Options(rank=2, fit="polynomial", degree=1, window=3),
+        Prediction(
+            until=8,
+            scope="module",
+            scale=0.5,
+            options=Options(rank=2, fit="polynomial", degree=1, window=3),
+        ),
+        output=Output(dtype="float16", seed=4),
     )
     for folder, prediction in zip(folders, direct, strict=True):
         assert (

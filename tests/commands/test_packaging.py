@@ -1,4 +1,6 @@
-"""The promises of the package as a whole: light start, exit statuses, no private places in files."""
+"""The promises of the package as a whole: light start, exit statuses, no private places in
+files.
+"""
 
 from __future__ import annotations
 

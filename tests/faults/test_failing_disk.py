@@ -72,7 +72,7 @@ def check_every(known: Undisturbed, kind: str, sample: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), zip(SCENARIOS, itertools.cycle(FAULTS), strict=False), ids=str
+    ("name", "kind"), list(zip(SCENARIOS, itertools.cycle(FAULTS), strict=False))
 )
 def test_a_failed_operation_loses_nothing_and_the_same_command_goes_on(
     name: str, kind: str, undisturbed

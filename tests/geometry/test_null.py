@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from strategies import gram_of, walk_with_momentum
+from strategies import gram_from, gram_of, walk_with_momentum
 
 from relexkit.geometry.null import STATISTICS, calibrate, statistics
 from relexkit.geometry.shape import center, decompose, r_squared, update_cosines
@@ -46,7 +46,7 @@ def test_flipped_signs_keep_every_innovation_and_forget_directions() -> None:
     its mean that of min(s, t).
     """
     line = np.arange(1.0, 31)[:, None] * np.ones(5)
-    null = calibrate(line @ line.T[None], np.arange(1, 31), num_parameters=5, momentum=0.0)
+    null = calibrate(gram_from(line @ line.T[None], np.arange(1, 31), 5), momentum=0.0)
     whole = null.whole
     assert whole.observed["first"] == pytest.approx(1)
     walk = decompose(np.minimum.outer(np.arange(1, 31), np.arange(1, 31)).astype(float))
@@ -65,9 +65,7 @@ def test_expected_null_is_what_long_walks_of_this_optimizer_show(
 ) -> None:
     rates = None if schedule == "constant" else np.linspace(1.0, 0.1, 50)
     deltas = walk_with_momentum(np.random.default_rng(1), 50, 20000, beta, rates)
-    null = calibrate(
-        deltas @ deltas.T[None], np.arange(1, 51), num_parameters=20000, rates=rates
-    ).whole
+    null = calibrate(gram_from(deltas @ deltas.T[None], np.arange(1, 51), 20000, rates)).whole
     assert null.observed.keys() == set(STATISTICS)
     for name in STATISTICS:
         # 20000 independent parameters leave about 1 / 140 of chance in every overlap
@@ -82,7 +80,7 @@ def test_false_alarms_on_walks_are_nominal_and_lines_are_found() -> None:
         reached.append(
             list(
                 calibrate(
-                    deltas @ deltas.T[None], np.arange(1, 25), num_parameters=100
+                    gram_from(deltas @ deltas.T[None], np.arange(1, 25), 100)
                 ).whole.p_value.values()
             )
         )
@@ -92,7 +90,7 @@ def test_false_alarms_on_walks_are_nominal_and_lines_are_found() -> None:
     line = walk_with_momentum(rng, 24, 100, 0.9) + 0.7 * np.arange(1, 25)[
         :, None
     ] * rng.standard_normal(100)
-    found = calibrate(line @ line.T[None], np.arange(1, 25), num_parameters=100).whole.p_value
+    found = calibrate(gram_from(line @ line.T[None], np.arange(1, 25), 100)).whole.p_value
     assert found["straightness"] <= 0.01
     assert found["first"] <= 0.01
 
@@ -120,7 +118,7 @@ def test_many_groups_keep_the_analytic_null_alone() -> None:
     matrices = np.array(
         [d @ d.T for d in (walk_with_momentum(rng, 40, 20, 0.0) for _ in range(250))]
     )
-    null = calibrate(matrices, np.arange(1, 41), num_parameters=5000)
+    null = calibrate(gram_from(matrices, np.arange(1, 41), 5000))
     assert null.groups[0].num_flips == 0
     assert np.isnan(null.groups[0].p_value["first"])
     assert np.isfinite(null.groups[0].expected["first"])
@@ -128,7 +126,7 @@ def test_many_groups_keep_the_analytic_null_alone() -> None:
 
 
 def test_two_steps_have_an_analytic_null_and_no_fit() -> None:
-    null = calibrate(np.array([[[1.0, 0.2], [0.2, 2.0]]]), np.array([1, 2]), num_parameters=10)
+    null = calibrate(gram_from(np.array([[[1.0, 0.2], [0.2, 2.0]]]), np.array([1, 2]), 10))
     assert null.fitted is None
     assert null.whole.num_flips == 0
     assert np.isnan(null.whole.observed["r2"])

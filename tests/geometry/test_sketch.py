@@ -115,3 +115,11 @@ def test_nothing_is_said_before_anything_moved() -> None:
     assert all(np.isnan(v) for v in found.values())
     with pytest.raises(ValueError, match="width 100 is not a power of two up to 65536"):
         Sketch(width=100)
+
+
+def test_the_gram_matrix_that_grows_with_the_steps_is_that_of_the_rows():
+    sketch, generator = Sketch(width=64, max_rows=8), np.random.default_rng(0)
+    for step in range(1, 30):
+        sketch.add(step, generator.standard_normal(64))
+        rows = sketch.rows.astype(np.float64)
+        np.testing.assert_allclose(sketch.gram(), rows @ rows.T, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,6 @@
-"""Spectra from Gram matrices against numpy's SVD, polyfit and cosines of the delta matrix itself."""
+"""Spectra from Gram matrices against numpy's SVD, polyfit and cosines of the delta matrix
+itself.
+"""
 
 from __future__ import annotations
 

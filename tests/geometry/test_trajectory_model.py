@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
+from strategies import gram_of
 
+from relexkit import Prediction
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory, posterior
 from relexkit.geometry.trajectory_model import fit as module
 from relexkit.geometry.trajectory_model.response import Clock
-from relexkit.predict.extrapolators import METHODS, Options, trajectory_model
+from relexkit.predict.extrapolators import predict_weights
 
 D = 2000
 IRREGULAR = np.array(
@@ -203,9 +205,9 @@ def test_prediction_is_never_worse_than_hold_or_relex(kind: str) -> None:
     squares = np.zeros(4)
     for seed in (10, 11):
         deltas = trajectory(seed, target, **(WALKS | RUNS)[kind])
-        observed, gram = deltas[steps - 1], deltas[steps - 1] @ deltas[steps - 1].T
+        observed = deltas[steps - 1]
         weights = [
-            METHODS[m].weights(gram, steps, float(target), Options())
+            predict_weights(gram_of({"w": observed}, steps), [target], Prediction(method=m))[0, 0]
             for m in ("hold", "relex", "two-point")
         ]
         weights.append(fitted(observed, steps).weights(float(target)))
@@ -421,11 +423,10 @@ def test_real_run_in_bfloat16_is_a_walk_and_hold_is_kept() -> None:
 def test_extrapolator_agrees_with_the_fit() -> None:
     deltas = trajectory(11, 30, drift=0.3)
     gram, steps = deltas @ deltas.T, np.arange(1, 31)
-    weights = trajectory_model(gram, steps, 60.0, Options())
-    # without the number of parameters only the cap on the effective dimension is missing
-    np.testing.assert_allclose(
-        weights, fit_trajectory(gram, steps, num_parameters=1e12).weights(60.0)
-    )
+    weights = predict_weights(gram_of({"w": deltas}, steps), [60.0], Prediction(method="model"))[
+        0, 0
+    ]
+    np.testing.assert_allclose(weights, fit_trajectory(gram, steps, num_parameters=D).weights(60.0))
 
 
 def test_too_few_steps_and_no_motion_say_what_to_do() -> None:

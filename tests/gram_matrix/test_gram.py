@@ -15,6 +15,7 @@ import zarr
 from runs import EMBEDDING, HEAD, Run, Weights, raw_bits, write_checkpoint, write_run
 
 from relexkit import Gram, RelexkitError, StoreError, TrajectoryStore, gram, import_checkpoints
+from relexkit.gram_matrix.exact import _OuterProducts
 from relexkit.store import WriterLock
 from relexkit.weights.dtypes import round_to_mantissa_bits
 
@@ -130,7 +131,9 @@ def test_sparse_counts_of_sign_flips_and_subnormals(
 
 
 def test_deltas_beyond_the_root_of_the_float32_range(tmp_path: Path) -> None:
-    """A finite weight that jumps by 1e30 squares to 1e60: large for float32, nothing for float64."""
+    """A finite weight that jumps by 1e30 squares to 1e60: large for float32, nothing for
+    float64.
+    """
     base = {
         "a.weight": torch.zeros(40, dtype=torch.bfloat16),
         "b.weight": torch.zeros(40, dtype=torch.float32),
@@ -478,3 +481,24 @@ def test_memory_does_not_grow_with_the_number_of_steps(encoding: str, tmp_path: 
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 8 * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_matrix_is_symmetric_though_a_product_and_its_transpose_round_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """As they do where another kernel computes the one than the other; whole and after an append."""
+    product = _OuterProducts.product
+
+    def uneven(self: _OuterProducts, rows: np.ndarray) -> list[np.ndarray]:
+        [found] = product(self, rows)
+        above = np.arange(found.shape[1]) > np.arange(self.old, len(rows))[:, None]
+        return [np.where(above, np.nextafter(found, np.float32(np.inf)), found)]
+
+    monkeypatch.setattr(_OuterProducts, "product", uneven)
+    run = write_run(tmp_path, dtype=dtype, density=0.5, steps=range(1, 10))
+    for first in (9, 4):
+        out = tmp_path / f"{first}.zarr"
+        gram(import_checkpoints(run.source, out, base=run.base, steps=f":{first}").store)
+        found = gram(import_checkpoints(run.source, out, base=run.base).store).matrices
+        np.testing.assert_array_equal(found, found.transpose(0, 2, 1))

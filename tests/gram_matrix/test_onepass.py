@@ -71,7 +71,7 @@ def test_a_store_that_is_replaced_while_it_is_read(
 
     monkeypatch.setattr(Pass, "run", replaced)
     with pytest.raises(
-        StoreError, match=r"run\.zarr: was replaced while it was read; run the command again"
+        StoreError, match=r"run\.zarr: other steps were recorded in place .* run the command again"
     ):
         compute(store)
 

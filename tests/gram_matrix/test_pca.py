@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from stores import store_of
 
-from relexkit import RelexkitError, TrajectoryStore, gram
+from relexkit import Compute, RelexkitError, TrajectoryStore, gram
 from relexkit.gram_matrix import pca as module
 from relexkit.gram_matrix.lowrank.randomized import randomized_gram
 from relexkit.gram_matrix.pca import choose, estimated_seconds, pca_gram
@@ -62,6 +62,11 @@ def test_what_is_kept_is_taken(store: TrajectoryStore) -> None:
     gram(store)
     assert choose(store).reason == "exact PCA: its Gram matrices are kept in the store"
     np.testing.assert_array_equal(
-        pca_gram(store, pca="auto", until=5).matrices, gram(store).matrices[:, :5, :5]
+        pca_gram(store, compute=Compute(pca="auto"), until=5).matrices,
+        gram(store).matrices[:, :5, :5],
     )
-    assert pca_gram(store, pca="randomized", components=3).matrices.shape == (1, 12, 12)
+    assert pca_gram(store, compute=Compute(pca="randomized", components=3)).matrices.shape == (
+        1,
+        12,
+        12,
+    )

@@ -12,7 +12,17 @@ from runs import write_run
 from stores import as_stored, store_of
 from strategies import Trajectory, trajectories
 
-from relexkit import RelexkitError, TrajectoryStore, extrapolate, gram, import_checkpoints, spectrum
+from relexkit import (
+    Compute,
+    Output,
+    Prediction,
+    RelexkitError,
+    TrajectoryStore,
+    extrapolate,
+    gram,
+    import_checkpoints,
+    spectrum,
+)
 from relexkit.assess import backtest
 from relexkit.gram_matrix.lowrank.randomized import complete, randomized_gram, sample_spans
 from relexkit.predict.extrapolators import predict_weights
@@ -225,7 +235,9 @@ def test_extrapolators_and_backtest_take_it(cases) -> None:
     store, _ = cases
     exact, found = gram(store), randomized_gram(store)
     for method in ("relex", "two-point", "least-squares", "hold"):
-        pair = [predict_weights(g, [2 * STEPS[-1]], method=method) for g in (exact, found)]
+        pair = [
+            predict_weights(g, [2 * STEPS[-1]], Prediction(method=method)) for g in (exact, found)
+        ]
         rows = [exact.names.index(n) for n in ("smooth", "walk")]
         difference = pair[0][0][rows] - pair[1][0][rows]
         energy = np.einsum("ni,nij,nj->n", difference, exact.matrices[rows], difference)
@@ -310,7 +322,13 @@ def test_extrapolated_checkpoints_hardly_differ(tmp_path: Path) -> None:
     store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store
     weights = {}
     for pca in ("exact", "randomized"):
-        extrapolate(store, [80], tmp_path / pca, pca=pca, components=4, dtype="float32")
+        extrapolate(
+            store,
+            [80],
+            tmp_path / pca,
+            output=Output(dtype="float32"),
+            compute=Compute(pca=pca, components=4),
+        )
         weights[pca] = load_file(tmp_path / pca / "step-80" / "model.safetensors")
     for name, exact in weights["exact"].items():
         moved = (exact - run.weights[0][name].float()).norm()

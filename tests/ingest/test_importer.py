@@ -9,6 +9,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -768,7 +770,7 @@ def test_a_float32_base_of_bfloat16_steps_says_how_to_round_it(tmp_path: Path) -
     run = write_run(tmp_path)
     write_checkpoint(run.folders[0], {n: t.to(torch.float32) for n, t in run.weights[0].items()})
     with pytest.raises(
-        CheckpointError, match="round the base first with `relexkit round --dtype bfloat16"
+        CheckpointError, match="round the base first with `relexkit round BASE --dtype bfloat16"
     ):
         import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base)
 
@@ -935,7 +937,33 @@ def test_another_run_with_the_same_base_is_refused(tmp_path: Path) -> None:
     write_checkpoint(second.folders[2], other)
     import_checkpoints(first.source, tmp_path / "s.zarr", base=first.base)
     with pytest.raises(
-        CheckpointError, match=r"step 2 of the run differs from .*: this is another run"
+        CheckpointError, match=r"step 2 of the run differs from .*, though step 1 is the same"
     ):
         import_checkpoints(second.source, tmp_path / "s.zarr", base=second.base)
     assert TrajectoryStore(tmp_path / "s.zarr").steps.tolist() == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_step_in_which_every_weight_changes_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
+    """A hundred million 16-bit weights into a log that was chosen for sparse steps."""
+    random, shape = np.random.default_rng(0), (10_000, 10_000)
+    bits = random.integers(0x3C00, 0x3E00, shape, np.int16)
+    for folder, change in (("base", 0), ("run/checkpoint-1", 0), ("run/checkpoint-2", 1)):
+        if folder == "run/checkpoint-1":
+            bits[0] += 1
+        bits += np.int16(change)
+        weights = {"model.embed_tokens.weight": torch.from_numpy(bits).view(torch.bfloat16)}
+        write_checkpoint(tmp_path / folder, weights)
+    del bits, weights
+    program = (
+        "import resource, sys; from relexkit import import_checkpoints\n"
+        "import_checkpoints('run', 's.zarr', base='base', steps=':1')\n"
+        "store = import_checkpoints('run', 's.zarr', base='base').store\n"
+        "assert [p.encoding for p in store.layout.parts] == ['sparse']\n"
+        "assert store.entries(0, 2).sum() == 100_010_000\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 2**20  # KiB

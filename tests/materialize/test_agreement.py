@@ -27,7 +27,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from relexkit import Options, extrapolate, import_checkpoints
+from relexkit import Options, Output, Prediction, extrapolate, import_checkpoints
 
 REFERENCE = os.environ.get("RELEXKIT_REFERENCE", "")
 
@@ -55,10 +55,8 @@ def predict(run: Run, folder: Path, until: int, target: int, rank: int, dtype: s
         store,
         [target],
         folder / "predicted",
-        until=until,
-        options=Options(rank=rank, axis="row"),
-        dtype=dtype,
-        rounding="nearest",
+        Prediction(until=until, options=Options(rank=rank, axis="row")),
+        output=Output(dtype=dtype, rounding="nearest"),
     )
     return load_file(written.folder / "model.safetensors")
 
@@ -93,7 +91,9 @@ def test_row_and_step_axes_agree_on_consecutive_steps(tmp_path: Path) -> None:
     )
     by_row = predict(run, tmp_path, 12, 40, 1, "float32")
     store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store
-    [written] = extrapolate(store, [40], tmp_path / "by step", dtype="float32", rounding="nearest")
+    [written] = extrapolate(
+        store, [40], tmp_path / "by step", output=Output(dtype="float32", rounding="nearest")
+    )
     for name, tensor in load_file(written.folder / "model.safetensors").items():
         torch.testing.assert_close(tensor, by_row[name], rtol=1e-6, atol=1e-7)
 

@@ -127,7 +127,7 @@ def test_a_store_that_is_replaced_meanwhile_leaves_nothing(
 
     monkeypatch.setattr(TrajectoryStore, "read_base", replaced)
     with pytest.raises(
-        StoreError, match=r"run\.zarr: was replaced while it was read; run the command again"
+        StoreError, match=r"run\.zarr: other steps were recorded in place .* run the command again"
     ):
         write(store, out)
     assert [

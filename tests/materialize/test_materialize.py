@@ -24,8 +24,11 @@ from runs import BUFFER, EMBEDDING, HEAD, MASK, Run, Weights, same_bits, write_c
 from safetensors.torch import load_file
 
 from relexkit import (
+    Compute,
     ExtrapolationError,
     Options,
+    Output,
+    Prediction,
     RelexkitError,
     StoreError,
     TrajectoryStore,
@@ -99,10 +102,8 @@ def test_float32_predictions_equal_a_float64_svd(
         store,
         [60],
         tmp_path / "out",
-        until=until,
-        options=Options(rank=rank),
-        rounding="nearest",
-        dtype="float32",
+        Prediction(until=until, options=Options(rank=rank)),
+        output=Output(rounding="nearest", dtype="float32"),
     )
     steps = [s for s in run.steps if until is None or s <= until]
     found, squares = tensors_of(written.folder), np.zeros(2)
@@ -129,7 +130,7 @@ def test_sixteen_bit_predictions_are_the_nearest_to_a_float64_svd(
     case: str, tmp_path: Path
 ) -> None:
     run, store = make(tmp_path, case)
-    [written] = extrapolate(store, [60], tmp_path / "out", rounding="nearest")
+    [written] = extrapolate(store, [60], tmp_path / "out", output=Output(rounding="nearest"))
     found, differ, total = tensors_of(written.folder), 0, 0
     for name, base in run.weights[0].items():
         exact = base.reshape(-1).double() + torch.from_numpy(
@@ -152,11 +153,21 @@ def test_sixteen_bit_predictions_are_the_nearest_to_a_float64_svd(
 def test_several_targets_in_one_call_equal_single_calls(case: str, tmp_path: Path) -> None:
     _, store = make(tmp_path, case)
     targets = [9, 21.5, 400]
-    together = extrapolate(store, targets, tmp_path / "together", seed=5, options=Options(rank=2))
+    together = extrapolate(
+        store,
+        targets,
+        tmp_path / "together",
+        Prediction(options=Options(rank=2)),
+        output=Output(seed=5),
+    )
     assert [p.folder.name for p in together] == ["step-9", "step-21.5", "step-400"]
     for target, prediction in zip(targets, together, strict=True):
         [single] = extrapolate(
-            store, [target], tmp_path / "single", seed=5, options=Options(rank=2)
+            store,
+            [target],
+            tmp_path / "single",
+            Prediction(options=Options(rank=2)),
+            output=Output(seed=5),
         )
         assert (single.folder / "model.safetensors").read_bytes() == (
             prediction.folder / "model.safetensors"
@@ -168,7 +179,11 @@ def test_hold_reproduces_the_last_step_bit_for_bit(case: str, tmp_path: Path) ->
     run, store = make(tmp_path, case, head="tied")
     for until, step in ((None, 20), (7, 7)):
         [written] = extrapolate(
-            store, [900], tmp_path / str(step), method="hold", rounding="nearest", until=until
+            store,
+            [900],
+            tmp_path / str(step),
+            Prediction(method="hold", until=until),
+            output=Output(rounding="nearest"),
         )
         found = tensors_of(written.folder)
         for name, recorded in run.weights[step].items():
@@ -210,9 +225,8 @@ def test_stochastic_rounding_does_not_depend_on_the_blocking(
             store,
             [60],
             tmp_path / str(budget),
-            dtype="bfloat16",
-            seed=3,
-            memory_budget_bytes=budget,
+            output=Output(dtype="bfloat16", seed=3),
+            compute=Compute(memory_budget_bytes=budget),
         )
         results.append((p.folder / "model.safetensors").read_bytes())
     monkeypatch.setattr(
@@ -227,21 +241,21 @@ def test_stochastic_rounding_does_not_depend_on_the_blocking(
     # the same weights on both, because Gram matrices agree to 1e-7 and not to the last bit
     weights = predict_weights(gram(store), [60.0])
     monkeypatch.setattr("relexkit.materialize.planning.predict_weights", lambda *_, **__: weights)
-    [p] = extrapolate(cut, [60], tmp_path / "cut", dtype="bfloat16", seed=3)
+    [p] = extrapolate(cut, [60], tmp_path / "cut", output=Output(dtype="bfloat16", seed=3))
     results.append((p.folder / "model.safetensors").read_bytes())
     assert len(set(results)) == 1
-    [p] = extrapolate(store, [60], tmp_path / "seed", dtype="bfloat16", seed=4)
+    [p] = extrapolate(store, [60], tmp_path / "seed", output=Output(dtype="bfloat16", seed=4))
     assert (p.folder / "model.safetensors").read_bytes() != results[0]
 
 
 def test_stochastic_rounding_takes_neighbours_and_keeps_the_mean(tmp_path: Path) -> None:
     still = "model.layers.0.mlp.up_proj.weight"
     run, store = make(tmp_path, "sparse", frozen=[still])
-    [p] = extrapolate(store, [60], tmp_path / "exact", dtype="float32")
+    [p] = extrapolate(store, [60], tmp_path / "exact", output=Output(dtype="float32"))
     exact = tensors_of(p.folder)
     mean = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in exact.items()}
     for seed in range(40):
-        [p] = extrapolate(store, [60], tmp_path / f"s{seed}", seed=seed)
+        [p] = extrapolate(store, [60], tmp_path / f"s{seed}", output=Output(seed=seed))
         assert json.loads((p.folder / "relexkit.json").read_text())["seed"] == seed
         found = tensors_of(p.folder)
         assert same_bits(found[still], run.weights[0][still])
@@ -351,7 +365,7 @@ def test_checkout_of_float_rows_keeps_the_stated_mantissa_bits(bits: int, tmp_pa
 
 def test_tied_weights_and_buffers_are_in_the_output(tmp_path: Path) -> None:
     run, store = make(tmp_path, "sparse", head="tied", buffers=True)
-    [p] = extrapolate(store, [60], tmp_path / "out", seed=1)
+    [p] = extrapolate(store, [60], tmp_path / "out", output=Output(seed=1))
     found = tensors_of(p.folder)
     assert same_bits(found[HEAD], found[EMBEDDING])
     assert not same_bits(found[EMBEDDING], run.weights[0][EMBEDDING])
@@ -366,7 +380,7 @@ def test_an_output_dtype_is_written_into_the_config(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
         (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store
-    [p] = extrapolate(store, [60], tmp_path / "out", dtype="float16")
+    [p] = extrapolate(store, [60], tmp_path / "out", output=Output(dtype="float16"))
     config = json.loads((p.folder / "config.json").read_text())
     assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
     assert config["vocab_size"] == 53
@@ -385,7 +399,7 @@ def test_a_prediction_loads_and_generates(
     from transformers import AutoModelForCausalLM
 
     _, store = make(tmp_path, "sparse", head=head, extras=False)
-    [p] = extrapolate(store, [60], tmp_path / "out", dtype=dtype)
+    [p] = extrapolate(store, [60], tmp_path / "out", output=Output(dtype=dtype))
     loaded: Any = AutoModelForCausalLM.from_pretrained(p.folder, output_loading_info=True)
     model, info = loaded
     assert not info["missing_keys"]
@@ -414,9 +428,15 @@ def test_apply_gives_a_model_the_weights_of_the_written_folder(
 
     run, store = make(tmp_path, case, head=head, extras=False)
     model = AutoModelForCausalLM.from_pretrained(run.folders[2])
-    weights = predict_weights(gram(store), [60.0, 90.0], options=Options(rank=2))
+    weights = predict_weights(gram(store), [60.0, 90.0], Prediction(options=Options(rank=2)))
     for index, target in enumerate((60, 90)):
-        [p] = extrapolate(store, [target], tmp_path / "out", options=Options(rank=2), seed=6)
+        [p] = extrapolate(
+            store,
+            [target],
+            tmp_path / "out",
+            Prediction(options=Options(rank=2)),
+            output=Output(seed=6),
+        )
         apply(store, model, weights[index], seed=6)
         state = model.state_dict()
         for name, tensor in tensors_of(p.folder).items():
@@ -543,18 +563,18 @@ def test_a_rerun_skips_a_finished_folder_and_refuses_another(tmp_path: Path) -> 
     again = extrapolate(store, [60, 70], out)
     assert [(p.target, p.already) for p in again] == [(60, True), (70, False)]
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    for options in (
-        {"seed": 1},
-        {"options": Options(rank=2)},
-        {"scale": 0.5},
-        {"until": 7},
-        {"method": "hold"},
+    for prediction, output in (
+        (Prediction(), Output(seed=1)),
+        (Prediction(options=Options(rank=2)), Output()),
+        (Prediction(scale=0.5), Output()),
+        (Prediction(until=7), Output()),
+        (Prediction(method="hold"), Output()),
     ):
         with pytest.raises(
             RelexkitError,
             match=r"step-60: exists and holds something else; remove it or choose another -o",
         ):
-            extrapolate(store, [60], out, **options)
+            extrapolate(store, [60], out, prediction, output=output)
     checkout(store, 2, tmp_path / "two")
     checkout(store, 2, tmp_path / "two")
     with pytest.raises(RelexkitError, match="exists and holds something else"):
@@ -582,7 +602,7 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
 
 def test_large_steps_keep_all_their_digits(tmp_path: Path) -> None:
     _, store = make(tmp_path, "sparse")
-    written = extrapolate(store, [1_000_000, 1_000_001], tmp_path / "out", scale=1e-6)
+    written = extrapolate(store, [1_000_000, 1_000_001], tmp_path / "out", Prediction(scale=1e-6))
     assert [p.folder.name for p in written] == ["step-1000000", "step-1000001"]
     assert "step 1000001" in (written[1].folder / "README.md").read_text()
 
@@ -678,14 +698,18 @@ def test_refusals_come_before_any_work(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("a pass over the weights began")
 
     monkeypatch.setattr(TrajectoryStore, "read_log", refuse)
-    for message, given in (
-        ("--dtype int8 is unknown", {"dtype": "int8"}),
-        ("--method magic is unknown", {"method": "magic"}),
-        ("--alpha has no effect with --method relex", {"options": Options(alpha=2.0)}),
-        ("--until 1 keeps no step", {"until": 1}),
+    for message, prediction, dtype in (
+        ("--dtype int8 is unknown", Prediction(), "int8"),
+        ("--method magic is unknown", Prediction(method="magic"), None),
+        (
+            "--alpha has no effect with --method relex",
+            Prediction(options=Options(alpha=2.0)),
+            None,
+        ),
+        ("--until 1 keeps no step", Prediction(until=1), None),
     ):
         with pytest.raises(RelexkitError, match=message):
-            extrapolate(store, [60], tmp_path / "out", **given)
+            extrapolate(store, [60], tmp_path / "out", prediction, output=Output(dtype=dtype))
     with pytest.raises(
         StoreError, match=r"step 4 is not recorded in .*; it holds 5 steps from 2 to 20"
     ):
@@ -716,10 +740,8 @@ def test_model_card(tmp_path: Path) -> None:
         store,
         [60],
         tmp_path / "out",
-        until=8,
-        options=Options(rank=2, window=3),
-        scale=0.5,
-        seed=11,
+        Prediction(until=8, options=Options(rank=2, window=3), scale=0.5),
+        output=Output(seed=11),
     )
     card = (p.folder / "README.md").read_text()
     shares, total = 0.0, 0.0
@@ -746,7 +768,7 @@ def test_model_card(tmp_path: Path) -> None:
     provenance = json.loads((p.folder / "relexkit.json").read_text())
     assert provenance["steps"] == [2, 3, 7, 8]
     assert provenance["rank"] == 2
-    [p] = extrapolate(store, [60], tmp_path / "held", method="hold")
+    [p] = extrapolate(store, [60], tmp_path / "held", Prediction(method="hold"))
     card = (p.folder / "README.md").read_text()
     assert "| method | hold |" in card
     assert "variance" not in card

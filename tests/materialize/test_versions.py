@@ -15,7 +15,15 @@ from runs import Run, raw_bits, write_run
 from safetensors.torch import load_file, save_file
 from versions import pull, raw, write_pull_version
 
-from relexkit import TrajectoryStore, WeightSync, checkout, extrapolate, import_checkpoints
+from relexkit import (
+    Output,
+    Prediction,
+    TrajectoryStore,
+    WeightSync,
+    checkout,
+    extrapolate,
+    import_checkpoints,
+)
 from relexkit.cli import main
 from relexkit.errors import CheckpointError, RelexkitError
 
@@ -56,14 +64,18 @@ def test_a_recorded_step_is_pulled(
 def test_predictions_are_pulled_one_after_the_other(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=[1, 2, 3], motion="drift", density=0.05)
     store = import_checkpoints(run.source, tmp_path / "s.zarr", base=run.base).store
-    folders = extrapolate(store, [6, 12], tmp_path / "folders", method="two-point")
+    folders = extrapolate(store, [6, 12], tmp_path / "folders", Prediction(method="two-point"))
     sync = WeightSync(3, version=42)
-    written = extrapolate(store, [6, 12], tmp_path / "sync", method="two-point", sync=sync)
+    written = extrapolate(
+        store, [6, 12], tmp_path / "sync", Prediction(method="two-point"), output=Output(sync=sync)
+    )
     assert [p.folder.name for p in written] == ["weight_v000042", "weight_v000043"]
     write_pull_version(tmp_path / "sync", 41, None, run.weights[3])
     for number, prediction in zip((42, 43), folders, strict=True):
         assert_pulls(tmp_path / "sync", tmp_path, number, prediction.folder)
-    again = extrapolate(store, [6, 12], tmp_path / "sync", method="two-point", sync=sync)
+    again = extrapolate(
+        store, [6, 12], tmp_path / "sync", Prediction(method="two-point"), output=Output(sync=sync)
+    )
     assert [p.already for p in again] == [True, True]
 
 
@@ -89,12 +101,19 @@ def test_float32_predictions_fit_a_bfloat16_engine_with_dtype_only(
     base.mkdir()
     tensors = load_file(float32_run.base / "model.safetensors")  # type: ignore[operator]
     save_file({n: t.to(torch.bfloat16) for n, t in tensors.items()}, base / "model.safetensors")
-    options = {"method": "hold", "sync": WeightSync(base)}
+    hold, sync = Prediction(method="hold"), WeightSync(base)
     with pytest.raises(CheckpointError, match=r"has dtype float32; expected bfloat16"):
-        extrapolate(float32_store, [20], tmp_path / "sync", **options)
+        extrapolate(float32_store, [20], tmp_path / "sync", hold, output=Output(sync=sync))
     assert not list((tmp_path / "sync").iterdir())
-    written = extrapolate(float32_store, [20], tmp_path / "sync", dtype="bfloat16", **options)
-    folders = extrapolate(float32_store, [20], tmp_path / "f", method="hold", dtype="bfloat16")
+    output = Output(dtype="bfloat16", sync=sync)
+    written = extrapolate(float32_store, [20], tmp_path / "sync", hold, output=output)
+    folders = extrapolate(
+        float32_store,
+        [20],
+        tmp_path / "f",
+        Prediction(method="hold"),
+        output=Output(dtype="bfloat16"),
+    )
     assert_pulls(tmp_path / "sync", base, 1, folders[0].folder)
     assert written[0].folder.name == "weight_v000001"
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.optimize import curve_fit
 from strategies import Trajectory, gram_of, trajectories, trajectory
 
-from relexkit import METHODS, ExtrapolationError, Options, predict_weights
-from relexkit.predict.extrapolators import FITS
+from relexkit import METHODS, ExtrapolationError, Options, Prediction, predict_weights
+from relexkit.predict.fits import FITS
 
 STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50])
 DELTAS = (
@@ -30,7 +30,9 @@ def predicted(
 ) -> np.ndarray:
     """``M^T a`` of the library, ``[D]``."""
     weights = predict_weights(
-        gram_of({"w": deltas}, steps), [target], method=method, options=Options(**options)
+        gram_of({"w": deltas}, steps),
+        [target],
+        Prediction(method=method, options=Options(**options)),
     )
     assert weights.shape == (1, 1, len(steps))
     assert weights.dtype == np.float64
@@ -263,7 +265,7 @@ def test_an_exact_line_extrapolates_exactly_at_irregular_steps(method: str, opti
 def test_every_method_of_the_table_predicts_something_finite() -> None:
     gram = gram_of({"w": DELTAS}, STEPS)
     for method in METHODS:
-        weights = predict_weights(gram, [50.0], method=method)
+        weights = predict_weights(gram, [50.0], Prediction(method=method))
         assert np.isfinite(weights).all()
         assert weights.any()
 
@@ -277,19 +279,20 @@ def test_several_tensors_targets_scopes_and_scale() -> None:
     deltas = {n: trajectory("walk", STEPS, 20 + i, seed=20 + i).deltas for i, n in enumerate(names)}
     deltas["still.weight"] = np.zeros((len(STEPS), 6))
     gram = gram_of(deltas, STEPS)
-    both = predict_weights(gram, [60.0, 90.0], options=Options(rank=2))
+    both = predict_weights(gram, [60.0, 90.0], Prediction(options=Options(rank=2)))
     assert both.shape == (2, 4, len(STEPS))
     assert not both[:, 3].any()
     for row, name in enumerate(names):
         for index, target in enumerate((60.0, 90.0)):
             close(deltas[name].T @ both[index, row], predicted(deltas[name], STEPS, target, rank=2))
     np.testing.assert_allclose(
-        predict_weights(gram, [60.0], options=Options(rank=2), scale=-0.25)[0], -0.25 * both[0]
+        predict_weights(gram, [60.0], Prediction(options=Options(rank=2), scale=-0.25))[0],
+        -0.25 * both[0],
     )
 
     groups = {"layer": [[0, 1], [2], [3]], "module": [[0, 2], [1], [3]], "global": [[0, 1, 2, 3]]}
     for scope, members in groups.items():
-        weights = predict_weights(gram, [60.0], scope=scope)
+        weights = predict_weights(gram, [60.0], Prediction(scope=scope))
         for group in members:
             joined = np.hstack([deltas[list(deltas)[i]] for i in group])
             if not joined.any():
@@ -343,17 +346,17 @@ def test_too_few_steps_say_so(message: str, method: str, options: dict) -> None:
     ("message", "options"),
     [
         (
-            r"^w: 8 recorded steps cannot fix a polynomial of degree 8",
+            r"^8 recorded steps cannot fix a polynomial of degree 8",
             {"fit": "polynomial", "degree": 8},
         ),
         (
-            r"^w: 2 recorded steps cannot fix a polynomial of degree 2",
+            r"^2 recorded steps cannot fix a polynomial of degree 2",
             {"fit": "polynomial", "window": 2},
         ),
-        (r"^w: 4 recorded steps cannot fix a sinusoid", {"fit": "sinusoid", "window": 4}),
+        (r"^4 recorded steps cannot fix a sinusoid", {"fit": "sinusoid", "window": 4}),
     ],
 )
-def test_a_fit_that_cannot_work_names_the_tensor(message: str, options: dict) -> None:
+def test_a_fit_that_cannot_work_says_why(message: str, options: dict) -> None:
     with pytest.raises(ExtrapolationError, match=message):
         predicted(DELTAS, STEPS, 60, **options)
 
@@ -395,7 +398,7 @@ def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(
         ValueError, match="scope 'head' is unknown: choose one of tensor, layer, module, global"
     ):
-        predict_weights(gram_of({"w": DELTAS}, STEPS), [60.0], scope="head")
+        predict_weights(gram_of({"w": DELTAS}, STEPS), [60.0], Prediction(scope="head"))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +445,9 @@ def test_relex_with_every_direction_is_least_squares_per_weight(
 ) -> None:
     found = predicted(given_run.deltas, given_run.steps, target, rank=len(given_run.steps))
     weights = predict_weights(
-        gram_of({"w": given_run.deltas}, given_run.steps), [target], method="least-squares"
+        gram_of({"w": given_run.deltas}, given_run.steps),
+        [target],
+        Prediction(method="least-squares"),
     )[0, 0]
     # directions below 1e-7 of the first are dropped, those near it are known to about a tenth of
     # their size
@@ -472,6 +477,6 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_weights(
     )
     options = Options(rank=rank)
     np.testing.assert_array_equal(
-        predict_weights(gram, [target], options=options),
-        predict_weights(doubled, [target], options=options),
+        predict_weights(gram, [target], Prediction(options=options)),
+        predict_weights(doubled, [target], Prediction(options=options)),
     )

@@ -1,4 +1,6 @@
-"""The callback in transformers' Trainer and TRL, against the checkpoints that they save themselves."""
+"""The callback in transformers' Trainer and TRL, against the checkpoints that they save
+themselves.
+"""
 
 import gc
 import json
@@ -22,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and TRL, ab
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    """Files that the trainers left open are closed, with a warning, here and not in another test."""
+    """Files that the trainers left open are closed, with a warning, here and not in another
+    test.
+    """
     yield
     gc.collect()
 

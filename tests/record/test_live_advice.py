@@ -96,7 +96,8 @@ def test_it_takes_a_share_of_the_time_only(monkeypatch) -> None:
     for last in range(
         1,
         41,
-        # two seconds a step: after an advice of three seconds the next one is due thirty seconds later
+        # two seconds a step: after an advice of three seconds the next one is due thirty seconds
+        # later
     ):
         clock.now = 2.0 * last
         recorder.live_sketch = (np.arange(1, last + 1), np.zeros((last, 4), np.float32))

@@ -1,4 +1,6 @@
-"""Files written past Zarr equal those that Zarr writes, and what is not completed leaves nothing."""
+"""Files written past Zarr equal those that Zarr writes, and what is not completed leaves
+nothing.
+"""
 
 from pathlib import Path
 

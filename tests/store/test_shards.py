@@ -17,7 +17,9 @@ from relexkit.store.fastpath.shards import shard_reader
 def make(
     path: Path, values: np.ndarray, chunk: int, shard: int, *, fill: float = 0, cname: str = "lz4"
 ) -> zarr.Array:
-    """An array with the given rows (or 1-D), sharded along its last axis as the store writes them."""
+    """An array with the given rows (or 1-D), sharded along its last axis as the store writes
+    them.
+    """
     lead = (1,) * (values.ndim - 1)
     array = zarr.create_array(
         path,

@@ -304,7 +304,9 @@ def test_readers_see_committed_steps_only(bfloat16_run: Run, tmp_path: Path) -> 
 def test_an_uncommitted_step_leaves_nothing_in_the_next_one(
     bfloat16_run: Run, tmp_path: Path
 ) -> None:
-    """A longer update than the final one, left by a crash in the same row, must not show through."""
+    """A longer update than the final one, left by a crash in the same row, must not show
+    through.
+    """
     out = tmp_path / "s.zarr"
     store = import_checkpoints(bfloat16_run.source, out, base=bfloat16_run.base, steps=":2").store
     part = next(i for i, p in enumerate(store.layout.parts) if p.encoding == "sparse")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relexkit import RelexkitError
-from trainer.config import GRPOConfig, build_config, dump_config, load_config
+from trainer.config import G2DConfig, GRPOConfig, build_config, dump_config, load_config
 
 NEEDED = {"model": "m", "task": "t", "output": "o"}
 
@@ -95,3 +95,27 @@ def test_derived_numbers():
         num_iterations=3,
     )
     assert (config.num_prompts, config.steps_of_generation) == (8, 12)
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, G2DConfig])
+def test_the_help_says_of_every_option_what_it_means_and_what_it_takes(kind):
+    import argparse
+    import dataclasses
+
+    from trainer.commands.train import add_options
+    from trainer.config import option_groups, option_meanings
+
+    names = [field.name for field in dataclasses.fields(kind)]
+    assert set(option_meanings(kind)) == set(names)
+    groups = option_groups(kind)
+    assert [field.name for _, fields in groups for field in fields] == names
+    assert max(len(fields) for _, fields in groups) <= 14
+    parser = argparse.ArgumentParser()
+    add_options(parser, kind)
+    shown = " ".join(parser.format_help().split())
+    for heading, _ in groups:
+        assert f"{heading}: --" in shown
+    for name in names:
+        assert f"--{name} " in shown
+    assert "--lr_scheduler_type TEXT" in shown
+    assert "--device {auto,cpu,cuda}" in shown

@@ -46,7 +46,9 @@ def pairs(count: int = 6, seed: int = 0) -> list[Pair]:
 def our_loss_and_gradient(
     model: Any, reference: Any, data: list[Pair], **options: Any
 ) -> tuple[float, torch.Tensor]:
-    """One step on all pairs with a rate of nearly zero, so that the gradients stay to be looked at."""
+    """One step on all pairs with a rate of nearly zero, so that the gradients stay to be
+    looked at.
+    """
     config = G2DConfig(
         learning_rate=1e-30, train_batch_size=len(data), max_grad_norm=1e9, **options
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
-from relexkit import Recorder, TrajectoryStore, checkout, extrapolate, round_checkpoint
+from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate, round_checkpoint
 from relexkit.cli import main
 from trainer.policy.setup import load_model
 from trainer.policy.stored_model import StoredModel, recorded_weights
@@ -45,7 +45,9 @@ def numbers(model: dict) -> dict:
 
 def test_steps_of_a_store_are_their_checkpoints(store, tmp_path, capsys):
     folders = [checkout(store, step, tmp_path / f"step-{step}") for step in (0, 2, 4)]
-    predicted = extrapolate(store, [6, 9], tmp_path / "predicted", until=2, method="two-point")
+    predicted = extrapolate(
+        store, [6, 9], tmp_path / "predicted", Prediction(until=2, method="two-point")
+    )
     words = ["--step", 0, 2, 4, "--to", 6, 9, "--until", 2, "--method", "two-point"]
     in_place = evaluated(capsys, store.path, *words)
     written = evaluated(capsys, *folders, *(p.folder for p in predicted))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train import settings
 from tiny_models import save_tiny_model
 
-from relexkit import RelexkitError, checkout, extrapolate
+from relexkit import Output, RelexkitError, checkout, extrapolate
 from relexkit.cli import main
 from relexkit.store import TrajectoryStore
 from trainer.commands.tokens import token_shares
@@ -79,7 +79,7 @@ def test_the_recorded_run_is_extrapolated_like_any_other(run, tmp_path):
     goes on from them.
     """
     (prediction,) = extrapolate(
-        TrajectoryStore(run / "run.zarr"), [5], tmp_path / "out", rounding="nearest"
+        TrajectoryStore(run / "run.zarr"), [5], tmp_path / "out", output=Output(rounding="nearest")
     )
     last = load_file(
         checkout(TrajectoryStore(run / "run.zarr"), 3, tmp_path / "last") / "model.safetensors"

@@ -1,4 +1,6 @@
-"""The estimates of noise and signal against simulated gradients whose noise and signal are known."""
+"""The estimates of noise and signal against simulated gradients whose noise and signal are
+known.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from relexkit import Recorder, RelexkitError, TrajectoryStore, checkout, extrapolate
+from relexkit import Prediction, Recorder, RelexkitError, TrajectoryStore, checkout, extrapolate
 from relexkit.cli import main
 
 pytest.importorskip("lm_eval")
@@ -104,7 +104,9 @@ def test_log_likelihoods_and_generations_are_those_of_hf_on_the_written_folder(
     import trainer.evaluation.harness  # noqa: F401  (registers the model)
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    target = extrapolate(store, [9], tmp_path / "predicted", until=2, method="two-point")[0]
+    target = extrapolate(
+        store, [9], tmp_path / "predicted", Prediction(until=2, method="two-point")
+    )[0]
     seen = []
     for chosen, folder in (
         (f"step=4,store={store.path}", checkout(store, 4, tmp_path / "four")),

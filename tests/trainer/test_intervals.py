@@ -1,4 +1,6 @@
-"""Intervals against published and hand-computed values, and against their coverage in simulation."""
+"""Intervals against published and hand-computed values, and against their coverage in
+simulation.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_interval_of_sampled_answers_lies_between_those_of_problems_and_of_answe
 
 
 def test_intervals_cover_what_they_should():
-    """Two models that agree on part of the problems; 2000 draws of 60 problems with 4 samples each."""
+    """Two models that agree on part of the problems; 2000 draws of 60 problems with 4 samples
+    each.
+    """
     rng = np.random.default_rng(0)
     covered = np.zeros(2)
     for _ in range(2000):

@@ -249,7 +249,9 @@ def trl_trainer(tmp_path_factory):
 
 
 def trl_batch(seed: int) -> dict[str, torch.Tensor]:
-    """Left-padded prompts and right-padded completions, an empty one among them, as TRL keeps them."""
+    """Left-padded prompts and right-padded completions, an empty one among them, as TRL keeps
+    them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -278,7 +280,10 @@ def as_our_batch(batch: dict[str, torch.Tensor]) -> Batch:
     )
 
 
-@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
+WITH_BONUS = [{"loss_type": loss_type, "entropy_coef": 0.3} for loss_type in LOSS_TYPES]
+
+
+@pytest.mark.parametrize("options", COMBINATIONS + WITH_BONUS, ids=str)
 def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
     settings = config(temperature=0.8, **options)
     batch = trl_batch(3)
@@ -298,12 +303,17 @@ def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
         settings.use_bias_correction_kl,
     )
     trl_trainer.current_gradient_accumulation_steps = 1
+    trl_trainer.entropy_coef = settings.entropy_coef
+    trl_trainer._entropy_bonus_enabled = settings.entropy_coef > 0
     model.zero_grad()
     theirs = trl_trainer._compute_loss(model, batch)
     theirs.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    logp_BT, _ = token_logprobs(model, as_our_batch(batch), 0.8, False)
+    with_bonus = settings.entropy_coef > 0
+    logp_BT, entropy_BT = token_logprobs(
+        model, as_our_batch(batch), 0.8, False, entropy_gradient=with_bonus
+    )
     ours = policy_loss(
         logp_BT,
         batch["advantages"],
@@ -312,6 +322,7 @@ def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
         settings,
         old_logp_BT=batch["old_per_token_logps"],
         ref_logp_BT=batch["ref_per_token_logps"],
+        entropy_BT=entropy_BT,
     )
     ours.loss.backward()
     # positions count from each row's first token here and from the padding there: rotary embeddings

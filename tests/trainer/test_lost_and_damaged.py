@@ -1,4 +1,4 @@
-"""A training goes on after parts of its folder were lost or damaged, or says in one line why not."""
+"""A training goes on after parts of its folder were lost or damaged, or says why not."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
-from relexkit import RelexkitError, TrajectoryStore, checkout, extrapolate
+from relexkit import Prediction, RelexkitError, TrajectoryStore, checkout, extrapolate
 from relexkit.cli import main
 from trainer.config import GRPOConfig
 from trainer.experiments.outputs import (
@@ -68,7 +68,7 @@ def test_steps_and_predictions_are_those_of_written_checkpoints(
         np.testing.assert_allclose(
             found.logprobs[row], text_logprobs(model, tokenizer, TEXTS[:2]), atol=1e-5
         )
-    [written] = extrapolate(store, [8.0], tmp_path / "predicted", method="two-point")
+    [written] = extrapolate(store, [8.0], tmp_path / "predicted", Prediction(method="two-point"))
     model, tokenizer = load_model(str(written.folder), CPU)
     np.testing.assert_allclose(
         found.predicted[0], text_logprobs(model, tokenizer, TEXTS[:2]), atol=1e-5

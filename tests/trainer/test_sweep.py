@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
-from relexkit import Options, RelexkitError, TrajectoryStore, extrapolate
+from relexkit import Options, Output, Prediction, RelexkitError, TrajectoryStore, extrapolate
 from relexkit.cli import main
 from trainer.config import GRPOConfig
 from trainer.evaluation.evaluate import evaluate
@@ -73,9 +73,7 @@ def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_pat
             store,
             [candidate.target],
             tmp_path / candidate.name,
-            until=4,
-            method=candidate.method,
-            scale=candidate.scale,
+            Prediction(until=4, method=candidate.method, scale=candidate.scale),
         )
         model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
         expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
@@ -106,7 +104,11 @@ def test_rounded_weights_score_as_a_written_checkpoint(
         rounding="nearest",
     )
     [written] = extrapolate(
-        store, [8.0], tmp_path, method="two-point", dtype="bfloat16", rounding="nearest"
+        store,
+        [8.0],
+        tmp_path,
+        Prediction(method="two-point"),
+        output=Output(dtype="bfloat16", rounding="nearest"),
     )
     model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
     expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)

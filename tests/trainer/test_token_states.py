@@ -29,7 +29,9 @@ def rolled_out(temperature=1.5, keep_states=True, batch_size=2, **sampling):
 
 
 def forward_pass(model, tokenizer, completion, temperature):
-    """Log-probabilities and hidden states of one rollout by itself, from the model's own outputs."""
+    """Log-probabilities and hidden states of one rollout by itself, from the model's own
+    outputs.
+    """
     tokens = torch.tensor([completion.prompt_ids + completion.completion_ids])
     with torch.no_grad():
         output = model(tokens, output_hidden_states=True)

@@ -1,4 +1,6 @@
-"""Number formats against torch, and the distribution of stochastic rounding against its definition."""
+"""Number formats against torch, and the distribution of stochastic rounding against its
+definition.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit import RelexkitError
+from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
 from trainer.commands import evaluate_harness
 from trainer.commands.trust import add_trust
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task",
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes",
+        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes"
+        " (default: the task of the run)",
     )
     parser.add_argument(
         "--step",
@@ -63,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="round weights",
     )
     parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument("--split", choices=("validation", "train"), default="validation")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "train", "all"),
+        default="validation",
+        help="problems of the task; all has the whole of a file (default: validation)",
+    )
     parser.add_argument(
         "--num-problems", type=int, metavar="N", help="the first so many (default: all)"
     )
@@ -79,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-greedy", action="store_true", help="only sampled answers")
     parser.add_argument(
-        "--max-completion-length", type=int, default=256, metavar="L", help="tokens (default: 256)"
+        "--max-completion-length",
+        type=int,
+        metavar="L",
+        help="tokens (default: as in the run, else 256)",
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="of the samples (default: 1)"
@@ -111,14 +120,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
     """The evaluation of every model that the arguments name, by its name."""
-    import yaml
-
     from trainer.evaluation.evaluate import evaluate
-    from trainer.tasks import load_task
+    from trainer.evaluation.settings import chosen_length, chosen_task
 
-    if arguments.task is None:
-        raise RelexkitError("no task was given; expected --task, or --harness with its tasks")
-    task = load_task(yaml.safe_load(arguments.task))
+    task = chosen_task(arguments.task, arguments.model[0], arguments.split)
+    arguments.max_completion_length = chosen_length(
+        arguments.max_completion_length, arguments.model[0]
+    )
     found: dict[str, Evaluation] = {}
     with progress_bar() as progress:
         for name, model, tokenizer in _models(arguments):
@@ -144,7 +152,9 @@ def _named(progress: ProgressCallback, name: str) -> ProgressCallback:
 
 
 def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
-    """Name, model and tokenizer of everything that was asked for; a store's model is loaded once."""
+    """Name, model and tokenizer of everything that was asked for; a store's model is loaded
+    once.
+    """
     import torch
 
     device = torch.device(
@@ -181,7 +191,7 @@ def _is_store(path: str) -> bool:
 
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
-    from relexkit.extension import learning_rates, step_text
+    from relexkit.extension import step_text
     from trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(arguments.model[0])
@@ -203,9 +213,8 @@ def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str,
     if not arguments.to:
         return
     observed = gram(store).until(arguments.until)
-    rates = learning_rates(store.steps, store.metrics())
     for method in arguments.method:
-        predicted = predict_weights(observed, arguments.to, method=method, rates=rates)
+        predicted = predict_weights(observed, arguments.to, Prediction(method=method))
         for target, weights in zip(arguments.to, predicted, strict=True):
             stored.put(arguments.scale * weights)
             yield (

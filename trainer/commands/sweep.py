@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit import METHODS, TrajectoryStore, extrapolate
+from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
 from trainer.commands.trust import add_trust
 from trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
@@ -21,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="RUN.zarr")
     parser.add_argument(
         "--task",
-        required=True,
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes",
+        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes"
+        " (default: the task of the run)",
     )
     parser.add_argument(
         "--to", type=float, nargs="+", required=True, metavar="STEP", help="steps to predict"
@@ -60,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-problems", type=int, metavar="N", help="validation problems (default: all)"
     )
-    parser.add_argument("--max-completion-length", type=int, default=256, metavar="TOKENS")
+    parser.add_argument(
+        "--max-completion-length",
+        type=int,
+        metavar="L",
+        help="tokens (default: as in the run, else 256)",
+    )
     parser.add_argument(
         "--samples",
         type=int,
@@ -113,24 +119,28 @@ def run(arguments: argparse.Namespace) -> None:
         TrajectoryStore(arguments.store),
         [best.target],
         arguments.write,
-        until=arguments.until,
-        method=best.method,
-        options=best.options,
-        scale=best.scale,
-        dtype=None if arguments.dtype == "float32" else arguments.dtype,
-        rounding=arguments.rounding,
-        seed=arguments.seed,
+        Prediction(
+            until=arguments.until, method=best.method, options=best.options, scale=best.scale
+        ),
+        output=Output(
+            dtype=None if arguments.dtype == "float32" else arguments.dtype,
+            rounding=arguments.rounding,
+            seed=arguments.seed,
+        ),
     )
     say(f"wrote {written[0].folder}")
 
 
 def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Candidate | None]:
     """What ``--json`` prints, and the winner if it is surely better than the last observed step."""
-    import yaml
+    from trainer.evaluation.settings import chosen_length, chosen_task, run_settings
 
-    from trainer.tasks import load_task
-
-    task = load_task(yaml.safe_load(arguments.task))
+    task = chosen_task(arguments.task, arguments.store, "validation")
+    arguments.max_completion_length = chosen_length(
+        arguments.max_completion_length, arguments.store
+    )
+    if arguments.task is None:  # for the command that gives this sweep again
+        arguments.task = json.dumps(run_settings(arguments.store)["task"])
     store = TrajectoryStore(arguments.store)
     seen = store.steps[
         : (
@@ -224,7 +234,7 @@ def print_table(found: dict[str, Any]) -> None:
     )
     for c in rows:
         table.add_row(
-            c["name"],
+            c["name"] + (" (stopped)" if c["stopped"] else ""),
             str(c["num_problems"]),
             number(c["accuracy"]),
             _span(c["interval"]),
@@ -237,6 +247,14 @@ def print_table(found: dict[str, Any]) -> None:
         f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
         " the full grid."
     )
+    ties = [c["name"] for c in found["candidates"] if c["tied"]]
+    if any(c["stopped"] for c in found["candidates"]):
+        show(
+            "Stopped ones answered fewer problems: compare their difference, on the problems that"
+            " they answered, not their accuracy."
+        )
+    if ties:
+        show(f"As good as the winner when it alone went on: {', '.join(ties)}.")
     show(found["recommendation"])
 
 

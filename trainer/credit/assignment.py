@@ -15,7 +15,6 @@ from trainer.credit.advantage import group_advantages, lampo_advantages
 from trainer.credit.token_share import TokenClasses, add_masses, class_shares, token_masses
 from trainer.credit.token_states import TokenStates
 from trainer.credit.token_weighting import delta_coefficients
-from trainer.evaluation.evaluate import RIGHT
 from trainer.policy.sampling import Completion, pad_token
 from trainer.tasks import Problem
 
@@ -160,8 +159,3 @@ def informativeness(right_PG: torch.Tensor, logp: Sequence[torch.Tensor]) -> dic
         "square": rate_P.square().sum(),
     }
     return {name: float(value) for name, value in sums.items()}
-
-
-def is_right(rewards: Sequence[float]) -> list[bool]:
-    """Which rollouts the task calls right, from its own rewards."""
-    return [reward >= RIGHT for reward in rewards]

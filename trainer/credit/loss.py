@@ -10,12 +10,17 @@ completion tokens that count:
 
     grpo     mean over sequences of the mean over their tokens
     bnpo     sum over tokens / tokens of the optimizer step
-    dapo     sum over tokens / (tokens of the generation / its steps): as bnpo if a generation is
-    one step dr_grpo  sum over tokens / (sequences x max_completion_length)
+    dapo     sum over tokens / (tokens of the generation / its steps)
+    dr_grpo  sum over tokens / (sequences x max_completion_length)
+
+``dapo`` is ``bnpo`` if a generation is one step.
+
+With ``entropy_coef`` so many times the mean entropy over the tokens of the optimizer step is
+subtracted, whatever ``loss_type`` is.
 
 Where we differ from TRL: the denominators are those of the whole optimizer step over all processes,
-so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``
-and ``grpo`` over micro-batches).
+so that splitting a step into micro-batches or processes does not change it (TRL averages ``bnpo``,
+``grpo`` and the entropy over micro-batches).
 """
 
 from __future__ import annotations
@@ -64,6 +69,7 @@ def policy_loss(
     old_logp_BT: torch.Tensor | None = None,
     ref_logp_BT: torch.Tensor | None = None,
     weight_BT: torch.Tensor | None = None,
+    entropy_BT: torch.Tensor | None = None,
 ) -> LossOutputs:
     """The loss of a micro-batch of ``B`` completions of at most ``T`` tokens.
 
@@ -75,6 +81,8 @@ def policy_loss(
         ref_logp_BT: those under the reference; needed if ``config.beta`` is not 0.
         weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1
             if None.
+        entropy_BT: entropies of the tokens, with gradient; needed if ``config.entropy_coef`` is not
+            0.
     """
     old = logp_BT.detach() if old_logp_BT is None else old_logp_BT
     difference_BT = logp_BT - old
@@ -100,7 +108,12 @@ def policy_loss(
     clipped_high = (ratio_BT.detach() > high) & (advantage_B[:, None] > 0)
     sums["clip_low"] = (clipped_low * mask_BT).sum().float()
     sums["clip_high"] = (clipped_high * mask_BT).sum().float()
-    return LossOutputs(loss=aggregate(token_loss_BT, mask_BT, denominators, config), sums=sums)
+    loss = aggregate(token_loss_BT, mask_BT, denominators, config)
+    if config.entropy_coef:
+        assert entropy_BT is not None, "entropy_coef needs the entropies"
+        mean = (entropy_BT * mask_BT).sum() / max(1.0, denominators.tokens)
+        loss = loss - config.entropy_coef * mean
+    return LossOutputs(loss=loss, sums=sums)
 
 
 def k3_divergence(logp_BT: torch.Tensor, ref_logp_BT: torch.Tensor) -> torch.Tensor:
@@ -120,10 +133,47 @@ def aggregate(
     """One number of the token losses of a micro-batch; over the micro-batches of a step these add
     up to its loss.
     """
-    sum_B = (token_loss_BT * mask_BT).sum(dim=1)
-    if config.loss_type == "grpo":
-        return (sum_B / mask_BT.sum(dim=1).clamp(min=1)).sum() / max(1.0, denominators.sequences)
-    if config.loss_type == "dr_grpo":
-        return sum_B.sum() / max(1.0, denominators.sequences * config.max_completion_length)
+    return AGGREGATIONS[config.loss_type](token_loss_BT, mask_BT, denominators, config)
+
+
+def _grpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    mean_B = (token_loss_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    return mean_B.sum() / max(1.0, denominators.sequences)
+
+
+def _bnpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, denominators.tokens)
+
+
+def _dapo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
     share = denominators.generation_tokens / config.steps_per_generation
-    return sum_B.sum() / max(1.0, denominators.tokens if config.loss_type == "bnpo" else share)
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, share)
+
+
+def _dr_grpo(
+    token_loss_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    denominators: Denominators,
+    config: GRPOConfig,
+) -> torch.Tensor:
+    most = denominators.sequences * config.max_completion_length
+    return (token_loss_BT * mask_BT).sum(dim=1).sum() / max(1.0, most)
+
+
+AGGREGATIONS = {"grpo": _grpo, "bnpo": _bnpo, "dr_grpo": _dr_grpo, "dapo": _dapo}
+"""How token losses become one number, by ``loss_type``."""

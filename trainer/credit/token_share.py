@@ -118,7 +118,9 @@ def class_shares(
 
 
 def largest_tokens(masses: Masses, count: int) -> list[tuple[int, float, float]]:
-    """The ``count`` tokens with the largest shares: id, share, and share with token coefficients."""
+    """The ``count`` tokens with the largest shares: id, share, and share with token
+    coefficients.
+    """
     plain, weighted = (sum(v[i] + v[i + 1] for v in masses.values()) for i in (0, 2))
     ordered = sorted(masses.items(), key=lambda item: -(item[1][0] + item[1][1]))[:count]
     return [

@@ -5,10 +5,10 @@ A rollout passes through the model once to be sampled, and that pass has already
 DelTA, LamPO and the measurements of the token gradient need. Kept are, of every completion token
 ``t`` with probability ``p`` and hidden state ``h`` (arXiv 2605.21467):
 
-    v = (1 - p) h     the token-gradient proxy: the gradient of log p with respect to the row of t
-    in the output head
-    |v|               and log p, one number each
+    v = (1 - p) h   the token-gradient proxy
+    |v| and log p   one number each
 
+``v`` is the gradient of ``log p`` with respect to the row of ``t`` in the output head.
 ``p`` is that of the distribution at the sampling temperature, before any cut by ``top_k`` or
 ``top_p``.
 """

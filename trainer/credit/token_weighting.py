@@ -100,7 +100,9 @@ class _Sides:
         self.sign_R = advantage_R.sign()
 
     def centroids(self, alphas: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
-        """``mu_side`` ``float32 [2, H]``, with ``alphas`` or without; None if a side has no token."""
+        """``mu_side`` ``float32 [2, H]``, with ``alphas`` or without; None if a side has no
+        token.
+        """
         sums: Any = 0.0
         for rows, proxy_NH in self._sweep():
             weight_N = self._by_token(self._advantage_R, rows)

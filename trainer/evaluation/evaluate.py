@@ -17,7 +17,7 @@ from relexkit import RelexkitError
 from relexkit.extension import ProgressCallback
 from trainer.evaluation.intervals import Difference, mean_interval, paired_difference, pass_at_k
 from trainer.policy.sampling import Completion, Sampling, generate
-from trainer.tasks import Problem, Split, Task, prompt_text, score
+from trainer.tasks import Problem, Split, Task, prompt_text, score_all
 
 RIGHT = 1.0
 """A reward of this and more is a right answer."""
@@ -214,10 +214,7 @@ def evaluate(
             completions = generate(
                 model, tokenizer, texts[rows], keys[rows], sampling, batch_size=batch_size
             )
-            scores += [
-                score(task, problem, c.text)
-                for problem, c in zip(of[rows], completions, strict=True)
-            ]
+            scores += [s.value for s in score_all(task, of[rows], [c.text for c in completions])]
             answered.extend(completions)
             if progress:
                 progress("evaluating", len(answered), total)

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
-from relexkit.extension import learning_rates, say
+from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
+from relexkit.extension import say
 from trainer.evaluation.intervals import Difference, mean_interval, paired_difference
 from trainer.policy.stored_model import Dtype, StoredModel
 
@@ -83,8 +83,7 @@ class StoreLM(HFLM):
         trajectory = TrajectoryStore(store)
         if predict is not None:
             observed = gram(trajectory).until(until)
-            rates = learning_rates(trajectory.steps, trajectory.metrics())
-            weights = scale * predict_weights(observed, [predict], method=method, rates=rates)[0]
+            weights = scale * predict_weights(observed, [predict], Prediction(method=method))[0]
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
         stored = StoredModel(
             trajectory,

@@ -188,7 +188,7 @@ class _Run:
         from trainer.credit.token_states import TokenStates
         from trainer.loop.rollout_log import Rollout, as_table
         from trainer.policy.sampling import Sampling, generate
-        from trainer.tasks import prompt_text, score
+        from trainer.tasks import prompt_text, score_all
 
         seen = set(logged.column("problem").to_pylist())
         problems = [problem for problem in self.task.problems("train") if problem.key in seen]
@@ -217,10 +217,7 @@ class _Run:
             batch_size=self.config.generation_rows,
             watcher=states,
         )
-        rewards = [
-            score(self.task, problem, c.text)
-            for (problem, _), c in zip(rows, completions, strict=True)
-        ]
+        scores = score_all(self.task, [p for p, _ in rows], [c.text for c in completions])
         return as_table(
             [
                 Rollout(
@@ -232,12 +229,12 @@ class _Run:
                     completion_ids=c.completion_ids,
                     logprobs=logp.tolist(),
                     truncated=c.truncated,
-                    reward=reward,
-                    right=reward >= 1,
+                    reward=found.reward,
+                    right=found.right,
                     advantage=0.0,
                 )
-                for (problem, _), prompt, c, logp, reward in zip(
-                    rows, prompts, completions, states.logp, rewards, strict=True
+                for (problem, _), prompt, c, logp, found in zip(
+                    rows, prompts, completions, states.logp, scores, strict=True
                 )
             ]
         )

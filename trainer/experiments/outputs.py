@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from relexkit import RelexkitError, TrajectoryStore, gram, predict_weights
+from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.extension import (
     ProgressCallback,
-    learning_rates,
     r_squared,
 )
 from trainer.policy.sampling import encode_prompt, end_tokens
@@ -113,9 +112,8 @@ def output_linearity(
             progress("probing", done, len(rows) + len(targets))
     steps, logprobs = observed.steps[rows], np.array(found)
     predicted = []
-    rates = learning_rates(store.steps, store.metrics())
     for weights in (
-        predict_weights(observed, list(targets), method=method, rates=rates) if len(targets) else ()
+        predict_weights(observed, list(targets), Prediction(method=method)) if len(targets) else ()
     ):
         stored.put(weights)
         predicted.append(text_logprobs(model, tokenizer, texts))

@@ -2,7 +2,8 @@
 left gets the fresh problems.
 
 Every candidate answers the first eighth of the problems, a third of them the next eighth, a ninth
-the next quarter, and one the last half; the baseline, the last observed step, answers all. What
+the next quarter (those equal to the last of these go on too), and one the last half; the baseline,
+the last observed step, answers all. What
 decides is the mean over common problems, so luck with the problems cancels. The last half is fresh
 for the one candidate that reaches it: nothing was chosen on it, so its paired interval against the
 baseline means what it says (Jamieson and Talwalkar 2016 for the scheme).
@@ -37,12 +38,14 @@ class Standing:
         accuracy, interval: their mean with its 95 % interval.
         against: paired difference to the baseline on these problems; chosen among many, so the best
             ones look too good.
+        tied: it had the winner's mean when the winner alone went on.
     """
 
     values: np.ndarray
     accuracy: float
     interval: tuple[float, float]
     against: Difference
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def race(num_candidates: int, num_problems: int, answer: Answer, *, halving: boo
     seen: dict[int, list[np.ndarray]] = {index: [] for index in range(BASELINE, num_candidates)}
     alive = list(range(num_candidates))
     begin, begin_last, num_answers = 0, 0, 0
+    tied: list[int] = []
     for rung, end in enumerate(ends):
         for index in (BASELINE, *alive):
             seen[index].append(np.asarray(answer(index, begin, end), np.float64))
@@ -88,12 +92,18 @@ def race(num_candidates: int, num_problems: int, answer: Answer, *, halving: boo
                 if rung + 2 == len(ends)
                 else max(1, math.ceil(num_candidates / _KEEP ** (rung + 1)))
             )
-            alive = _leaders(seen, alive, wanted)
+            before, alive = alive, _leaders(seen, alive, wanted, ties=rung + 2 < len(ends))
+            if rung + 2 == len(ends):
+                tied = [
+                    index for index in _leaders(seen, before, 1, ties=True) if index != alive[0]
+                ]
     values = {index: np.concatenate(parts) for index, parts in seen.items()}
     winner = _leaders(seen, alive, 1)[0]
     base = values[BASELINE]
     fresh = paired_difference(values[winner][begin_last:], base[begin_last:])
-    standings = tuple(_standing(values[index], base) for index in range(num_candidates))
+    standings = tuple(
+        _standing(values[index], base, index in tied) for index in range(num_candidates)
+    )
     return Race(
         _standing(base, base),
         standings,
@@ -104,20 +114,24 @@ def race(num_candidates: int, num_problems: int, answer: Answer, *, halving: boo
     )
 
 
-def _leaders(seen: dict[int, list[np.ndarray]], alive: Sequence[int], count: int) -> list[int]:
+def _leaders(
+    seen: dict[int, list[np.ndarray]], alive: Sequence[int], count: int, *, ties: bool = False
+) -> list[int]:
     """The best ``count`` of those alive, all of whom answered the same problems, less those surely
-    behind the best.
+    behind the best; with ``ties`` also all that are equal to the last of them.
     """
     values = {index: np.concatenate(seen[index]) for index in alive}
     ordered = sorted(alive, key=lambda index: (-values[index].mean(), index))
     best = values[ordered[0]]
+    last = values[ordered[min(count, len(ordered)) - 1]].mean()
+    kept = [i for i in ordered if values[i].mean() == last or i in ordered[:count]]
     return [
         index
-        for index in ordered[:count]
+        for index in (kept if ties else ordered[:count])
         if index == ordered[0] or paired_difference(values[index], best).verdict != "below"
     ]
 
 
-def _standing(values: np.ndarray, base: np.ndarray) -> Standing:
+def _standing(values: np.ndarray, base: np.ndarray, tied: bool = False) -> Standing:
     against = paired_difference(values, base[: len(values)])
-    return Standing(values, float(values.mean()), mean_interval(values), against)
+    return Standing(values, float(values.mean()), mean_interval(values), against, tied)

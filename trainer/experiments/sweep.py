@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from relexkit import Options, RelexkitError, TrajectoryStore, gram, predict_weights
+from relexkit import Options, Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.extension import (
     ProgressCallback,
-    learning_rates,
     step_text,
 )
 from trainer.experiments.race import BASELINE, Race, race
@@ -174,7 +173,6 @@ def sweep(
 def _weights(
     store: TrajectoryStore, observed: Any, candidates: Sequence[Candidate]
 ) -> list[np.ndarray]:
-    rates = learning_rates(store.steps, store.metrics())
     found: dict[Candidate, np.ndarray] = {}
     for method, options in dict.fromkeys(
         (c.method, c.options) for c in candidates
@@ -182,7 +180,7 @@ def _weights(
         group = [c for c in candidates if (c.method, c.options) == (method, options)]
         targets = sorted({c.target for c in group})
         try:
-            rows = predict_weights(observed, targets, method=method, options=options, rates=rates)
+            rows = predict_weights(observed, targets, Prediction(method=method, options=options))
         except RelexkitError as error:
             raise RelexkitError(f"{group[0].name}: {error}") from None
         found |= {c: c.scale * rows[targets.index(c.target)] for c in group}
@@ -238,6 +236,8 @@ def document(
                 "fit": c.options.fit,
                 "window": c.options.window,
                 "num_problems": len(s.values),
+                "stopped": len(s.values) < len(result.baseline.values),
+                "tied": s.tied,
                 "accuracy": s.accuracy,
                 "interval": list(s.interval),
                 "difference": s.against.difference,

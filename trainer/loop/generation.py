@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from relexkit.extension import Processes
 from trainer.config import GRPOConfig
 from trainer.credit.assignment import (
     advantages,
-    is_right,
     open_watcher,
     rouge_l,
     token_share_metrics,
@@ -28,7 +27,7 @@ from trainer.loop.rollout_log import Rollout, write_step
 from trainer.policy.log_probabilities import sampled_logprobs
 from trainer.policy.sampling import Completion, Sampling, generate, pad_token, stream_seed
 from trainer.policy.setup import Policy
-from trainer.tasks import Problem, Task, prompt_text, score
+from trainer.tasks import Problem, Task, prompt_text, score_all
 
 
 @dataclass(kw_only=True)
@@ -37,7 +36,8 @@ class Generation:
 
     ``right`` says of each row whether the task calls it right. ``token_weights`` are the
     coefficients of its tokens, None where all are 1, and ``token_norms`` their ``|v|`` where
-    measured (``trainer.credit.token_states``); ``shares`` are metrics of these. ``old_logp`` and
+    measured (``trainer.credit.token_states``); ``shares`` are metrics of these and of
+    single reward functions. ``old_logp`` and
     ``ref_logp`` hold the log-probabilities of each row's completion tokens under the sampling
     policy and under the reference; None where they are not needed. ``importance`` multiplies the
     surrogate of each token that an engine sampled (``trainer.credit.importance``). ``counts`` is 0
@@ -127,7 +127,7 @@ def roll_out(
             batch_size=config.generation_rows,
             watcher=states,
         )
-    right, rewards = policy.processes.agree(lambda: _scores(config, task, rows, completions))
+    right, rewards, parts = policy.processes.agree(lambda: _scores(config, task, rows, completions))
     reward_PG = torch.tensor(rewards, dtype=torch.float32).view(share, config.num_generations)
     advantage_PG = advantages(config, reward_PG, states, policy.processes)
     counts = [0 if config.mask_truncated_completions and c.truncated else 1 for c in completions]
@@ -143,7 +143,8 @@ def roll_out(
         right=right,
         token_weights=weights,
         token_norms=None if measured is None else measured.norms,
-        shares=(
+        shares=_part_means(policy, parts)
+        | (
             {}
             if measured is None
             else token_share_metrics(
@@ -175,17 +176,27 @@ def roll_out(
 
 def _scores(
     config: GRPOConfig, task: Task, rows: Sequence[Problem], completions: Sequence[Completion]
-) -> tuple[list[bool], list[float]]:
-    """Which rollouts are right, and their rewards."""
-    rewards = [score(task, problem, c.text) for problem, c in zip(rows, completions, strict=True)]
-    right = is_right(rewards)
+) -> tuple[list[bool], list[float], list[Mapping[str, float | None]]]:
+    """Which rollouts are right, their rewards, and what each of several functions says of them."""
+    scores = score_all(task, rows, [c.text for c in completions])
+    rewards = [found.reward for found in scores]
     if config.rouge_weight:
         shared = [rouge_l(problem, c.text) for problem, c in zip(rows, completions, strict=True)]
         rewards = [
             reward + config.rouge_weight * overlap
             for reward, overlap in zip(rewards, shared, strict=True)
         ]
-    return right, rewards
+    return [found.right for found in scores], rewards, [found.parts for found in scores]
+
+
+def _part_means(policy: Policy, parts: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each of several reward functions where it applies, named as in TRL."""
+    means = {}
+    for name in parts[0]:
+        said = [value for row in parts if (value := row[name]) is not None]
+        total, count = policy.sum(sum(said), float(len(said)))
+        means[f"rewards/{name}/mean"] = total / count if count else float("nan")
+    return means
 
 
 def log_rollouts(folder: Path, step: int, generation: Generation, processes: Processes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from relexkit import Recorder, apply, predict_weights
+from relexkit import Prediction, Recorder, apply, predict_weights
 from relexkit.extension import JUMP_METRIC, from_segment, jumps, segment_gram
 from trainer.config import Regrounding
 
@@ -42,7 +42,7 @@ def jump(
     recorder.flush()
     target = step + rule.jump_steps
     observed = segment_gram(recorder.store, start)
-    weights = predict_weights(observed, [float(target - start)], method=rule.method)[0]
+    weights = predict_weights(observed, [float(target - start)], Prediction(method=rule.method))[0]
     apply(recorder.store, model, from_segment(recorder.store, start, weights))
     metrics = {JUMP_METRIC: float(rule.jump_steps)}
     recorder.record(target, metrics)

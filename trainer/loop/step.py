@@ -107,7 +107,7 @@ def _accumulate(
     )
     # What cannot move the weights takes no backward pass; processes exchange gradients, so there
     # each takes every row.
-    may_skip = not config.beta and policy.processes.size == 1
+    may_skip = not config.beta and not config.entropy_coef and policy.processes.size == 1
     trains_B = ((advantage_B * counts_B != 0) | (not may_skip)).tolist()
     groups = _grouped(config, completions, trains_B)
     parts = GradientParts(policy.optimizer) if config.gradient_noise_parts else None
@@ -122,7 +122,11 @@ def _accumulate(
             policy.model.set_requires_gradient_sync(ends_part)
         with torch.set_grad_enabled(trains_B[group[0]]):
             logp_BT, entropy_BT = token_logprobs(
-                policy.model, batch, config.temperature, policy.autocast
+                policy.model,
+                batch,
+                config.temperature,
+                policy.autocast,
+                entropy_gradient=config.entropy_coef > 0,
             )
         mask_BT = batch.mask * counts_B[group, None]
         old, ref, weight = (
@@ -138,11 +142,12 @@ def _accumulate(
             old_logp_BT=old,
             ref_logp_BT=ref,
             weight_BT=weight,
+            entropy_BT=entropy_BT,
         )
         if outputs.loss.requires_grad:
             (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
         sums["loss"] += float(outputs.loss.detach())
-        sums["entropy"] += float((entropy_BT * mask_BT).sum())
+        sums["entropy"] += float((entropy_BT.detach() * mask_BT).sum())
         for name, value in outputs.sums.items():
             sums[name] += float(value)
         for index, logp_T in zip(group, logp_BT.detach(), strict=True):

@@ -80,13 +80,20 @@ def micro_batches(completions: Sequence[Completion], max_tokens: int) -> list[li
 
 
 def token_logprobs(
-    model: Any, batch: Batch, temperature: float, autocast: bool
+    model: Any,
+    batch: Batch,
+    temperature: float,
+    autocast: bool,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability, with gradient, and entropy, without, of every completion token: ``float32
-    [B, T]`` each.
+    """Log-probability, with gradient, and entropy of every completion token, ``float32 [B, T]``
+    each; the entropy with a gradient if ``entropy_gradient``.
 
     Both of the distribution at ``temperature``. Where the mask is 0 the values mean nothing.
-    Memory: the logits ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row.
+    Memory: the logits ``[B, T + 1, V]`` and, in float32, 16 MiB or one copy of those of a row; with
+    a
+    gradient of the entropy three more copies of them.
     """
     length = batch.completion_ids.shape[1]
     with autocast_for(batch.input_ids.device, autocast):
@@ -104,6 +111,10 @@ def token_logprobs(
     rows = max(1, _LOGITS_BLOCK // logits_BTV[0].numel())
     blocks = logits_BTV.split(rows)
     normaliser_BT = torch.cat([block.logsumexp(dim=-1) for block in blocks])
+    if entropy_gradient:
+        probability_BTV = (logits_BTV - normaliser_BT[..., None]).exp()
+        entropy_BT = normaliser_BT - (probability_BTV * logits_BTV).sum(dim=-1)
+        return selected_BT - normaliser_BT, entropy_BT
     with torch.no_grad():
         norms = normaliser_BT.split(rows)
         expected_BT = torch.cat(

@@ -116,10 +116,20 @@ def generate(
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token numbers of a prompt. A chat template has written the special tokens already; else the
     tokenizer adds them.
+
+    Raises:
+        RelexkitError: the tokenizer has no tokens for it.
     """
-    return tokenizer(prompt, add_special_tokens=getattr(tokenizer, "chat_template", None) is None)[
-        "input_ids"
-    ]
+    plain = getattr(tokenizer, "chat_template", None) is None
+    try:
+        return tokenizer(prompt, add_special_tokens=plain)["input_ids"]
+    except Exception as error:  # tokenizers raise plain exceptions
+        shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+        raise RelexkitError(
+            f"prompt {shown!r} cannot be encoded by the tokenizer"
+            f" ({' '.join(str(error).split())}); expected characters of its vocabulary: leave this"
+            " prompt out, or take another model"
+        ) from error
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -313,5 +323,6 @@ def _check_lengths(model: Any, encoded: dict[str, list[int]], sampling: Sampling
             raise RelexkitError(
                 f"prompt {shown!r} has {len(ids)} tokens, with max_completion_length"
                 f" {sampling.max_completion_length} more than the model's context of {context};"
-                " shorten the prompt or the completions"
+                " give --max-completion-length (max_completion_length in a configuration) of at"
+                f" most {max(0, context - len(ids))}, or leave out long prompts"
             )

@@ -9,19 +9,21 @@ function takes the options and returns a ``Task``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from relexkit import RelexkitError
 from trainer.tasks.problems import (
     Problem,
+    Score,
     Split,
     Splits,
     Task,
     load_function,
     prompt_text,
     score,
+    score_all,
     split_drawn,
     split_fixed,
     without,
@@ -30,6 +32,7 @@ from trainer.tasks.problems import (
 __all__ = [
     "TASKS",
     "Problem",
+    "Score",
     "Split",
     "Splits",
     "Task",
@@ -37,6 +40,7 @@ __all__ = [
     "load_task",
     "prompt_text",
     "score",
+    "score_all",
     "split_drawn",
     "split_fixed",
     "without",
@@ -50,15 +54,18 @@ TASKS = {
 """Families by name: a module with ``make(**options)``."""
 
 
-def load_task(settings: str | Mapping[str, Any]) -> Task:
-    """A task from its name, or from a mapping of ``name`` and its options.
+def load_task(
+    settings: str | Mapping[str, Any], needed: Sequence[Split] = ("train", "validation")
+) -> Task:
+    """A task from its name, or from a mapping of ``name`` and its options; it has problems in every
+    split that is ``needed``.
 
     Raises:
         RelexkitError: the name or an option is unknown, or the task has no problems.
     """
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = str(options.pop("name", ""))
-    if ".py:" in name:
+    if ":" in name:
         make = load_function(name)
     elif name in TASKS:
         make = import_module(TASKS[name]).make
@@ -78,8 +85,15 @@ def load_task(settings: str | Mapping[str, Any]) -> Task:
             f"task {name!r}: gives a {type(task).__name__} without {', '.join(lacking)}; expected a"
             " task"
         )
-    for split in ("train", "validation"):
-        if not len(task.problems(split)):
+    counts = {split: len(task.problems(split)) for split in needed}
+    if counts.get("train") == 0 and counts.get("validation"):
+        count = counts["validation"]
+        raise RelexkitError(
+            f"task {task.name!r}: has {count} different problems, {count} of them for validation;"
+            " expected some for training: take fewer for validation, or more problems"
+        )
+    for split, count in counts.items():
+        if not count:
             raise RelexkitError(
                 f"task {task.name!r}: has no {split} problems; expected at least one"
             )

@@ -1,21 +1,21 @@
-"""Prompts and answers from a JSON Lines or Parquet file, scored by ``math-verify`` or by the user's
-own function.
+"""Prompts and answers from files and folders of data, scored by rewards of ours or of the
+user's.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import say
-from trainer.tasks.mathematics import equal_as_mathematics
-from trainer.tasks.problems import Problem, Split, Splits, load_function, split_fixed, without
-
-Reward = Callable[[str, Problem], float]
+from trainer.tasks.answers import reference_answer
+from trainer.tasks.problems import Problem, Score, Split, Splits, split_fixed, without
+from trainer.tasks.rewards import RewardFunction, load_rewards, weighted
+from trainer.tasks.rows import read_rows, split_names
 
 
 @dataclass(frozen=True)
@@ -24,50 +24,74 @@ class FileTask:
 
     name: str
     splits: Splits
-    compare: Reward
+    functions: tuple[RewardFunction, ...]
 
     def problems(self, split: Split) -> list[Problem]:
-        """Distinct prompts; none is in both splits."""
+        """Distinct prompts; none is in both of train and validation."""
         return self.splits.of(split)
 
     def reward(self, problem: Problem, completion: str) -> float:
-        """As the comparison says."""
-        return self.compare(completion, problem)
+        """The weighted sum of the functions."""
+        return self.scores([problem], [completion])[0].reward
+
+    def scores(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
+        """The scores of several completions at once; the first function says what is right."""
+        found = []
+        for parts in weighted(self.functions, problems, completions):
+            reward = parts.pop("")
+            assert reward is not None
+            several = len(self.functions) > 1
+            first = parts[self.functions[0].name] or 0.0
+            found.append(Score(reward, first, parts if several else {}))
+        return found
 
 
 def make(
     path: str,
+    split: str | None = None,
     validation: str | None = None,
     prompt: str = "prompt",
     answer: str = "answer",
     reference: str | None = None,
-    reward: str = "math",
-    num_validation: int = 200,
+    system: str | None = None,
+    reward: str | list[str] = "math",
+    reward_weights: list[float] | None = None,
+    num_validation: int | None = 200,
     seed: int = 0,
 ) -> FileTask:
-    """A task from a file with one problem a row.
+    """A task from data with one problem a row.
 
     Args:
-        path: ``.jsonl`` or ``.parquet``.
-        validation: a second file, whose first ``num_validation`` problems are for validation and
-            whose problems are taken out of the first one; without it ``num_validation`` problems of
-            the first one are set aside.
+        path: ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``, or a folder: one that
+            ``datasets`` has saved, or one with Parquet files.
+        split: of a folder with several.
+        validation: a second file or folder, or another split of ``path``: its first
+            ``num_validation`` problems are for validation, and its problems are taken out of the
+            first one. Without it ``num_validation`` problems of ``path`` are set aside.
         prompt, answer, reference: names of the columns; a prompt is text or a list of chat
-            messages.
-        reward: ``math`` (equal as mathematics), ``exact`` (equal as text, blanks around it aside),
-            or ``FILE.py:FUNCTION``, called as ``function(completion, answer, row)`` with the row as
-            a dictionary.
+            messages. Of an answer with ``####`` or ``\\boxed`` only what follows or stands there
+            counts.
+        system: makes a prompt that is text a chat, with this system message unless it is empty.
+        reward: ``math`` (equal as number, mathematics or text), ``exact`` (equal as text, blanks
+            around it aside), ``FILE.py:FUNCTION`` or ``PACKAGE.MODULE:FUNCTION``, or a list of
+            these; see ``trainer.tasks.rewards``. The first one says what is right.
+        reward_weights: one for each.
+        num_validation: None for all.
 
     Raises:
         RelexkitError: a file cannot be read, is empty, or lacks a column; a prompt or an answer is
-            empty.
+            empty; a reward function cannot be called.
     """
-    compare, columns = _comparison(reward), (prompt, answer, reference)
-    needs_answer, name = ".py:" not in reward, Path(path).name
-    problems = _problems(Path(path), columns, needs_answer)
+    functions = load_rewards(reward, reward_weights)
+    columns = _Columns(prompt, answer, reference, system, any(f.needs_answer for f in functions))
+    place, name = Path(path), Path(path).name
+    problems = _problems(place, split, columns)
     if validation is None:
-        return FileTask(name, split_fixed(problems, num_validation, seed, name), compare)
-    others = _problems(Path(validation), columns, needs_answer)
+        return FileTask(name, split_fixed(problems, num_validation, seed), functions)
+    if place.is_dir() and validation in split_names(place):
+        others = _problems(place, validation, columns)
+    else:
+        others = _problems(Path(validation), None, columns)
     train = without(problems, others)
     if not train:
         raise RelexkitError(
@@ -79,43 +103,87 @@ def make(
             f"{path}: {distinct - len(train)} of {distinct} problems are in {validation} too and"
             " are left out of training"
         )
-    return FileTask(name, Splits(train, without(others, [])[:num_validation]), compare)
+    return FileTask(name, Splits(train, without(others, [])[:num_validation]), functions)
 
 
-def _problems(
-    path: Path, columns: tuple[str, str, str | None], needs_answer: bool
-) -> list[Problem]:
-    rows = _read_rows(path)
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    prompt: str
+    answer: str
+    reference: str | None
+    system: str | None
+    needs_answer: bool
+
+
+def _problems(path: Path, split: str | None, columns: _Columns) -> list[Problem]:
+    rows = read_rows(path, split)
     if not rows:
         raise RelexkitError(f"{path}: holds no problems; expected one a row")
+    label = path.name if split is None else f"{path.name}/{split}"
     return [
-        _problem(f"{path.name}/{number}", f"{path}: row {number}", row, columns, needs_answer)
+        _problem(f"{label}/{number}", f"{path}: row {number}", row, columns)
         for number, row in enumerate(rows, 1)
     ]
 
 
-def _problem(
-    key: str, where: str, row: Any, columns: tuple[str, str, str | None], needs_answer: bool
-) -> Problem:
-    prompt, answer, reference = columns
-    for column in (prompt, answer, reference):
-        if not isinstance(row, dict) or (column is not None and column not in row):
-            raise RelexkitError(f"{where} has no {column!r}; expected it in every row")
-    asked = row[prompt]
-    if not (isinstance(asked, str) and asked) and not (
-        isinstance(asked, list) and asked and all(map(_is_message, asked))
-    ):
+def _problem(key: str, where: str, row: Any, columns: _Columns) -> Problem:
+    needed = [columns.prompt, *([columns.answer] if columns.needs_answer else [])]
+    needed += [] if columns.reference is None else [columns.reference]
+    for column in needed:
+        if not isinstance(row, dict) or column not in row:
+            has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise RelexkitError(f"{where} has no {column!r}; expected it in every row{has}")
+    asked = _prompt(where, row[columns.prompt], columns)
+    said = _text(where, columns.answer, row.get(columns.answer), columns.needs_answer)
+    solution = None
+    if columns.reference is not None and row[columns.reference] is not None:
+        solution = str(row[columns.reference])
+    answer = reference_answer(said) if columns.needs_answer else said
+    if columns.needs_answer and not answer.strip():
         raise RelexkitError(
-            f"{where}: {prompt} is {asked!r}; expected text, or a list of messages with role and"
-            " content"
+            f"{where}: {columns.answer} is empty; expected an answer, or a reward function of your"
+            " own"
         )
-    said = "" if row[answer] is None else str(row[answer])
-    if needs_answer and not said.strip():
+    problem = Problem(key=key, prompt=asked, answer=answer, reference=solution, metadata=row)
+    return problem if solution or answer == said else replace(problem, reference=said)
+
+
+def _prompt(where: str, asked: Any, columns: _Columns) -> str | list[dict[str, str]]:
+    if isinstance(asked, str) and asked:
+        _encodable(where, columns.prompt, asked)
+        if columns.system is None:
+            return asked
+        system = [{"role": "system", "content": columns.system}] if columns.system else []
+        return [*system, {"role": "user", "content": asked}]
+    if not (isinstance(asked, list) and asked and all(map(_is_message, asked))):
         raise RelexkitError(
-            f"{where}: {answer} is empty; expected an answer, or a reward function of your own"
+            f"{where}: {columns.prompt} is {_shown(asked)}; expected text, or a list of messages"
+            " with role and content"
         )
-    solution = None if reference is None or row[reference] is None else str(row[reference])
-    return Problem(key=key, prompt=asked, answer=said, reference=solution, metadata=row)
+    for message in asked:
+        _encodable(where, columns.prompt, message["content"])
+    return [{"role": message["role"], "content": message["content"]} for message in asked]
+
+
+def _text(where: str, column: str, value: Any, needed: bool) -> str:
+    """An answer as text; one that JSON has as a number is written as Python writes it."""
+    if isinstance(value, list | Mapping) or (isinstance(value, float) and not math.isfinite(value)):
+        if needed:
+            raise RelexkitError(f"{where}: {column} is {_shown(value)}; expected text or a number")
+        return ""
+    said = "" if value is None else str(value)
+    _encodable(where, column, said)
+    return said
+
+
+def _encodable(where: str, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RelexkitError(
+            f"{where}: {column} holds half of a surrogate pair at character {error.start + 1};"
+            " expected whole characters"
+        ) from None
 
 
 def _is_message(message: Any) -> bool:
@@ -124,27 +192,6 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise RelexkitError(
-            f"{path}: cannot be read ({error}); expected JSON Lines or Parquet"
-        ) from None
-
-
-def _comparison(reward: str) -> Reward:
-    if reward == "exact":
-        return lambda completion, problem: float(completion.strip() == problem.answer.strip())
-    if reward == "math":
-        return lambda completion, problem: float(equal_as_mathematics(completion, problem.answer))
-    if ".py:" in reward:
-        function = load_function(reward)
-        return lambda completion, problem: function(
-            completion, problem.answer, dict(problem.metadata)
-        )
-    raise RelexkitError(f"reward {reward!r} is unknown; expected math, exact or FILE.py:FUNCTION")
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from relexkit import RelexkitError
+from trainer.tasks.answers import tag_content
+from trainer.tasks.numerals import last_number
 from trainer.tasks.problems import Problem, Split, Splits, split_drawn
-
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,4 @@ def extracted(completion: str, how: str) -> str | None:
     """The answer in a completion, None if there is none."""
     if how == "whole":
         return completion.strip()
-    if how == "tag":
-        return (
-            completion.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-            if "<answer>" in completion
-            else None
-        )
-    found = _NUMBER.findall(completion)
-    return found[-1] if found else None
+    return tag_content(completion) if how == "tag" else last_number(completion)

@@ -1,7 +1,10 @@
-"""Whether an answer equals the reference as mathematics: by text first, then by ``math-verify``."""
+"""Whether two expressions are equal as mathematics, by ``math-verify``, within bounds of time and
+size.
+"""
 
 from __future__ import annotations
 
+import re
 import threading
 from functools import lru_cache
 from typing import Any
@@ -9,46 +12,67 @@ from typing import Any
 _SECONDS = 5
 """Most time for one parse and for one comparison; an answer that takes longer is wrong."""
 
+_LARGEST_POWER = 10_000  # beyond it a number fills the memory before a time limit acts
+_RELATIVE = 1e-6  # of two numbers; math-verify compares six decimals, whatever their size
 
-def equal_as_mathematics(completion: str, answer: str) -> bool:
-    """Whether the last expression of ``completion`` equals ``answer``, a number or LaTeX with or
-    without dollar signs.
 
-    A completion of one line that is nothing but the expression needs no dollar signs or box either.
+def same_expression(first: str, second: str) -> bool:
+    """Whether two expressions, LaTeX or as one types them, are equal.
+
     The time limits are signals, which only the main thread receives: in another thread a comparison
-    of huge powers may take for ever.
-
-    Raises:
-        ValueError: ``answer`` is not mathematics.
+    may take longer.
     """
-    said = completion.strip()
-    if said == answer.strip():
-        return True
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    limit = _limit()
-    expected = _parsed_answer(answer)
-    if not expected:
-        raise ValueError(
-            f"the reference answer {answer!r} is not mathematics; expected a number or LaTeX, or"
-            " reward: exact"
-        )
-    found = parse(completion, parsing_timeout=limit)
-    if verify(expected, found, timeout_seconds=limit):
-        return True
-    if "$" in said or "boxed" in said or "\n" in said:
+    if _is_too_large(first) or _is_too_large(second):
         return False
-    return bool(verify(expected, parse(f"${said}$", parsing_timeout=limit), timeout_seconds=limit))
+    expected, found = _parsed(_latex(second)), _parsed(_latex(first))
+    if not expected or not found:
+        return False
+    return bool(verify(expected, found, timeout_seconds=_limit())) and not _differ(
+        expected[0], found[0]
+    )
+
+
+def _latex(text: str) -> str:
+    shown = text.strip().rstrip(".").strip()
+    shown = re.sub(r"^\$+|\$+$|^\\[(\[]|\\[)\]]$", "", shown).strip()
+    return re.sub(r"\*\*", "^", shown)
 
 
 @lru_cache(maxsize=4096)
-def _parsed_answer(answer: str) -> list[Any]:
-    from math_verify import parse
+def _parsed(expression: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
 
-    marked = "$" in answer or "\\boxed" in answer
-    return parse(answer if marked else f"${answer}$", parsing_timeout=_limit()) or parse(
-        answer, parsing_timeout=_limit()
+    if not expression:
+        return []
+    return parse(
+        f"${expression}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=_limit()
     )
+
+
+def _differ(first: Any, second: Any) -> bool:
+    """Whether two numbers differ by more than rounding, relative to their size."""
+    if not (getattr(first, "is_number", False) and getattr(second, "is_number", False)):
+        return False
+    try:
+        one, other = first.evalf(15), second.evalf(15)
+        return bool(abs(one - other) > _RELATIVE * abs(other))
+    except (TypeError, ValueError, OverflowError, ArithmeticError):
+        return True
+
+
+def _is_too_large(expression: str) -> bool:
+    """Whether powers or factorials of numbers cannot be written out."""
+    shown = re.sub(r"\s|\\[,!;:]", "", expression).replace("**", "^")
+    if re.search(r"\d\)?\^[{(]*-?\d*[{(]*\d*\)*\^|!\)*!|\)!|\^[{(]*[^{}()]*!", shown):
+        return True
+    powers = [int(n) for n in re.findall(r"\^[{(]*-?(\d{1,30})", shown)]
+    product = 1
+    for power in powers:
+        product *= max(1, power)
+    factorials = [int(n) for n in re.findall(r"(\d+)!", shown)]
+    return product > _LARGEST_POWER or any(n > _LARGEST_POWER for n in factorials)
 
 
 def _limit() -> Any:

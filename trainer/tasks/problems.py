@@ -8,12 +8,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from relexkit import RelexkitError
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,27 +51,46 @@ class Task(Protocol):
 
 
 def load_function(place: str) -> Callable[..., Any]:
-    """The function that ``FILE.py:NAME`` names; the file is executed, as the user's own.
+    """The function that ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME`` names; a file is executed, as
+    the user's own.
 
     Raises:
-        RelexkitError: there is no such file or function, or the file fails.
+        RelexkitError: there is no such file, module or function, or it fails when it is loaded.
     """
-    path, _, name = place.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"relexkit_task_{Path(path).stem}", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise RelexkitError(f"{path}: no such Python file; expected FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RelexkitError(
-            f"{path}: fails when it is loaded ({type(error).__name__}: {error})"
-        ) from error
+    path, colon, name = place.rpartition(":")
+    if not colon:
+        path, _, name = place.rpartition(".")
+    if not path.endswith(".py"):
+        try:
+            module = import_module(path)
+        except Exception as error:
+            raise RelexkitError(
+                f"{place}: {path} cannot be imported ({error}); expected FILE.py:FUNCTION or"
+                " PACKAGE.MODULE:FUNCTION"
+            ) from error
+    else:
+        spec = importlib.util.spec_from_file_location(f"relexkit_task_{Path(path).stem}", path)
+        if not Path(path).is_file() or spec is None or spec.loader is None:
+            raise RelexkitError(f"{path}: no such Python file; expected FILE.py:FUNCTION")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for names in their annotations
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise RelexkitError(
+                f"{path}: fails when it is loaded ({type(error).__name__}: {error})"
+            ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise RelexkitError(f"{path}: has no function {name!r}; expected one of that name")
     return function
+
+
+def question_text(problem: Problem) -> str:
+    """The text of a prompt, of all messages of a chat."""
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    return "\n".join(message["content"] for message in problem.prompt)
 
 
 def prompt_text(problem: Problem, tokenizer: Any) -> str:
@@ -78,9 +98,7 @@ def prompt_text(problem: Problem, tokenizer: Any) -> str:
     is a user's message.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        if isinstance(problem.prompt, str):
-            return problem.prompt
-        return "\n".join(message["content"] for message in problem.prompt)
+        return question_text(problem)
     messages = (
         [{"role": "user", "content": problem.prompt}]
         if isinstance(problem.prompt, str)
@@ -114,6 +132,41 @@ def score(task: Task, problem: Problem, completion: str) -> float:
     return number
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a task says of a completion.
+
+    Attributes:
+        reward: what training maximises.
+        value: what evaluation counts: the reward, or of several functions what the first one says.
+        parts: of several functions, what each says; None where it does not apply.
+    """
+
+    reward: float
+    value: float
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is right: a value of 1 and more."""
+        return self.value >= 1
+
+
+def score_all(task: Task, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
+    """The scores of completions, in order: all at once where the task has a function ``scores`` of
+    problems and completions, else one by one.
+
+    Raises:
+        RelexkitError: a function of the task raises, or returns something that is not a finite
+            number; the prompt is named.
+    """
+    at_once = getattr(task, "scores", None)
+    if at_once is not None:
+        return at_once(problems, completions) if problems else []
+    rewards = [score(task, p, text) for p, text in zip(problems, completions, strict=True)]
+    return [Score(reward, reward) for reward in rewards]
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -127,7 +180,9 @@ class Splits:
     validation: list[Problem]
 
     def of(self, split: Split) -> list[Problem]:
-        """The list of a split."""
+        """The list of a split; ``all`` has first those for validation."""
+        if split == "all":
+            return self.validation + self.train
         return self.train if split == "train" else self.validation
 
 
@@ -164,21 +219,14 @@ def split_drawn(
     )
 
 
-def split_fixed(problems: Sequence[Problem], num_validation: int, seed: int, name: str) -> Splits:
-    """Each distinct prompt once, ordered by ``seed``: the first ``num_validation`` for validation,
-    the rest for training.
-
-    Raises:
-        RelexkitError: nothing is left for training.
+def split_fixed(problems: Sequence[Problem], num_validation: int | None, seed: int) -> Splits:
+    """Each distinct prompt once, ordered by ``seed``: the first ``num_validation`` (None: all) for
+    validation, the rest for training.
     """
     ordered = sorted({_mark(problem, seed): problem for problem in reversed(problems)}.items())
     distinct = [problem for _, problem in ordered]
-    if len(distinct) <= num_validation:
-        raise RelexkitError(
-            f"task {name!r}: has {len(distinct)} different problems, {num_validation} of them for"
-            " validation; expected some for training: take fewer for validation, or more problems"
-        )
-    return Splits(distinct[num_validation:], distinct[:num_validation])
+    count = len(distinct) if num_validation is None else num_validation
+    return Splits(distinct[count:], distinct[:count])
 
 
 def without(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
@@ -192,12 +240,7 @@ def _mark(problem: Problem, seed: int) -> int:
     """64 bits of a hash of the seed and of the prompt's words: equal for equal prompts, blanks and
     line ends aside.
     """
-    messages = (
-        [problem.prompt]
-        if isinstance(problem.prompt, str)
-        else [message["content"] for message in problem.prompt]
-    )
-    words = " ".join(" ".join(messages).split())
+    words = " ".join(question_text(problem).split())
     return int.from_bytes(
         hashlib.blake2b(f"{seed}/{words}".encode(), digest_size=8).digest(), "big"
     )

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.formats.huggingface import model_files, trainer_metrics
+from relexkit.checkpoints.formats.huggingface import trainer_metrics
 from relexkit.checkpoints.formats.key_names import model_names
+from relexkit.checkpoints.small_files import merged_files, model_files
 from relexkit.checkpoints.torchfile.regions import (
     Block,
     Chunk,
@@ -173,11 +174,13 @@ class DcpCheckpoint(PiecewiseTensors):
         """Configuration and tokenizer files near the weights, if the trainer wrote any."""
         found: dict[str, bytes] = {}
         for place in _CONFIGURATION:
-            found = {**model_files(self.folder / place), **found}
+            found = merged_files(model_files(self.folder / place), found)
         return found
 
     def metrics(self) -> dict[str, float]:
-        """What Trainer logged, if it wrote the folder; the other trainers keep metrics elsewhere."""
+        """What Trainer logged, if it wrote the folder; the other trainers keep metrics
+        elsewhere.
+        """
         return trainer_metrics(self.folder.parent)
 
     def close(self) -> None:
@@ -298,7 +301,9 @@ def _assemble(
 
 
 def _dtype_of(properties: Any) -> Any:
-    """Of ``TensorProperties``: the first of its pickled state, or an attribute in older versions."""
+    """Of ``TensorProperties``: the first of its pickled state, or an attribute in older
+    versions.
+    """
     state = properties.state
     return state[0] if isinstance(state, tuple) else state["dtype"]
 

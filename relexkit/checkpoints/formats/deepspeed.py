@@ -16,9 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from relexkit.checkpoints.formats.huggingface import model_files, trainer_metrics
+from relexkit.checkpoints.formats.huggingface import trainer_metrics
 from relexkit.checkpoints.formats.key_names import model_names
-from relexkit.checkpoints.small_files import read_small
+from relexkit.checkpoints.small_files import merged_files, model_files, read_small
 from relexkit.checkpoints.torchfile.regions import (
     Block,
     Chunk,
@@ -128,7 +128,7 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files of the step, if Trainer wrote them beside."""
-        return {**model_files(self.folder.parent), **model_files(self.folder)}
+        return merged_files(model_files(self.folder.parent), model_files(self.folder))
 
     def metrics(self) -> dict[str, float]:
         """What Trainer logged, if it wrote the folder; DeepSpeed keeps none."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from relexkit.checkpoints import Checkpoint, open_checkpoint
 from relexkit.checkpoints.runs import labels_by_step, read_step_map
+from relexkit.checkpoints.small_files import is_model_file
 from relexkit.checkpoints.view import CheckpointView
 from relexkit.errors import CheckpointError
 
@@ -32,8 +33,9 @@ MOST_CHECKPOINTS = 2
 _REPOSITORY = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[_-]?(\d{1,15})")
-_WANTED = re.compile(
-    r"[^/]+\.(?:safetensors|json|txt|jinja|model|tiktoken)|pytorch_model[^/]*\.bin|adapter_model\.bin"
+_WEIGHTS = re.compile(
+    r"[^/]+\.(?:safetensors|index\.json)|(?:pytorch|adapter)_model[^/]*\.bin|adapter_config\.json"
+    r"|trainer_state\.json"
 )
 
 
@@ -143,11 +145,14 @@ class Hub:
 
     def _download(self, name: str, commit: str, folder: Path) -> None:
         where = f"{SCHEME}{name}@{commit}"
-        tree = self._ask(where, lambda: list(self._api.list_repo_tree(name, revision=commit)))
+        tree = self._ask(
+            where, lambda: list(self._api.list_repo_tree(name, revision=commit, recursive=True))
+        )
         files = {
             entry.path: entry
             for entry in tree
-            if hasattr(entry, "blob_id") and _WANTED.fullmatch(entry.path)
+            if hasattr(entry, "blob_id")
+            and (_WEIGHTS.fullmatch(entry.path) or is_model_file(entry.path, with_code=True))
         }
         if any(path.endswith(".safetensors") for path in files):
             files = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 
-from relexkit.checkpoints.small_files import read_small
+from relexkit.checkpoints.formats.key_names import renamed
+from relexkit.checkpoints.small_files import model_files, read_small
 from relexkit.checkpoints.torchfile.regions import PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
 from relexkit.checkpoints.torchfile.torch_files import StoredTensor, TorchFile, tensors_in
 from relexkit.errors import CheckpointError
@@ -38,22 +38,6 @@ _WEIGHTS = (
     _BIN_INDEX,
     _FSDP_BIN,
 )  # the order in which transformers looks, then accelerate's
-
-_MODEL_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config"
-    r"|video_preprocessor_config|processor_config|tekken|chat_template)\.(json|jinja|txt|model)|merges\.txt|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
-)
-
-
-def model_files(folder: Path) -> dict[str, bytes]:
-    """Configuration and tokenizer files of a folder by name; nothing if it does not exist."""
-    if not folder.is_dir():
-        return {}
-    return {
-        path.name: read_small(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and _MODEL_FILES.fullmatch(path.name)
-    }
 
 
 def trainer_metrics(folder: Path) -> dict[str, float]:
@@ -92,7 +76,9 @@ def trainer_metrics(folder: Path) -> dict[str, float]:
 
 
 class HuggingFaceCheckpoint:
-    """One folder with weights. Opening reads headers only; see ``relexkit.checkpoints.Checkpoint``."""
+    """One folder with weights. Opening reads headers only; see
+    ``relexkit.checkpoints.Checkpoint``.
+    """
 
     def __init__(self, folder: Path):
         found = find(folder)
@@ -109,9 +95,17 @@ class HuggingFaceCheckpoint:
             self._weights = SafetensorsFiles(_files_of(self.folder, kind))
         else:
             self._weights = TorchFiles(_files_of(self.folder, kind))
-        self.tensors = self._weights.tensors
-        self.read_into = self._weights.read_into
         self.close = self._weights.close
+        try:
+            self._keys = renamed({key: key for key in self._weights.tensors}, str(self.folder))
+        except BaseException:
+            self.close()
+            raise
+        self.tensors = {name: self._weights.tensors[key] for name, key in self._keys.items()}
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See ``relexkit.checkpoints.Checkpoint``."""
+        self._weights.read_into(self._keys[name], start, out)
 
     def files(self) -> dict[str, bytes]:
         """Configuration, tokenizer, generation configuration and chat template."""

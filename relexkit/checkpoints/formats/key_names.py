@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from relexkit.errors import CheckpointError
+
+_T = TypeVar("_T")
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -17,12 +22,7 @@ def model_names(keys: Iterable[str]) -> dict[str, str]:
     >>> model_names(["model.model.norm.weight", "model.lm_head.weight"])["model.lm_head.weight"]
     'lm_head.weight'
     """
-    names = {}
-    for key in keys:
-        name = key
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        names[key] = name
+    names = {key: without_wrappers(key) for key in keys}
     for prefix in ("app.model.", "module.", "model."):
         if names and all(name.startswith(prefix) for name in names.values()):
             inner = {key: name.removeprefix(prefix) for key, name in names.items()}
@@ -31,3 +31,25 @@ def model_names(keys: Iterable[str]) -> dict[str, str]:
             ):
                 names = inner
     return names
+
+
+def without_wrappers(key: str) -> str:
+    """A key without what ``torch.compile``, FSDP and activation checkpointing put into it."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def renamed(tensors: Mapping[str, _T], where: str) -> dict[str, _T]:
+    """Tensors by ``model_names``.
+
+    Raises:
+        CheckpointError: two keys mean the same tensor.
+    """
+    names = model_names(tensors)
+    found = {name: tensors[key] for key, name in names.items()}
+    if len(found) != len(tensors):
+        raise CheckpointError(
+            f"{where}: several keys mean the same tensor; expected one model in a checkpoint"
+        )
+    return found

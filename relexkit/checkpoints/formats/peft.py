@@ -24,11 +24,14 @@ import numpy as np
 from relexkit.checkpoints.formats.huggingface import (
     SafetensorsFiles,
     TorchFiles,
-    model_files,
     trainer_metrics,
 )
+from relexkit.checkpoints.formats.key_names import without_wrappers
+from relexkit.checkpoints.model_names import in_memory
 from relexkit.checkpoints.protocol import Checkpoint, Run
-from relexkit.checkpoints.small_files import read_small
+from relexkit.checkpoints.same_tensors import refuse_quantised
+from relexkit.checkpoints.small_files import model_files, read_small
+from relexkit.checkpoints.tied import split_heads, with_heads
 from relexkit.errors import CheckpointError
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, nonfinite_index, widen_bits
 from relexkit.weights.layout import Factors
@@ -44,8 +47,6 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.default)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.default)?")
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
-_TIED_ENDS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _MAX_ALPHA = 1e30
 _MAX_CONFIG_BYTES = 10_000_000
 _MERGE = (
@@ -246,7 +247,8 @@ class Adapter(ABC):
         self.saved: dict[str, str] = {}
         self.base_layers: dict[str, str] = {}
         for key in self.tensors:
-            short = key.removeprefix(PREFIX)
+            plain = without_wrappers(key).removeprefix("module.")
+            short = plain.removeprefix(PREFIX)
             embedding, factor = _EMBEDDING.fullmatch(short), _FACTOR.fullmatch(short)
             match = embedding or factor
             if match:
@@ -255,7 +257,7 @@ class Adapter(ABC):
                 ] = key
             elif short.endswith(".base_layer.weight"):
                 self.base_layers[short.removesuffix(".base_layer.weight") + ".weight"] = key
-            elif ".lora_" in short or key == short:
+            elif ".lora_" in short or plain == short:
                 raise CheckpointError(
                     f"{self.where}: holds {key!r}, which is no LoRA factor or whole tensor;"
                     f" {_MERGE}"
@@ -438,15 +440,14 @@ class AdaptedCheckpoint:
         self.still = frozenset(
             n for n, i in self.tensors.items() if i.dtype in FLOAT_DTYPES and n not in touched
         )
-        self._refuse_tied()
 
     def _check_in_base(self, name: str, shape: tuple[int, ...]) -> None:
         info, folder = self._base.tensors.get(name), self._adapter.where
+        refuse_quantised(self._base, "the base of the adapter")
         if info is None:
             raise CheckpointError(
                 f"{folder}: adapts {name!r}, which the base does not have; give the base that the"
-                " adapter was trained on (a head tied to the embedding has no tensor of its own:"
-                " save the base with both)"
+                " adapter was trained on"
             )
         if info.shape != shape:
             raise CheckpointError(
@@ -454,18 +455,10 @@ class AdaptedCheckpoint:
                 f" {list(info.shape)}: give its own base"
             )
 
-    def _refuse_tied(self) -> None:
-        ends = [n for n in self._adapter.shapes if n.endswith(_TIED_ENDS)]
-        heads = [n for n in self._base.tensors if n.endswith(_HEADS)]
-        if ends and not heads and _says_tied(self._base.files().get("config.json", b"{}")):
-            raise CheckpointError(
-                f"{self._adapter.where}: adapts {ends[0]!r}, which the base ties to its output"
-                " head; the adapter changes one of the two, a merged checkpoint would change both:"
-                " save the base with both tensors and tie_word_embeddings false"
-            )
-
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it alone."""
+        """Bits of a tensor that the adapter holds whole, or of the base where it leaves it
+        alone.
+        """
         if name in self._adapter.saved:
             self._adapter.read_into(self._adapter.saved[name], start, out)
         elif name in self.factors:
@@ -550,10 +543,18 @@ def adapter_in(opened: Checkpoint) -> Adapter | None:
     return opened
 
 
-def over_base(run: Run, base: Checkpoint, step: int) -> Run:
-    """``run`` itself, or its merged view over ``base`` if its steps (``step`` is one) are adapters."""
+def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
+    """``run`` and ``base`` as they are; if the steps (``step`` is one) are adapters, the merged
+    view of the run, and the base under the adapter's names, with a tied head that is now a tensor
+    of its own.
+    """
     with closing(run.checkpoint(step)) as first:
-        return AdaptedRun(run, base) if adapter_in(first) else run
+        adapter = adapter_in(first)
+        if adapter is None:
+            return run, base
+        base = in_memory(base, adapter.shapes)
+        base = with_heads(base, split_heads(adapter.shapes, base.tensors))
+        return AdaptedRun(run, base), base
 
 
 def named_base(run: Run, step: int) -> str | None:
@@ -570,7 +571,7 @@ def named_base(run: Run, step: int) -> str | None:
             return adapter.base_name
         raise CheckpointError(
             f"{run.description}: are adapters of {adapter.base_name!r}, which is no folder here;"
-            " give the base model with --base DIR"
+            " give the base model with --base DIR or --base hf://OWNER/NAME"
         )
 
 
@@ -591,10 +592,3 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG}: is not a JSON object; write or download it again"
         )
     return config
-
-
-def _says_tied(config: bytes) -> bool:
-    try:
-        return bool(json.loads(config).get("tie_word_embeddings"))
-    except (ValueError, AttributeError):
-        return False

@@ -13,8 +13,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from relexkit.checkpoints.formats.huggingface import model_files, trainer_metrics
+from relexkit.checkpoints.formats.huggingface import trainer_metrics
 from relexkit.checkpoints.formats.key_names import model_names
+from relexkit.checkpoints.small_files import model_files
 from relexkit.checkpoints.torchfile.regions import (
     Block,
     Chunk,

@@ -49,7 +49,7 @@ def _refuse(folder: Path) -> NoReturn:
     raise refused.refusal(folder)
 
 
-FORMATS = (
+FORMATS = [
     Format("peft", "PEFT adapters", peft.find, peft.AdapterCheckpoint),
     Format(
         "huggingface", "Hugging Face folders", huggingface.find, huggingface.HuggingFaceCheckpoint
@@ -66,5 +66,5 @@ FORMATS = (
     Format("flat", "files of one state dict", flat_files.find, flat_files.FlatFile, of_files=True),
     Format("weight-sync", "weight-sync deltas", weight_sync.find, weight_sync.refuse_single),
     Format("unsupported", "checkpoints to be converted first", refused.find, _refuse),
-)
+]
 """In the order of preference between equally precise ones."""

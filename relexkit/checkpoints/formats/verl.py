@@ -17,8 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from relexkit.checkpoints.formats.huggingface import model_files
-from relexkit.checkpoints.small_files import read_small
+from relexkit.checkpoints.formats.key_names import renamed
+from relexkit.checkpoints.small_files import model_files, read_small
 from relexkit.checkpoints.torchfile.regions import (
     Chunk,
     PiecewiseTensor,
@@ -71,11 +71,13 @@ class VerlCheckpoint(PiecewiseTensors):
         ranks = [
             _read_rank(folder / f"model_world_size_{world}_rank_{rank}.pt") for rank in range(world)
         ]
-        super().__init__(_assemble(folder, ranks))
+        super().__init__(renamed(_assemble(folder, ranks), str(folder)))
         self.description = f"verl FSDP shards of {world} rank{'s' * (world > 1)} in {folder}"
 
     def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer, which verl writes into ``huggingface/`` beside the shards."""
+        """Configuration and tokenizer, which verl writes into ``huggingface/`` beside the
+        shards.
+        """
         return model_files(self.folder / "huggingface")
 
     def metrics(self) -> dict[str, float]:

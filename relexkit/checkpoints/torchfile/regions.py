@@ -198,7 +198,9 @@ class PiecewiseTensor:
         self._pieces = [_Piece(grid, chunk) for chunk in kept]
 
     def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` with elements (bytes, if not float) ``start:start+len(out)`` of the tensor."""
+        """Fill ``out`` with elements (bytes, if not float) ``start:start+len(out)`` of the
+        tensor.
+        """
         for piece in self._pieces:
             piece.copy(start, out)
 

@@ -39,7 +39,9 @@ class Global:
 
 
 class Record:
-    """An object of class ``kind`` as what it was pickled from: constructor arguments, then state."""
+    """An object of class ``kind`` as what it was pickled from: constructor arguments, then
+    state.
+    """
 
     __slots__ = ("arguments", "kind", "state")
 

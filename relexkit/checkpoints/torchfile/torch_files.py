@@ -53,7 +53,9 @@ _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage that a pickle refers to: its entry in the archive and, unless untyped, its dtype."""
+    """A storage that a pickle refers to: its entry in the archive and, unless untyped, its
+    dtype.
+    """
 
     key: str
     dtype: str | None

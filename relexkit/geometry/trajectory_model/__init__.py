@@ -9,8 +9,8 @@ updates by its momentum with Adam's bias correction and the learning rate, which
 map ``H`` from gradients to recorded deltas, and storage adds rounding. So the deltas of one
 parameter have the covariance
 
-    K = sigma^2 (H R_phi H^T + tau^2 H R_d H^T + nu^2 I),        log p = -D/2 log|K| - 1/2 tr(K^-1
-    G).
+    K = sigma^2 (H R_phi H^T + tau^2 H R_d H^T + nu^2 I)
+    log p = -D/2 log|K| - 1/2 tr(K^-1 G)
 
 The best linear predictor under the model is a vector of weights over the observed deltas, ``a(t) =
 K^-1 k(t)``, with variance ``k(t, t) - k(t)^T K^-1 k(t)`` per parameter.

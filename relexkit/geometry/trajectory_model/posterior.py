@@ -45,7 +45,9 @@ class _Noise:
 
     @classmethod
     def of(cls, walk: np.ndarray, rounding: float) -> _Noise:
-        """From the walk's covariance ``[T, T]`` and the rounding as a share of its last variance."""
+        """From the walk's covariance ``[T, T]`` and the rounding as a share of its last
+        variance.
+        """
         left = np.linalg.cholesky(with_rounding(walk, rounding))
         return cls(np.linalg.inv(left), 2 * float(np.log(np.diag(left)).sum()), float(walk[-1, -1]))
 

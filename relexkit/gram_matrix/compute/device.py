@@ -53,7 +53,9 @@ class Kernel(Protocol):
         """Float32 arrays that the products of a segment take."""
 
     def product(self, rows: Any, *constants: Any) -> list[Any]:
-        """Arrays of ``shapes`` from ``rows [T, n]`` and the constants, of NumPy or PyTorch alike."""
+        """Arrays of ``shapes`` from ``rows [T, n]`` and the constants, of NumPy or PyTorch
+        alike.
+        """
 
 
 class Pending(Protocol):
@@ -85,7 +87,9 @@ class Engine(Protocol):
         span: tuple[int, int],
         pool: ThreadPoolExecutor,
     ) -> Pending:
-        """Begin the product of columns ``span`` of ``rows``, which ``loaded`` holds on the device."""
+        """Begin the product of columns ``span`` of ``rows``, which ``loaded`` holds on the
+        device.
+        """
 
     def product(self, kernel: Kernel, segment: int, rows: np.ndarray) -> list[np.ndarray]:
         """The product of ``rows``, now. Thread-safe."""

@@ -28,14 +28,15 @@ import numpy as np
 
 from relexkit.errors import RelexkitError
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.gram_matrix.compute.device import PIECE, Engine, open_engine
-from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.compute.device import PIECE, open_engine
+from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
 from relexkit.gram_matrix.jumps import last_trained
 from relexkit.gram_matrix.lowrank.subspace import complete, good_enough, orthonormal
 from relexkit.gram_matrix.matrices import Gram
 from relexkit.gram_matrix.onepass import Pass, Span, Tick, ticker
-from relexkit.gram_matrix.parts import assemble, moving_parts, run_shared
-from relexkit.store import ProgressCallback, TrajectoryStore, describe_steps
+from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
+from relexkit.gram_matrix.rates import learning_rates
+from relexkit.store import TrajectoryStore, describe_steps
 from relexkit.store.encodings.bits import BLOCK
 from relexkit.store.kept import identity, keep, kept
 
@@ -62,10 +63,7 @@ def randomized_gram(
     oversampling: int = 8,
     max_passes: int = 4,
     seed: int = 0,
-    device: str = "cpu",
-    team: Team = ALONE,
-    memory_budget_bytes: int = 2**28,
-    progress: ProgressCallback | None = None,
+    compute: Compute = DEFAULT,
 ) -> Gram:
     """Approximate Gram matrices of every moving tensor over the steps to ``until``, for long runs.
 
@@ -77,7 +75,7 @@ def randomized_gram(
         components: leading directions that must be good (8, or all if there are fewer);
             ``oversampling`` more are carried.
         seed: of the sample and of the random part of the first ``Q``.
-        device, team, memory_budget_bytes: as for ``gram``.
+        compute: where and by whom; which PCA it names does not matter here.
 
     Raises:
         RelexkitError: more components than steps, or as ``gram``.
@@ -85,15 +83,13 @@ def randomized_gram(
     parts = moving_parts(store)
     num_rows = _num_rows(store, until)
     components = wanted_components(components, num_rows)
-    engine = open_engine(device)
+    work = Work(store, open_engine(compute.device), compute.team, compute.memory_budget_bytes)
     settings = _Settings(
         components=components, oversampling=oversampling, max_passes=max_passes, seed=seed
     )
-    tick = ticker(progress, "randomized PCA", sum(store.layout.parts[part].numel for part in parts))
-    found = {
-        p: _part(store, p, num_rows, settings, memory_budget_bytes, engine, team, tick)
-        for p in parts
-    }
+    total = sum(store.layout.parts[part].numel for part in parts)
+    tick = ticker(compute.progress, "randomized PCA", total)
+    found = {p: _part(work, p, num_rows, settings, tick) for p in parts}
     store.check_unchanged()
     steps, tensors = store.steps[:num_rows], store.layout.moving_tensors
     arrays: dict[int, list[np.ndarray]] = {}
@@ -115,6 +111,7 @@ def randomized_gram(
         moved,
         unit_moves,
         uncertainty,
+        learning_rates(store.steps, store.metrics()),
     )
 
 
@@ -214,27 +211,19 @@ class _SampleProducts:
         return [rows @ rows.T]
 
 
-def _part(
-    store: TrajectoryStore,
-    part: int,
-    num_rows: int,
-    settings: _Settings,
-    budget: int,
-    engine: Engine,
-    team: Team,
-    tick: Tick,
-) -> _Images:
+def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick) -> _Images:
+    store, team = work.store, work.team
     known = team.share(lambda: _load(store, part, num_rows, settings))
     if known is not None:
         tick(store.layout.parts[part].numel)
         return known
     num_columns = min(num_rows, settings.components + settings.oversampling)
-    bases = _first_bases(store, part, num_rows, num_columns, settings.seed, budget, engine, team)
+    bases = _first_bases(work, part, num_rows, num_columns, settings.seed)
     norms, counts = np.empty((0, 0, 0)), np.empty(0, np.int64)
     for number in range(settings.max_passes):
         kernel = _Subspace(bases, norms=number == 0)
         quiet: Tick = tick if number == 0 else lambda columns: None
-        sums = run_shared(store, part, kernel, num_rows, 0, budget, engine, team, quiet)
+        sums = run_shared(work, part, kernel, num_rows, 0, quiet)
         images = sums.products[0]
         if number == 0:
             norms, counts = _norms(*sums.products[1:]), sums.counts
@@ -295,16 +284,8 @@ def is_kept(store: TrajectoryStore, until: int | None, components: int | None = 
 # -- the first Q -----------------------------------------------------------------------------------
 
 
-def _first_bases(
-    store: TrajectoryStore,
-    part: int,
-    num_rows: int,
-    num_columns: int,
-    seed: int,
-    budget: int,
-    engine: Engine,
-    team: Team,
-) -> np.ndarray:
+def _first_bases(work: Work, part: int, num_rows: int, num_columns: int, seed: int) -> np.ndarray:
+    store, team = work.store, work.team
     spans = sample_spans(store, part, seed)[team.rank :: team.size]
     sample = Pass(
         store=store,
@@ -312,8 +293,8 @@ def _first_bases(
         kernel=_SampleProducts(num_rows),
         num_rows=num_rows,
         spans=spans,
-        budget=budget,
-        engine=engine,
+        budget=work.budget,
+        engine=work.engine,
     )
     with team.together():
         products = sample.run().products

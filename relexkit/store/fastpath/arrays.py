@@ -28,7 +28,9 @@ _T = TypeVar("_T")
 
 
 class ReadableArrays:
-    """Arrays to read. What is missing or damaged is an error that says where, never a fill value."""
+    """Arrays to read. What is missing or damaged is an error that says where, never a fill
+    value.
+    """
 
     def __init__(self, group: zarr.Group, path: str):
         self._group, self._path = group, path

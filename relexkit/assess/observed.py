@@ -1,0 +1,52 @@
+"""What is known of a run: the one value that every question starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from relexkit.assess.metrics import Informative, informative_steps
+from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
+from relexkit.gram_matrix.pca import pca_gram
+from relexkit.store import TrajectoryStore
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A run up to one of its steps.
+
+    Attributes:
+        gram: Gram matrices of every moving tensor, with the learning-rate schedule.
+        metrics: what was logged, each ``float64 [T]`` over the same steps; NaN where nothing was.
+    """
+
+    gram: Gram
+    metrics: dict[str, np.ndarray]
+
+    def until(self, step: int | None) -> Observed:
+        """The prefix of the run up to and including ``step``."""
+        gram = self.gram.until(step)
+        return Observed(gram, {n: v[: len(gram.steps)] for n, v in self.metrics.items()})
+
+    @property
+    def informative(self) -> Informative | None:
+        """How many of the steps had a gradient; None if no metric tells."""
+        return informative_steps(self.metrics)
+
+
+def observe(
+    store: TrajectoryStore, *, until: int | None = None, compute: Compute = DEFAULT
+) -> Observed:
+    """The run as far as ``until``, or its last step: Gram matrices, learning rates and metrics over
+    the same steps.
+
+    Of a run with jumps the steps before the first one. One pass over the deltas the first time; the
+    result is kept in the store.
+
+    Raises:
+        RelexkitError: no recorded step is that early; for more see ``gram``.
+    """
+    gram = pca_gram(store, until=until, compute=compute)
+    return Observed(gram, store.metrics()).until(int(gram.steps[-1]))

@@ -1,0 +1,176 @@
+"""Is this the run that a store holds? Every step that both have is compared, in samples of where
+the run moves, so that a branch that was written anew after a resume is never mixed with the old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.same_tensors import check_tensors
+from relexkit.errors import CheckpointError
+from relexkit.ingest.append import read_columns
+from relexkit.store import TrajectoryStore
+from relexkit.store.encodings.bits import BLOCK, apply_update, float_row
+
+_MOST_CHANGED, _SPREAD = 4, 3
+"""Blocks of ``BLOCK`` elements of a part that are compared: those that the run changes most, and
+some spread evenly.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Steps that the store and the run both have, by whether they hold the same, ascending."""
+
+    equal: list[int]
+    different: list[int]
+
+    def last_agreeing(self) -> int:
+        """The last equal step before the first different one; 0 if there is none."""
+        end = min(self.different, default=max(self.equal, default=0) + 1)
+        return max((step for step in self.equal if step < end), default=0)
+
+
+def compare_steps(store: TrajectoryStore, run: Run, base: Checkpoint, after: int = 0) -> Comparison:
+    """Compare every step after ``after`` that both have.
+
+    Reads headers and a few blocks of every part of each such checkpoint, and the same of the store.
+    """
+    common = [int(s) for s in store.steps if int(s) in run.steps and s > after]
+    blocks = {part: _sample(store, part) for part in range(len(store.layout.parts))}
+    states = {
+        (part, begin): store.read_base(part, begin, end)
+        for part, spans in blocks.items()
+        if store.layout.parts[part].encoding == "sparse" and common
+        for begin, end in spans
+    }
+    expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
+    found = Comparison([], [])
+    for row, step in enumerate(int(s) for s in store.steps):
+        if step > max(common, default=0):
+            break
+        for (part, begin), state in states.items():
+            columns, differences = store.read_update(part, row, begin, begin + len(state))
+            apply_update(state, columns - begin, differences)
+        if step not in common:
+            continue
+        with closing(run.checkpoint(step)) as checkpoint:
+            check_tensors(expected, checkpoint, f"the store {store.path}", f"step {step}")
+            same = all(
+                _same(store, part, row, span, states, checkpoint, base)
+                for part, spans in blocks.items()
+                for span in spans
+            )
+        (found.equal if same else found.different).append(step)
+    return found
+
+
+def check_branch(
+    store: TrajectoryStore,
+    run: Run,
+    found: Comparison,
+    new: Sequence[int],
+    *,
+    rewind: bool,
+    continues: bool,
+) -> list[str]:
+    """Refuse to add ``new`` steps to a store of another run, or of another branch of this one;
+    returns what a person should know.
+
+    Raises:
+        CheckpointError: steps differ, or no step is shared; with what to do.
+    """
+    if found.different and not (rewind and found.last_agreeing()):
+        several = len(found.different) > 1
+        differ = "differ from those" if several else "differs from the one"
+        what = f"{_steps(found.different)} of the run {differ} recorded in {store.path}"
+        if not found.last_agreeing():
+            raise CheckpointError(f"{what}: this is another run; choose another -o")
+        raise CheckpointError(
+            f"{what}, though step {found.last_agreeing()} is the same: the run was resumed and"
+            " written anew from there; give --rewind to replace what was recorded after it, or"
+            " choose another -o"
+        )
+    recorded = [int(s) for s in store.steps]
+    if new and recorded and not found.equal and not continues:
+        raise CheckpointError(
+            f"{run.description} shares no step with {store.path}, which ends at step"
+            f" {recorded[-1]}: another run with the same base would look like this; give --continue"
+            " if it goes on from there, or choose another -o"
+        )
+    gone = [s for s in recorded if s > max(found.equal, default=recorded[-1] if recorded else 0)]
+    if new and gone and not rewind:
+        are = "are" if len(gone) > 1 else "is"
+        return [
+            f"{_steps(gone)}, recorded before, {are} not in the run any more: if it was"
+            f" resumed from step {max(found.equal)}, import it into a new store"
+        ]
+    return []
+
+
+def is_base_throughout(store: TrajectoryStore) -> bool:
+    """True if every recorded step equals the base bit for bit. Stops at the first difference."""
+    last = len(store.steps)
+    for part, spec in enumerate(store.layout.parts):
+        if spec.encoding == "factors":
+            return False  # a step without effect is refused
+        if spec.encoding == "sparse" and store.entries(part, last).any():
+            return False
+    dense = [p for p, s in enumerate(store.layout.parts) if s.encoding in ("exact", "float")]
+    for row in reversed(range(last)):
+        for part in dense:
+            numel = store.layout.parts[part].numel
+            for begin in range(0, numel, BLOCK):
+                if store.read_row(part, row, begin, min(begin + BLOCK, numel)).any():
+                    return False
+    return True
+
+
+def _sample(store: TrajectoryStore, part: int) -> list[tuple[int, int]]:
+    spec = store.layout.parts[part]
+    if spec.encoding == "fixed" or not spec.numel:
+        return []
+    if spec.encoding == "factors":
+        return [(0, spec.numel)]
+    count = -(-spec.numel // BLOCK)
+    chosen = set(np.linspace(0, count - 1, min(count, _SPREAD)).round().astype(int).tolist())
+    if spec.encoding == "sparse" and len(store.steps):
+        entries = store.entries(part, len(store.steps))
+        chosen |= set(np.argsort(-entries, kind="stable")[:_MOST_CHANGED].tolist())
+    return [(b * BLOCK, min((b + 1) * BLOCK, spec.numel)) for b in sorted(chosen)]
+
+
+def _same(
+    store: TrajectoryStore,
+    part: int,
+    row: int,
+    span: tuple[int, int],
+    states: dict[tuple[int, int], np.ndarray],
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+) -> bool:
+    (begin, end), spec = span, store.layout.parts[part]
+    if isinstance(checkpoint, AdaptedCheckpoint) and spec.encoding == "factors":
+        bits = checkpoint.factor_bits(store.layout.segments_in(part)[0].tensor.name)
+        return np.array_equal(bits, store.read_factor_bits(part, row))
+    where = f"step {store.steps[row]}"
+    current = read_columns(checkpoint, store.layout, part, begin, end, where)
+    if spec.encoding == "sparse":
+        return np.array_equal(current, states[part, begin])
+    if spec.encoding == "float":
+        original = read_columns(base, store.layout, part, begin, end, "the base")
+        delta = float_row(original, current, spec.dtype, store.mantissa_bits or 23)
+        return np.array_equal(delta, store.read_row(part, row, begin, end))
+    return np.array_equal(current, store.read_state(part, row, begin, end))
+
+
+def _steps(steps: Sequence[int]) -> str:
+    shown = ", ".join(str(step) for step in steps[:5])
+    more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+    return f"step{'s' * (len(steps) > 1)} {shown}{more}"

@@ -1,0 +1,28 @@
+"""A prediction as one value: which method, told what, fitted to which steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from relexkit.predict.fits import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is to be predicted, whatever the targets."""
+
+    method: str = "relex"
+    """how to predict"""
+    options: Options = field(default_factory=Options)
+    """what the method is told"""
+    scope: Literal["tensor", "layer", "module", "global"] | None = None
+    """what shares one fit (default: the method's own, tensor or global)"""
+    scale: float = 1.0
+    """multiply the predicted displacement from the base"""
+    until: int | None = None
+    """use only steps up to this one"""
+
+
+PLAIN = Prediction()
+"""RELEX along the first direction of every tensor, from all steps."""
