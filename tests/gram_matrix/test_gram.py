@@ -487,7 +487,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(encoding: str, tmp_path: 
 def test_a_matrix_is_symmetric_though_a_product_and_its_transpose_round_differently(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """As they do where another kernel computes the one than the other; whole and after an append."""
+    """As where another kernel computes the one than the other; whole and after an append."""
     product = _OuterProducts.product
 
     def uneven(self: _OuterProducts, rows: np.ndarray) -> list[np.ndarray]:

@@ -155,7 +155,8 @@ def read_beside(
         try:
             return read(store)
         except StoreError as error:
-            assert "other steps were recorded in place" in str(error), error
+            if "other steps were recorded in place" not in str(error):
+                raise
             return None
 
 

@@ -538,6 +538,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_to_the_same_bits(
         ]
         assert len(said) == 1
         assert re.search(reason, said[0])
+        assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".step")]
         assert last_state(tmp_path / "run" / "state") == kept
     assert_same_run(whole, train(config))
 

@@ -56,7 +56,7 @@ def save_state(
             if other != final and (_NAME.fullmatch(other.name) or other.name.endswith(".partial")):
                 shutil.rmtree(other)
 
-    with _said_of(folder):
+    with _said_of(folder), _removed_if_it_fails(temporary, processes):
         processes.lead(prepare)
         processes.agree(write)
         processes.lead(publish)
@@ -121,6 +121,16 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torc
             " begin again"
         ) from error
     return weights, moments
+
+
+@contextmanager
+def _removed_if_it_fails(temporary: Path, processes: Processes) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if processes.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextmanager

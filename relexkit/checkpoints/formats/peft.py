@@ -238,7 +238,7 @@ class Adapter(ABC):
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Raw bits of elements ``start:start+len(out)`` of a stored tensor."""
 
-    def check_base(self, base: Checkpoint) -> None:
+    def check_base(self, base: Checkpoint) -> None:  # noqa: B027, most hold nothing of it
         """Refuse a base that the adapter was not trained on, as far as it holds some of it."""
 
     def _sort_tensors(self) -> None:
