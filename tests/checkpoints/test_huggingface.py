@@ -80,7 +80,6 @@ def test_every_name_and_nesting_is_found_and_sorted_as_numbers(
         "my-checkpoint-5",
         "checkpoint--5",
         "checkpoint-5.tmp",
-        "epoch_5",
         "runs",
     ],
 )

@@ -345,4 +345,4 @@ def test_import_of_shards_says_what_it_took_and_the_store_keeps_the_format(
         )
         == 1
     )
-    assert "relexkit round --dtype bfloat16" in capsys.readouterr().err
+    assert "relexkit round BASE --dtype bfloat16" in capsys.readouterr().err

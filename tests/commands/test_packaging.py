@@ -250,4 +250,4 @@ def test_ci_calls_make_check():
     assert os.access(script, os.X_OK)
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "set -euo pipefail"
-    assert lines[-1] == "make check"
+    assert lines[-2:] == ["make check", "make test-kernels"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stores import store_of
 
 from relexkit import RelexkitError, TrajectoryStore, gram, import_checkpoints
 from relexkit.gram_matrix.compute.device import CpuEngine, TorchEngine, open_engine
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.exact import _OuterProducts
 from relexkit.gram_matrix.lowrank.randomized import randomized_gram
 
@@ -31,6 +33,13 @@ def walk(tmp_path: Path) -> TrajectoryStore:
     return store_of(tmp_path / "run.zarr", deltas, np.arange(1, 21), part_numel=40_000)
 
 
+def on(compute: Any, device: str) -> dict[str, Any]:
+    """The option that gives the device, which is one of several where they travel together."""
+    if compute is randomized_gram:
+        return {"compute": Compute(device=device)}
+    return {"device": device}
+
+
 def forget(store: TrajectoryStore) -> TrajectoryStore:
     import shutil
 
@@ -42,7 +51,7 @@ def forget(store: TrajectoryStore) -> TrajectoryStore:
 @pytest.mark.parametrize("compute", [gram, randomized_gram])
 def test_torch_gives_the_numbers_of_numpy(walk: TrajectoryStore, compute) -> None:
     expected = compute(walk)
-    found = compute(forget(walk), device="torch:cpu")
+    found = compute(forget(walk), **on(compute, "torch:cpu"))
     norms = np.sqrt(np.einsum("nii->ni", expected.matrices))
     assert (
         np.abs(found.matrices - expected.matrices)
@@ -91,7 +100,7 @@ def test_a_missing_device_is_said(walk: TrajectoryStore) -> None:
 @pytest.mark.parametrize("compute", [gram, randomized_gram])
 def test_a_gpu_gives_the_numbers_of_numpy(walk: TrajectoryStore, compute) -> None:
     expected = compute(walk)
-    found = compute(forget(walk), device="cuda")
+    found = compute(forget(walk), **on(compute, "cuda"))
     norms = np.sqrt(np.einsum("nii->ni", expected.matrices))
     assert (
         np.abs(found.matrices - expected.matrices)

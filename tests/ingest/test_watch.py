@@ -122,7 +122,8 @@ def test_a_step_that_rotates_away_while_it_is_read_is_left_out(
 
     monkeypatch.setattr(relexkit.ingest.watch, "import_checkpoints", rotated)
     said: list[str] = []
-    store = watch(folder, tmp_path / "s.zarr", base=run.base, say=said.append, **QUICK)
+    patient = {**QUICK, "idle_seconds": 3.0}
+    store = watch(folder, tmp_path / "s.zarr", base=run.base, say=said.append, **patient)
     assert store.steps.tolist() == [1, 3, 5]
     assert said[1] == "step 2 was changed or deleted while it was read; it is not recorded yet"
 

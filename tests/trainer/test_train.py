@@ -249,9 +249,9 @@ def test_rows_without_an_advantage_are_left_out_of_the_backward_pass(
     def run(name: str) -> Path:
         counts = trained.setdefault(name, [])
 
-        def counted(model, batch, *rest):
+        def counted(model, batch, *rest, **options):
             counts.append(len(batch.mask) * torch.is_grad_enabled())
-            return token_logprobs(model, batch, *rest)
+            return token_logprobs(model, batch, *rest, **options)
 
         monkeypatch.setattr(step_module, "token_logprobs", counted)
         few = {
@@ -450,7 +450,7 @@ def test_a_failing_reward_is_named_with_its_prompt(base, tmp_path):
     )
     task = {"name": "file", "path": str(tmp_path / "data.jsonl"), "num_validation": 4}
     for function, message in (
-        ("raises", r"prompt '\d+>': its reward raised KeyError"),
+        ("raises", r"prompt '\d+>': raised KeyError"),
         ("nothing", "its reward is nan"),
     ):
         options = settings(
