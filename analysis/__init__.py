@@ -7,12 +7,12 @@ from relexkit.extension import Command, Extension
 EXTENSION = Extension(
     {
         "report": Command(
-            "analysis.report",
+            "relexkit.analysis.report",
             "write one self-contained page about a run: advice, claims, figures, commands",
         )
     },
     plots={
-        "spectrum": "analysis.figures:plot_spectra",
-        "backtest": "analysis.backtest_figures:plot_backtest",
+        "spectrum": "relexkit.analysis.figures:plot_spectra",
+        "backtest": "relexkit.analysis.backtest_figures:plot_backtest",
     },
 )

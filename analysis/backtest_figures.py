@@ -18,8 +18,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis import style
 from relexkit import RelexkitError
+from relexkit.analysis import style
 from relexkit.extension import Backtest, Forecast, Gram, decompose, forecast, single_threaded_blas
 
 MAP_METHODS = ("model", "relex", "two-point", "least-squares")

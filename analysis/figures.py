@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from analysis import style
-from analysis.variance_map import variance_figure
 from relexkit import RelexkitError
+from relexkit.analysis import style
+from relexkit.analysis.variance_map import variance_figure
 from relexkit.extension import (
     Gram,
     ScopeSpectrum,

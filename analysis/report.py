@@ -22,11 +22,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import backtest_figures, figures, run_figures, style, variance_map
-from analysis.claims import Claim, measure_claims
-from analysis.page import CAPTIONS, CSS
-from analysis.sweep_figures import sweep_figure
 from relexkit import RelexkitError
+from relexkit.analysis import backtest_figures, figures, run_figures, style, variance_map
+from relexkit.analysis.claims import Claim, measure_claims
+from relexkit.analysis.page import CAPTIONS, CSS
+from relexkit.analysis.sweep_figures import sweep_figure
 from relexkit.extension import (
     CHEAP,
     Advice,

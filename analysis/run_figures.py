@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis import style
+from relexkit.analysis import style
 from relexkit.extension import STATISTICS, Gram, Spectrum, decompose
 
 _LABELS = {

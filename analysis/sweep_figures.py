@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis import style
+from relexkit.analysis import style
 
 
 def sweep_figure(found: Mapping[str, Any]) -> Figure:

@@ -17,7 +17,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from analysis import style
+from relexkit.analysis import style
 from relexkit.extension import Gram, Spectrum, center, decompose, layer_of, module_of
 
 MAX_ROWS = 48

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.tasks import Problem, split_fixed
+from relexkit.trainer.tasks import Problem, split_fixed
 
 
 @dataclass(frozen=True)

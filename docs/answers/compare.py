@@ -20,7 +20,7 @@ from lm_eval.filters.extraction import RegexFilter
 from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
 from math_verify import parse, verify
 
-from trainer.tasks.answers import gives_answer
+from relexkit.trainer.tasks.answers import gives_answer
 
 HERE = Path(__file__).parent
 FLEXIBLE = RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)  # of its gsm8k.yaml

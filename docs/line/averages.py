@@ -21,9 +21,9 @@ import yaml
 
 from relexkit import Options, Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.assess.advice import advise
-from trainer.evaluation.evaluate import evaluate
-from trainer.policy.stored_model import StoredModel
-from trainer.tasks import load_task
+from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.policy.stored_model import StoredModel
+from relexkit.trainer.tasks import load_task
 
 
 def main() -> None:

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 import yaml
 
-from analysis import style
 from relexkit import Prediction, TrajectoryStore, gram, predict_weights
+from relexkit.analysis import style
 from relexkit.gram_matrix import Gram
+from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.tasks import load_task
 from relexkit.weights.dtypes import round_bits, to_float32
-from trainer.evaluation.evaluate import evaluate
-from trainer.policy.stored_model import StoredModel, recorded_weights
-from trainer.tasks import load_task
 
 METHODS = ("model", "drift", "two-point", "relex", "least-squares", "average")
 PRECISIONS = ("float32", "nearest", "stochastic")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis import style
 from relexkit import (
     Prediction,
     TrajectoryStore,
@@ -30,14 +29,15 @@ from relexkit import (
     round_checkpoint,
     spectrum,
 )
-from trainer.config import GRPOConfig
-from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.intervals import mean_interval
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
-from trainer.policy.small_model import FOLDER
-from trainer.policy.stored_model import StoredModel, recorded_weights
-from trainer.tasks import load_task
+from relexkit.analysis import style
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.evaluation.intervals import mean_interval
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.small_model import FOLDER
+from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.tasks import load_task
 
 PRECISIONS = ("float32", "nearest", "stochastic")
 METHODS = ("relex", "model", "least-squares")

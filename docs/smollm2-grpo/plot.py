@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import style
-from trainer.loop.run_log import read_log
+from relexkit.analysis import style
+from relexkit.trainer.loop.run_log import read_log
 
 
 def main() -> None:

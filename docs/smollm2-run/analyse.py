@@ -23,7 +23,6 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.figures import plot_spectra
 from relexkit import (
     Output,
     Prediction,
@@ -35,6 +34,7 @@ from relexkit import (
     round_checkpoint,
     spectrum,
 )
+from relexkit.analysis.figures import plot_spectra
 
 SEED = 11
 SAMPLES = 3

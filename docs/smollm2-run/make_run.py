@@ -125,7 +125,7 @@ def main() -> None:
         callbacks=[ExportBfloat16(options.out / "bfloat16")],
     )
     trainer.train()
-    (options.out / "log.json").write_text(json.dumps(trainer.loop.state.log_history, indent=1))
+    (options.out / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.tasks import Problem, Split, Task, load_task
+from relexkit.trainer.tasks import Problem, Split, Task, load_task
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from arms import ARMS, CUTS, METHODS, RATES, RATIOS, Arm, rate_name
 from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
-from analysis import style
 from relexkit import Gram, spectrum
+from relexkit.analysis import style
 from relexkit.assess.advice import Advice, advise
 
 HERE = Path(__file__).parent

@@ -41,14 +41,14 @@ from relexkit import (
 )
 from relexkit.assess.backtest import backtest
 from relexkit.gram_matrix.jumps import jumps
-from trainer.config import G2DConfig, GRPOConfig
-from trainer.evaluation.evaluate import RIGHT, evaluate
-from trainer.experiments.g2d import g2d
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
-from trainer.policy.small_model import FOLDER
-from trainer.policy.stored_model import StoredModel, recorded_weights
-from trainer.tasks import load_task
+from relexkit.trainer.config import G2DConfig, GRPOConfig
+from relexkit.trainer.evaluation.evaluate import RIGHT, evaluate
+from relexkit.trainer.experiments.g2d import g2d
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.small_model import FOLDER
+from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"
 PROBLEMS, LENGTH, EVERY = 512, 10, 25

@@ -5,7 +5,7 @@ import pytest
 from simulated import Run, recorded, simulate
 from test_figures import assert_readable, line, mesh
 
-from analysis import backtest_figures, run_figures, style
+from relexkit.analysis import backtest_figures, run_figures, style
 from relexkit.assess.backtest import backtest
 from relexkit.assess.forecast import forecast
 from relexkit.errors import RelexkitError

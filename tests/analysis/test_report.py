@@ -12,10 +12,10 @@ from runs import write_run
 from simulated import Run, recorded, simulate
 from test_figures import assert_readable
 
-from analysis import style
-from analysis.claims import measure_claims
-from analysis.report import build_page, write_report
-from analysis.sweep_figures import sweep_figure
+from relexkit.analysis import style
+from relexkit.analysis.claims import measure_claims
+from relexkit.analysis.report import build_page, write_report
+from relexkit.analysis.sweep_figures import sweep_figure
 from relexkit.assess.advice import advise
 from relexkit.assess.backtest import CHEAP, backtest
 from relexkit.cli import main

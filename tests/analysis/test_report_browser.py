@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from simulated import Run, recorded, simulate
 
-from analysis.report import build_page
+from relexkit.analysis.report import build_page
 
 DRIVER = shutil.which("chromedriver")
 FLAGS = (

@@ -37,12 +37,12 @@ def open_run(options: argparse.Namespace, rollouts: int) -> Any:
     import torch
 
     from relexkit.processes import Processes
-    from trainer.config import GRPOConfig
-    from trainer.loop.generation import roll_out
-    from trainer.loop.step import optimizer_step
-    from trainer.policy.setup import Policy, build_optimizer, load_model
-    from trainer.policy.small_model import FOLDER
-    from trainer.tasks import load_task
+    from relexkit.trainer.config import GRPOConfig
+    from relexkit.trainer.loop.generation import roll_out
+    from relexkit.trainer.loop.step import optimizer_step
+    from relexkit.trainer.policy.setup import Policy, build_optimizer, load_model
+    from relexkit.trainer.policy.small_model import FOLDER
+    from relexkit.trainer.tasks import load_task
 
     torch.set_num_threads(1)
     place = options.model or str(FOLDER)

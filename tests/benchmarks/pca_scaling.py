@@ -124,7 +124,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from analysis.style import DOTS_PER_INCH, MUTED, RUN, SECOND, WIDTH_INCHES, styled
+    from relexkit.analysis.style import DOTS_PER_INCH, MUTED, RUN, SECOND, WIDTH_INCHES, styled
 
     looks = {
         "exact": (RUN, "o", "exact"),

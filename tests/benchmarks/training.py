@@ -86,7 +86,7 @@ class Hashed:
 
 def make_task(chat: bool, mixed: float) -> Hashed:
     """See ``docs/tasks.md``."""
-    from trainer.tasks import Problem, split_fixed
+    from relexkit.trainer.tasks import Problem, split_fixed
 
     problems = [Problem(key=str(n), prompt=text, answer="") for n, text in enumerate(prompts(chat))]
     return Hashed("hashed", split_fixed(problems, 4, 0), mixed)
@@ -96,9 +96,9 @@ def ours(options: argparse.Namespace, record: bool) -> dict[str, float]:
     """One run of our trainer; seconds and completion tokens of each step but the first."""
     import resource
 
-    from trainer.config import GRPOConfig
-    from trainer.loop.run_log import read_log
-    from trainer.loop.train import train
+    from relexkit.trainer.config import GRPOConfig
+    from relexkit.trainer.loop.run_log import read_log
+    from relexkit.trainer.loop.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(

@@ -18,7 +18,7 @@ from tiny_models import save_tiny_model
 
 from relexkit import Recorder, TrajectoryStore
 from relexkit.cli import main
-from trainer.policy.setup import load_model
+from relexkit.trainer.policy.setup import load_model
 
 TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make_for_sweep"
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")

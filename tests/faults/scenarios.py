@@ -181,7 +181,7 @@ def training() -> Scenario:
     def prepare(folder: Path) -> None:
         from tiny_models import save_tiny_model
 
-        from trainer.config import GRPOConfig, dump_config
+        from relexkit.trainer.config import GRPOConfig, dump_config
 
         config = GRPOConfig(
             model=str(save_tiny_model(folder / "base")),
@@ -197,7 +197,7 @@ def training() -> Scenario:
         (folder / "config.yaml").write_text(dump_config(config))
 
     def result(folder: Path) -> Any:
-        from trainer.loop.rollout_log import read_rollouts
+        from relexkit.trainer.loop.rollout_log import read_rollouts
 
         store = {k: v for k, v in store_content(folder / "t/run.zarr").items() if "live" not in k}
         final = (folder / "t/final/model.safetensors").read_bytes()

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trainer.loop.engine import Sampled
-from trainer.policy.log_probabilities import sampled_logprobs
-from trainer.policy.sampling import generate, pad_token
-from trainer.policy.setup import load_model
+from relexkit.trainer.loop.engine import Sampled
+from relexkit.trainer.policy.log_probabilities import sampled_logprobs
+from relexkit.trainer.policy.sampling import generate, pad_token
+from relexkit.trainer.policy.setup import load_model
 
 
 class Other:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.credit.advantage import group_advantages, lampo_advantages
+from relexkit.trainer.credit.advantage import group_advantages, lampo_advantages
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 3.0]])
 

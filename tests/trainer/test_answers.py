@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.tasks.answers import given_answer, gives_answer, tag_content
-from trainer.tasks.numerals import computed, last_number, numbers
+from relexkit.trainer.tasks.answers import given_answer, gives_answer, tag_content
+from relexkit.trainer.tasks.numerals import computed, last_number, numbers
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = [

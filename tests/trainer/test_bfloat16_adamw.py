@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from relexkit import TrajectoryStore, checkout
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
 from relexkit.weights.dtypes import random_bits
-from trainer.config import GRPOConfig
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
-from trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 PRECISIONS = tuple(f"bfloat16_{rounding}" for rounding in ROUNDINGS)

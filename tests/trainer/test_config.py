@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relexkit import RelexkitError
-from trainer.config import G2DConfig, GRPOConfig, build_config, dump_config, load_config
+from relexkit.trainer.config import G2DConfig, GRPOConfig, build_config, dump_config, load_config
 
 NEEDED = {"model": "m", "task": "t", "output": "o"}
 
@@ -102,8 +102,8 @@ def test_the_help_says_of_every_option_what_it_means_and_what_it_takes(kind):
     import argparse
     import dataclasses
 
-    from trainer.commands.train import add_options
-    from trainer.config import option_groups, option_meanings
+    from relexkit.trainer.commands.train import add_options
+    from relexkit.trainer.config import option_groups, option_meanings
 
     names = [field.name for field in dataclasses.fields(kind)]
     assert set(option_meanings(kind)) == set(names)

@@ -18,12 +18,12 @@ from relexkit import RelexkitError, TrajectoryStore, gram
 from relexkit.cli import main
 from relexkit.gram_matrix.jumps import jumps
 from relexkit.processes import Processes
-from trainer.config import build_config, dump_config
-from trainer.credit.assignment import informativeness, rouge_l
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.run_log import read_log
-from trainer.loop.train import check_processes, train
-from trainer.tasks import Problem
+from relexkit.trainer.config import build_config, dump_config
+from relexkit.trainer.credit.assignment import informativeness, rouge_l
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import check_processes, train
+from relexkit.trainer.tasks import Problem
 
 LAMPO_DELTA = {
     "advantage": "lampo",

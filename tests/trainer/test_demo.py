@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from relexkit.cli import main
-from trainer.commands import demo
-from trainer.policy.small_model import FOLDER
+from relexkit.trainer.commands import demo
+from relexkit.trainer.policy.small_model import FOLDER
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_too_few_steps_are_refused(tmp_path, capsys):
 def test_the_embedded_model_is_small_and_half_way(tmp_path):
     import torch
 
-    from trainer.evaluation.evaluate import evaluate
-    from trainer.policy.setup import load_model
-    from trainer.tasks import load_task
+    from relexkit.trainer.evaluation.evaluate import evaluate
+    from relexkit.trainer.policy.setup import load_model
+    from relexkit.trainer.tasks import load_task
 
     model, tokenizer = load_model(str(FOLDER), torch.device("cpu"))
     assert 1e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 5e6

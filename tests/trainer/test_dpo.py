@@ -13,9 +13,9 @@ import torch
 from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 
 from relexkit import RelexkitError
-from trainer.config import G2DConfig, build_config
-from trainer.experiments.dpo import dpo_loss, reference_margins, train_dpo
-from trainer.experiments.preferences import Pair
+from relexkit.trainer.config import G2DConfig, build_config
+from relexkit.trainer.experiments.dpo import dpo_loss, reference_margins, train_dpo
+from relexkit.trainer.experiments.preferences import Pair
 
 PAD = VOCABULARY.index("<pad>")
 

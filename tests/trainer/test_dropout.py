@@ -10,13 +10,13 @@ import transformers
 from tiny_models import VOCABULARY, tiny_tokenizer
 
 from relexkit import TrajectoryStore
-from trainer.config import G2DConfig, GRPOConfig
-from trainer.experiments.dpo import reference_margins, train_dpo
-from trainer.experiments.preferences import Pair
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
-from trainer.policy.setup import load_model, own_dropout
+from relexkit.trainer.config import G2DConfig, GRPOConfig
+from relexkit.trainer.experiments.dpo import reference_margins, train_dpo
+from relexkit.trainer.experiments.preferences import Pair
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.setup import load_model, own_dropout
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": len(VOCABULARY), "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}

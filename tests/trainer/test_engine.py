@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError, TrajectoryStore
-from trainer.config import GRPOConfig, build_config
-from trainer.credit.importance import importance_metrics, importance_ratios
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
+from relexkit.trainer.config import GRPOConfig, build_config
+from relexkit.trainer.credit.importance import importance_metrics, importance_ratios
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
 
 ENGINES = Path(__file__).parent / "other_engine.py"
 NEEDED = {"model": "m", "task": "t", "output": "o"}

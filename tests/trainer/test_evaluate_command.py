@@ -14,8 +14,8 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
 from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate, round_checkpoint
 from relexkit.cli import main
-from trainer.policy.setup import load_model
-from trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.policy.setup import load_model
+from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
 
 TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make"
 COMMON = ["--task", TASK, "--max-completion-length", "4", "--samples", "3", "--json"]

@@ -9,7 +9,7 @@ from test_train import settings
 from tiny_models import save_tiny_model
 
 from relexkit.cli import main
-from trainer.loop.train import train
+from relexkit.trainer.loop.train import train
 
 
 @pytest.fixture(scope="module")

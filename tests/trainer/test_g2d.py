@@ -18,11 +18,11 @@ from tiny_models import save_tiny_model
 from relexkit import Output, RelexkitError, checkout, extrapolate
 from relexkit.cli import main
 from relexkit.store import TrajectoryStore
-from trainer.commands.tokens import token_shares
-from trainer.config import G2DConfig
-from trainer.experiments.g2d import g2d
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.train import train
+from relexkit.trainer.commands.tokens import token_shares
+from relexkit.trainer.config import G2DConfig
+from relexkit.trainer.experiments.g2d import g2d
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.train import train
 
 TASK = {"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make_easy"}
 

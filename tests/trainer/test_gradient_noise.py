@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.credit.gradient_noise import GradientParts, noise_scale
+from relexkit.trainer.credit.gradient_noise import GradientParts, noise_scale
 
 
 def test_estimates_are_unbiased():

@@ -101,7 +101,7 @@ def test_log_likelihoods_and_generations_are_those_of_hf_on_the_written_folder(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import trainer.evaluation.harness  # noqa: F401  (registers the model)
+    import relexkit.trainer.evaluation.harness  # noqa: F401  (registers the model)
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     target = extrapolate(
@@ -162,8 +162,8 @@ def test_the_command_evaluates_steps_with_one_model_and_keeps_what_the_harness_k
 
 
 def test_metrics_are_means_with_intervals_and_paired_differences():
-    from trainer.evaluation.harness import scores
-    from trainer.evaluation.intervals import mean_interval, paired_difference
+    from relexkit.trainer.evaluation.harness import scores
+    from relexkit.trainer.evaluation.intervals import mean_interval, paired_difference
 
     def results(values: list[float]) -> dict[str, Any]:
         return {
@@ -198,7 +198,7 @@ def test_what_cannot_be_evaluated_is_named(store, tasks, capsys, monkeypatch, tm
     from lm_eval.tasks import manager
 
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "manager.py"))  # few tasks of its own
-    from trainer.evaluation.harness import StoreLM
+    from relexkit.trainer.evaluation.harness import StoreLM
 
     with pytest.raises(RelexkitError, match="step None and predict None; expected one of them"):
         StoreLM(str(store.path))
@@ -215,7 +215,7 @@ def test_the_entry_point_leads_to_the_model():
     """As a release of the harness that looks for plug-ins resolves it."""
     from lm_eval.api.registry import Registry
 
-    from trainer.evaluation.harness import StoreLM
+    from relexkit.trainer.evaluation.harness import StoreLM
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     ((name, value),) = project["project"]["entry-points"]["lm_eval.models"].items()

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.evaluation.intervals import mean_interval, paired_difference, pass_at_k
+from relexkit.trainer.evaluation.intervals import mean_interval, paired_difference, pass_at_k
 
 
 def test_interval_of_a_share_is_wilsons():

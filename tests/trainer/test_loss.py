@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.config import GRPOConfig
-from trainer.credit.loss import Denominators, LossOutputs, k3_divergence, policy_loss
-from trainer.policy.log_probabilities import Batch, token_logprobs
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.credit.loss import Denominators, LossOutputs, k3_divergence, policy_loss
+from relexkit.trainer.policy.log_probabilities import Batch, token_logprobs
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
@@ -338,7 +338,7 @@ def test_advantages_equal_those_of_trl(trl_trainer, scale):
     """TRL computes them inside its generation; its own lines are not callable, so its trainer runs
     them on given rewards.
     """
-    from trainer.credit.advantage import group_advantages
+    from relexkit.trainer.credit.advantage import group_advantages
 
     rewards = torch.tensor([0.0, 1.0, 0.25, 0.25, 1.0, 0.5, 0.0, 0.0])
     trl_trainer.scale_rewards = scale

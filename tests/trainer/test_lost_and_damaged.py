@@ -13,11 +13,11 @@ from test_train import assert_same_run, settings
 from tiny_models import save_tiny_model
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
-from trainer.config import GRPOConfig
-from trainer.loop.run_log import read_log
-from trainer.loop.state import last_state
-from trainer.loop.train import train
-from trainer.policy.setup import load_model
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.state import last_state
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.setup import load_model
 
 
 @pytest.fixture(scope="module")

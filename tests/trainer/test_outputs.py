@@ -14,15 +14,15 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
 from relexkit import Prediction, RelexkitError, TrajectoryStore, checkout, extrapolate
 from relexkit.cli import main
-from trainer.config import GRPOConfig
-from trainer.experiments.outputs import (
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.experiments.outputs import (
     extrapolated_completion,
     logit_extrapolation,
     output_linearity,
     text_logprobs,
 )
-from trainer.loop.train import train
-from trainer.policy.setup import load_model
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.setup import load_model
 
 TEXTS = ["12>0468", "7+8=15", ""]
 CPU = torch.device("cpu")

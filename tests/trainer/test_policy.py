@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from trainer.policy.log_probabilities import (
+from relexkit.trainer.policy.log_probabilities import (
     make_batch,
     micro_batches,
     padded,
     sampled_logprobs,
     token_logprobs,
 )
-from trainer.policy.sampling import Completion
+from relexkit.trainer.policy.sampling import Completion
 
 ROWS = [
     Completion([5, 6, 7], [8, 9, 1], "", False),

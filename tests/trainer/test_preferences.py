@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from relexkit import RelexkitError
-from trainer.experiments.preferences import informativeness, make_pairs, write_pairs
-from trainer.loop.rollout_log import Rollout, as_table
+from relexkit.trainer.experiments.preferences import informativeness, make_pairs, write_pairs
+from relexkit.trainer.loop.rollout_log import Rollout, as_table
 
 ONE = Rollout(
     step=1,

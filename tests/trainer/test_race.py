@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.experiments.race import BASELINE, Race, race
+from relexkit.trainer.experiments.race import BASELINE, Race, race
 
 
 class Models:

@@ -19,7 +19,7 @@ from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError
 from relexkit.cli import main
-from trainer.policy.setup import load_model, load_tokenizer
+from relexkit.trainer.policy.setup import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CODE = """

@@ -9,10 +9,10 @@ from test_train import settings
 from tiny_models import save_tiny_model
 
 from relexkit import RelexkitError
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.run_log import read_log
-from trainer.loop.train import train
-from trainer.tasks import load_task, score_all
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.tasks import load_task, score_all
 
 FUNCTIONS = """
 def ours(completion, answer, row): return float(completion == answer) + row["bonus"]

@@ -10,7 +10,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 
 from relexkit import RelexkitError
-from trainer.policy.sampling import Sampling, generate, stream_seed
+from relexkit.trainer.policy.sampling import Sampling, generate, stream_seed
 
 EOS = VOCABULARY.index("<eos>")
 PROMPTS = ["12>", "3+4=", "98765>", "1>", "22+1="]
@@ -48,7 +48,7 @@ def test_prompts_that_repeat_are_read_once_and_complete_as_if_they_had_not():
 
 def test_a_longer_completion_begins_like_a_shorter_one(monkeypatch):
     monkeypatch.setattr(
-        "trainer.policy.sampling._NOISE_BLOCK", 2 * len(VOCABULARY)
+        "relexkit.trainer.policy.sampling._NOISE_BLOCK", 2 * len(VOCABULARY)
     )  # the noise of two tokens at a time
     short, long = sample(max_completion_length=3), sample(max_completion_length=25)
     assert [c.completion_ids for c in short] == [c.completion_ids[:3] for c in long]

@@ -12,7 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from relexkit import RelexkitError
-from trainer.loop.rollout_log import Rollout, read_rollouts, truncate_after, write_step
+from relexkit.trainer.loop.rollout_log import Rollout, read_rollouts, truncate_after, write_step
 
 ONE = Rollout(
     step=1,

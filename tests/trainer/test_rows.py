@@ -11,9 +11,9 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from relexkit import RelexkitError
-from trainer.policy.sampling import encode_prompt
-from trainer.tasks import load_task
-from trainer.tasks.rows import read_rows
+from relexkit.trainer.policy.sampling import encode_prompt
+from relexkit.trainer.tasks import load_task
+from relexkit.trainer.tasks.rows import read_rows
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(12)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from trainer.loop.run_log import RunLog, read_log
+from relexkit.trainer.loop.run_log import RunLog, read_log
 
 
 def test_a_resumed_log_has_every_step_once_and_survives_a_cut_line(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.config import GRPOConfig
-from trainer.tasks import load_task
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.tasks import load_task
 
 STUDY = Path(__file__).parents[2] / "docs" / "study"
 

@@ -14,12 +14,12 @@ from tiny_models import save_tiny_model
 
 from relexkit import Options, Output, Prediction, RelexkitError, TrajectoryStore, extrapolate
 from relexkit.cli import main
-from trainer.config import GRPOConfig
-from trainer.evaluation.evaluate import evaluate
-from trainer.experiments.sweep import Candidate, document, grid, recommendation, sweep
-from trainer.loop.train import train
-from trainer.policy.setup import load_model
-from trainer.tasks import load_task
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.experiments.sweep import Candidate, document, grid, recommendation, sweep
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.setup import load_model
+from relexkit.trainer.tasks import load_task
 
 TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make_for_sweep"
 

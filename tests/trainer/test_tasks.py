@@ -10,9 +10,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from relexkit import RelexkitError
-from trainer.tasks import Problem, load_task, prompt_text, score
-from trainer.tasks.arithmetic import CHARACTERS, FAMILIES
-from trainer.tasks.gym import extracted
+from relexkit.trainer.tasks import Problem, load_task, prompt_text, score
+from relexkit.trainer.tasks.arithmetic import CHARACTERS, FAMILIES
+from relexkit.trainer.tasks.gym import extracted
 
 SMALL = {"num_train": 40, "num_validation": 15}
 
@@ -255,7 +255,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 # -- functions of the user's own, and their errors -------------------------------------------------
 
 OWN = """
-from trainer.tasks import Problem
+from relexkit.trainer.tasks import Problem
 
 class Parity:
     name = "parity"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer.credit.token_share import (
+from relexkit.trainer.credit.token_share import (
     add_masses,
     class_shares,
     largest_tokens,

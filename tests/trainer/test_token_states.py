@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from trainer.credit import token_states
-from trainer.credit.token_states import TokenStates
-from trainer.policy.log_probabilities import make_batch, token_logprobs
-from trainer.policy.sampling import Sampling, generate, pad_token
+from relexkit.trainer.credit import token_states
+from relexkit.trainer.credit.token_states import TokenStates
+from relexkit.trainer.policy.log_probabilities import make_batch, token_logprobs
+from relexkit.trainer.policy.sampling import Sampling, generate, pad_token
 
 PROMPTS = ["1+2=", "7=", "33+21=", "9+9=", "40=", "5>", "12>", "8+1="]
 MAX_TOKENS = 40

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.credit.token_weighting import delta_coefficients
+from relexkit.trainer.credit.token_weighting import delta_coefficients
 
 
 def direct(states, advantage, counted, iterations, low, high):

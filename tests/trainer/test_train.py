@@ -26,16 +26,16 @@ from tiny_models import save_tiny_model
 from relexkit import RelexkitError, TrajectoryStore, checkout
 from relexkit.cli import main
 from relexkit.store import durable
-from trainer.config import GRPOConfig, dump_config
-from trainer.loop import step as step_module
-from trainer.loop.generation import prompt_numbers
-from trainer.loop.rollout_log import read_rollouts
-from trainer.loop.run_log import read_log
-from trainer.loop.state import last_state
-from trainer.loop.train import train
-from trainer.policy.log_probabilities import token_logprobs
-from trainer.policy.setup import learning_rate
-from trainer.tasks import load_task
+from relexkit.trainer.config import GRPOConfig, dump_config
+from relexkit.trainer.loop import step as step_module
+from relexkit.trainer.loop.generation import prompt_numbers
+from relexkit.trainer.loop.rollout_log import read_rollouts
+from relexkit.trainer.loop.run_log import read_log
+from relexkit.trainer.loop.state import last_state
+from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.log_probabilities import token_logprobs
+from relexkit.trainer.policy.setup import learning_rate
+from relexkit.trainer.tasks import load_task
 
 TASK = {"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make"}
 TIMES = ("step_seconds", "tokens_per_second", "advice")  # advice comes when it is there

@@ -5,29 +5,30 @@ from relexkit.extension import Command, Extension
 EXTENSION = Extension(
     {
         "train": Command(
-            "trainer.commands.train", "train a model by GRPO, recording its trajectory"
+            "relexkit.trainer.commands.train", "train a model by GRPO, recording its trajectory"
         ),
         "evaluate": Command(
-            "trainer.commands.evaluate",
+            "relexkit.trainer.commands.evaluate",
             "accuracy of models on a task, with intervals: folders, or steps of a store",
         ),
         "sweep": Command(
-            "trainer.commands.sweep",
+            "relexkit.trainer.commands.sweep",
             "try predictions on a task, stop bad ones early, and recommend",
         ),
         "probe": Command(
-            "trainer.commands.probe",
+            "relexkit.trainer.commands.probe",
             "how linear the log-probabilities of texts are; generate from extrapolated logits",
         ),
         "g2d": Command(
-            "trainer.commands.g2d",
+            "relexkit.trainer.commands.g2d",
             "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation",
         ),
         "tokens": Command(
-            "trainer.commands.tokens", "which tokens carry the update, from a log of rollouts"
+            "relexkit.trainer.commands.tokens",
+            "which tokens carry the update, from a log of rollouts",
         ),
         "demo": Command(
-            "trainer.commands.demo",
+            "relexkit.trainer.commands.demo",
             "train a small model, record, analyse, extrapolate: the whole story in minutes",
         ),
     }

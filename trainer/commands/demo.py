@@ -136,7 +136,7 @@ def _train(folder: Path, steps: int, seed: int) -> None:
     """Train in this process; a small model gains nothing from threads that wait for each other."""
     import torch
 
-    from trainer.policy.small_model import FOLDER
+    from relexkit.trainer.policy.small_model import FOLDER
 
     options = {
         "task": "arithmetic",
@@ -185,7 +185,7 @@ def _evaluate(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, An
         "--max-completion-length",
         10,
     ]
-    from trainer.commands import evaluate as evaluate_command
+    from relexkit.trainer.commands import evaluate as evaluate_command
 
     given = [str(word) for word in (*words, "--batch-size", PROBLEMS)]
     print(f"\n$ {shlex.join(['relexkit', *given])}", flush=True)
@@ -198,7 +198,7 @@ def _evaluate(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, An
 
 
 def _sweep(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, Any]:
-    from trainer.commands import sweep
+    from relexkit.trainer.commands import sweep
 
     given = [
         str(word)

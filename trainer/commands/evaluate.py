@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError
 from relexkit.extension import console, print_json, progress_bar
-from trainer.commands import evaluate_harness
-from trainer.commands.trust import add_trust
+from relexkit.trainer.commands import evaluate_harness
+from relexkit.trainer.commands.trust import add_trust
 
 if TYPE_CHECKING:
     from relexkit.extension import ProgressCallback
-    from trainer.evaluation.evaluate import Evaluation
+    from relexkit.trainer.evaluation.evaluate import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
     """The evaluation of every model that the arguments name, by its name."""
-    from trainer.evaluation.evaluate import evaluate
-    from trainer.evaluation.settings import chosen_length, chosen_task
+    from relexkit.trainer.evaluation.evaluate import evaluate
+    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task
 
     task = chosen_task(arguments.task, arguments.model[0], arguments.split)
     arguments.max_completion_length = chosen_length(
@@ -176,7 +176,7 @@ def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
             f"{arguments.model[0]}: is not a store; --step, --to and --dtype need one: see also"
             " `round`"
         )
-    from trainer.policy.setup import load_model
+    from relexkit.trainer.policy.setup import load_model
 
     for folder in arguments.model:
         yield (
@@ -192,7 +192,7 @@ def _is_store(path: str) -> bool:
 def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
     from relexkit.extension import step_text
-    from trainer.policy.stored_model import StoredModel
+    from relexkit.trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(arguments.model[0])
     if not arguments.step and not arguments.to:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from relexkit.extension import console, number, print_json, say
 
 if TYPE_CHECKING:
-    from trainer.evaluation.harness import Score
+    from relexkit.trainer.evaluation.harness import Score
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]) -
     """Evaluate every model on the tasks; print each metric with its interval, and each model
     against the first one.
     """
-    from trainer.evaluation.harness import Harness, keep, scores
+    from relexkit.trainer.evaluation.harness import Harness, keep, scores
 
     harness = Harness(
         arguments.harness,

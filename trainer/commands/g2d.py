@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from relexkit.extension import console, print_json
-from trainer.commands.train import add_options, given_options
-from trainer.commands.trust import add_trust
-from trainer.config import G2DConfig, load_config
-from trainer.experiments.g2d import g2d
+from relexkit.trainer.commands.train import add_options, given_options
+from relexkit.trainer.commands.trust import add_trust
+from relexkit.trainer.config import G2DConfig, load_config
+from relexkit.trainer.experiments.g2d import g2d
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 
 from relexkit import RelexkitError, TrajectoryStore
 from relexkit.extension import number, print_json, print_pairs, progress_bar, show
-from trainer.commands.trust import add_trust
-from trainer.experiments.outputs import logit_extrapolation, output_linearity
+from relexkit.trainer.commands.trust import add_trust
+from relexkit.trainer.experiments.outputs import logit_extrapolation, output_linearity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
-from trainer.commands.trust import add_trust
-from trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
+from relexkit.trainer.commands.trust import add_trust
+from relexkit.trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Candidate | None]:
     """What ``--json`` prints, and the winner if it is surely better than the last observed step."""
-    from trainer.evaluation.settings import chosen_length, chosen_task, run_settings
+    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task, run_settings
 
     task = chosen_task(arguments.task, arguments.store, "validation")
     arguments.max_completion_length = chosen_length(

@@ -10,7 +10,7 @@ from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, percent, print_json
-from trainer.commands.trust import add_trust
+from relexkit.trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +66,15 @@ def token_shares(
     """
     import pyarrow.compute as pc
 
-    from trainer.config import load_config
-    from trainer.credit.token_share import TokenClasses, class_shares, largest_tokens, token_masses
-    from trainer.loop.rollout_log import read_rollouts
-    from trainer.policy.setup import load_tokenizer
+    from relexkit.trainer.config import load_config
+    from relexkit.trainer.credit.token_share import (
+        TokenClasses,
+        class_shares,
+        largest_tokens,
+        token_masses,
+    )
+    from relexkit.trainer.loop.rollout_log import read_rollouts
+    from relexkit.trainer.policy.setup import load_tokenizer
 
     names = ["step", "completion_ids", "advantage", "token_norms", "token_weights"]
     table = read_rollouts(run_folder / "rollouts", columns=names)

@@ -8,14 +8,14 @@ import os
 
 from relexkit import RelexkitError
 from relexkit.extension import print_json, print_pairs
-from trainer.commands.trust import add_trust
+from relexkit.trainer.commands.trust import add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``relexkit train``: a file, then options by the names of
     ``trainer.config.GRPOConfig``.
     """
-    from trainer.config import GRPOConfig
+    from relexkit.trainer.config import GRPOConfig
 
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG.yaml", help="options by name; those given here win"
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """An option for every field of a configuration, as YAML text: in groups, with type, meaning and
     default beside it.
     """
-    from trainer.config import option_groups, option_meanings
+    from relexkit.trainer.config import option_groups, option_meanings
 
     parser.allow_abbrev = False
     meanings = option_meanings(kind)
@@ -74,7 +74,7 @@ def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, or go on with a training that was interrupted."""
-    from trainer.config import GRPOConfig, load_config
+    from relexkit.trainer.config import GRPOConfig, load_config
 
     given = given_options(arguments, GRPOConfig)
     if arguments.config is None and not given:
@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
             " least"
         )
     config = load_config(arguments.config, given)
-    from trainer.loop.run_log import read_log
-    from trainer.loop.train import train
+    from relexkit.trainer.loop.run_log import read_log
+    from relexkit.trainer.loop.train import train
 
     folder = train(config, trust_remote_code=arguments.trust_remote_code)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports

@@ -11,15 +11,15 @@ import torch
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes
-from trainer.credit.advantage import group_advantages, lampo_advantages
-from trainer.credit.token_share import TokenClasses, add_masses, class_shares, token_masses
-from trainer.credit.token_states import TokenStates
-from trainer.credit.token_weighting import delta_coefficients
-from trainer.policy.sampling import Completion, pad_token
-from trainer.tasks import Problem
+from relexkit.trainer.credit.advantage import group_advantages, lampo_advantages
+from relexkit.trainer.credit.token_share import TokenClasses, add_masses, class_shares, token_masses
+from relexkit.trainer.credit.token_states import TokenStates
+from relexkit.trainer.credit.token_weighting import delta_coefficients
+from relexkit.trainer.policy.sampling import Completion, pad_token
+from relexkit.trainer.tasks import Problem
 
 if TYPE_CHECKING:
-    from trainer.config import GRPOConfig
+    from relexkit.trainer.config import GRPOConfig
 
 
 def open_watcher(config: GRPOConfig, model: Any) -> TokenStates | None:

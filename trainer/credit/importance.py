@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from trainer.config import GRPOConfig
+    from relexkit.trainer.config import GRPOConfig
 
 
 def importance_ratios(

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from trainer.config import GRPOConfig
+    from relexkit.trainer.config import GRPOConfig
 
 _MAX_LOG_RATIO = 20.0  # exp of more is useless as a weight and overflows in the end
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from trainer.policy.log_probabilities import make_batch, micro_batches, token_logprobs
-from trainer.policy.sampling import Completion, Watcher
+from relexkit.trainer.policy.log_probabilities import make_batch, micro_batches, token_logprobs
+from relexkit.trainer.policy.sampling import Completion, Watcher
 
 KEPT_BYTES = 2**29
 """Most bytes of ``v`` that a process keeps; those of further rollouts are computed again by a

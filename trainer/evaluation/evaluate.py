@@ -15,9 +15,14 @@ import numpy as np
 
 from relexkit import RelexkitError
 from relexkit.extension import ProgressCallback
-from trainer.evaluation.intervals import Difference, mean_interval, paired_difference, pass_at_k
-from trainer.policy.sampling import Completion, Sampling, generate
-from trainer.tasks import Problem, Split, Task, prompt_text, score_all
+from relexkit.trainer.evaluation.intervals import (
+    Difference,
+    mean_interval,
+    paired_difference,
+    pass_at_k,
+)
+from relexkit.trainer.policy.sampling import Completion, Sampling, generate
+from relexkit.trainer.tasks import Problem, Split, Task, prompt_text, score_all
 
 RIGHT = 1.0
 """A reward of this and more is a right answer."""

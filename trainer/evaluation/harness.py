@@ -1,6 +1,6 @@
 """Steps of a store, recorded or predicted, as models of lm-evaluation-harness.
 
-    python -m trainer.evaluation.harness run --model relexkit
+    python -m relexkit.trainer.evaluation.harness run --model relexkit
         --model_args store=run.zarr,step=50 --tasks gsm8k
 
 is the harness's own command line with ``StoreLM`` among its models. Releases of the harness that
@@ -19,8 +19,8 @@ import numpy as np
 
 from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.extension import say
-from trainer.evaluation.intervals import Difference, mean_interval, paired_difference
-from trainer.policy.stored_model import Dtype, StoredModel
+from relexkit.trainer.evaluation.intervals import Difference, mean_interval, paired_difference
+from relexkit.trainer.policy.stored_model import Dtype, StoredModel
 
 try:
     from lm_eval import simple_evaluate

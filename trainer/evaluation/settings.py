@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from relexkit import RelexkitError
-from trainer.tasks import Split, Task, load_task
+from relexkit.trainer.tasks import Split, Task, load_task
 
 DEFAULT_LENGTH = 256
 """Tokens of a completion where neither the user nor a run says how many."""

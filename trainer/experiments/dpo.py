@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from relexkit import RelexkitError
-from trainer.experiments.preferences import Pair
-from trainer.policy.log_probabilities import (
+from relexkit.trainer.experiments.preferences import Pair
+from relexkit.trainer.policy.log_probabilities import (
     make_batch,
     micro_batches,
     sampled_logprobs,
     token_logprobs,
 )
-from trainer.policy.sampling import Completion, stream_seed
-from trainer.policy.setup import schedule_factor
+from relexkit.trainer.policy.sampling import Completion, stream_seed
+from relexkit.trainer.policy.setup import schedule_factor
 
 if TYPE_CHECKING:
-    from trainer.config import G2DConfig
+    from relexkit.trainer.config import G2DConfig
 
 
 def dpo_loss(

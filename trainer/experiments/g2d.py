@@ -24,9 +24,9 @@ from relexkit.extension import say, temporary_folder
 if TYPE_CHECKING:
     import pyarrow
 
-    from trainer.config import G2DConfig, GRPOConfig
-    from trainer.evaluation.evaluate import Evaluation
-    from trainer.tasks import Task
+    from relexkit.trainer.config import G2DConfig, GRPOConfig
+    from relexkit.trainer.evaluation.evaluate import Evaluation
+    from relexkit.trainer.tasks import Task
 
 _LARGEST_DIFFERENCE = 0.1
 """Mean difference, in nats a token, by which a log-probability may differ that is computed again;
@@ -78,11 +78,11 @@ class _Run:
         self, folder: Path, config: G2DConfig, rollouts: Path | None, trust_remote_code: bool
     ):
         from relexkit import TrajectoryStore
-        from trainer.config import load_config
-        from trainer.loop.rollout_log import read_rollouts
-        from trainer.policy.setup import choose_device
-        from trainer.policy.stored_model import StoredModel
-        from trainer.tasks import load_task
+        from relexkit.trainer.config import load_config
+        from relexkit.trainer.loop.rollout_log import read_rollouts
+        from relexkit.trainer.policy.setup import choose_device
+        from relexkit.trainer.policy.stored_model import StoredModel
+        from relexkit.trainer.tasks import load_task
 
         if not (folder / "config.yaml").is_file():
             raise RelexkitError(
@@ -111,7 +111,7 @@ class _Run:
 
     def pad(self) -> int:
         """The padding token."""
-        from trainer.policy.sampling import pad_token
+        from relexkit.trainer.policy.sampling import pad_token
 
         return pad_token(self.stored.tokenizer)
 
@@ -119,7 +119,7 @@ class _Run:
         """Refuse steps that are not recorded, and rollouts that this run's tokenizer or policy did
         not make.
         """
-        from trainer.policy.sampling import encode_prompt
+        from relexkit.trainer.policy.sampling import encode_prompt
 
         for step in steps:
             self.store.row_of(step)
@@ -148,8 +148,8 @@ class _Run:
     def _check_policy(self, rows: list[dict[str, Any]], first: int) -> None:
         import torch
 
-        from trainer.policy.log_probabilities import sampled_logprobs
-        from trainer.policy.sampling import Completion
+        from relexkit.trainer.policy.log_probabilities import sampled_logprobs
+        from relexkit.trainer.policy.sampling import Completion
 
         completions = [
             Completion(row["prompt_ids"], row["completion_ids"], row["text"], row["truncated"])
@@ -185,10 +185,10 @@ class _Run:
         """As many rollouts of the policy of ``step`` as a group has, to every prompt that was
         trained on.
         """
-        from trainer.credit.token_states import TokenStates
-        from trainer.loop.rollout_log import Rollout, as_table
-        from trainer.policy.sampling import Sampling, generate
-        from trainer.tasks import prompt_text, score_all
+        from relexkit.trainer.credit.token_states import TokenStates
+        from relexkit.trainer.loop.rollout_log import Rollout, as_table
+        from relexkit.trainer.policy.sampling import Sampling, generate
+        from relexkit.trainer.tasks import prompt_text, score_all
 
         seen = set(logged.column("problem").to_pylist())
         problems = [problem for problem in self.task.problems("train") if problem.key in seen]
@@ -241,7 +241,7 @@ class _Run:
 
     def evaluate(self) -> Evaluation:
         """Greedy accuracy of the model as it is."""
-        from trainer.evaluation.evaluate import evaluate
+        from relexkit.trainer.evaluation.evaluate import evaluate
 
         return evaluate(
             self.stored.model,
@@ -257,9 +257,9 @@ class _Run:
 def _train_from(source: _Run, step: int, folder: Path, config: G2DConfig) -> dict[str, Any]:
     """Everything for one ``K``, written into ``folder``; its summary."""
     from relexkit.extension import Processes
-    from trainer.experiments.dpo import reference_margins, train_dpo
-    from trainer.experiments.preferences import informativeness, make_pairs, write_pairs
-    from trainer.loop.folder import save_model
+    from relexkit.trainer.experiments.dpo import reference_margins, train_dpo
+    from relexkit.trainer.experiments.preferences import informativeness, make_pairs, write_pairs
+    from relexkit.trainer.loop.folder import save_model
 
     rollouts = source.until(step)
     pairs = make_pairs(

@@ -23,8 +23,8 @@ from relexkit.extension import (
     ProgressCallback,
     r_squared,
 )
-from trainer.policy.sampling import encode_prompt, end_tokens
-from trainer.policy.stored_model import StoredModel
+from relexkit.trainer.policy.sampling import encode_prompt, end_tokens
+from relexkit.trainer.policy.stored_model import StoredModel
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit import RelexkitError
-from trainer.policy.sampling import stream_seed
+from relexkit.trainer.policy.sampling import stream_seed
 
 if TYPE_CHECKING:
     import pyarrow

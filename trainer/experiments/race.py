@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.evaluation.intervals import Difference, mean_interval, paired_difference
+from relexkit.trainer.evaluation.intervals import Difference, mean_interval, paired_difference
 
 Answer = Callable[[int, int, int], np.ndarray]
 """``(candidate, begin, end) -> values between 0 and 1 of problems begin:end``; candidate -1 is the

@@ -20,10 +20,10 @@ from relexkit.extension import (
     ProgressCallback,
     step_text,
 )
-from trainer.experiments.race import BASELINE, Race, race
+from relexkit.trainer.experiments.race import BASELINE, Race, race
 
 if TYPE_CHECKING:
-    from trainer.policy.stored_model import Dtype
+    from relexkit.trainer.policy.stored_model import Dtype
 
 _FEWEST_PROBLEMS = 16
 _PLAIN = Options()
@@ -127,8 +127,8 @@ def sweep(
     """
     import torch
 
-    from trainer.evaluation.evaluate import evaluate
-    from trainer.policy.stored_model import StoredModel, recorded_weights
+    from relexkit.trainer.evaluation.evaluate import evaluate
+    from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
 
     problems = list(task.problems("validation"))[:num_problems]
     if len(problems) < _FEWEST_PROBLEMS:

@@ -18,10 +18,16 @@ import torch
 
 from relexkit import RelexkitError
 from relexkit.extension import named_weights
-from trainer.config import GRPOConfig
-from trainer.policy.sampling import Completion, Sampling, encode_prompt, end_tokens, stream_seed
-from trainer.policy.setup import Policy
-from trainer.tasks.problems import load_function
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.policy.sampling import (
+    Completion,
+    Sampling,
+    encode_prompt,
+    end_tokens,
+    stream_seed,
+)
+from relexkit.trainer.policy.setup import Policy
+from relexkit.trainer.tasks.problems import load_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ def open_engine(config: GRPOConfig, policy: Policy) -> Engine | None:
         if not callable(getattr(engine, name, None)):
             raise RelexkitError(
                 f"engine {config.engine}: gave {type(engine).__name__} without {name}(); expected"
-                " what trainer.loop.engine.Engine describes"
+                " what relexkit.trainer.loop.engine.Engine describes"
             )
     return engine
 

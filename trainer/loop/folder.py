@@ -10,7 +10,7 @@ import yaml
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes, named_weights, replace_folder, write_file
-from trainer.policy.setup import own_dropout, quiet
+from relexkit.trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
 

@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 
 from relexkit.extension import Processes
-from trainer.config import GRPOConfig
-from trainer.credit.assignment import (
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.credit.assignment import (
     advantages,
     open_watcher,
     rouge_l,
     token_share_metrics,
     token_weights,
 )
-from trainer.credit.importance import importance_metrics, importance_ratios
-from trainer.loop.engine import Engine, generate_with
-from trainer.loop.rollout_log import Rollout, write_step
-from trainer.policy.log_probabilities import sampled_logprobs
-from trainer.policy.sampling import Completion, Sampling, generate, pad_token, stream_seed
-from trainer.policy.setup import Policy
-from trainer.tasks import Problem, Task, prompt_text, score_all
+from relexkit.trainer.credit.importance import importance_metrics, importance_ratios
+from relexkit.trainer.loop.engine import Engine, generate_with
+from relexkit.trainer.loop.rollout_log import Rollout, write_step
+from relexkit.trainer.policy.log_probabilities import sampled_logprobs
+from relexkit.trainer.policy.sampling import Completion, Sampling, generate, pad_token, stream_seed
+from relexkit.trainer.policy.setup import Policy
+from relexkit.trainer.tasks import Problem, Task, prompt_text, score_all
 
 
 @dataclass(kw_only=True)

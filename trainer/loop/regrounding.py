@@ -13,7 +13,7 @@ from typing import Any
 
 from relexkit import Prediction, Recorder, apply, predict_weights
 from relexkit.extension import JUMP_METRIC, from_segment, jumps, segment_gram
-from trainer.config import Regrounding
+from relexkit.trainer.config import Regrounding
 
 
 def last_jump(recorder: Recorder) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit.extension import printable, write_file
-from trainer.loop.events import EventFile
+from relexkit.trainer.loop.events import EventFile
 
 SHOWN = {
     "reward": "reward",

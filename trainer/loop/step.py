@@ -7,15 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from relexkit import RelexkitError
-from trainer.config import GRPOConfig
-from trainer.credit.assignment import informativeness
-from trainer.credit.gradient_noise import GradientParts
-from trainer.credit.loss import Denominators, policy_loss
-from trainer.loop.generation import Generation
-from trainer.policy.bfloat16_adamw import BFloat16AdamW
-from trainer.policy.log_probabilities import make_batch, micro_batches, padded, token_logprobs
-from trainer.policy.sampling import Completion, pad_token, stream_seed
-from trainer.policy.setup import Policy, learning_rate
+from relexkit.trainer.config import GRPOConfig
+from relexkit.trainer.credit.assignment import informativeness
+from relexkit.trainer.credit.gradient_noise import GradientParts
+from relexkit.trainer.credit.loss import Denominators, policy_loss
+from relexkit.trainer.loop.generation import Generation
+from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
+from relexkit.trainer.policy.log_probabilities import (
+    make_batch,
+    micro_batches,
+    padded,
+    token_logprobs,
+)
+from relexkit.trainer.policy.sampling import Completion, pad_token, stream_seed
+from relexkit.trainer.policy.setup import Policy, learning_rate
 
 
 def optimizer_step(

@@ -21,24 +21,24 @@ from pathlib import Path
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import LiveAdvice, NotAStoreError, Processes
-from trainer.config import GRPOConfig, dump_config
-from trainer.evaluation.evaluate import evaluate
-from trainer.loop.engine import open_engine
-from trainer.loop.folder import claim_folder, save_model
-from trainer.loop.generation import Generation, log_rollouts, roll_out
-from trainer.loop.regrounding import is_due, jump, last_jump
-from trainer.loop.rollout_log import truncate_after
-from trainer.loop.run_log import RunLog
-from trainer.loop.state import last_state, load_state, save_state
-from trainer.loop.step import optimizer_step
-from trainer.policy.setup import (
+from relexkit.trainer.config import GRPOConfig, dump_config
+from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.loop.engine import open_engine
+from relexkit.trainer.loop.folder import claim_folder, save_model
+from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
+from relexkit.trainer.loop.regrounding import is_due, jump, last_jump
+from relexkit.trainer.loop.rollout_log import truncate_after
+from relexkit.trainer.loop.run_log import RunLog
+from relexkit.trainer.loop.state import last_state, load_state, save_state
+from relexkit.trainer.loop.step import optimizer_step
+from relexkit.trainer.policy.setup import (
     Policy,
     choose_device,
     load_policy,
     own_dropout,
     process_group,
 )
-from trainer.tasks import Task, load_task
+from relexkit.trainer.tasks import Task, load_task
 
 _WARN_STEPS = 10  # without any difference between the rewards of a group
 

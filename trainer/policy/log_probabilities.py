@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer.policy.sampling import Completion
+from relexkit.trainer.policy.sampling import Completion
 
 _LOGITS_BLOCK = 2**22  # logits whose exponentials are held at a time
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes
-from trainer.policy.bfloat16_adamw import BFloat16AdamW
+from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
-    from trainer.config import G2DConfig, GRPOConfig
+    from relexkit.trainer.config import G2DConfig, GRPOConfig
 
 
 PRECISIONS: dict[str, str | None] = {

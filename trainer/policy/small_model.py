@@ -1,7 +1,7 @@
 """The small embedded model: a Llama of 1.3 million parameters that reads and writes characters,
 half-way to a skill.
 
-    python -m trainer.policy.small_model -o FOLDER
+    python -m relexkit.trainer.policy.small_model -o FOLDER
 
 makes it in seconds: supervised steps on one family of ``trainer.tasks.arithmetic``, stopped while
 the model is right on part of the problems only. ``trainer/data/sorting`` was made so, with the
@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from relexkit.extension import ProgressCallback, progress_bar, say
-from trainer.policy.log_probabilities import make_batch, token_logprobs
-from trainer.policy.sampling import Completion, encode_prompt
-from trainer.tasks import Problem, load_task
-from trainer.tasks.arithmetic import CHARACTERS
+from relexkit.trainer.policy.log_probabilities import make_batch, token_logprobs
+from relexkit.trainer.policy.sampling import Completion, encode_prompt
+from relexkit.trainer.tasks import Problem, load_task
+from relexkit.trainer.tasks.arithmetic import CHARACTERS
 
 FOLDER = Path(__file__).parents[1] / "data" / "sorting"
 """The model that comes with the package."""

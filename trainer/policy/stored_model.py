@@ -13,7 +13,7 @@ import torch
 
 from relexkit import TrajectoryStore, apply, checkout
 from relexkit.extension import apply_step
-from trainer.policy.setup import load_model
+from relexkit.trainer.policy.setup import load_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from relexkit import RelexkitError
-from trainer.tasks.problems import (
+from relexkit.trainer.tasks.problems import (
     Problem,
     Score,
     Split,
@@ -47,9 +47,9 @@ __all__ = [
 ]
 
 TASKS = {
-    "arithmetic": "trainer.tasks.arithmetic",
-    "reasoning_gym": "trainer.tasks.gym",
-    "file": "trainer.tasks.file",
+    "arithmetic": "relexkit.trainer.tasks.arithmetic",
+    "reasoning_gym": "relexkit.trainer.tasks.gym",
+    "file": "relexkit.trainer.tasks.file",
 }
 """Families by name: a module with ``make(**options)``."""
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from trainer.tasks.mathematics import same_expression
-from trainer.tasks.numerals import (
+from relexkit.trainer.tasks.mathematics import same_expression
+from relexkit.trainer.tasks.numerals import (
     Number,
     computed,
     exact,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from relexkit import RelexkitError
-from trainer.tasks.problems import Problem, Split, Splits, split_drawn
+from relexkit.trainer.tasks.problems import Problem, Split, Splits, split_drawn
 
 Draw = Callable[[random.Random, int], tuple[str, str]]
 

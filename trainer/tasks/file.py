@@ -12,10 +12,10 @@ from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import say
-from trainer.tasks.answers import reference_answer
-from trainer.tasks.problems import Problem, Score, Split, Splits, split_fixed, without
-from trainer.tasks.rewards import RewardFunction, load_rewards, weighted
-from trainer.tasks.rows import read_rows, split_names
+from relexkit.trainer.tasks.answers import reference_answer
+from relexkit.trainer.tasks.problems import Problem, Score, Split, Splits, split_fixed, without
+from relexkit.trainer.tasks.rewards import RewardFunction, load_rewards, weighted
+from relexkit.trainer.tasks.rows import read_rows, split_names
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from relexkit import RelexkitError
-from trainer.tasks.answers import tag_content
-from trainer.tasks.numerals import last_number
-from trainer.tasks.problems import Problem, Split, Splits, split_drawn
+from relexkit.trainer.tasks.answers import tag_content
+from relexkit.trainer.tasks.numerals import last_number
+from relexkit.trainer.tasks.problems import Problem, Split, Splits, split_drawn
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from relexkit import RelexkitError
-from trainer.tasks.answers import gives_answer
-from trainer.tasks.problems import Problem, load_function, question_text
+from relexkit.trainer.tasks.answers import gives_answer
+from relexkit.trainer.tasks.problems import Problem, load_function, question_text
 
 SIGNATURES = (
     "expected function(completion, answer, row) -> float, or TRL's"
