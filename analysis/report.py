@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Write the page and say where it is."""
+def answer(arguments: argparse.Namespace) -> Path:
+    """Write the page; returns where it is."""
     with progress_bar() as progress:
-        path = write_report(
+        return write_report(
             arguments.store,
             arguments.out,
             until=arguments.until,
@@ -78,6 +78,11 @@ def run(arguments: argparse.Namespace) -> None:
             sweep=arguments.sweep,
             progress=progress,
         )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the page and say where it is."""
+    path = answer(arguments)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

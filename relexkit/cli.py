@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from relexkit import interrupts
 from relexkit.commands import EXTENSION
-from relexkit.commands.registry import Command, extensions
 from relexkit.errors import RelexkitError, printable
+from relexkit.registry import Command, extensions
 from relexkit.version import __version__
 
 

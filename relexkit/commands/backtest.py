@@ -15,7 +15,7 @@ import numpy as np
 
 from relexkit.commands.console import console, number, print_json, say, show
 from relexkit.commands.observer import add_pca, observer
-from relexkit.commands.registry import plot
+from relexkit.registry import plot
 
 if TYPE_CHECKING:
     from relexkit.assess.backtest import Backtest

@@ -104,17 +104,16 @@ def _warn(
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps
-    from relexkit.predict.extrapolators import METHODS
+    from relexkit.predict.extrapolators import method_of, name_of
 
-    method = METHODS.get(prediction.method)
-    if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
+    if not (method_of(prediction.method).needs_gram or known_steps(store) == len(store.steps)):
         return
     seen = observed.observe(store, prediction.until)
     if observed.silent:
         return
     advice = advise(seen.gram, seen.metrics)
     last_step = float(seen.gram.steps[-1])
-    against = objection(advice, prediction.method, last_step, targets, store.path)
+    against = objection(advice, name_of(prediction.method), last_step, targets, store.path)
     if against:
         say(f"warning: {against}")
 

@@ -12,7 +12,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -60,7 +60,7 @@ def _chosen(kind: Any, names: Iterable[str]) -> list[Field[Any]]:
 def _reading(kind: Any) -> dict[str, Any]:
     """How ``argparse`` reads a type, which may also be None."""
     if get_origin(kind) in (Union, UnionType):
-        inner = [k for k in get_args(kind) if k is not NoneType]
+        inner = [k for k in get_args(kind) if k is not NoneType and get_origin(k) is not Callable]
         kind = (
             inner[0] if len(inner) == 1 else Literal[tuple(a for k in inner for a in get_args(k))]
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 from relexkit.commands.observer import add_pca, observer
-from relexkit.commands.registry import plot
+from relexkit.registry import plot
 
 if TYPE_CHECKING:
     from relexkit.assess.metrics import Informative
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="also write the first 2 (or --components) directions there as safetensors",
     )
+    parser.add_argument(
+        "--norm",
+        choices=("task", "unit"),
+        default="task",
+        help="of written directions: the last step's coefficient, which makes a task vector, or 1"
+        " (default: task)",
+    )
     add_pca(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
@@ -87,18 +94,17 @@ def run(parsed: argparse.Namespace) -> None:
         write_csv(result, parsed.csv)
         say(f"wrote {parsed.csv}")
     if parsed.directions:
-        from relexkit.materialize.directions import write_directions
+        from relexkit.materialize.directions import find_directions
 
         with progress_bar() as progress:
-            paths = write_directions(
+            found = find_directions(
                 store,
                 matrices,
-                parsed.directions,
                 count=parsed.components or min(2, len(matrices.steps)),
                 scope=parsed.scope,
                 centered=parsed.centered,
-                progress=progress,
             )
+            paths = found.write(parsed.directions, norm=parsed.norm, progress=progress)
         for path in paths:
             say(f"wrote {path}")
 

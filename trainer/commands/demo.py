@@ -36,16 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the demo as the command line asks for it."""
+def answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the demo as the command line asks for it; returns what ``summary.json`` holds."""
     if arguments.steps < 8:
         raise RelexkitError(
             f"--steps {arguments.steps} is too small; expected at least 8: half of them are"
             " extrapolated"
         )
     began = time.monotonic()
-    tell_story(arguments.out, arguments.steps, arguments.seed)
+    summary = tell_story(arguments.out, arguments.steps, arguments.seed)
     print(f"\nAll of it lies in {arguments.out}/ and took {time.monotonic() - began:.0f} s.")
+    return summary
+
+
+run = answer
 
 
 def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:

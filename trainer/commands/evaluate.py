@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit import Prediction, RelexkitError
+from relexkit import Prediction, RelexkitError, Table
 from relexkit.extension import console, print_json, progress_bar
 from relexkit.trainer.commands import evaluate_harness
 from relexkit.trainer.commands.trust import add_trust
@@ -104,6 +104,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     evaluate_harness.add_arguments(parser)
+
+
+def answer(arguments: argparse.Namespace) -> Table:
+    """Every model's numbers, and its paired difference to the first one."""
+    if arguments.harness:
+        return evaluate_harness.answer(arguments, _models(arguments))
+    found = document(evaluate_models(arguments), arguments)
+    rows = [
+        {
+            "model": m["name"],
+            "problems": m["num_problems"],
+            "accuracy": kind["accuracy"],
+            "low": kind["interval"][0],
+            "high": kind["interval"][1],
+            "difference": m.get("difference", {}).get("accuracy"),
+            "difference_low": m.get("difference", {}).get("interval", [None])[0],
+            "difference_high": m.get("difference", {}).get("interval", [None])[-1],
+        }
+        for m in found["models"]
+        for kind in [m.get("greedy") or m["sampled"]]
+    ]
+    return Table(found, rows, [f"{found['task']}, {found['split']} problems, 95 % intervals."])
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relexkit import Table
 from relexkit.extension import console, number, print_json, say
 
 if TYPE_CHECKING:
@@ -39,10 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def answer(arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]) -> Table:
+    """A row for each model and metric; the document has the differences to the first model too."""
+    found = _evaluate(arguments, models)
+    models_found = document(found)
+    rows = [{"model": m["name"], **score} for m in models_found for score in m["scores"]]
+    return Table({"harness": arguments.harness, "models": models_found}, rows)
+
+
 def run(arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]) -> None:
-    """Evaluate every model on the tasks; print each metric with its interval, and each model
-    against the first one.
-    """
+    """Print each metric with its interval, and each model against the first one."""
+    found = _evaluate(arguments, models)
+    if arguments.json:
+        print_json({"harness": arguments.harness, "models": document(found)})
+    else:
+        print_table(found)
+
+
+def _evaluate(
+    arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]
+) -> dict[str, list[Score]]:
+    """Evaluate every model on the tasks."""
     from relexkit.trainer.evaluation.harness import Harness, keep, scores
 
     harness = Harness(
@@ -64,10 +82,7 @@ def run(arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]) -
             keep(results, folder, name)
     if folder is not None:
         say(f"results are kept in {folder}")
-    if arguments.json:
-        print_json({"harness": arguments.harness, "models": document(found)})
-    else:
-        print_table(found)
+    return found
 
 
 def _folder(arguments: argparse.Namespace) -> Path | None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from relexkit import Table
 from relexkit.extension import console, print_json
 from relexkit.trainer.commands.train import add_options, given_options
 from relexkit.trainer.commands.trust import add_trust
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, G2DConfig)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def answer(arguments: argparse.Namespace) -> Table:
     """Make pairs, train and evaluate for every ``K``; what an earlier call has finished is kept."""
     config = load_config(arguments.config, given_options(arguments, G2DConfig), G2DConfig)
     found = g2d(
@@ -53,10 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
         rollouts=arguments.rollouts,
         trust_remote_code=arguments.trust_remote_code,
     )
+    return Table({"steps": found}, found)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print what was found for every ``K``."""
+    document = answer(arguments).document
     if arguments.json:
-        print_json({"steps": found})
+        print_json(document)
     else:
-        _print_table(found)
+        _print_table(document["steps"])
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:

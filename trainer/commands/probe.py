@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from relexkit import RelexkitError, TrajectoryStore
+from relexkit import RelexkitError, Table, TrajectoryStore
 from relexkit.extension import number, print_json, print_pairs, progress_bar, show
 from relexkit.trainer.commands.trust import add_trust
-from relexkit.trainer.experiments.outputs import logit_extrapolation, output_linearity
+from relexkit.trainer.experiments.outputs import (
+    OutputLinearity,
+    logit_extrapolation,
+    output_linearity,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,34 +48,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def answer(arguments: argparse.Namespace) -> str | Table:
+    """The completion that was asked for, or a row for each target: how far the tokens' own lines
+    are from what the method predicts, in nats; the document has R² of every token.
+    """
+    if arguments.generate is not None:
+        return _completion(arguments)
+    found = _linearity(arguments)
+    rows = [
+        {"target": float(target), "mean_absolute_difference": float(error)}
+        for target, error in zip(found.targets, _errors(found), strict=True)
+    ]
+    return Table(_document(found), rows)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Print how linear the tokens are, or an extrapolated completion."""
-    store = TrajectoryStore(arguments.store)
     if arguments.generate is not None:
-        if arguments.steps is None or arguments.at is None:
-            raise RelexkitError(
-                "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
-            )
-        [text] = logit_extrapolation(
-            store,
-            [arguments.generate],
-            steps=tuple(arguments.steps),
-            target=arguments.at,
-            max_completion_length=arguments.max_completion_length,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        text = _completion(arguments)
         if arguments.json:
             print_json({"prompt": arguments.generate, "completion": text})
         else:
             show(text)
         return
+    found = _linearity(arguments)
+    if arguments.json:
+        print_json(_document(found))
+    else:
+        _print(found, arguments.method)
+
+
+def _completion(arguments: argparse.Namespace) -> str:
+    if arguments.steps is None or arguments.at is None:
+        raise RelexkitError(
+            "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
+        )
+    [text] = logit_extrapolation(
+        TrajectoryStore(arguments.store),
+        [arguments.generate],
+        steps=tuple(arguments.steps),
+        target=arguments.at,
+        max_completion_length=arguments.max_completion_length,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return text
+
+
+def _linearity(arguments: argparse.Namespace) -> OutputLinearity:
     if arguments.texts is None:
         raise RelexkitError(
             "nothing was asked for; give --texts FILE, or --generate PROMPT with --steps and --at"
         )
     with progress_bar() as progress:
-        found = output_linearity(
-            store,
+        return output_linearity(
+            TrajectoryStore(arguments.store),
             arguments.texts.read_text().splitlines(),
             targets=arguments.to,
             method=arguments.method,
@@ -78,19 +109,24 @@ def run(arguments: argparse.Namespace) -> None:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
+
+
+def _errors(found: OutputLinearity) -> np.ndarray:
+    return np.abs(found.continued - found.predicted).mean(axis=1)
+
+
+def _document(found: OutputLinearity) -> dict[str, Any]:
+    return {
+        "steps": found.steps.tolist(),
+        "num_tokens": len(found.r2),
+        "r2": found.r2.tolist(),
+        "targets": found.targets.tolist(),
+        "mean_absolute_difference": _errors(found).tolist(),
+    }
+
+
+def _print(found: OutputLinearity, method: str) -> None:
     moved = found.r2[np.isfinite(found.r2)]
-    errors = np.abs(found.continued - found.predicted).mean(axis=1)
-    if arguments.json:
-        print_json(
-            {
-                "steps": found.steps.tolist(),
-                "num_tokens": len(found.r2),
-                "r2": found.r2.tolist(),
-                "targets": found.targets.tolist(),
-                "mean_absolute_difference": errors.tolist(),
-            }
-        )
-        return
     shares = np.quantile(moved, [0.1, 0.5, 0.9]) if len(moved) else np.full(3, np.nan)
     rows = [
         (
@@ -108,9 +144,9 @@ def run(arguments: argparse.Namespace) -> None:
     rows += [
         (
             f"step {target:g}",
-            f"tokens' lines are {error:.3f} nats from what {arguments.method} predicts, on average",
+            f"tokens' lines are {error:.3f} nats from what {method} predicts, on average",
         )
-        for target, error in zip(found.targets, errors, strict=True)
+        for target, error in zip(found.targets, _errors(found), strict=True)
     ]
     print_pairs(
         f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to"

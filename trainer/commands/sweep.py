@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
+from relexkit import METHODS, Output, Prediction, Table, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
 from relexkit.trainer.commands.trust import add_trust
 from relexkit.trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
@@ -103,6 +103,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def answer(arguments: argparse.Namespace) -> Table:
+    """Race, and write what was asked for; ``plot`` draws the candidates."""
+    found, best = race_candidates(arguments)
+    _write(arguments, found, best)
+    return Swept(found, found["candidates"], [found["recommendation"]])
+
+
+class Swept(Table):
+    """The candidates of a sweep; the document is what ``--json`` prints."""
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Race, print, and write what was asked for."""
     found, best = race_candidates(arguments)
@@ -110,6 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
         print_json(found)
     else:
         print_table(found)
+    _write(arguments, found, best)
+
+
+def _write(arguments: argparse.Namespace, found: dict[str, Any], best: Candidate | None) -> None:
     if arguments.write is None:
         return
     if best is None:

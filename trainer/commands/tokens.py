@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from relexkit import RelexkitError
+from relexkit import RelexkitError, Table
 from relexkit.extension import console, percent, print_json
 from relexkit.trainer.commands.trust import add_trust
 
@@ -35,14 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Read the log once and print."""
+def answer(arguments: argparse.Namespace) -> Table:
+    """The shares of tokens; the document has those of their classes too."""
     found = token_shares(
         arguments.run_folder,
         until=arguments.until,
         top=arguments.top,
         trust_remote_code=arguments.trust_remote_code,
     )
+    return Table(found, found["tokens"])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the log once and print."""
+    found = answer(arguments).document
     if arguments.json:
         print_json(found)
     else:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from relexkit import RelexkitError
+from relexkit import RelexkitError, Table
 from relexkit.extension import print_json, print_pairs
 from relexkit.trainer.commands.trust import add_trust
+
+if TYPE_CHECKING:
+    from relexkit.trainer.config import GRPOConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,28 +77,22 @@ def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, str]:
     }
 
 
+def answer(arguments: argparse.Namespace) -> Table | None:
+    """Train, or go on with a training that was interrupted: a row for each step of the log. None in
+    all processes but the first.
+    """
+    return _train(arguments)[1]
+
+
 def run(arguments: argparse.Namespace) -> None:
-    """Train, or go on with a training that was interrupted."""
-    from relexkit.trainer.config import GRPOConfig, load_config
-
-    given = given_options(arguments, GRPOConfig)
-    if arguments.config is None and not given:
-        raise RelexkitError(
-            "no configuration was given; expected a YAML file, or --model, --task and --output at"
-            " least"
-        )
-    config = load_config(arguments.config, given)
-    from relexkit.trainer.loop.run_log import read_log
-    from relexkit.trainer.loop.train import train
-
-    folder = train(config, trust_remote_code=arguments.trust_remote_code)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+    """Train, and print how it went."""
+    config, found = _train(arguments)
+    if found is None:
         return
-    entries = read_log(folder)
-    last = {key: value for key, value in entries[-1].items() if value is not None}
-    rewards = [entry["reward"] for entry in entries if "reward" in entry]  # a jump has none
+    folder, last = Path(found.document["output"]), found.document["metrics"]
+    rewards = [entry["reward"] for entry in found.rows() if "reward" in entry]  # a jump has none
     if arguments.json:
-        print_json({"output": str(folder), "steps": config.max_steps, "metrics": last})
+        print_json(found.document)
         return
     accuracy = (
         f"{last['eval/accuracy']:.3f} greedy on validation problems"
@@ -110,3 +109,25 @@ def run(arguments: argparse.Namespace) -> None:
         ("next", f"relexkit {following}"),
     ]
     print_pairs(str(folder), rows)
+
+
+def _train(arguments: argparse.Namespace) -> tuple[GRPOConfig, Table | None]:
+    from relexkit.trainer.config import GRPOConfig, load_config
+
+    given = given_options(arguments, GRPOConfig)
+    if arguments.config is None and not given:
+        raise RelexkitError(
+            "no configuration was given; expected a YAML file, or --model, --task and --output at"
+            " least"
+        )
+    config = load_config(arguments.config, given)
+    from relexkit.trainer.loop.run_log import read_log
+    from relexkit.trainer.loop.train import train
+
+    folder = train(config, trust_remote_code=arguments.trust_remote_code)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one reports
+        return config, None
+    entries = read_log(folder)
+    last = {key: value for key, value in entries[-1].items() if value is not None}
+    document = {"output": str(folder), "steps": config.max_steps, "metrics": last}
+    return config, Table(document, entries)
