@@ -15,4 +15,5 @@ EXTENSION = Extension(
         "spectrum": "relexkit.analysis.figures:plot_spectra",
         "backtest": "relexkit.analysis.backtest_figures:plot_backtest",
     },
+    drawings="relexkit.analysis.drawings:DRAWINGS",
 )

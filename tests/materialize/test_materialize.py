@@ -38,8 +38,8 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
-    round_checkpoint,
 )
+from relexkit.materialize import round_checkpoint
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter
 
 BIG = {

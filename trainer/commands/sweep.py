@@ -107,11 +107,7 @@ def answer(arguments: argparse.Namespace) -> Table:
     """Race, and write what was asked for; ``plot`` draws the candidates."""
     found, best = race_candidates(arguments)
     _write(arguments, found, best)
-    return Swept(found, found["candidates"], [found["recommendation"]])
-
-
-class Swept(Table):
-    """The candidates of a sweep; the document is what ``--json`` prints."""
+    return Table(found, found["candidates"], [found["recommendation"]])
 
 
 def run(arguments: argparse.Namespace) -> None:
