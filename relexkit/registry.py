@@ -25,9 +25,10 @@ class Command:
     """A command of ``relexkit``.
 
     Attributes:
-        module: has ``add_arguments(parser)`` and ``run(arguments)``, and in a package that adds
-            commands ``answer(arguments)``, which returns what ``run`` prints; loaded when the
-            command is given, so it may load whatever it needs.
+        module: has a frozen dataclass ``Options``, whose fields are the options of the command
+            (``relexkit.commands.options``), ``run(options)``, and ``EPILOG`` if there is more to
+            say below its help; in a package that adds commands also ``answer(options)``, which
+            returns what ``run`` prints. Loaded when the command is given.
         help: what it does, as a sentence without its capital and its full stop.
     """
 
@@ -85,10 +86,18 @@ def call(name: str, *given: Any, **options: Any) -> Any:
         TypeError: the command does not take that.
         RelexkitError: as the command.
     """
+    from relexkit.commands.options import add_options, read_options
+
     owner = _command(name).load(name)
     parser = _Parser(prog=f"relexkit.{name}", allow_abbrev=False)
-    owner.add_arguments(parser)
-    return owner.answer(parser.parse_args([*_words(parser, options), *map(str, given)]))
+    if hasattr(owner, "Options"):
+        add_options(parser, owner.Options)
+    else:
+        owner.add_arguments(parser)
+    parsed = parser.parse_args([*_words(parser, options), *map(str, given)])
+    return owner.answer(
+        read_options(parsed, owner.Options) if hasattr(owner, "Options") else parsed
+    )
 
 
 class _Parser(argparse.ArgumentParser):

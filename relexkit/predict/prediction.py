@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from relexkit.predict.fits import Options
+from relexkit.weights.layout import Scope
 
 Extrapolator = Callable[[np.ndarray, float], np.ndarray]
 """A method of one's own: ``(steps [T], target) -> weights [T]`` over the recorded deltas, so that
@@ -24,7 +24,7 @@ class Prediction:
     """how to predict"""
     options: Options = field(default_factory=Options)
     """what the method is told"""
-    scope: Literal["tensor", "layer", "module", "global"] | None = None
+    scope: Scope | None = None
     """what shares one fit (default: the method's own, tensor or global)"""
     scale: float = 1.0
     """multiply the predicted displacement from the base"""

@@ -18,6 +18,7 @@ ROOMS = (
     "relexkit.interrupts",
     "relexkit.version",
     "relexkit.processes",
+    "relexkit.commands.options",
     "relexkit.registry",
     "relexkit.results",
     "relexkit.weights",
@@ -52,8 +53,14 @@ ROOMS = (
 OUTER = ("relexkit.analysis", "relexkit.trainer")
 """Folders of their own beside the package, which reaches them by links."""
 
-SURFACE = {"relexkit", "relexkit.extension", "relexkit.cli"}
-"""What these may import of the rest."""
+SURFACE = {
+    "relexkit",
+    "relexkit.extension",
+    "relexkit.registry",
+    "relexkit.commands.options",
+    "relexkit.cli",
+}
+"""What these may import of the rest: the two of ``commands`` load nothing heavy, for the help."""
 
 
 def modules() -> dict[str, Path]:
