@@ -17,7 +17,13 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run, Path]:
     runs = []
     for name, seed in (("a", 1), ("b", 2)):
         run = write_run(
-            folder / name, motion="drift", density=0.5, steps=range(1, 13), head="tied", seed=seed, extras=False
+            folder / name,
+            motion="drift",
+            density=0.5,
+            steps=range(1, 13),
+            head="tied",
+            seed=seed,
+            extras=False,
         )
         import_checkpoints(run.source, folder / f"{name}.zarr", base=run.base)
         runs.append(run)

@@ -182,7 +182,8 @@ def test_update_cosines(two_runs) -> None:
     updates = np.diff(matrix, axis=0, prepend=0)
     unit = updates / np.linalg.norm(updates, axis=1, keepdims=True)
     found = rk.update_cosines(folder / "a.zarr")["global"]
-    np.testing.assert_allclose(found, unit @ unit.T, atol=1e-5)
+    # Gram matrices are float32 products, and an update a small difference of them
+    np.testing.assert_allclose(found, unit @ unit.T, atol=1e-4)
 
 
 def coast(steps: np.ndarray, target: float) -> np.ndarray:
@@ -202,7 +203,7 @@ def test_a_function_of_ones_own_is_a_method(two_runs, tmp_path: Path) -> None:
     predicted = coast(np.arange(1, 7), 9) @ flat[:6]
     row = next(r for r in found.grid if r.method == "coast" and r.target == 9)
     expected = np.linalg.norm(predicted - flat[8]) / np.linalg.norm(flat[8])
-    assert row.relative_error == pytest.approx(expected, rel=1e-5)
+    assert row.relative_error == pytest.approx(expected, rel=1e-4)  # from float32 products
 
     output = rk.Output(dtype="float32")
     (written,) = rk.extrapolate(path, [20], tmp_path, rk.Prediction(method=coast), output=output)
