@@ -24,6 +24,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run, Path]:
             head="tied",
             seed=seed,
             extras=False,
+            metrics=True,
         )
         import_checkpoints(run.source, folder / f"{name}.zarr", base=run.base)
         runs.append(run)
