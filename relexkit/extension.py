@@ -31,7 +31,7 @@ from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.predict.extrapolators import METHODS, check_request, step_text
-from relexkit.predict.fits import Options
+from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
@@ -51,6 +51,7 @@ __all__ = [
     "Backtest",
     "Command",
     "Extension",
+    "FitName",
     "Forecast",
     "Gram",
     "LiveAdvice",

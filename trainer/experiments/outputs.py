@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
-from relexkit.extension import (
-    ProgressCallback,
-    r_squared,
-)
+from relexkit.extension import ProgressCallback, r_squared
+from relexkit.trainer.policy.loading import IN_FLOAT32, Loading
 from relexkit.trainer.policy.sampling import encode_prompt, end_tokens
 from relexkit.trainer.policy.stored_model import StoredModel
+
+MODEL = Prediction(method="model")
+"""What tokens are compared with where no other prediction is asked for."""
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -77,26 +78,24 @@ def output_linearity(
     texts: Sequence[str],
     *,
     targets: Sequence[float] = (),
-    method: str = "model",
-    until: int | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
+    prediction: Prediction = MODEL,
+    loading: Loading = IN_FLOAT32,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
-    """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
-    predicted ones.
+    """How linear the log-probabilities of probe texts are over at most 20 recorded steps up to
+    ``prediction.until``, and at predicted ones.
 
     Raises:
         RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction
             that cannot be made.
     """
     texts = [text for text in texts if text.strip()]
-    observed = gram(store, progress=progress).until(until)
+    observed = gram(store, progress=progress).until(prediction.until)
     if len(observed.steps) < 3:
         raise RelexkitError(
             f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
         )
-    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
+    stored = StoredModel(store, loading)
     model, tokenizer = stored.model.eval(), stored.tokenizer
     if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
         raise RelexkitError(
@@ -112,9 +111,7 @@ def output_linearity(
             progress("probing", done, len(rows) + len(targets))
     steps, logprobs = observed.steps[rows], np.array(found)
     predicted = []
-    for weights in (
-        predict_weights(observed, list(targets), Prediction(method=method)) if len(targets) else ()
-    ):
+    for weights in predict_weights(observed, list(targets), prediction) if len(targets) else ():
         stored.put(weights)
         predicted.append(text_logprobs(model, tokenizer, texts))
     r2 = r_squared(logprobs, steps)
@@ -166,8 +163,7 @@ def logit_extrapolation(
     steps: tuple[int, int],
     target: float,
     max_completion_length: int,
-    device: str | None = None,
-    trust_remote_code: bool = False,
+    loading: Loading = IN_FLOAT32,
 ) -> list[str]:
     """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
     two models in float32.
@@ -181,7 +177,7 @@ def logit_extrapolation(
             f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
             " later one"
         )
-    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
+    stored = StoredModel(store, loading)
     stored.put_step(first)
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),
@@ -196,7 +192,3 @@ def logit_extrapolation(
         )
         for p in prompts
     ]
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
