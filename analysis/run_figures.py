@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relexkit.analysis import style
-from relexkit.extension import STATISTICS, Gram, Spectrum, decompose
+from relexkit.extension import STATISTICS, Gram, Spectrum, cosines_of_updates, decompose
 
 LABELS = {
     "first": "first direction",
@@ -29,11 +29,7 @@ _MOST_PANELS = 4
 
 def cosines_figure(gram: Gram) -> Figure:
     """Cosines between all updates, and their mean by lag: how long a direction lasts."""
-    matrix = gram.matrices.sum(axis=0)
-    updates = np.diff(np.diff(np.pad(matrix, ((1, 0), (1, 0))), axis=0), axis=1)
-    norms = np.sqrt(np.maximum(np.diag(updates), 0.0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosines = updates / np.outer(norms, norms)
+    cosines = cosines_of_updates(gram.matrices.sum(axis=0))
     figure = style.new_figure(2.7)
     image, lags = figure.subplots(1, 2, width_ratios=[1, 1.1])
     edges = np.arange(len(cosines) + 1) + 0.5

@@ -20,10 +20,9 @@ from relexkit.commands.console import (
     say,
     show,
 )
-from relexkit.commands.registry import Command, Extension
 from relexkit.errors import printable
 from relexkit.geometry.null import STATISTICS
-from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
+from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squared, walk_gram
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
@@ -36,6 +35,7 @@ from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
+from relexkit.registry import Command, Extension
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
@@ -71,6 +71,7 @@ __all__ = [
     "center",
     "check_request",
     "console",
+    "cosines_of_updates",
     "decompose",
     "describe_steps",
     "drift",

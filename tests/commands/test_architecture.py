@@ -15,11 +15,10 @@ import pytest
 import torch
 from strategies import gram_of, trajectory
 
-from relexkit import METHODS, Prediction, import_checkpoints, predict_weights
+from relexkit import METHODS, Prediction, import_checkpoints, predict_weights, registry
 from relexkit.assess.backtest import backtest
 from relexkit.checkpoints.formats.table import FORMATS
-from relexkit.commands import registry
-from relexkit.commands.registry import Extension
+from relexkit.registry import Extension
 from relexkit.trainer.credit.loss import AGGREGATIONS, Denominators, aggregate
 from relexkit.trainer.tasks import load_task, score
 

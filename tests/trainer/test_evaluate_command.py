@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
-from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate, round_checkpoint
+from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate
 from relexkit.cli import main
+from relexkit.materialize import round_checkpoint
 from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.setup import load_model
 from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights

@@ -15,37 +15,46 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relexkit import RelexkitError
 from relexkit.extension import console
+from relexkit.options import option, parse
 
+_T = TypeVar("_T")
 PROBLEMS = 256
 METHODS = ("relex", "model", "drift")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """Options of ``relexkit demo``."""
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default: demo-run"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=60, help="optimizer steps of the run, at least 8 (default: 60)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the run (default: 0)")
+
+    out: Path = option("-o", "--out", default=Path("demo-run"), metavar="DIR")
+    """where everything is written"""
+    steps: int = 60
+    """optimizer steps of the run, at least 8"""
+    seed: int = 0
+    """of the run"""
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the demo as the command line asks for it."""
-    if arguments.steps < 8:
+def answer(options: Options) -> dict[str, Any]:
+    """Run the demo as the command line asks for it; returns what ``summary.json`` holds."""
+    if options.steps < 8:
         raise RelexkitError(
-            f"--steps {arguments.steps} is too small; expected at least 8: half of them are"
+            f"--steps {options.steps} is too small; expected at least 8: half of them are"
             " extrapolated"
         )
     began = time.monotonic()
-    tell_story(arguments.out, arguments.steps, arguments.seed)
-    print(f"\nAll of it lies in {arguments.out}/ and took {time.monotonic() - began:.0f} s.")
+    summary = tell_story(options.out, options.steps, options.seed)
+    print(f"\nAll of it lies in {options.out}/ and took {time.monotonic() - began:.0f} s.")
+    return summary
+
+
+run = answer
 
 
 def tell_story(folder: Path, steps: int, seed: int) -> dict[str, Any]:
@@ -161,68 +170,36 @@ def _train(folder: Path, steps: int, seed: int) -> None:
 
 
 def _evaluate(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, Any]:
-    words = [
-        "evaluate",
-        store,
-        "--task",
-        "arithmetic",
-        "--step",
-        until,
-        0,
-        targets[0],
-        "--to",
-        *targets,
-        "--until",
-        until,
-    ]
-    words += [
-        "--method",
-        *METHODS,
-        "--num-problems",
-        PROBLEMS,
-        "--samples",
-        1,
-        "--max-completion-length",
-        10,
-    ]
-    from relexkit.trainer.commands import evaluate as evaluate_command
+    from relexkit.trainer.commands import evaluate as command
 
-    given = [str(word) for word in (*words, "--batch-size", PROBLEMS)]
-    print(f"\n$ {shlex.join(['relexkit', *given])}", flush=True)
-    parser = argparse.ArgumentParser()
-    evaluate_command.add_arguments(parser)
-    arguments = parser.parse_args(given[1:])
-    found = evaluate_command.evaluate_models(arguments)
-    evaluate_command.print_table(found, arguments.pass_at)
-    return evaluate_command.document(found, arguments)
+    words = f"--task arithmetic --step {until} 0 {targets[0]} --to {_joined(targets)}"
+    words += f" --until {until} --method {_joined(METHODS)} --num-problems {PROBLEMS} --samples 1"
+    words += f" --max-completion-length 10 --batch-size {PROBLEMS}"
+    options = _asked("evaluate", command.Options, store, *words.split())
+    evaluations = command.evaluate_models(options)
+    command.print_table(evaluations, options.pass_at)
+    return command.document(evaluations, options)
 
 
 def _sweep(store: Path, until: int, targets: tuple[int, ...]) -> dict[str, Any]:
-    from relexkit.trainer.commands import sweep
+    from relexkit.trainer.commands import sweep as command
 
-    given = [
-        str(word)
-        for word in (
-            "sweep",
-            store,
-            "--task",
-            "arithmetic",
-            "--until",
-            until,
-            "--to",
-            *targets,
-            "--num-problems",
-            PROBLEMS,
-            "--max-completion-length",
-            10,
-        )
-    ]
-    print(f"\n$ {shlex.join(['relexkit', *given])}", flush=True)
-    parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
-    found, _ = sweep.race_candidates(parser.parse_args(given[1:]))
-    sweep.print_table(found)
+    words = f"--task arithmetic --until {until} --to {_joined(targets)}"
+    words += f" --num-problems {PROBLEMS} --max-completion-length 10"
+    _, found = command.race_candidates(_asked("sweep", command.Options, store, *words.split()))
+    command.print_table(found)
     return found
+
+
+def _joined(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
+def _asked(name: str, kind: type[_T], *words: object) -> _T:
+    """The options of a command, which is printed as one would type it."""
+    given = [str(word) for word in words]
+    print(f"\n$ {shlex.join(['relexkit', name, *given])}", flush=True)
+    return parse(kind, given, argparse.ArgumentParser())
 
 
 def _command(*words: object) -> None:

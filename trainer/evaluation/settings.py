@@ -13,7 +13,6 @@ from relexkit.trainer.tasks import Split, Task, load_task
 
 if TYPE_CHECKING:
     from relexkit.trainer.policy.sampling import Sampling
-
 DEFAULT_LENGTH = 256
 """Tokens of a completion where neither the user nor a run says how many."""
 
@@ -34,7 +33,7 @@ class EvaluationSettings:
     """sampled answers of each problem"""
     greedy: bool = True
     """only sampled answers"""
-    max_completion_length: int
+    max_completion_length: int = DEFAULT_LENGTH
     """tokens of an answer"""
     temperature: float = 1.0
     """of the samples"""
