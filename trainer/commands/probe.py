@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 
 from relexkit import Prediction, RelexkitError, Table, TrajectoryStore
 from relexkit.extension import number, print_json, print_pairs, progress_bar, show
-from relexkit.options import OfStore, group, option
+from relexkit.options import group, option
+from relexkit.trainer.commands.evaluate import OnTask
+from relexkit.trainer.evaluation.settings import as_asked, chosen_length, chosen_task
 from relexkit.trainer.experiments.outputs import (
     MODEL,
     OutputLinearity,
@@ -18,14 +21,19 @@ from relexkit.trainer.experiments.outputs import (
     output_linearity,
 )
 from relexkit.trainer.policy.loading import Loading
+from relexkit.trainer.tasks import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OfStore):
+class Options(OnTask):
     """Options of ``relexkit probe``."""
 
+    store: str = option("store", metavar="RUN.zarr")
+    """the trajectory store, a folder or a URL"""
     texts: Path | None = option(default=None, metavar="FILE")
-    """probe texts, one a line: how linear their tokens are"""
+    """probe texts, one a line: how linear their tokens are (default: answers of the task)"""
+    num_problems: int = 64
+    """of the task, validation ones"""
     to: tuple[float, ...] = option(default=(), metavar="STEP")
     """also predicted checkpoints"""
     method: str = option(default=MODEL.method, metavar="M")
@@ -38,8 +46,8 @@ class Options(OfStore):
     """two recorded steps"""
     at: float | None = option(default=None, metavar="STEP")
     """the step that their logits are continued to"""
-    max_completion_length: int = 64
-    """tokens of the completion"""
+    max_completion_length: int | None = None
+    """tokens of the completion (default: as in the run, else 64)"""
     loading: Loading = group(Loading, "trust_remote_code")
 
 
@@ -74,30 +82,33 @@ def run(options: Options) -> None:
 
 
 def _completion(options: Options) -> str:
+    assert options.generate is not None
     if options.steps is None or options.at is None:
         raise RelexkitError(
             "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
         )
     [text] = logit_extrapolation(
         TrajectoryStore(options.store),
-        [options.generate],
+        [as_asked(options.generate, options.store)],
         steps=options.steps,
         target=options.at,
-        max_completion_length=options.max_completion_length,
+        max_completion_length=chosen_length(options.max_completion_length, options.store, 64),
         loading=options.loading,
     )
     return text
 
 
 def _linearity(options: Options) -> OutputLinearity:
+    texts: Sequence[str] | Sequence[Problem]
     if options.texts is None:
-        raise RelexkitError(
-            "nothing was asked for; give --texts FILE, or --generate PROMPT with --steps and --at"
-        )
+        task = chosen_task(options.task, options.store, "validation")
+        texts = task.problems("validation")[: options.num_problems]
+    else:
+        texts = options.texts.read_text().splitlines()
     with progress_bar() as progress:
         return output_linearity(
             TrajectoryStore(options.store),
-            options.texts.read_text().splitlines(),
+            texts,
             targets=options.to,
             prediction=Prediction(method=options.method, until=options.until),
             loading=options.loading,

@@ -13,7 +13,7 @@ from relexkit import Output, Prediction, Table, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
 from relexkit.options import group, option
 from relexkit.trainer.commands.evaluate import OnTask
-from relexkit.trainer.evaluation.settings import EvaluationSettings, run_settings
+from relexkit.trainer.evaluation.settings import EvaluationSettings, run_setting
 from relexkit.trainer.experiments.sweep import Grid, Sweep, sweep
 from relexkit.trainer.policy.loading import Loading
 
@@ -84,7 +84,7 @@ def race_candidates(options: Options) -> tuple[Sweep, dict[str, Any]]:
     store = TrajectoryStore(options.store)
     with progress_bar() as progress:
         swept = sweep(store, task, options.grid, settings, loading, progress=progress)
-    named = options.task or json.dumps(run_settings(options.store)["task"])
+    named = options.task or json.dumps(run_setting(options.store, "task"))
     return swept, swept.document() | {
         "dtype": loading.dtype,
         "rounding": loading.rounding,
