@@ -35,7 +35,7 @@ from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
-from relexkit.registry import Command, Extension
+from relexkit.registry import Command, Extension, plot
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
@@ -86,6 +86,7 @@ __all__ = [
     "number",
     "observe",
     "percent",
+    "plot",
     "print_json",
     "print_pairs",
     "printable",

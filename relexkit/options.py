@@ -87,12 +87,6 @@ def read_options(parsed: argparse.Namespace, kind: type[_T], names: Sequence[str
     return kind(**values)
 
 
-def parse(kind: type[_T], words: Sequence[str], parser: argparse.ArgumentParser) -> _T:
-    """The value of ``kind`` that words on a command line come to."""
-    add_options(parser, kind)
-    return read_options(parser.parse_args(words), kind)
-
-
 @functools.cache
 def docstrings(kind: type) -> dict[str, str]:
     """The string below each field of a dataclass and of those that it builds on."""
