@@ -108,7 +108,9 @@ def _first_ratio(gram: Gram, rows: list[int], centered: bool) -> float:
     return float(ratios[0]) if len(ratios) else float("nan")
 
 
-def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
+def variance_figure(
+    gram: Gram, whole: Spectrum, width_inches: float = style.WIDTH_INCHES
+) -> Figure:
     """Heat map of ``variance_table``: layers across, module types down, tensors outside the layers
     below.
 
@@ -120,7 +122,7 @@ def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
     values = np.concatenate([table.ratios.ravel(), table.other_ratios])
     norm = _ratio_norm(values[np.isfinite(values)], null)
     rows = [n for n in (len(table.modules), len(table.others)) if n]
-    figure = style.new_figure(1.35 + 0.3 * len(rows) + 0.165 * sum(rows))
+    figure = style.new_figure(1.35 + 0.3 * len(rows) + 0.165 * sum(rows), width_inches)
     grid = GridSpec(1 + len(rows), 1, figure=figure, height_ratios=[0.8, *rows])
     meshes = []
     if table.modules:
@@ -195,7 +197,7 @@ def _cells(
         columns,
         rows,
         np.ma.masked_invalid(ratios),
-        cmap="viridis",
+        cmap=style.SEQUENTIAL,
         norm=norm,
         edgecolors="white",
         linewidth=edge,
