@@ -27,7 +27,8 @@ PART_NUMEL: dict[Encoding, int] = {"sparse": 2**28, "exact": 2**25, "float": 2**
 smaller bound. A tensor with factors is a part of its own, whatever its size.
 """
 
-SCOPES = ("tensor", "layer", "module", "global")
+Scope = Literal["tensor", "layer", "module", "global"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
