@@ -154,9 +154,7 @@ def skill_panel(axes: Axes, result: Backtest) -> None:
         lowest = min([lowest, *medians])
     axes.axhline(0, **style.NULL_LINE, label="hold: stay at the last step")
     axes.set_xscale("log")
-    axes.set_xticks(
-        ticks := [r for r in (1.1, 1.5, 2, 3, 5, 10, 20, 50) if r <= edges[-1] * 1.01]
-    )
+    axes.set_xticks(ticks := [r for r in (1.1, 1.5, 2, 3, 5, 10, 20, 50) if r <= edges[-1] * 1.01])
     axes.set_xticklabels([f"{r:g}" for r in ticks])
     axes.minorticks_off()
     axes.set_ylim(max(_FLOOR, lowest) - 0.05, 1.0)

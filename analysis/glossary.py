@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import re
-from importlib.resources import files
+from pathlib import Path
 
 _LEFT_OUT = {"run", "step", "line", "group", "base", "target", "part", "scale", "delta", "null"}
 """Too common in plain English to be marked at every place."""
@@ -14,7 +14,7 @@ _LEFT_OUT = {"run", "step", "line", "group", "base", "target", "part", "scale", 
 @functools.cache
 def glossary() -> dict[str, str]:
     """Meanings by word, from the table of the documentation's glossary."""
-    text = (files("relexkit.analysis") / "glossary.md").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("glossary.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE)[1:]
     return {
         word.strip(): meaning.replace("`", "")

@@ -110,6 +110,12 @@ for (const button of document.querySelectorAll(".series"))
       }
   });
 
+// -- the small pictures of a phone open at a tap --
+for (const figure of document.querySelectorAll(".first figure"))
+  figure.addEventListener("click", (event) => {
+    if (!event.target.closest("button, .term")) figure.classList.toggle("open");
+  });
+
 // -- copying, light and dark --
 for (const button of document.querySelectorAll(".copy"))
   button.addEventListener("click", async () => {

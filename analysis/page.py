@@ -11,7 +11,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ def _sections(
     body["reproduce"] = ("Reproduce", _commands(subject, advice))
     body["sources"] = (
         "Sources",
-        "<ul>" + "".join(f"<li>{explained(s)}" for s in SOURCES) + "</ul>",
+        "<ul>" + "".join(f"<li>{explained(s)}</li>" for s in SOURCES) + "</ul>",
     )
     contents = "".join(f'<a href="#{a}">{html.escape(h)}</a>' for a, (h, _) in body.items())
     text = (
@@ -179,7 +179,9 @@ class _Drawn:
     def twice(self, panel: Panel) -> str:
         """A panel of the first screen, which has a small drawing for phones beside its own."""
         drawing = self.add(panel.anchor, panel, WIDE)
-        small = self.add(f"{panel.anchor}-small", replace(panel, draw=_without_labels(panel)), COMPACT)
+        small = self.add(
+            f"{panel.anchor}-small", replace(panel, draw=_without_labels(panel)), COMPACT
+        )
         self.count()
         both = f'<div class="large">{drawing.svg}</div><div class="small">{small.svg}</div>'
         return _figure(panel, both, drawing)
@@ -374,7 +376,7 @@ def _commands(subject: Subject, advice: Advice) -> str:
 
 def _whole(subject: Subject, body: str, values: str) -> str:
     title = html.escape(f"{subject.name}: {subject.model}" if subject.model else subject.name)
-    here = files("relexkit.analysis")
+    here = Path(__file__).parent
     css = (here / "page.css").read_text(encoding="utf-8")
     script = (here / "page.js").read_text(encoding="utf-8")
     light, dark = (svg.colour_variables(dark) + _maps(dark) for dark in (False, True))

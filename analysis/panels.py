@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from relexkit.analysis import backtest_figures, figures, run_figures
 from relexkit.analysis.variance_map import variance_figure
-from relexkit.extension import Backtest, Gram, Observed, Spectrum, spectrum
+from relexkit.extension import Backtest, Gram, Observed, Spectrum, percent, spectrum
 
 WIDE, COMPACT = (3.45, 2.35), (2.05, 1.7)
 """Inches of a panel, and of the small one that a phone shows four of."""
@@ -149,20 +149,20 @@ def line_panels(seen: Analysed) -> list[Panel]:
         ),
         _panel(
             "turning",
-            "",
+            "Cosine of neighbouring updates",
             "0 is a walk; momentum alone gives its own value.",
             partial(figures.turning_panel, whole=seen.whole),
         ),
         _panel(
             "drift",
-            "",
-            "When the direction of the whole run was found.",
+            "When its direction was found",
+            "|cos| of the first direction up to each step with that of all steps.",
             partial(figures.drift_panel, gram=seen.gram, whole=seen.whole),
         ),
         _panel(
             "norms",
-            "",
-            "How long the updates are, beside those of the walk.",
+            "Norms of the updates",
+            "Over the largest distance from the base, beside those of the walk.",
             partial(figures.update_norms_panel, gram=seen.gram),
         ),
     ]
@@ -186,19 +186,20 @@ def distance_panels(seen: Analysed) -> list[Panel]:
             " prefix's last step.",
             partial(backtest_figures.map_panel, result=seen.result, method=method),
         )
-        for method in backtest_figures.mapped_methods(seen.result)
+        for method in backtest_figures.mapped_methods(seen.result)[:3]
     ]
     return [checked, *maps]
 
 
 def place_panels(seen: Analysed) -> list[Panel]:
     """Where in the model it moves, and what the stored precision shows of it."""
+    walk = float(seen.whole.null.explained_variance_ratio[0])
     panels = [
         Panel(
             "variance",
             "Explained variance ratio of the first direction",
-            "By layer and module type.",
-            lambda size: variance_figure(seen.gram, seen.whole, 1.15 * size[0]),
+            f"By layer and module type. A walk's: {percent(walk)}.",
+            lambda size: variance_figure(seen.gram, seen.whole, width_inches=size[0], bar=False),
         )
     ]
     if seen.gram.changed.any():
@@ -206,7 +207,7 @@ def place_panels(seen: Analysed) -> list[Panel]:
             _panel(
                 "resolution",
                 "",
-                "Where few weights change, and most by one unit, the stored precision hides the motion.",
+                "Where few change, and most by one unit, the stored precision hides the motion.",
                 partial(run_figures.resolution_panel, gram=seen.gram),
             )
         )

@@ -47,7 +47,7 @@ class Drawing:
 
 def inline(figure: Figure, anchor: str) -> Drawing:
     """``figure`` as part of the page; must run inside ``style.styled()``."""
-    shown = [axes for axes in figure.axes if axes.axison or axes.get_title("left")]
+    shown = figure.axes
     title = shown[0].get_title("left") if shown else ""
     if len(shown) == 1:
         shown[0].set_title("")
@@ -63,7 +63,7 @@ def inline(figure: Figure, anchor: str) -> Drawing:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = _for_page(buffer.getvalue(), anchor)
-    legend = _legend(figure) + ("" if len(figure.axes) > 1 else "".join(filter(None, scales)))
+    legend = _legend(figure) + next(filter(None, scales), "")
     width, height = (72 * inches for inches in figure.get_size_inches())
     found = {"size": [width, height], "axes": [v for v in values if v is not None]}
     return Drawing(svg, legend, found, title)
@@ -138,7 +138,7 @@ def _series(figure: Figure, line: Line2D, gid: str) -> dict[str, Any] | None:
 
 def _cells(axes: Axes) -> dict[str, Any] | None:
     meshes = [c for c in axes.collections if isinstance(c, QuadMesh)]
-    if not meshes or axes.get_label() == "<colorbar>":
+    if not meshes:
         return None
     corners = meshes[0].get_coordinates()
     columns, rows = corners[0, :, 0], corners[:, 0, 1]
@@ -276,5 +276,6 @@ def _scale_of_colours(axes: Axes) -> str:
     meshes = [c for c in axes.collections if isinstance(c, QuadMesh)]
     if not meshes:
         return ""
-    low, high = (style.number(v) for v in (meshes[0].norm.vmin, meshes[0].norm.vmax))
+    in_words = style.tick_percent if meshes[0].cmap.name == "sequential" else style.number
+    low, high = (in_words(v) for v in (meshes[0].norm.vmin, meshes[0].norm.vmax))
     return f'<span class="scale {meshes[0].cmap.name}">{low}<i></i>{high}</span>'

@@ -54,6 +54,11 @@ TASKS = {
 """Families by name: a module with ``make(**options)``."""
 
 
+def task_name(settings: str | Mapping[str, Any]) -> str:
+    """The name in what ``load_task`` takes."""
+    return settings if isinstance(settings, str) else str(settings.get("name", ""))
+
+
 def load_task(
     settings: str | Mapping[str, Any], needed: Sequence[Split] = ("train", "validation")
 ) -> Task:
