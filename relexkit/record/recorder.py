@@ -75,6 +75,7 @@ class Recorder:
             checkpoints load.
         resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
         compare: False if that step, though a multiple of ``every``, was not recorded.
+        files: further files that a new store keeps beside those of the model.
         source: where the steps come from, in words.
         sketch: also keep a sketch of every step, and log with its metrics how much of the variance
             lies on the first directions so far, how straight the path is, and R² of the first
@@ -100,6 +101,7 @@ class Recorder:
         tokenizer: Any = None,
         resume_from: int | None = None,
         compare: bool = True,
+        files: Mapping[str, bytes] | None = None,
         source: str = "recorded during training",
         sketch: bool = True,
     ):
@@ -123,7 +125,8 @@ class Recorder:
         if self._adapter is not None:
             self._adapter.leave_out(still)
         if resume_from is None:
-            self._create(path, described, encoding, still, mantissa_bits, tokenizer, source)
+            kept = _model_files(model, tokenizer) | dict(files or {})
+            self._create(path, described, encoding, still, mantissa_bits, kept, source)
             _give_back_memory()
         writer = self._processes.lead(lambda: StoreWriter(path))
         self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
@@ -175,12 +178,12 @@ class Recorder:
         encoding: Encoding,
         still: Collection[str],
         mantissa_bits: int,
-        tokenizer: Any,
+        files: dict[str, bytes],
         source: str,
     ) -> None:
         """The store, by the first process, with the weights as they are as its base."""
         whole = Snapshot.whole(self._model, keep=self._processes.rank == 0)
-        adapter, files = self._adapter, _model_files(self._model, tokenizer)
+        adapter = self._adapter
         base: Checkpoint = whole
         if adapter is not None:
             adapter.copy(self._model, described.tensors)
