@@ -41,7 +41,7 @@ from relexkit.trainer.policy.setup import (
     own_dropout,
     process_group,
 )
-from relexkit.trainer.tasks import Task, load_task
+from relexkit.trainer.tasks import Task, load_task, task_name
 
 _WARN_STEPS = 10  # without any difference between the rewards of a group
 
@@ -193,7 +193,7 @@ def _resume(
         mantissa_bits=config.mantissa_bits,
         tokenizer=policy.tokenizer,
         files=kept_files(config),
-        source=f"GRPO of {config.model}",
+        source=f"GRPO of {config.model} on {task_name(config.task)}",
         sketch=config.regrounding is None,  # jumps are no part of a trajectory
     )
     with own_dropout(policy.model):
