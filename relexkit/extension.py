@@ -34,7 +34,7 @@ from relexkit.materialize import apply_step, temporary_folder
 from relexkit.materialize.alignment import Alignment, Projection
 from relexkit.materialize.directions import Directions
 from relexkit.predict.extrapolators import METHODS, check_request, step_text
-from relexkit.predict.fits import Options
+from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
 from relexkit.record.live_advice import LiveAdvice
@@ -57,6 +57,7 @@ __all__ = [
     "Command",
     "Directions",
     "Extension",
+    "FitName",
     "Forecast",
     "Gram",
     "Linearity",

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from relexkit.errors import RelexkitError
+from relexkit.options import add_options, read_options
 
 ENTRY_POINTS = "relexkit.extensions"
 
@@ -26,9 +27,9 @@ class Command:
 
     Attributes:
         module: has a frozen dataclass ``Options``, whose fields are the options of the command
-            (``relexkit.commands.options``), ``run(options)``, and ``EPILOG`` if there is more to
-            say below its help; in a package that adds commands also ``answer(options)``, which
-            returns what ``run`` prints. Loaded when the command is given.
+            (``relexkit.options``), ``run(options)``, and in a package that adds commands
+            ``answer(options)``, which returns what ``run`` prints; ``EPILOG`` if there is more to
+            say below the help. Loaded when the command is given.
         help: what it does, as a sentence without its capital and its full stop.
     """
 
@@ -86,18 +87,11 @@ def call(name: str, *given: Any, **options: Any) -> Any:
         TypeError: the command does not take that.
         RelexkitError: as the command.
     """
-    from relexkit.commands.options import add_options, read_options
-
     owner = _command(name).load(name)
     parser = _Parser(prog=f"relexkit.{name}", allow_abbrev=False)
-    if hasattr(owner, "Options"):
-        add_options(parser, owner.Options)
-    else:
-        owner.add_arguments(parser)
+    add_options(parser, owner.Options)
     parsed = parser.parse_args([*_words(parser, options), *map(str, given)])
-    return owner.answer(
-        read_options(parsed, owner.Options) if hasattr(owner, "Options") else parsed
-    )
+    return owner.answer(read_options(parsed, owner.Options))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, say, show
 from relexkit.commands.observer import Observer, OfGram, observer
-from relexkit.commands.options import group, option
 from relexkit.commands.sync import Sync
 from relexkit.errors import RelexkitError
 from relexkit.materialize import Output
+from relexkit.options import group, option
 from relexkit.predict.extrapolators import METHODS
 from relexkit.predict.prediction import Prediction
 

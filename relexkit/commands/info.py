@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, print_pairs, size_text
-from relexkit.commands.options import OfStore
+from relexkit.options import OfStore
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
+from relexkit.options import option
 from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 

@@ -18,7 +18,7 @@ ROOMS = (
     "relexkit.interrupts",
     "relexkit.version",
     "relexkit.processes",
-    "relexkit.commands.options",
+    "relexkit.options",
     "relexkit.registry",
     "relexkit.results",
     "relexkit.weights",
@@ -56,11 +56,11 @@ OUTER = ("relexkit.analysis", "relexkit.trainer")
 SURFACE = {
     "relexkit",
     "relexkit.extension",
+    "relexkit.options",
     "relexkit.registry",
-    "relexkit.commands.options",
     "relexkit.cli",
 }
-"""What these may import of the rest: the two of ``commands`` load nothing heavy, for the help."""
+"""What these may import of the rest: ``options`` and ``registry`` load nothing heavy."""
 
 
 def modules() -> dict[str, Path]:
