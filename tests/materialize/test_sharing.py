@@ -46,7 +46,10 @@ class Hub(BaseHTTPRequestHandler):
             if asked["organization"] == "forbidden":
                 return self._json({"error": "not yours"}, 403)
             self.repositories.setdefault(name, {})
-            return self._json({"url": f"https://hub.test/{name}"})
+            place = "datasets/" * (asked.get("type") == "dataset")
+            return self._json({"url": f"https://huggingface.co/{place}{name}"})
+        if self.path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
         kind, owner, name, action = self.path.partition("?")[0].split("/")[2:6]
         if action == "preupload":
             files = [
@@ -64,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
             {
                 "success": True,
                 "commitOid": "0" * 40,
-                "commitUrl": f"https://hub.test/{owner}/{name}/commit/0",
+                "commitUrl": f"https://huggingface.co/{owner}/{name}/commit/0",
             }
         )
 
