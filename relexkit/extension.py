@@ -29,7 +29,7 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
-from relexkit.predict.extrapolators import METHODS, check_request, step_text
+from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, step_text
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
@@ -43,6 +43,7 @@ from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
 
 __all__ = [
+    "BASELINE",
     "CHEAP",
     "JUMP_METRIC",
     "METHODS",
