@@ -18,7 +18,8 @@ import numpy as np
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import is_hub
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base
+from relexkit.checkpoints.formats.peft import named_base
+from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.errors import CheckpointError
 from relexkit.ingest.importer import append_all, create_for, seen_alike, select_steps
 from relexkit.store import StoreWriter, TrajectoryStore
@@ -97,13 +98,13 @@ def estimate_import(
     with closing(run.checkpoint(0) if base is None else open_checkpoint(Path(base))) as original:
         view, over, said = seen_alike(run, original, wanted[0], exclude)
         with closing(view.checkpoint(wanted[0])) as first:
-            if isinstance(first, AdaptedCheckpoint):
+            if first.factors:
                 return _of_adapters(first, run, wanted)
             found = _of_miniature(view, over, first, run, wanted, encoding, mantissa_bits)
             return replace(found, notes=[*found.notes, *said])
 
 
-def _of_adapters(first: AdaptedCheckpoint, run: Run, wanted: list[int]) -> Estimate:
+def _of_adapters(first: Checkpoint, run: Run, wanted: list[int]) -> Estimate:
     """Factors are stored as they are, whole tensors about so."""
     factors = sum(spec.numel * bits_dtype(spec.dtype).itemsize for spec in first.factors.values())
     touched = [n for n in first.tensors if n not in first.still and n not in first.factors]
@@ -166,7 +167,7 @@ def _of_miniature(
         store = TrajectoryStore(out)
         step_bytes = np.mean([_row_bytes(out, row) for row in single]) * whole / held
         base_bytes = store.num_bytes()["base"] * whole / held
-    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    moving = [part for part in store.layout.parts if part.moves]
     return Estimate(
         wanted,
         len(first.tensors),
@@ -191,7 +192,7 @@ def _row_bytes(store: Path, row: int) -> int:
     return sum(os.path.getsize(p) for p in found)
 
 
-class _Slice:
+class _Slice(WholeTensors):
     """The middle of every tensor of a checkpoint, flat."""
 
     def __init__(self, inner: Checkpoint):

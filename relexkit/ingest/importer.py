@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.checkpoints import ChangingCheckpoint, Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base, over_base
+from relexkit.checkpoints.formats.peft import named_base, over_base
 from relexkit.checkpoints.model_names import named_alike
 from relexkit.checkpoints.one_sided import KeptFromBase, refuse_exclude, sides
 from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
@@ -25,20 +25,21 @@ from relexkit.checkpoints.tied import heads_on_one_side, tied_tensors, with_head
 from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
-from relexkit.ingest.append import Appender, base_reader
+from relexkit.ingest.append import Appender
 from relexkit.ingest.branches import check_branch, compare_steps, is_base_throughout
+from relexkit.ingest.columns import base_reader
 from relexkit.store import (
     NotAStoreError,
     ProgressCallback,
     StoreWriter,
     TrajectoryStore,
     base_sha256,
+    build_layout,
     create_store,
     describe_steps,
 )
 from relexkit.version import __version__
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
-from relexkit.weights.layout import Encoding, build_layout
 
 DEFAULT_MANTISSA_BITS = 10
 SPARSE_BELOW = 1 / 8
@@ -199,7 +200,7 @@ def _join(
     returns what a person should know.
     """
     store = writer.store
-    found = compare_steps(store, run, base, known_until)
+    found = compare_steps(store, run, known_until)
     recorded = {int(s) for s in store.steps}
     new = [s for s in wanted if s not in recorded]
     notes = check_branch(
@@ -218,7 +219,7 @@ def _step_zero(run: Run, base: str | Path | None, view: Run, over: Checkpoint) -
     if base is None or 0 not in run.steps or isinstance(run, HubRun):
         return {}
     with closing(view.checkpoint(0)) as first:
-        if isinstance(first, AdaptedCheckpoint):
+        if first.factors:
             return {"step 0": "is before the first step; the base is what --base gives"}
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         if _sampled_equal(first, over, names):
@@ -250,7 +251,7 @@ def seen_alike(
         return ChainedRun(run, base), base, []  # its tensors are the base's
     run, base = over_base(run, base, first_step)
     with closing(run.checkpoint(first_step)) as first:
-        if isinstance(first, AdaptedCheckpoint):
+        if first.factors:
             refuse_exclude(exclude, "adapters")
             return run, base, []
         run, base = named_alike(run, base, first)
@@ -377,16 +378,13 @@ def create_for(
         check_tensors(names, base, f"step {steps[0]}", base_words, widen=True)
         files = merged_files(base.files(), first.files())
         order = [(name, *names[name]) for name in first.tensors]
-        adapted = first if isinstance(first, AdaptedCheckpoint) else None
-        factors = adapted.factors if adapted else {}
-        still = getattr(first, "still", frozenset[str]())
-    tied, notes = tied_tensors(run, [] if adapted else steps, base)
-    if adapted:  # what an adapter leaves alone needs no look at the steps
+        factors, still = first.factors, frozenset(first.still)
+    tied, notes = tied_tensors(run, [] if factors else steps, base)
+    if factors:  # what an adapter leaves alone needs no look at the steps
         tied = {head: embedding for head, embedding in tied.items() if {head, embedding} <= still}
     moving = [t for t in order if t[0] not in factors and t[0] not in still]
     encodings = _choose_encodings(moving, run, steps, base, encoding)
     layout = build_layout(order, encodings, tied, factors=factors, still=still)
-    bits = (mantissa_bits or DEFAULT_MANTISSA_BITS) if "float" in encodings.values() else None
     create_store(
         out,
         layout,
@@ -394,7 +392,7 @@ def create_for(
         files=files,
         source=run.description,
         base=base_words,
-        mantissa_bits=bits,
+        mantissa_bits=mantissa_bits or DEFAULT_MANTISSA_BITS,
         version=__version__,
         progress=progress,
     )
@@ -407,7 +405,7 @@ def _choose_encodings(
     steps: list[int],
     base: Checkpoint,
     encoding: str,
-) -> dict[str, Encoding]:
+) -> dict[str, str]:
     """Encoding of each float dtype, from a sample of what changed between the last two
     checkpoints.
     """
@@ -426,7 +424,7 @@ def _choose_encodings(
     except CheckpointError:  # damaged: the import reports it when it comes to that step
         with closing(run.checkpoint(steps[0])) as first:
             density = _sampled_density(order, base, first)
-    chosen: dict[str, Encoding] = {}
+    chosen: dict[str, str] = {}
     for dtype in dtypes:
         if density.get(dtype, 0.0) < SPARSE_BELOW:
             chosen[dtype] = "sparse"
@@ -485,8 +483,10 @@ def _check_same_base(
             f"{store.path} holds deltas with {store.mantissa_bits} mantissa bits, not"
             f" {mantissa_bits}; leave --mantissa-bits out, or choose another -o"
         )
-    kinds = {p.encoding for p in store.layout.parts} - {"fixed"} if not store.has_factors else set()
-    if (encoding == "exact" and "float" in kinds) or (encoding == "float" and kinds - {"float"}):
+    moving = [p for p, spec in enumerate(store.layout.parts) if spec.moves]
+    exact = {store.encoding(part).exact for part in moving} if not store.has_factors else set()
+    if (encoding == "exact" and False in exact) or (encoding == "float" and True in exact):
+        kinds = {store.layout.parts[part].encoding for part in moving}
         raise CheckpointError(
             f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or"
             " choose another -o"
@@ -506,11 +506,8 @@ def append_all(
 ) -> None:
     """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
-        still = getattr(first, "still", ())
-        changing = isinstance(first, ChangingCheckpoint)
-    with closing(
-        Appender(writer, base, memory_budget_bytes, still=still, changing=changing)
-    ) as appender:
+        still = first.still
+    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:

@@ -29,7 +29,8 @@ from relexkit.checkpoints.same_tensors import check_factors, check_tensors, fact
 from relexkit.checkpoints.small_files import model_files
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.geometry.sketch import Sketch
-from relexkit.ingest.append import Appender, base_reader, read_columns
+from relexkit.ingest.append import Appender
+from relexkit.ingest.columns import Columns, base_reader
 from relexkit.processes import Processes
 from relexkit.record.live_adapter import AdapterSnapshot, LiveAdapter, peft_model
 from relexkit.record.live_snapshot import Snapshot, check_equals, layout_of
@@ -43,7 +44,7 @@ from relexkit.store import (
 )
 from relexkit.version import __version__
 from relexkit.weights.dtypes import bits_dtype, to_float32
-from relexkit.weights.layout import Encoding, Layout
+from relexkit.weights.layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,9 @@ class Recorder:
             raise
         layout = self._writer.store.layout
         previous = sum(
-            p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse"
+            spec.numel * bits_dtype(spec.dtype).itemsize
+            for part, spec in enumerate(layout.parts)
+            if self.store.encoding(part).is_log
         )
         self._sketch = Sketch() if sketch else None
         self._appender = Appender(
@@ -172,7 +175,7 @@ class Recorder:
         self,
         path: str | Path,
         described: Checkpoint,
-        encoding: Encoding,
+        encoding: str,
         still: Collection[str],
         mantissa_bits: int,
         tokenizer: Any,
@@ -334,14 +337,14 @@ class Recorder:
         sketch takes them.
         """
         store = self._writer.store
+        columns = Columns(self._snapshot, store.layout, "the model")
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
-            if spec.encoding in ("fixed", "float", "factors") or not self._snapshot.holds(
-                part, store.layout
-            ):
+            done = part in self._appender.sketched or spec.factors is not None
+            if done or not spec.moves or not self._snapshot.holds(part, store.layout):
                 continue
             for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
-                current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")
+                current = columns.read(part, begin, end)
                 delta = to_float32(current, spec.dtype) - to_float32(
                     store.read_base(part, begin, end), spec.dtype
                 )
@@ -354,8 +357,6 @@ class Recorder:
         ``right [r, columns]``.
         """
         layout = self._writer.store.layout
-        if not isinstance(self._snapshot, AdapterSnapshot):
-            return
         for part in self._snapshot.owned:
             spec = layout.parts[part].factors
             if spec is not None:
@@ -419,7 +420,7 @@ def _create_store(
         files=files,
         source=source,
         base="the weights at the start of training",
-        mantissa_bits=mantissa_bits if any(p.encoding == "float" for p in layout.parts) else None,
+        mantissa_bits=mantissa_bits,
         version=__version__,
     )
 
@@ -483,18 +484,10 @@ def _still_names(
 def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
     """The parts of a continued store hold either tensors that move or tensors that do not."""
     for part, spec in enumerate(store.layout.parts):
-        kinds = (
-            {segment.tensor.name in still for segment in store.layout.segments_in(part)}
-            if spec.encoding != "fixed"
-            else set()
-        )
-        dense_and_still = kinds == {True} and spec.encoding != "sparse"
-        moved = (
-            kinds == {True}
-            and spec.encoding == "sparse"
-            and store.entries(part, len(store.steps)).any()
-        )
-        if len(kinds) == 2 or dense_and_still or moved:
+        inside = store.layout.segments_in(part) if spec.moves else []
+        kinds = {segment.tensor.name in still for segment in inside}
+        moved = kinds == {True} and store.encoding(part).touched(store, part)
+        if len(kinds) == 2 or moved:
             name = store.layout.segments_in(part)[0].tensor.name
             raise RelexkitError(
                 f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same"

@@ -12,18 +12,14 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
 from relexkit.store.base import write_base
 from relexkit.store.durable import make_folder
+from relexkit.store.encodings.table import format_version, is_exact
+from relexkit.store.fastpath.keys import delete_below, delete_key
 from relexkit.store.fastpath.local import for_writing, unflushed_of
-from relexkit.store.format import (
-    create_file_array,
-    create_step_arrays,
-    format_version,
-    json_checksum,
-)
+from relexkit.store.format import create_file_array, create_step_arrays, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
 from relexkit.store.passes import ProgressCallback
@@ -48,6 +44,7 @@ def create_store(
     Args:
         read_base: ``(part, begin, end) -> bits`` of the base weights.
         source, base: where the checkpoints and the base came from, in words.
+        mantissa_bits: of float deltas; of no effect if there are none.
 
     Raises:
         StoreError: something is at ``path`` already, another process writes it, or the disk is
@@ -61,7 +58,7 @@ def create_store(
             "state": "creating",
             "relexkit_version": version,
             "source": source,
-            "mantissa_bits": mantissa_bits,
+            "mantissa_bits": None if is_exact(layout) else mantissa_bits,
             "layout": layout.to_json(),
             "files": sorted(files),
         }
@@ -134,8 +131,8 @@ def _clear_remote(path: str) -> None:
     except CreationInterrupted:
         writable = zarr.open_group(path, mode="r+")
         for name in list(writable.keys()):
-            sync((writable.store_path / name).delete_dir())
-        sync((writable.store_path / "zarr.json").delete())  # last: it says what this is
+            delete_below(writable, name)
+        delete_key(writable, "zarr.json")  # last: it says what this is
         return
     except NotAStoreError:
         raise StoreError(

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import TrajectoryStore, __version__
-from relexkit.store import StoreWriter, blocks, create_store
+from relexkit.store import StoreWriter, blocks, build_layout, create_store
 from relexkit.store.encodings.bits import block_checksums, content_checksum
 from relexkit.weights.dtypes import round_to_mantissa_bits
-from relexkit.weights.layout import build_layout
 
 _CUT = 2**18
 

@@ -227,7 +227,7 @@ def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick)
         images = sums.products[0]
         if number == 0:
             norms, counts = _norms(*sums.products[1:]), sums.counts
-            if store.layout.parts[part].encoding == "sparse":
+            if store.encoding(part).is_log:
                 counts[:, 1] = counts[:, 1].cumsum(axis=1)
         with single_threaded_blas():
             traces = norms[:, 0].sum(axis=1)
@@ -318,7 +318,7 @@ def sample_spans(store: TrajectoryStore, part: int, seed: int) -> list[Span]:
         random = _random(seed + 1, segment.tensor.name, part)
         width = min(PIECE, segment.numel)
         begin = segment.offset + int(random.integers(0, segment.numel - width + 1))
-        if spec.encoding != "sparse":
+        if not store.encoding(part).is_log:
             spans.add((begin, begin + width))
             continue
         block = begin // BLOCK * BLOCK
