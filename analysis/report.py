@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from relexkit import RelexkitError
 from relexkit.analysis import backtest_figures, figures, run_figures, style, variance_map
 from relexkit.analysis.claims import Claim, measure_claims
 from relexkit.analysis.page import CAPTIONS, CSS
+from relexkit.analysis.run_figures import LABELS
+from relexkit.analysis.run_names import name_runs
 from relexkit.analysis.sweep_figures import sweep_figure
 from relexkit.extension import (
     CHEAP,
     Advice,
     Gram,
+    Spectrum,
     TrajectoryStore,
     __version__,
     advise,
@@ -62,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         default=[],
-        metavar="OTHER.zarr",
-        help="other runs for the comparison figure",
+        metavar="[NAME=]OTHER.zarr",
+        help="other runs to compare with, by their paths or by names of your own",
     )
 
 
@@ -98,7 +102,9 @@ def write_report(
     Raises:
         RelexkitError: the store has no steps, or its folder cannot be read.
     """
-    opened = TrajectoryStore(store)
+    named = name_runs([store, *(compare or [])])
+    name = next(iter(named))
+    opened = TrajectoryStore(named[name])
     if not len(opened.steps):
         raise RelexkitError(
             f"{store}: holds no steps yet; record or import some, then ask for the report again"
@@ -106,10 +112,12 @@ def write_report(
     matrices = gram(opened, progress=progress).until(until)
     metrics = {name: values[: len(matrices.steps)] for name, values in opened.metrics().items()}
     others = {
-        Path(path).name: gram(TrajectoryStore(path), progress=progress) for path in compare or []
+        other: gram(TrajectoryStore(path), progress=progress)
+        for other, path in named.items()
+        if other != name
     }
     facts, found = _facts(opened, matrices, metrics), _read_sweep(sweep)
-    text = build_page(Path(store).name, matrices, metrics, facts=facts, others=others, sweep=found)
+    text = build_page(name, matrices, metrics, facts=facts, others=others, sweep=found)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -175,6 +183,7 @@ def build_page(
         '<dl class="facts">'
         + "".join(f"<div><dt>{_safe(k)}</dt><dd>{_safe(v)}</dd></div>" for k, v in facts)
         + "</dl>",
+        _compared(name, whole, others or {}),
         _claims_table(claims),
         "<h2>Figures</h2>",
         pictures,
@@ -302,6 +311,32 @@ def _facts(
             )
         )
     return facts
+
+
+def _compared(name: str, whole: Spectrum, others: dict[str, Gram]) -> str:
+    """The headline statistics of all runs, each beside its walk without direction."""
+    if not others:
+        return ""
+    runs = {name: whole, **{other: spectrum(g, scope="global") for other, g in others.items()}}
+    heads = "".join(f"<th>{head}</th>" for head in ("Run", "Steps", *LABELS.values()))
+    rows = "".join(
+        f"<tr><td>{_safe(run)}</td><td>{len(found.steps)}</td>"
+        + "".join(
+            f"<td>{_percent(found.whole.observed[s])} ({_percent(found.whole.expected[s])})</td>"
+            for s in LABELS
+        )
+        + "</tr>"
+        for run, found in runs.items()
+    )
+    return (
+        "<h2>Runs compared</h2><p>In parentheses: a walk without direction of the run's own step"
+        f' sizes.</p><table class="compared"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _claims_table(claims: list[Claim]) -> str:

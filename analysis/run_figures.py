@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from relexkit.analysis import style
 from relexkit.extension import STATISTICS, Gram, Spectrum, decompose
 
-_LABELS = {
+LABELS = {
     "first": "first direction",
     "first_two": "first two directions",
     "r2": "R² of the first",
@@ -149,7 +149,7 @@ def null_figure(runs: Mapping[str, Spectrum]) -> Figure:
     """Every headline statistic of one or several runs beside its walk without direction and the
     sign-flips' 90 %.
     """
-    figure = style.new_figure(0.9 + 0.24 * len(_LABELS) * max(1, len(runs) * 0.75))
+    figure = style.new_figure(0.9 + 0.24 * len(LABELS) * max(1, len(runs) * 0.75))
     axes = figure.add_subplot()
     ticks: list[tuple[float, str]] = []
     for index, (name, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
@@ -186,7 +186,7 @@ def null_figure(runs: Mapping[str, Spectrum]) -> Figure:
                 zorder=3,
                 label=name if not row else None,
             )
-    ticks = [(row, _LABELS[statistic]) for row, statistic in enumerate(STATISTICS)]
+    ticks = [(row, LABELS[statistic]) for row, statistic in enumerate(STATISTICS)]
     axes.set_yticks([row for row, _ in ticks], [text for _, text in ticks])
     axes.set_ylim(len(ticks) - 0.5, -0.5)
     values = [

@@ -11,9 +11,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from relexkit import interrupts
 from relexkit.commands import EXTENSION
+from relexkit.commands.options import add_options, read_options
 from relexkit.commands.registry import Command, extensions
 from relexkit.errors import RelexkitError, printable
 from relexkit.version import __version__
@@ -25,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = None
     try:
         with interrupts.raising():
-            if given and given[0] in commands():
-                parsed = _module_parser(given[0]).parse_args(given[1:])
-            else:
-                parsed = _parser().parse_args(given)
-            parsed.run(parsed)
+            if not given or given[0] not in commands():
+                _parser().parse_args(given)  # says the help, the version, or what is wrong
+            owner = commands()[given[0]].load(given[0])
+            parsed = command_parser(given[0], owner).parse_args(given[1:])
+            owner.run(read_options(parsed, owner.Options) if hasattr(owner, "Options") else parsed)
             sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,17 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
     listed = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in commands().items():
-        listed.add_parser(name, help=command.help)  # main() asks the owner for its options
+        listed.add_parser(name, help=command.help)  # main() asks its module for the options
     return parser
 
 
-def _module_parser(name: str) -> argparse.ArgumentParser:
-    command = commands()[name]
-    owner = command.load(name)
+def command_parser(name: str, owner: ModuleType) -> argparse.ArgumentParser:
+    """The options of a command, whose module is ``owner``."""
+    about = commands()[name].help
     parser = argparse.ArgumentParser(
-        prog=f"relexkit {name}", description=command.help[0].upper() + command.help[1:] + "."
+        prog=f"relexkit {name}",
+        description=about[0].upper() + about[1:] + ".",
+        epilog=getattr(owner, "EPILOG", None),
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    owner.add_arguments(parser)
-    parser.set_defaults(run=owner.run)
+    if hasattr(owner, "Options"):
+        add_options(parser, owner.Options)
+    else:
+        owner.add_arguments(parser)
     return parser

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import TrajectoryStore
-from relexkit.store import StoreWriter, build_layout, create_store
+from relexkit.store import About, StoreWriter, build_layout, create_store
 from relexkit.store.encodings.bits import block_checksums, content_checksum
 
 
@@ -32,11 +32,7 @@ def store_of(
         path,
         layout,
         lambda part, begin, end: np.zeros(end - begin, np.uint32),
-        files={},
-        source="test",
-        base="zeros",
-        mantissa_bits=23,
-        version="test",
+        About(source="test", base="zeros", mantissa_bits=23),
     )
     with StoreWriter(path) as writer:
         for row, step in enumerate(steps):

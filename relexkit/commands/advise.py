@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 from relexkit.commands.console import print_json, show
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.observer import OfGram, observer
+from relexkit.commands.options import option
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
     """Options of ``relexkit advise``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--until", type=int, metavar="STEP", help="advise as if the run had ended here"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
-    add_pca(parser)
+
+    until: int | None = option(default=None, metavar="STEP")
+    """advise as if the run had ended here"""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print the advice."""
     from relexkit.assess.advice import advise
     from relexkit.store import TrajectoryStore
 
-    store = TrajectoryStore(arguments.store)
-    with observer(arguments) as observed:
-        run_so_far = observed.observe(store).until(arguments.until)
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
+        run_so_far = observed.observe(store).until(options.until)
     if observed.silent:
         return
     advice = advise(run_so_far.gram, run_so_far.metrics)
-    if arguments.json:
+    if options.json:
         document = advice.document()
         if advice.next_command:
-            document["next_command"] = advice.next_command.format(store=arguments.store)
+            document["next_command"] = advice.next_command.format(store=options.store)
         print_json({"steps": run_so_far.gram.steps.tolist(), **document})
         return
     show(advice.headline)
@@ -46,4 +43,4 @@ def run(arguments: argparse.Namespace) -> None:
         for sentence in sentences:
             show(f"  - {sentence}")
     if advice.next_command:
-        show(f"\nNext:\n  {advice.next_command.format(store=arguments.store)}")
+        show(f"\nNext:\n  {advice.next_command.format(store=options.store)}")

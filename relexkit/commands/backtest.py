@@ -4,18 +4,20 @@ goes from here.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from relexkit.assess.backtest import CHEAP
 from relexkit.commands.console import console, number, print_json, say, show
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.observer import OfGram, observer
+from relexkit.commands.options import option
 from relexkit.commands.registry import plot
+from relexkit.weights.layout import Scope
 
 if TYPE_CHECKING:
     from relexkit.assess.backtest import Backtest
@@ -25,56 +27,44 @@ _FORECAST_RATIOS = (1.25, 1.5, 2.0, 4.0)
 _SHOWN_GROUPS = 40
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
     """Options of ``relexkit backtest``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--method", nargs="+", metavar="M", help="only these (hold is always there)"
-    )
-    parser.add_argument(
-        "--until",
-        type=int,
-        nargs="+",
-        metavar="STEP",
-        help="prefixes to predict from (default: up to eight)",
-    )
-    parser.add_argument(
-        "--scope",
-        choices=("global", "layer", "module", "tensor"),
-        default="global",
-        help="also each group's error and skill (default: only the whole model's)",
-    )
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
-    add_pca(parser)
+
+    method: tuple[str, ...] = option(default=(*CHEAP, "model"), metavar="M")
+    """only these (hold is always there)"""
+    until: tuple[int, ...] | None = option(default=None, metavar="STEP")
+    """prefixes to predict from (default: up to eight)"""
+    scope: Scope = "global"
+    """also each group's error and skill, unless global"""
+    plot: Path | None = option(default=None, metavar="DIR")
+    """also write figures there"""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print the grid, the horizons and the forecast."""
-    from relexkit.assess.backtest import CHEAP, backtest
+    from relexkit.assess.backtest import backtest
     from relexkit.assess.forecast import forecast
     from relexkit.store import TrajectoryStore
 
-    store = TrajectoryStore(arguments.store)
-    with observer(arguments) as observed:
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
         matrices = observed.observe(store).gram
     if observed.silent:
         return
-    result = backtest(matrices, arguments.method or (*CHEAP, "model"), arguments.until)
+    result = backtest(matrices, options.method, options.until)
     ahead = None
     if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
         targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
         ahead = forecast(matrices, targets)
-    if arguments.json:
-        print_json(_document(result, ahead, arguments.scope))
+    if options.json:
+        print_json(_document(result, ahead, options.scope))
     else:
         _print_backtest(result, ahead)
-        if arguments.scope != "global":
-            _print_groups(result, arguments.scope)
-    if arguments.plot:
-        for path in plot("backtest")(matrices, result, arguments.plot):
+        if options.scope != "global":
+            _print_groups(result, options.scope)
+    if options.plot:
+        for path in plot("backtest")(matrices, result, options.plot):
             say(f"wrote {path}")
 
 

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 
 import numpy as np
 
 from relexkit.commands.console import print_json, print_pairs, size_text
 from relexkit.ingest.estimate import estimate_import
+from relexkit.ingest.reading import Reading
 from relexkit.store import describe_steps
 
 
-def print_estimate(parsed: argparse.Namespace) -> None:
-    """Print the estimate for the options of ``relexkit import``."""
-    found = estimate_import(
-        parsed.source,
-        base=parsed.base,
-        steps=parsed.steps,
-        encoding=parsed.encoding,
-        mantissa_bits=parsed.mantissa_bits,
-        source_format=parsed.format,
-        step_map=parsed.step_map,
-        exclude=parsed.exclude,
-    )
-    if parsed.json:
-        print_json(asdict(found))
+def print_estimate(source: str, steps: str | None, reading: Reading, as_json: bool) -> None:
+    """Print the estimate for an import of ``source``; see ``estimate_import``."""
+    estimate = estimate_import(source, steps=steps, reading=reading)
+    if as_json:
+        print_json(asdict(estimate))
         return
     took = (
         "seconds"
-        if found.seconds is None
-        else f"{found.seconds:.0f} s, if reading is as fast as for the sample"
+        if estimate.seconds is None
+        else f"{estimate.seconds:.0f} s, if reading is as fast as for the sample"
     )
     rows = [
-        ("steps", describe_steps(np.asarray(found.steps))),
-        ("parameters", f"{found.num_parameters:,} in {found.num_tensors} tensors"),
-        ("recorded as", f"{', '.join(found.dtypes)}, {' and '.join(found.encodings)} encoding"),
+        ("steps", describe_steps(np.asarray(estimate.steps))),
+        ("parameters", f"{estimate.num_parameters:,} in {estimate.num_tensors} tensors"),
+        (
+            "recorded as",
+            f"{', '.join(estimate.dtypes)}, {' and '.join(estimate.encodings)} encoding",
+        ),
         (
             "store",
             (
-                f"about {size_text(found.step_bytes + found.base_bytes)}: steps"
-                f" {size_text(found.step_bytes)}, base {size_text(found.base_bytes)}"
+                f"about {size_text(estimate.step_bytes + estimate.base_bytes)}: steps"
+                f" {size_text(estimate.step_bytes)}, base {size_text(estimate.base_bytes)}"
             ),
         ),
-        ("instead of", f"{size_text(found.checkpoint_bytes)} of weights"),
+        ("instead of", f"{size_text(estimate.checkpoint_bytes)} of weights"),
         ("time", took),
-        ("from", f"a sample of {100 * found.sampled:.3g} % of the weights; nothing was written"),
-        *(("note", note) for note in found.notes),
-        *(("left out", f"{what}: {reason}") for what, reason in found.left_out.items()),
+        ("from", f"a sample of {100 * estimate.sampled:.3g} % of the weights; nothing was written"),
+        *(("note", note) for note in estimate.notes),
+        *(("left out", f"{what}: {reason}") for what, reason in estimate.left_out.items()),
     ]
-    print_pairs(parsed.source, rows)
+    print_pairs(source, rows)

@@ -2,79 +2,77 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, say, show
-from relexkit.commands.observer import Observer, add_pca, observer
-from relexkit.commands.options import add_fields, given
-from relexkit.commands.sync import add_sync, read_sync
+from relexkit.commands.observer import Observer, OfGram, observer
+from relexkit.commands.options import group, option
+from relexkit.commands.sync import Sync
 from relexkit.errors import RelexkitError
+from relexkit.materialize import Output
+from relexkit.predict.extrapolators import METHODS
+from relexkit.predict.prediction import Prediction
 
 if TYPE_CHECKING:
-    from relexkit.predict.prediction import Prediction
     from relexkit.store import TrajectoryStore
 
-PREDICTION = ("until", "method", "scope", "scale")
-OUTPUT = ("dtype", "rounding", "seed")
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise RelexkitError(
+            f"--adapter {text!r} is not a rank; expected a whole number from 1 upwards, or nothing"
+        )
+    return int(text)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def _step(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RelexkitError(
+            f"--to {text!r} is not a number; expected an optimizer step such as 500"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
     """Options of ``relexkit extrapolate``."""
-    from relexkit.materialize import Output
-    from relexkit.predict.extrapolators import METHODS
-    from relexkit.predict.fits import Options
-    from relexkit.predict.prediction import Prediction
 
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--to", type=_step, nargs="+", required=True, metavar="STEP", help="target steps"
-    )
-    parser.add_argument(
-        "-o", "--out", required=True, metavar="OUT", help="folder for OUT/step-STEP/"
-    )
-    add_fields(parser, Prediction, PREDICTION)
-    add_fields(parser, Options, [field.name for field in fields(Options)])
-    add_fields(parser, Output, OUTPUT)
-    parser.add_argument(
-        "--adapter",
-        type=_rank,
-        nargs="?",
-        const=0,
-        metavar="RANK",
-        help="from a store of PEFT adapters: write an adapter, of this rank or one that fits",
-    )
-    add_sync(parser)
-    add_pca(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
-    parser.epilog = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
+    to: tuple[float, ...] = option(type=_step, metavar="STEP")
+    """target steps"""
+    out: str = option("-o", "--out", metavar="OUT")
+    """folder for OUT/step-STEP/"""
+    prediction: Prediction = group(Prediction)
+    output: Output = group(Output, "dtype", "rounding", "seed")
+    adapter: int | None = option(default=None, type=_rank, nargs="?", const=0, metavar="RANK")
+    """from a store of PEFT adapters: write an adapter, of this rank or one that fits"""
+    sync: Sync = group(Sync)
 
 
-def run(parsed: argparse.Namespace) -> None:
+EPILOG = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
+
+
+def run(options: Options) -> None:
     """Write a folder for each target."""
-    from relexkit.materialize import Output, extrapolate
+    from relexkit.materialize import extrapolate
     from relexkit.predict.extrapolators import step_text
-    from relexkit.predict.fits import Options
-    from relexkit.predict.prediction import Prediction
     from relexkit.store import TrajectoryStore
 
-    options = given(parsed, Options, [field.name for field in fields(Options)])
-    prediction = replace(given(parsed, Prediction, PREDICTION), options=options)
-    output = replace(given(parsed, Output, OUTPUT), adapter=parsed.adapter, sync=read_sync(parsed))
-    store = TrajectoryStore(parsed.store)
-    with observer(parsed) as observed:
+    prediction = options.prediction
+    sync = options.sync.chosen(adapter=options.adapter is not None)
+    output = replace(options.output, adapter=options.adapter, sync=sync)
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
         compute = observed.decided(store, prediction.until)
         written = extrapolate(
-            store, parsed.to, parsed.out, prediction, output=output, compute=compute
+            store, options.to, options.out, prediction, output=output, compute=compute
         )
-        _warn(observed, store, prediction, parsed.to)
+        _warn(observed, store, prediction, options.to)
     if observed.silent:
         return
     first, last = _window(store, prediction)
-    if parsed.json:
+    if options.json:
         how = {"method": prediction.method, "steps": [first, last]}
         told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
         print_json([one | {"folder": str(one["folder"]), **how} for one in told])
@@ -104,7 +102,6 @@ def _warn(
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps
-    from relexkit.predict.extrapolators import METHODS
 
     method = METHODS.get(prediction.method)
     if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
@@ -117,20 +114,3 @@ def _warn(
     against = objection(advice, prediction.method, last_step, targets, store.path)
     if against:
         say(f"warning: {against}")
-
-
-def _rank(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise RelexkitError(
-            f"--adapter {text!r} is not a rank; expected a whole number from 1 upwards, or nothing"
-        )
-    return int(text)
-
-
-def _step(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise RelexkitError(
-            f"--to {text!r} is not a number; expected an optimizer step such as 500"
-        ) from None

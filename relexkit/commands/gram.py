@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, show
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.observer import OfGram, observer
+from relexkit.commands.options import option
 from relexkit.errors import RelexkitError
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--until", type=int, metavar="STEP", help="randomized: only steps up to this one"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
-    add_pca(parser)
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
+    """Options of ``relexkit gram``."""
+
+    until: int | None = option(default=None, metavar="STEP")
+    """randomized: only steps up to this one"""
 
 
 def _refuse_unless_kept(store: TrajectoryStore, num_steps: int) -> None:
@@ -47,17 +44,17 @@ def _refuse_unless_kept(store: TrajectoryStore, num_steps: int) -> None:
             )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Compute the Gram matrices, which keeps them in the store, and say what was done."""
     from relexkit.store import TrajectoryStore, describe_steps
 
-    store = TrajectoryStore(arguments.store)
-    with observer(arguments) as observed:
-        matrices = observed.observe(store, arguments.until).gram
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
+        matrices = observed.observe(store, options.until).gram
     if observed.silent:
         return
     _refuse_unless_kept(store, len(matrices.steps))
-    if arguments.json:
+    if options.json:
         steps, sizes = matrices.steps.tolist(), int(matrices.num_parameters.sum())
         print_json(
             {

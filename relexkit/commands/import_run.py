@@ -2,102 +2,86 @@
 
 from __future__ import annotations
 
-import argparse
-from importlib import import_module
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from relexkit.commands.console import progress_bar, say
 from relexkit.commands.info import print_info
+from relexkit.commands.options import Json, option
+
+if TYPE_CHECKING:
+    from relexkit.ingest.reading import Reading
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(Json):
+    """What is imported, and how: shared with ``relexkit watch``."""
+
+    out: str = option("-o", "--out", metavar="RUN.zarr")
+    """the store to write or to continue"""
+    base: str | None = option(default=None, metavar="DIR")
+    """the base model, a folder or hf://OWNER/NAME (default: the run's step 0)"""
+    format: str | None = option(default=None, metavar="F")
+    """peft, huggingface, verl, dcp, deepspeed, sharded-safetensors, flat or weight-sync, where
+    several lie side by side (default: the most precise one)"""
+    step_map: str | None = option(default=None, metavar="MAP")
+    """optimizer steps per label (2, 1/4), or a JSON file {label: step}"""
+    exclude: tuple[str, ...] = option(
+        default=(), action="append", nargs=None, type=str, metavar="PATTERN"
+    )
+    """tensors that keep the base's values, or are left out if it lacks them (may be given again)"""
+    continues: bool = option("--continue", default=False)
+    """the run goes on from the store although no step is in both"""
+    encoding: Literal["auto", "exact", "float"] = "auto"
+    """exact keeps every bit; auto: exact for 16 bits, float deltas for float32"""
+    mantissa_bits: int | None = None
+    """precision of float deltas, 1 to 23 (default: 10)"""
+
+    def reading(self) -> Reading:
+        """How the checkpoints are read and recorded."""
+        from relexkit.ingest.reading import Reading
+
+        return Reading(
+            base=self.base,
+            encoding=self.encoding,
+            mantissa_bits=self.mantissa_bits,
+            source_format=self.format,
+            step_map=self.step_map,
+            exclude=tuple(self.exclude),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions):
     """Options of ``relexkit import``."""
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="folder with checkpoint-N, step_N, weight_vN ... inside, or hf://OWNER/NAME",
-    )
-    parser.add_argument(
-        "--format",
-        metavar="F",
-        help="peft, huggingface, verl, dcp, deepspeed, sharded-safetensors, flat or weight-sync",
-    )
-    parser.add_argument(
-        "--step-map",
-        metavar="MAP",
-        help="optimizer steps per label (2, 1/4), or a JSON file {label: step}",
-    )
-    parser.add_argument(
-        "-o", "--out", required=True, metavar="RUN.zarr", help="the store to write or to continue"
-    )
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help="the base model, a folder or hf://OWNER/NAME (default: the run's step 0)",
-    )
-    parser.add_argument(
-        "--steps", metavar="A:B:C", help="only steps from A to B, both included, in strides of C"
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="tensors that keep the base's values, or are left out if it lacks them (may be given"
-        " again)",
-    )
-    parser.add_argument(
-        "--rewind",
-        action="store_true",
-        help="the run was resumed and written anew: replace the recorded steps that differ",
-    )
-    parser.add_argument(
-        "--continue",
-        dest="continues",
-        action="store_true",
-        help="the run goes on from the store although no step is in both",
-    )
-    parser.add_argument(
-        "--encoding",
-        choices=("auto", "exact", "float"),
-        default="auto",
-        help="exact keeps every bit; auto: exact for 16 bits, float deltas for float32",
-    )
-    parser.add_argument(
-        "--mantissa-bits",
-        type=int,
-        metavar="N",
-        help="precision of float deltas, 1 to 23 (default: 10)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="write nothing; say what would be written, and how long it takes",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+
+    source: str = option("source", metavar="SRC")
+    """folder with checkpoint-N, step_N, weight_vN ... inside, or hf://OWNER/NAME"""
+    steps: str | None = option(default=None, metavar="A:B:C")
+    """only steps from A to B, both included, in strides of C"""
+    rewind: bool = False
+    """the run was resumed and written anew: replace the recorded steps that differ"""
+    dry_run: bool = False
+    """write nothing; say what would be written, and how long it takes"""
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Import, and print what the store then holds."""
     from relexkit.ingest.importer import import_checkpoints
 
-    if parsed.dry_run:
-        import_module("relexkit.commands.dry_run").print_estimate(parsed)
+    if options.dry_run:
+        from relexkit.commands.dry_run import print_estimate
+
+        print_estimate(options.source, options.steps, options.reading(), options.json)
         return
     with progress_bar() as progress:
         result = import_checkpoints(
-            parsed.source,
-            parsed.out,
-            base=parsed.base,
-            steps=parsed.steps,
-            encoding=parsed.encoding,
-            mantissa_bits=parsed.mantissa_bits,
-            source_format=parsed.format,
-            step_map=parsed.step_map,
-            exclude=parsed.exclude,
-            rewind=parsed.rewind,
-            continues=parsed.continues,
+            options.source,
+            options.out,
+            **vars(options.reading()),
+            steps=options.steps,
+            rewind=options.rewind,
+            continues=options.continues,
             progress=progress,
         )
     for note in result.notes:
@@ -111,4 +95,4 @@ def run(parsed: argparse.Namespace) -> None:
             "no config.json was found: written checkpoints will need one before they load with"
             " from_pretrained"
         )
-    print_info(result.store, parsed.json)
+    print_info(result.store, options.json)

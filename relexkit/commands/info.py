@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit.commands.console import print_json, print_pairs, size_text
+from relexkit.commands.options import OfStore
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``relexkit info``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+Options = OfStore
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print what is there."""
     from relexkit.store import NotAStoreError, TrajectoryStore
 
     try:
-        if parsed.store.startswith("hf://"):
+        if options.store.startswith("hf://"):
             raise NotAStoreError("a hub repository")
-        store = TrajectoryStore(parsed.store)
+        store = TrajectoryStore(options.store)
     except NotAStoreError:
-        if not Path(parsed.store).is_dir() and "://" not in parsed.store:
+        if not Path(options.store).is_dir() and "://" not in options.store:
             raise
         from relexkit.commands.info_source import print_source
 
-        print_source(parsed.store, parsed.json)
+        print_source(options.store, options.json)
         return
-    print_info(store, parsed.json)
+    print_info(store, options.json)
 
 
 def print_info(store: TrajectoryStore, as_json: bool) -> None:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 from relexkit.commands.console import console, number, print_json, progress_bar, show
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.observer import OfGram, observer
+from relexkit.commands.options import option
+from relexkit.weights.layout import Scope
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
     """Options of ``relexkit linearity``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument(
-        "--scope", choices=("global", "module", "layer", "tensor"), default="module"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
-    add_pca(parser)
+
+    until: int | None = option(default=None, metavar="STEP")
+    """use only steps up to this one"""
+    scope: Scope = "module"
+    """what a row of the table is"""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print quantiles of the per-weight R^2 of every group and of the walk."""
     from rich.table import Table
 
@@ -32,25 +31,25 @@ def run(arguments: argparse.Namespace) -> None:
     from relexkit.store import TrajectoryStore
     from relexkit.weights.layout import scope_of
 
-    store = TrajectoryStore(arguments.store)
-    with observer(arguments) as observed:
-        matrices = observed.observe(store).gram.until(arguments.until)
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
+        matrices = observed.observe(store).gram.until(options.until)
     if observed.silent:
         return
     fit = calibrate(matrices.scoped("global")).fitted
     with progress_bar() as progress:
         walk = None if fit is None else fit.walk_covariance()
-        found = weight_linearity(store, until=arguments.until, covariance=walk, progress=progress)
+        found = weight_linearity(store, until=options.until, covariance=walk, progress=progress)
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(found.names):
         groups.setdefault(
-            "global" if arguments.scope == "global" else scope_of(name, arguments.scope), []
+            "global" if options.scope == "global" else scope_of(name, options.scope), []
         ).append(row)
     rows = [
         (name, found.counts[members].sum(axis=0), int(found.still[members].sum()))
         for name, members in groups.items()
     ]
-    if arguments.json:
+    if options.json:
         print_json(
             {
                 "steps": found.steps.tolist(),
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         title_style="bold",
         box=None,
     )
-    table.add_column(arguments.scope, no_wrap=True)
+    table.add_column(options.scope, no_wrap=True)
     for heading in (*(f"{share:.0%}" for share in _SHARES), "over 0.9", "still"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, counts, still in [*rows, ("walk without direction", found.null, 0)]:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from relexkit.commands.console import progress_bar, say
-from relexkit.commands.options import add_fields, given
+from relexkit.commands.options import OfStore, group
+from relexkit.gram_matrix.compute.settings import Compute
 
 if TYPE_CHECKING:
     from relexkit.assess.observed import Observed
-    from relexkit.gram_matrix.compute.settings import Compute
     from relexkit.store import TrajectoryStore
 
-PCA_OPTIONS = ("pca", "components", "device")
 
+@dataclass(frozen=True, kw_only=True)
+class OfGram(OfStore):
+    """Options of a command that needs Gram matrices."""
 
-def add_pca(parser: argparse.ArgumentParser) -> None:
-    """``--pca``, ``--components`` and ``--device``."""
-    from relexkit.gram_matrix.compute.settings import Compute
-
-    add_fields(parser, Compute, PCA_OPTIONS)
+    compute: Compute = group(Compute, "pca", "components", "device")
 
 
 class Observer:
-    """What the options of ``add_pca`` come to, in this process among those that torchrun started.
+    """How Gram matrices are computed, in this process among those that torchrun started.
 
     Attributes:
         compute: where, by whom and how.
@@ -69,12 +66,10 @@ class Observer:
 
 
 @contextmanager
-def observer(parsed: argparse.Namespace) -> Iterator[Observer]:
+def observer(compute: Compute) -> Iterator[Observer]:
     """Opens the group of processes, and a progress bar in the first of them."""
     from relexkit.gram_matrix.compute.distributed import local_device, team
-    from relexkit.gram_matrix.compute.settings import Compute
 
-    compute = given(parsed, Compute, PCA_OPTIONS)
     device = local_device(compute.device)
     with team(device) as together, progress_bar() as progress:
         yield Observer(replace(compute, device=device, team=together, progress=progress))

@@ -24,8 +24,9 @@ class Command:
     """A command of ``relexkit``.
 
     Attributes:
-        module: has ``add_arguments(parser)`` and ``run(arguments)``; loaded when the command is
-            given, so it may load whatever it needs.
+        module: has a frozen dataclass ``Options``, whose fields are the options of the command
+            (``relexkit.commands.options``), ``run(options)``, and ``EPILOG`` if there is more to
+            say below its help; loaded when the command is given.
         help: what it does, as a sentence without its capital and its full stop.
     """
 

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import Literal
 
 from relexkit.commands.console import print_json, progress_bar, show
-from relexkit.commands.options import add_fields, given
+from relexkit.commands.options import Json, group, option
+from relexkit.materialize import Output
 
-ROUNDING = ("rounding", "seed")
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(Json):
     """Options of ``relexkit round``."""
-    from relexkit.materialize import Output
 
-    parser.add_argument("source", metavar="SRC", help="a checkpoint folder in any known format")
-    parser.add_argument("-o", "--out", required=True, metavar="DIR")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add_fields(parser, Output, ROUNDING)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+    source: str = option("source", metavar="SRC")
+    """a checkpoint folder in any known format"""
+    out: str = option("-o", "--out", metavar="DIR")
+    """the folder to write"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """of the output"""
+    output: Output = group(Output, "rounding", "seed")
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Write the folder."""
-    from relexkit.materialize import Output, round_checkpoint
+    from relexkit.materialize import round_checkpoint
 
-    output = given(parsed, Output, ROUNDING)
+    output = options.output
     with progress_bar() as progress:
         folder = round_checkpoint(
-            parsed.source,
-            parsed.out,
-            dtype=parsed.dtype,
+            options.source,
+            options.out,
+            dtype=options.dtype,
             rounding=output.rounding,
             seed=output.seed,
             progress=progress,
         )
-    if parsed.json:
+    if options.json:
         print_json(
             {
                 "folder": str(folder),
-                "dtype": parsed.dtype,
+                "dtype": options.dtype,
                 "rounding": output.rounding,
                 "seed": output.seed,
             }
         )
     else:
-        show(f"{folder}: {parsed.dtype}, {output.rounding} rounding")
+        show(f"{folder}: {options.dtype}, {output.rounding} rounding")

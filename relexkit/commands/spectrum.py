@@ -4,15 +4,16 @@ direction.
 
 from __future__ import annotations
 
-import argparse
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
-from relexkit.commands.observer import add_pca, observer
+from relexkit.commands.observer import OfGram, observer
+from relexkit.commands.options import option
 from relexkit.commands.registry import plot
+from relexkit.weights.layout import Scope
 
 if TYPE_CHECKING:
     from relexkit.assess.metrics import Informative
@@ -22,81 +23,68 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 40
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OfGram):
     """Options of ``relexkit spectrum``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--scope", choices=("tensor", "layer", "module", "global"), default="tensor"
-    )
-    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument(
-        "--centered", action="store_true", help="PCA about the mean checkpoint instead of the base"
-    )
-    parser.add_argument(
-        "--momentum",
-        type=float,
-        metavar="BETA",
-        help="of the walk to compare with: Adam's first beta (default: fitted)",
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help=f"print every row, not only the {_SHOWN_ROWS} with most energy",
-    )
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="also write figures there")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
-    parser.add_argument(
-        "--directions",
-        type=Path,
-        metavar="DIR",
-        help="also write the first 2 (or --components) directions there as safetensors",
-    )
-    add_pca(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+
+    scope: Scope = "tensor"
+    """what a row of the table is"""
+    until: int | None = option(default=None, metavar="STEP")
+    """use only steps up to this one"""
+    centered: bool = False
+    """PCA about the mean checkpoint instead of the base"""
+    momentum: float | None = option(default=None, metavar="BETA")
+    """of the walk to compare with: Adam's first beta (default: fitted)"""
+    all: bool = False
+    """print every row, not only the 40 with most energy"""
+    plot: Path | None = option(default=None, metavar="DIR")
+    """also write figures there"""
+    csv: Path | None = option(default=None, metavar="FILE")
+    """also write the table there"""
+    directions: Path | None = option(default=None, metavar="DIR")
+    """also write the first 2 (or --components) directions there as safetensors"""
 
 
-def run(parsed: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print the table, and write what was asked for."""
     from relexkit.geometry.spectrum import spectrum
     from relexkit.store import TrajectoryStore
 
-    store = TrajectoryStore(parsed.store)
-    with observer(parsed) as observed:
-        run_so_far = observed.observe(store, parsed.until)
+    store = TrajectoryStore(options.store)
+    with observer(options.compute) as observed:
+        run_so_far = observed.observe(store, options.until)
     if observed.silent:
         return
     matrices, informative = run_so_far.gram, run_so_far.informative
     result = spectrum(
         matrices,
-        scope=parsed.scope,
-        centered=parsed.centered,
-        momentum=parsed.momentum,
+        scope=options.scope,
+        centered=options.centered,
+        momentum=options.momentum,
     )
-    if parsed.json:
+    if options.json:
         print_json(_spectrum_document(result, informative))
     else:
-        _print_spectrum(result, parsed.all, informative)
-    if parsed.plot:
-        for path in plot("spectrum")(matrices, parsed.plot, centered=parsed.centered):
+        _print_spectrum(result, options.all, informative)
+    if options.plot:
+        for path in plot("spectrum")(matrices, options.plot, centered=options.centered):
             say(f"wrote {path}")
-    if parsed.csv:
+    if options.csv:
         from relexkit.geometry.variance import write_csv
 
-        write_csv(result, parsed.csv)
-        say(f"wrote {parsed.csv}")
-    if parsed.directions:
+        write_csv(result, options.csv)
+        say(f"wrote {options.csv}")
+    if options.directions:
         from relexkit.materialize.directions import write_directions
 
         with progress_bar() as progress:
             paths = write_directions(
                 store,
                 matrices,
-                parsed.directions,
-                count=parsed.components or min(2, len(matrices.steps)),
-                scope=parsed.scope,
-                centered=parsed.centered,
+                options.directions,
+                count=options.compute.components or min(2, len(matrices.steps)),
+                scope=options.scope,
+                centered=options.centered,
                 progress=progress,
             )
         for path in paths:

@@ -140,4 +140,4 @@ def pca_gram(
             progress=c.progress,
         )
         return whole.until(until)
-    return randomized_gram(store, until=until, components=c.components, compute=c)
+    return randomized_gram(store, until=until, compute=c)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from relexkit.predict.fits import Options
+from relexkit.weights.layout import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Prediction:
     """how to predict"""
     options: Options = field(default_factory=Options)
     """what the method is told"""
-    scope: Literal["tensor", "layer", "module", "global"] | None = None
+    scope: Scope | None = None
     """what shares one fit (default: the method's own, tensor or global)"""
     scale: float = 1.0
     """multiply the predicted displacement from the base"""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.checkpoints.protocol import WholeTensors
+from relexkit.checkpoints.protocol import Checkpoint, WholeTensors
 from relexkit.errors import RelexkitError
 from relexkit.ingest.columns import Columns, equals
 from relexkit.record.live_weights import are_whole, describe_weights, whole_weights
@@ -15,7 +15,7 @@ from relexkit.store import TrajectoryStore, build_layout
 from relexkit.store.encodings.bits import BLOCK
 from relexkit.store.encodings.protocol import Place
 from relexkit.weights.dtypes import FLOAT_DTYPES
-from relexkit.weights.layout import Factors, Layout
+from relexkit.weights.layout import Layout
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Snapshot(WholeTensors):
                 floats = described.tensors[name].dtype in FLOAT_DTYPES
                 described._pieces[name] = [(0, flat if floats else flat.view(torch.uint8))]
             return described
-        layout = layout_of(described.tensors, "exact")
+        layout = layout_of(described, "exact")
         snapshot = cls(layout, list(range(len(layout.parts))) if keep else [])
         snapshot.copy(model)
         return snapshot
@@ -144,16 +144,12 @@ def _encodings(float32: str) -> dict[str, str]:
     return {dtype: float32 if dtype == "float32" else "sparse" for dtype in FLOAT_DTYPES}
 
 
-def layout_of(
-    tensors: Mapping[str, TensorInfo],
-    float32: str,
-    still: Collection[str] = (),
-    factors: Mapping[str, Factors] | None = None,
-) -> Layout:
-    """The layout of a store for these tensors: float32 ones in the encoding that is wanted, 16-bit
-    ones sparse.
+def layout_of(described: Checkpoint, float32: str, still: Collection[str] = ()) -> Layout:
+    """The layout of a store for such checkpoints: float32 tensors in the encoding that is wanted,
+    16-bit ones sparse, and what has factors as these.
     """
-    weights = [(name, info.shape, info.dtype) for name, info in tensors.items()]
+    weights = [(name, info.shape, info.dtype) for name, info in described.tensors.items()]
+    factors = described.factors
     return build_layout(weights, _encodings(float32), still=still, factors=factors)
 
 

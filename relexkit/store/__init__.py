@@ -20,7 +20,7 @@ uses those before it:
 """
 
 from relexkit.store.base import base_sha256
-from relexkit.store.create import create_store
+from relexkit.store.create import About, create_store
 from relexkit.store.fastpath.chunk_files import Encoded
 from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME
 from relexkit.store.lock import WriterLock
@@ -34,6 +34,7 @@ from relexkit.store.writer import StoreWriter
 __all__ = [
     "FORMAT_VERSION",
     "SAFE_FILE_NAME",
+    "About",
     "Encoded",
     "NotAStoreError",
     "ProgressCallback",

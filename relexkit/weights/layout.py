@@ -12,12 +12,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
-SCOPES = ("tensor", "layer", "module", "global")
+Scope = Literal["tensor", "layer", "module", "global"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

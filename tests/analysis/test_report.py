@@ -140,10 +140,7 @@ def test_command_writes_the_page_whole(tmp_path: Path, capsys: pytest.CaptureFix
         extras=False,
     )
     store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store.path
-    assert (
-        main(["report", store, "-o", str(tmp_path / "new" / "report.html"), "--compare", store])
-        == 0
-    )
+    assert main(["report", store, "-o", str(tmp_path / "new" / "report.html")]) == 0
     assert capsys.readouterr().out == ""
     page = (tmp_path / "new" / "report.html").read_text()
     assert Outline(page).open == []

@@ -49,8 +49,14 @@ ROOMS = (
 OUTER = ("relexkit.analysis", "relexkit.trainer")
 """Folders of their own beside the package, which reaches them by links."""
 
-SURFACE = {"relexkit", "relexkit.extension", "relexkit.cli"}
-"""What these may import of the rest."""
+SURFACE = {
+    "relexkit",
+    "relexkit.extension",
+    "relexkit.commands.registry",
+    "relexkit.commands.options",
+    "relexkit.cli",
+}
+"""What these may import of the rest: the two of ``commands`` load nothing heavy, for the help."""
 
 
 def modules() -> dict[str, Path]:

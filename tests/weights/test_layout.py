@@ -24,8 +24,6 @@ tensor_lists = st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=12).map(
 limits = st.fixed_dictionaries(
     {encoding: st.integers(1, 60) for encoding in (*ENCODINGS.values(), "fixed")}
 )
-    {encoding: st.integers(1, 60) for encoding in (*ENCODINGS.values(), "fixed")}
-)
 
 
 def units(shape: tuple[int, ...], dtype: str) -> int:
