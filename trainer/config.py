@@ -107,6 +107,8 @@ class GRPOConfig:
             nothing.
         mantissa_bits: of the recorded float deltas.
         eval_steps, eval_num_problems: validation accuracy, greedy, every so many steps; 0 never.
+        report_to: where metrics go beside ``metrics.jsonl``: ``tensorboard``, ``trackio``,
+            ``wandb``, a list of them, ``all`` that are installed, or ``none``.
         save_steps: keep the full state for a resume every so many steps, and at the end; 0 only at
             the end.
     """
@@ -173,6 +175,7 @@ class GRPOConfig:
     mantissa_bits: int = 10
     eval_steps: int = 0
     eval_num_problems: int = 200
+    report_to: str | list[str] = "tensorboard"
     save_steps: int = 50
 
     def __post_init__(self) -> None:

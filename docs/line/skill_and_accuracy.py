@@ -27,7 +27,7 @@ from relexkit import Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.analysis import style
 from relexkit.gram_matrix import Gram
 from relexkit.trainer.evaluation.evaluate import evaluate
-from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 from relexkit.weights.dtypes import round_bits, to_float32
 
@@ -85,7 +85,6 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
         {},
     )  # what standing still and a trained step get does not depend on the other step
     for until in options.until:
-        seen = whole.until(until)
         for target in (round(ratio * until) for ratio in options.ratio):
             if target not in whole.steps:
                 continue
@@ -93,17 +92,19 @@ def study(run: str, options: argparse.Namespace, done: set[tuple]) -> Any:
                 name = "/".join(Path(run).parts[-3:-1])
                 if (name, until, target, method) in done:
                     continue
-                if method == "trained":
-                    weights = recorded_weights(store, target)
-                else:
-                    weights = predict_weights(seen, [float(target)], Prediction(method=method))[0]
+                held = target if method == "trained" else until
+                how = Prediction(method="hold" if method == "trained" else method)
+                weights = predict_weights(whole.until(held), [float(target)], how)[0]
                 same = {
                     "hold": (method, until),
                     "average": (method, until),
                     "trained": (method, target),
                 }.get(method)
                 if same is None or same not in known:
-                    stored.put(weights)
+                    if method == "trained":
+                        stored.put_step(target)
+                    else:
+                        stored.put(weights)
                     known[same] = {p: answers(stored, task, p, options) for p in PRECISIONS}
                 right = known[same]
                 yield {

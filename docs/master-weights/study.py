@@ -13,6 +13,7 @@ figures.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from relexkit.trainer.evaluation.intervals import mean_interval
 from relexkit.trainer.loop.run_log import read_log
 from relexkit.trainer.loop.train import train
 from relexkit.trainer.policy.small_model import FOLDER
-from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 
 PRECISIONS = ("float32", "nearest", "stochastic")
@@ -114,10 +115,9 @@ def cosines(folder: Path, steps: list[int]) -> dict[str, float]:
     }
 
 
-def accuracy(models: dict[str, StoredModel], weights: np.ndarray, precision: str) -> dict:
-    """Greedy and sampled accuracy of ``theta_0 + M^T a`` in one of ``PRECISIONS``."""
-    model = models[precision]
-    model.put(weights)
+def accuracy(model: StoredModel, put: Callable[[StoredModel], None]) -> dict:
+    """Greedy and sampled accuracy of the weights that ``put`` puts into the model."""
+    put(model)
     found = evaluate(
         model.model,
         model.tokenizer,
@@ -150,7 +150,7 @@ def study(folder: Path, model: Path, seed: int, rate: float, steps: int) -> dict
     shown = sorted({0, *(round(steps * k / 6) for k in range(1, 7))})
     trained = {
         str(step): {
-            p: accuracy(models["float32"], recorded_weights(stores["float32"], step), p)
+            p: accuracy(models["float32"][p], lambda model, step=step: model.put_step(step))
             for p in PRECISIONS
         }
         for step in shown
@@ -166,7 +166,8 @@ def study(folder: Path, model: Path, seed: int, rate: float, steps: int) -> dict
                         matrices.until(until), [target], Prediction(method=method, scope=scope)
                     )[0]
                     found = {
-                        p: accuracy(models[source], weights, p) for p in ("float32", "stochastic")
+                        p: accuracy(models[source][p], lambda model, a=weights: model.put(a))
+                        for p in ("float32", "stochastic")
                     }
                     predictions.append(
                         {

@@ -47,7 +47,7 @@ from relexkit.trainer.experiments.g2d import g2d
 from relexkit.trainer.loop.run_log import read_log
 from relexkit.trainer.loop.train import train
 from relexkit.trainer.policy.small_model import FOLDER
-from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,6 +115,14 @@ class Models:
     def answers(self, weights: np.ndarray) -> Result:
         """Accuracies of ``theta_0 + M^T a``, and which problems were right, in hexadecimal."""
         self._stored.put(weights)
+        return self._asked()
+
+    def recorded(self, step: int) -> Result:
+        """Answers of a recorded step; 0 is the base."""
+        self._stored.put_step(step)
+        return self._asked()
+
+    def _asked(self) -> Result:
         found = evaluate(
             self._stored.model,
             self._stored.tokenizer,
@@ -130,10 +138,6 @@ class Models:
             "greedy_right": _bits(found.greedy_N >= RIGHT),
             "sampled_right": _bits(found.sampled_NS[:, 0] >= RIGHT),
         }
-
-    def recorded(self, step: int) -> Result:
-        """Answers of a recorded step; 0 is the base."""
-        return self.answers(recorded_weights(self.store, step))
 
 
 def _bits(right_N: np.ndarray) -> str:

@@ -75,6 +75,7 @@ class Recorder:
             checkpoints load.
         resume_from: the step whose weights the model holds, 0 for the base; None for a new store.
         compare: False if that step, though a multiple of ``every``, was not recorded.
+        files: further files that a new store keeps beside those of the model.
         source: where the steps come from, in words.
         sketch: also keep a sketch of every step, and log with its metrics how much of the variance
             lies on the first directions so far, how straight the path is, and R² of the first
@@ -100,6 +101,7 @@ class Recorder:
         tokenizer: Any = None,
         resume_from: int | None = None,
         compare: bool = True,
+        files: Mapping[str, bytes] | None = None,
         source: str = "recorded during training",
         sketch: bool = True,
     ):
@@ -126,7 +128,7 @@ class Recorder:
             about = About(
                 source=source,
                 base="the weights at the start of training",
-                files=files_of(model, tokenizer),
+                files=files_of(model, tokenizer) | dict(files or {}),
                 mantissa_bits=mantissa_bits,
             )
             self._create(path, described, layout_of(described, encoding, still), about)

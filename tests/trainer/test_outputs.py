@@ -145,7 +145,7 @@ def test_command(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ([], "nothing was asked for; give --texts FILE"),
+        (["--task", "nothing"], "task 'nothing' is unknown"),
         (["--generate", "1"], "--generate needs --steps I J and --at STEP"),
         (
             ["--generate", "1", "--steps", "5", "2", "--at", "9"],

@@ -6,13 +6,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_tiny_model
+from safetensors.torch import load_file
+from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
-from relexkit import Options, Output, Prediction, RelexkitError, TrajectoryStore, extrapolate
+from relexkit import (
+    Options,
+    Output,
+    Prediction,
+    Recorder,
+    RelexkitError,
+    TrajectoryStore,
+    checkout,
+    extrapolate,
+)
 from relexkit.cli import main
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
@@ -198,3 +209,33 @@ def test_what_ignores_the_target_is_one_candidate() -> None:
         ("drift", 12, None),
     ]
     assert {c.target for c in grid([8, 12], methods=["average"])} == {8}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_last_step_is_raced_bit_for_bit(tmp_path, monkeypatch, dtype) -> None:
+    """A float32 sum of base and delta differs from what was recorded in the last bit."""
+    model = tiny_model().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    path, tokenizer = tmp_path / "run.zarr", tiny_tokenizer()
+    with Recorder(model, path, encoding="exact", tokenizer=tokenizer) as recorder:
+        for step in (1, 2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.03 * torch.randn(parameter.shape, generator=generator).to(dtype)
+            recorder.record(step)
+    seen = []
+
+    def evaluated(model: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr("relexkit.trainer.evaluation.evaluate.evaluate", evaluated)
+    options = {"max_completion_length": 4, "num_problems": 16, "halving": False, "device": "cpu"}
+    store = TrajectoryStore(path)
+    sweep(store, load_task(TASK), grid([4], methods=["two-point"]), **options)
+    written = load_file(checkout(store, 2, tmp_path / "2") / "model.safetensors")
+    same = [
+        all(torch.equal(weights[name], kept.float()) for name, kept in written.items())
+        for weights in seen
+    ]
+    assert same.count(True) == 1

@@ -596,3 +596,17 @@ def test_the_command_prints_one_json_document(base, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["steps"] == 2
     assert document["metrics"]["step"] == 2
+
+
+def test_an_option_that_is_newer_than_the_run_has_its_default(base, tmp_path):
+    folder = train(settings(base, tmp_path / "out", max_steps=2))
+    path = folder / "config.yaml"
+    newer = ("entropy_coef", "report_to", "precision", "engine", "vllm_importance_sampling_mode")
+    kept = [line for line in path.read_text().splitlines() if line.split(":")[0] not in newer]
+    path.write_text("\n".join(kept) + "\n")
+    with pytest.raises(RelexkitError, match=r"other options \(entropy_coef 0.0 instead of 0.01\)"):
+        train(settings(base, tmp_path / "out", entropy_coef=0.01))
+    assert path.read_text().splitlines() == kept
+    train(settings(base, tmp_path / "out", max_steps=3))
+    assert [entry["step"] for entry in read_log(folder)] == [1, 2, 3]
+    assert "entropy_coef: 0.0" in path.read_text()

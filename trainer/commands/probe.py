@@ -10,6 +10,7 @@ import numpy as np
 from relexkit import RelexkitError, TrajectoryStore
 from relexkit.extension import number, print_json, print_pairs, progress_bar, show
 from relexkit.trainer.commands.trust import add_trust
+from relexkit.trainer.evaluation.settings import as_asked, chosen_length, chosen_task
 from relexkit.trainer.experiments.outputs import logit_extrapolation, output_linearity
 
 
@@ -20,7 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts",
         type=Path,
         metavar="FILE",
-        help="probe texts, one a line: how linear their tokens are",
+        help="probe texts, one a line: how linear their tokens are (default: answers of the task)",
+    )
+    parser.add_argument(
+        "--task",
+        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes: how linear"
+        " the tokens of its validation answers are (default: the task of the run)",
+    )
+    parser.add_argument(
+        "--num-problems", type=int, default=64, metavar="N", help="of the task (default: 64)"
     )
     parser.add_argument(
         "--to", type=float, nargs="+", default=[], metavar="STEP", help="also predicted checkpoints"
@@ -36,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at", type=float, metavar="STEP", help="the step that their logits are continued to"
     )
-    parser.add_argument("--max-completion-length", type=int, default=64, metavar="TOKENS")
+    parser.add_argument(
+        "--max-completion-length",
+        type=int,
+        metavar="L",
+        help="tokens (default: as in the run, else 64)",
+    )
     add_trust(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on standard output"
@@ -53,10 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
             )
         [text] = logit_extrapolation(
             store,
-            [arguments.generate],
+            [as_asked(arguments.generate, arguments.store)],
             steps=tuple(arguments.steps),
             target=arguments.at,
-            max_completion_length=arguments.max_completion_length,
+            max_completion_length=chosen_length(
+                arguments.max_completion_length, arguments.store, 64
+            ),
             trust_remote_code=arguments.trust_remote_code,
         )
         if arguments.json:
@@ -64,14 +80,16 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             show(text)
         return
-    if arguments.texts is None:
-        raise RelexkitError(
-            "nothing was asked for; give --texts FILE, or --generate PROMPT with --steps and --at"
-        )
+    texts = (
+        chosen_task(arguments.task, arguments.store, "validation")
+        if arguments.texts is None
+        else arguments.texts.read_text().splitlines()
+    )
     with progress_bar() as progress:
         found = output_linearity(
             store,
-            arguments.texts.read_text().splitlines(),
+            texts,
+            num_problems=arguments.num_problems,
             targets=arguments.to,
             method=arguments.method,
             until=arguments.until,

@@ -133,14 +133,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Candidate | None]:
     """What ``--json`` prints, and the winner if it is surely better than the last observed step."""
-    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task, run_settings
+    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task, run_setting
 
     task = chosen_task(arguments.task, arguments.store, "validation")
     arguments.max_completion_length = chosen_length(
         arguments.max_completion_length, arguments.store
     )
     if arguments.task is None:  # for the command that gives this sweep again
-        arguments.task = json.dumps(run_settings(arguments.store)["task"])
+        arguments.task = json.dumps(run_setting(arguments.store, "task"))
     store = TrajectoryStore(arguments.store)
     seen = store.steps[
         : (

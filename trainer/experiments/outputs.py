@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from relexkit.extension import (
 )
 from relexkit.trainer.policy.sampling import encode_prompt, end_tokens
 from relexkit.trainer.policy.stored_model import StoredModel
+from relexkit.trainer.tasks import Problem, Task, prompt_text
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -52,19 +54,32 @@ class OutputLinearity:
     predicted: np.ndarray
 
 
-def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """Log-probability of every token but the first of every text, given what precedes it, ``float64
-    [K]``.
+Probe = str | tuple[str, str]
+"""A text, or a prompt as the model reads it and what follows it."""
+
+
+def answers(task: Task, tokenizer: Any, num_problems: int) -> list[Probe]:
+    """The first validation problems of a task with their worked solutions, or else answers."""
+    return [
+        (prompt_text(problem, tokenizer), problem.reference or problem.answer)
+        for problem in list(task.problems("validation"))[:num_problems]
+    ]
+
+
+def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[Probe]) -> np.ndarray:
+    """Log-probability of every token but the first of every text, and of every token that follows
+    a prompt, given what precedes it, ``float64 [K]``.
     """
     found = []
     with torch.no_grad():
         for text in texts:
-            tokens = torch.tensor([encode_prompt(tokenizer, text)], device=model.device)
+            numbers, first = _encoded(tokenizer, text)
+            tokens = torch.tensor([numbers], device=model.device)
             logits = model(tokens[:, :-1], use_cache=False).logits.float()
             found.append(
                 logits.log_softmax(dim=-1)
                 .gather(-1, tokens[:, 1:, None])
-                .flatten()
+                .flatten()[first - 1 :]
                 .double()
                 .cpu()
                 .numpy()
@@ -72,10 +87,21 @@ def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarra
     return np.concatenate(found)
 
 
+def _encoded(tokenizer: Any, text: Probe) -> tuple[list[int], int]:
+    """Token numbers, and the place of the first one that counts."""
+    if isinstance(text, str):
+        return encode_prompt(tokenizer, text), 1
+    prompt, following = text
+    before = encode_prompt(tokenizer, prompt)
+    after = tokenizer(following, add_special_tokens=False)["input_ids"]
+    return before + after, max(1, len(before))
+
+
 def output_linearity(
     store: TrajectoryStore,
-    texts: Sequence[str],
+    texts: Sequence[str] | Task,
     *,
+    num_problems: int = 64,
     targets: Sequence[float] = (),
     method: str = "model",
     until: int | None = None,
@@ -86,11 +112,14 @@ def output_linearity(
     """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
     predicted ones.
 
+    Args:
+        texts: texts, or a task, of which the answers to ``num_problems`` validation problems are
+            taken.
+
     Raises:
         RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction
             that cannot be made.
     """
-    texts = [text for text in texts if text.strip()]
     observed = gram(store, progress=progress).until(until)
     if len(observed.steps) < 3:
         raise RelexkitError(
@@ -98,7 +127,14 @@ def output_linearity(
         )
     stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
     model, tokenizer = stored.model.eval(), stored.tokenizer
-    if not any(len(encode_prompt(tokenizer, text)) > 1 for text in texts):
+    probes: list[Probe] = (
+        [text for text in texts if text.strip()]
+        if isinstance(texts, Sequence)
+        else answers(texts, tokenizer, num_problems)
+    )
+    if not any(
+        len(numbers) > first for numbers, first in map(partial(_encoded, tokenizer), probes)
+    ):
         raise RelexkitError(
             "the probe texts hold no token to predict; expected lines of text of at least two"
             " tokens"
@@ -107,7 +143,7 @@ def output_linearity(
     found = []
     for done, row in enumerate(rows, 1):
         stored.put_step(int(observed.steps[row]))
-        found.append(text_logprobs(model, tokenizer, texts))
+        found.append(text_logprobs(model, tokenizer, probes))
         if progress:
             progress("probing", done, len(rows) + len(targets))
     steps, logprobs = observed.steps[rows], np.array(found)
@@ -116,7 +152,7 @@ def output_linearity(
         predict_weights(observed, list(targets), Prediction(method=method)) if len(targets) else ()
     ):
         stored.put(weights)
-        predicted.append(text_logprobs(model, tokenizer, texts))
+        predicted.append(text_logprobs(model, tokenizer, probes))
     r2 = r_squared(logprobs, steps)
     r2[np.ptp(logprobs, axis=0) < _MOVED] = np.nan
     slope, height = np.polyfit(steps, logprobs, 1)
@@ -161,7 +197,7 @@ def extrapolated_completion(
 
 def logit_extrapolation(
     store: TrajectoryStore,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict[str, str]]],
     *,
     steps: tuple[int, int],
     target: float,
@@ -169,8 +205,8 @@ def logit_extrapolation(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Greedy completions from the logits of two recorded steps, continued to ``target``. Memory:
-    two models in float32.
+    """Greedy completions from the logits of two recorded steps, continued to ``target``. Prompts
+    are put through the tokenizer's chat template if it has one. Memory: two models in float32.
 
     Raises:
         RelexkitError: a step is not recorded, or the steps do not ascend.
@@ -192,9 +228,14 @@ def logit_extrapolation(
     factor = (target - second) / (second - first)
     return [
         extrapolated_completion(
-            earlier, later, tokenizer, p, factor=factor, max_completion_length=max_completion_length
+            earlier,
+            later,
+            tokenizer,
+            prompt_text(Problem(key="", prompt=prompt, answer=""), tokenizer),
+            factor=factor,
+            max_completion_length=max_completion_length,
         )
-        for p in prompts
+        for prompt in prompts
     ]
 
 

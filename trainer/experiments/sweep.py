@@ -128,7 +128,7 @@ def sweep(
     import torch
 
     from relexkit.trainer.evaluation.evaluate import evaluate
-    from relexkit.trainer.policy.stored_model import StoredModel, recorded_weights
+    from relexkit.trainer.policy.stored_model import StoredModel
 
     problems = list(task.problems("validation"))[:num_problems]
     if len(problems) < _FEWEST_PROBLEMS:
@@ -140,7 +140,6 @@ def sweep(
         raise RelexkitError("there is no candidate; give --to STEP and --method")
     observed = gram(store, progress=progress).until(until)
     weights = _weights(store, observed, candidates)
-    hold = recorded_weights(store, int(observed.steps[-1]))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     stored = StoredModel(
         store,
@@ -152,7 +151,10 @@ def sweep(
     )
 
     def answer(index: int, begin: int, end: int) -> np.ndarray:
-        stored.put(hold if index == BASELINE else weights[index])
+        if index == BASELINE:
+            stored.put_step(int(observed.steps[-1]))
+        else:
+            stored.put(weights[index])
         found = evaluate(
             stored.model,
             stored.tokenizer,

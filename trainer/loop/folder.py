@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,27 @@ import yaml
 
 from relexkit import RelexkitError
 from relexkit.extension import Processes, named_weights, replace_folder, write_file
+from relexkit.trainer.config import GRPOConfig, dump_config
 from relexkit.trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
+_FREE = (
+    "output",
+    "save_steps",
+    "eval_steps",
+    "eval_num_problems",
+    "generation_rows",
+    "report_to",
+)
+"""Options that a run may change when it goes on."""
 
 
-def claim_folder(folder: Path, config: str) -> None:
-    """Make ``folder`` the folder of the run with the resolved configuration ``config``, or find
-    that it is.
+def claim_folder(folder: Path, config: GRPOConfig) -> None:
+    """Make ``folder`` the folder of the run with the configuration ``config``, or find that it is.
 
     A longer ``max_steps`` of a run with a constant learning rate is the same run, and so is another
-    logging or saving rhythm.
+    logging or saving rhythm. An option that the folder's configuration lacks is newer than the run,
+    which had what is now its default.
 
     Raises:
         RelexkitError: it holds something else, or a run with other options; the message names them.
@@ -38,16 +49,16 @@ def claim_folder(folder: Path, config: str) -> None:
                 f"{path}: holds no options; expected those of the run: restore it from a copy, or"
                 " choose another output"
             )
-        wanted = yaml.safe_load(config)
-        free = {"output", "save_steps", "eval_steps", "eval_num_problems", "generation_rows"}
-        if wanted["lr_scheduler_type"] == "constant" and wanted["max_steps"] >= found.get(
-            "max_steps", 0
-        ):
+        wanted = dataclasses.asdict(config)
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        begun = {name: found.get(name, defaults[name]) for name in wanted}
+        free = set(_FREE)
+        if config.lr_scheduler_type == "constant" and config.max_steps >= begun["max_steps"]:
             free.add("max_steps")
         other = [
-            f"{key} {found.get(key)} instead of {value}"
-            for key, value in wanted.items()
-            if key not in free and found.get(key) != value
+            f"{name} {begun[name]} instead of {value}"
+            for name, value in wanted.items()
+            if name not in free and begun[name] != value
         ]
         if other:
             raise RelexkitError(
@@ -59,7 +70,7 @@ def claim_folder(folder: Path, config: str) -> None:
             f"{folder}: exists and is not the folder of a run; choose another output"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(path, config.encode())
+    write_file(path, dump_config(config).encode())
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -> None:

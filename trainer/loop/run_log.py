@@ -1,5 +1,5 @@
-"""The log of a run: one JSON line a step, TensorBoard events, and a progress bar; a resumed run
-continues all of them.
+"""The log of a run: one JSON line a step, the loggers of ``report_to``, and a progress bar; a
+resumed run continues all of them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from relexkit.extension import printable, write_file
-from relexkit.trainer.loop.events import EventFile
+from relexkit.trainer.loop.loggers import Logger
 
 SHOWN = {
     "reward": "reward",
@@ -32,16 +32,25 @@ SHOWN = {
 
 
 class RunLog(AbstractContextManager):
-    """Writes ``metrics.jsonl`` and ``events/`` below ``folder``, and shows a bar on a terminal.
+    """Writes ``metrics.jsonl`` below ``folder`` and to loggers, and shows a bar on a terminal.
 
     Args:
         step: the step after which the run goes on; what a former process logged later is removed,
             and so, with a word, is a line that a kill or a power cut has damaged.
         total: steps of the whole run.
+        loggers: make the loggers of the run, which the log closes.
         active: false in every process but the first, whose log is the run's.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, *, active: bool):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        total: int,
+        *,
+        loggers: Sequence[Callable[[], Logger]] = (),
+        active: bool,
+    ):
         self._active = active
         if not active:
             return
@@ -57,7 +66,7 @@ class RunLog(AbstractContextManager):
         self._path = folder / "metrics.jsonl"
         damaged = _truncate(self._path, step)
         self._file = open(self._path, "a")  # noqa: SIM115 (closed in __exit__)
-        self._events = EventFile(folder / "events", step + 1 if step else None)
+        self._loggers = [make() for make in loggers]
         console = Console(stderr=True)
         columns = (
             BarColumn(20),
@@ -82,13 +91,11 @@ class RunLog(AbstractContextManager):
         }
         if advice is not None:
             line["advice"] = advice
-            self._events.text("advice", advice, step)
             self.say(advice)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._events.scalar(name, value, step)
-        self._events.flush()
+        for logger in self._loggers:
+            logger.write(step, metrics, advice)
         shown = "  ".join(
             f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics
         )
@@ -111,8 +118,9 @@ class RunLog(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.stop()
-            self._events.close()
             self._file.close()
+            for logger in self._loggers:
+                logger.close()
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ advantages, steps, recording.
 
 leaves in the output folder ``config.yaml`` (resolved), ``run.zarr`` (the trajectory store, from the
 float32 master weights), ``rollouts/`` (every rollout, one table), ``metrics.jsonl``, ``events/``
-(TensorBoard), ``state/`` (for a resume) and ``final/`` (the trained model).
+(TensorBoard, unless ``report_to`` says otherwise), ``state/`` (for a resume) and ``final/`` (the
+trained model).
 
 The order of the prompts, the noise of every rollout and dropout are functions of the seed and the
 step, so a run that is killed and started again goes on from its last state to the same bits on a
@@ -21,11 +22,13 @@ from pathlib import Path
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import LiveAdvice, NotAStoreError, Processes
-from relexkit.trainer.config import GRPOConfig, dump_config
+from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.evaluation.settings import kept_files
 from relexkit.trainer.loop.engine import open_engine
 from relexkit.trainer.loop.folder import claim_folder, save_model
 from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
+from relexkit.trainer.loop.loggers import LOGGERS, logger_names
 from relexkit.trainer.loop.regrounding import is_due, jump, last_jump
 from relexkit.trainer.loop.rollout_log import truncate_after
 from relexkit.trainer.loop.run_log import RunLog
@@ -61,7 +64,8 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
     with process_group(device) as processes, ExitStack() as stack:
         folder = Path(config.output)
         check_processes(config, processes)
-        processes.lead(lambda: claim_folder(folder, dump_config(config)))
+        loggers = logger_names(config.report_to)
+        processes.lead(lambda: claim_folder(folder, config))
         task = load_task(config.task)
         problems = list(task.problems("train"))
         policy = load_policy(config, device, processes, trust_remote_code=trust_remote_code)
@@ -71,7 +75,13 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
         processes.lead(lambda: truncate_after(folder / "rollouts", step))
         advice = None if recorder is None else stack.enter_context(closing(LiveAdvice(recorder)))
         log = stack.enter_context(
-            RunLog(folder, step, config.max_steps, active=processes.rank == 0)
+            RunLog(
+                folder,
+                step,
+                config.max_steps,
+                loggers=[partial(LOGGERS[name], folder, step, config) for name in loggers],
+                active=processes.rank == 0,
+            )
         )
         if step:
             log.say(f"going on after step {step}{lost}")
@@ -182,6 +192,7 @@ def _resume(
         every=config.record_every,
         mantissa_bits=config.mantissa_bits,
         tokenizer=policy.tokenizer,
+        files=kept_files(config),
         source=f"GRPO of {config.model}",
         sketch=config.regrounding is None,  # jumps are no part of a trajectory
     )

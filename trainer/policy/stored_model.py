@@ -83,15 +83,3 @@ class StoredModel:
                 self.model.parameters(), self._rounded.parameters(), strict=True
             ):
                 parameter.copy_(rounded)
-
-
-def recorded_weights(store: TrajectoryStore, step: int) -> np.ndarray:
-    """Weights ``a`` ``[N, T]`` that give a recorded step, or the base for step 0.
-
-    Raises:
-        StoreError: the step is not recorded.
-    """
-    weights = np.zeros((len(store.layout.moving_tensors), len(store.steps)))
-    if step:
-        weights[:, store.row_of(step)] = 1.0
-    return weights

@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "Splits",
     "Task",
+    "code_named",
     "load_function",
     "load_task",
     "prompt_text",
@@ -52,6 +53,14 @@ TASKS = {
     "file": "relexkit.trainer.tasks.file",
 }
 """Families by name: a module with ``make(**options)``."""
+
+
+def code_named(settings: str | Mapping[str, Any]) -> str | None:
+    """The first function that ``load_task`` would load by its place; None if it needs none."""
+    options = {"name": settings} if isinstance(settings, str) else settings
+    rewards = options.get("reward")
+    places = [options.get("name"), *(rewards if isinstance(rewards, list) else [rewards])]
+    return next((place for place in places if ":" in str(place) or "." in str(place)), None)
 
 
 def load_task(
