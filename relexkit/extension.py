@@ -33,7 +33,7 @@ from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.materialize.alignment import Alignment, Projection
 from relexkit.materialize.directions import Directions
-from relexkit.predict.extrapolators import METHODS, check_request, step_text
+from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, step_text
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes, joined
@@ -47,6 +47,7 @@ from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
 
 __all__ = [
+    "BASELINE",
     "CHEAP",
     "JUMP_METRIC",
     "METHODS",
