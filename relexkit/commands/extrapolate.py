@@ -50,9 +50,6 @@ class Options(OfGram):
     sync: Sync = group(Sync)
 
 
-EPILOG = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
-
-
 def run(options: Options) -> None:
     """Write a folder for each target."""
     from relexkit.materialize import extrapolate
@@ -72,6 +69,7 @@ def run(options: Options) -> None:
     if observed.silent:
         return
     first, last = _window(store, prediction)
+    _say_what_is_done_instead(store, options, last)
     if options.json:
         how = {"method": prediction.method, "steps": [first, last]}
         told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
@@ -83,6 +81,25 @@ def run(options: Options) -> None:
             f"step {step_text(w.target)}: {w.folder}, {prediction.method} from steps {first} to"
             f" {last}{rank}" + (" (was there already)" if w.already else "")
         )
+
+
+def _say_what_is_done_instead(store: TrajectoryStore, options: Options, last: int) -> None:
+    """One line for each thing that was asked for and means less than it seems to."""
+    prediction = options.prediction
+    if prediction.until is not None and prediction.until > store.steps[-1]:
+        last_step = store.steps[-1]
+        say(f"--until {prediction.until}: the run ends with step {last_step}; all of it is used")
+    used = int((store.steps <= last).sum())
+    used = min(used, prediction.options.window or used)
+    rank = getattr(prediction.options, "rank", None)
+    if rank is not None and rank > used:
+        say(f"--rank {rank}: {used} steps have at most {used} directions; all of them are used")
+    for target in options.to:
+        if target in store.steps:
+            say(
+                f"--to {target:g}: this step was trained and recorded, and here it is predicted;"
+                f" relexkit checkout {store.path} --step {target:g} -o DIR gives the trained one"
+            )
 
 
 def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
@@ -106,7 +123,10 @@ def _warn(
     method = METHODS.get(prediction.method)
     if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
         return
-    seen = observed.observe(store, prediction.until)
+    until = prediction.until
+    if until is not None:
+        until = min(until, int(store.steps[-1]))  # what that means was said
+    seen = observed.observe(store, until)
     if observed.silent:
         return
     advice = advise(seen.gram, seen.metrics)

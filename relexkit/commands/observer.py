@@ -54,6 +54,8 @@ class Observer:
         from relexkit.assess.observed import observe
         from relexkit.gram_matrix.jumps import jumps
 
+        if until is not None and until > store.steps[-1] and not self.silent:
+            say(f"--until {until}: the run ends with step {store.steps[-1]}; all of it is used")
         led_to = jumps(store)
         if (
             len(led_to)

@@ -28,10 +28,14 @@ class Command:
             (``relexkit.commands.options``), ``run(options)``, and ``EPILOG`` if there is more to
             say below its help; loaded when the command is given.
         help: what it does, as a sentence without its capital and its full stop.
+        group: heading under which the overview lists it.
+        examples: what may follow the command's name.
     """
 
     module: str
     help: str
+    group: str = "other commands"
+    examples: tuple[str, ...] = ()
 
     def load(self, name: str) -> ModuleType:
         """The module.

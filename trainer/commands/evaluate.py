@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError
-from relexkit.extension import console, print_json, progress_bar
+from relexkit.extension import print_json, print_table, progress_bar
 from relexkit.trainer.commands import evaluate_harness
 from relexkit.trainer.commands.trust import add_trust
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(document(found, arguments))
     else:
-        print_table(found, arguments.pass_at)
+        _print_evaluations(found, arguments.pass_at)
 
 
 def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
@@ -242,7 +242,7 @@ def document(found: dict[str, Evaluation], arguments: argparse.Namespace) -> dic
     return {"task": first.task, **settings, "models": json.loads(json.dumps(models))}
 
 
-def print_table(found: dict[str, Evaluation], pass_at: list[int]) -> None:
+def _print_evaluations(found: dict[str, Evaluation], pass_at: list[int]) -> None:
     """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
     first one.
     """
@@ -283,7 +283,7 @@ def print_table(found: dict[str, Evaluation], pass_at: list[int]) -> None:
             "" if evaluation is first else f"{difference.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
         table.add_row(name, *cells)
-    console().print(table)
+    print_table(table)
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

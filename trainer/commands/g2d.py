@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from relexkit.extension import console, print_json
+from relexkit.extension import print_json, print_table
 from relexkit.trainer.commands.train import add_options, given_options
 from relexkit.trainer.commands.trust import add_trust
 from relexkit.trainer.config import G2DConfig, load_config
@@ -93,7 +93,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
             _accuracy(summary["after"]),
             f"{summary['difference']['accuracy']:+.3f} [{low:+.3f}, {high:+.3f}]",
         )
-    console().print(table)
+    print_table(table)
 
 
 def _accuracy(summary: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
-from relexkit.extension import console, number, print_json, progress_bar, say, show
+from relexkit.extension import number, print_json, print_table, progress_bar, say, show
 from relexkit.trainer.commands.trust import add_trust
 from relexkit.trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
 
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(found)
     else:
-        print_table(found)
+        _print_candidates(found)
     if arguments.write is None:
         return
     if best is None:
@@ -213,7 +213,7 @@ def _command(arguments: argparse.Namespace) -> str:
     return shlex.join([*words, *(["--full"] if arguments.full else []), "--json"])
 
 
-def print_table(found: dict[str, Any]) -> None:
+def _print_candidates(found: dict[str, Any]) -> None:
     """The candidates against the last observed step, and the recommendation."""
     from rich.table import Table
 
@@ -241,7 +241,7 @@ def print_table(found: dict[str, Any]) -> None:
             f"{c['difference']:+.3f}",
             _span(c["difference_interval"]),
         )
-    console().print(table)
+    print_table(table)
     share = found["answers"] / found["answers_of_full_grid"]
     show(
         f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
