@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,41 +22,41 @@ from relexkit.extension import (
     progress_bar,
     say,
 )
+from relexkit.options import option
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """Options of ``relexkit report``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="FILE.html", help="the page to write"
-    )
-    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument(
-        "--sweep",
-        type=Path,
-        metavar="FILE.json",
-        help="what relexkit sweep --json printed: adds its results",
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]OTHER.zarr",
-        help="other runs to compare with, by their paths or by names of your own",
-    )
+
+    store: str = option("store", metavar="RUN.zarr")
+    """the trajectory store, a folder or a URL"""
+    out: Path = option("-o", "--out", metavar="FILE.html")
+    """the page to write"""
+    until: int | None = option(default=None, metavar="STEP")
+    """use only steps up to this one"""
+    sweep: Path | None = option(default=None, metavar="FILE.json")
+    """what relexkit sweep --json printed: adds its results"""
+    compare: tuple[str, ...] = option(default=(), metavar="[NAME=]OTHER.zarr")
+    """other runs to compare with, by their paths or by names of your own"""
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Write the page and say where it is."""
+def answer(options: Options) -> Path:
+    """Write the page; returns where it is."""
     with progress_bar() as progress:
-        path = write_report(
-            arguments.store,
-            arguments.out,
-            until=arguments.until,
-            compare=arguments.compare,
-            sweep=arguments.sweep,
+        return write_report(
+            options.store,
+            options.out,
+            until=options.until,
+            compare=options.compare,
+            sweep=options.sweep,
             progress=progress,
         )
+
+
+def run(options: Options) -> None:
+    """Write the page and say where it is."""
+    path = answer(options)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -65,7 +65,7 @@ def write_report(
     out: str | Path,
     *,
     until: int | None = None,
-    compare: list[str] | None = None,
+    compare: Sequence[str] = (),
     sweep: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
@@ -77,7 +77,7 @@ def write_report(
     Raises:
         RelexkitError: the store has no steps, or its folder cannot be read.
     """
-    named = name_runs([store, *(compare or [])])
+    named = name_runs([store, *compare])
     name = next(iter(named))
     opened = TrajectoryStore(named[name])
     if not len(opened.steps):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relexkit.analysis import style
-from relexkit.extension import STATISTICS, Gram, Spectrum, decompose
+from relexkit.extension import STATISTICS, Gram, Spectrum, cosines_of_updates, decompose
 
 LABELS = {
     "first": "first direction",
@@ -27,18 +27,9 @@ FIRST_METRICS = ("reward", "eval/accuracy", "accuracy", "kl", "entropy", "grad_n
 """Metrics that come first, in this order."""
 
 
-def update_cosines(gram: Gram) -> np.ndarray:
-    """Cosines between all updates of the whole model, ``[T, T]``; NaN where one does not move."""
-    matrix = gram.matrices.sum(axis=0)
-    updates = np.diff(np.diff(np.pad(matrix, ((1, 0), (1, 0))), axis=0), axis=1)
-    norms = np.sqrt(np.maximum(np.diag(updates), 0.0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return updates / np.outer(norms, norms)
-
-
 def cosine_map_panel(axes: Axes, gram: Gram) -> None:
     """Cosines between all updates."""
-    cosines = update_cosines(gram)
+    cosines = cosines_of_updates(gram.matrices.sum(axis=0))
     edges = np.arange(len(cosines) + 1) + 0.5
     axes.pcolormesh(
         edges,
@@ -62,7 +53,7 @@ def cosine_map_panel(axes: Axes, gram: Gram) -> None:
 
 def cosine_by_distance_panel(axes: Axes, gram: Gram) -> None:
     """Mean cosine of updates by how many lie between them: how long a direction lasts."""
-    cosines = update_cosines(gram)
+    cosines = cosines_of_updates(gram.matrices.sum(axis=0))
     means = [_mean(np.diag(cosines, lag)) for lag in range(1, len(cosines))]
     axes.plot(np.arange(1, len(cosines)), means, color=style.RUN, label="_mean cosine")
     axes.axhline(0, **style.NULL_LINE)

@@ -17,9 +17,9 @@ from typing import Any
 from relexkit import interrupts
 from relexkit.commands import EXTENSION
 from relexkit.commands.help import Parser, meant, overview
-from relexkit.commands.options import add_options, read_options
-from relexkit.commands.registry import Command, extensions
 from relexkit.errors import RelexkitError, printable
+from relexkit.options import add_options, read_options
+from relexkit.registry import Command, extensions
 from relexkit.version import __version__
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _without_command(given)
             owner = commands()[given[0]].load(given[0])
             parsed = command_parser(given[0], owner).parse_args(given[1:])
-            owner.run(read_options(parsed, owner.Options) if hasattr(owner, "Options") else parsed)
+            owner.run(read_options(parsed, owner.Options))
             sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,9 +102,6 @@ def command_parser(name: str, owner: ModuleType) -> Parser:
     """The options of a command, whose module is ``owner``."""
     parser = Parser(name, commands()[name], getattr(owner, "EPILOG", ""))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if hasattr(owner, "Options"):
-        add_options(parser, owner.Options)
-    else:
-        owner.add_arguments(parser)
+    add_options(parser, owner.Options)
     parser.one_spelling()
     return parser

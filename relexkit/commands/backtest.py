@@ -15,8 +15,8 @@ import numpy as np
 from relexkit.assess.backtest import CHEAP
 from relexkit.commands.console import number, print_json, print_table, say, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import Wide, option
-from relexkit.commands.registry import plot
+from relexkit.options import Wide, option
+from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from relexkit.commands.registry import Command
+from relexkit.registry import Command
 
 _SAME = {"--output": "--out", "--out": "--output", "--steps": "--step", "--targets": "--to"}
 """Other spellings of an option, taken where it has this one."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from relexkit.commands.console import number, print_json, print_table, progress_bar, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import Wide, option
+from relexkit.options import Wide, option
 from relexkit.weights.layout import Scope
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)

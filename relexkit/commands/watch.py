@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relexkit.commands.import_run import SourceOptions
-from relexkit.commands.options import option
+from relexkit.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

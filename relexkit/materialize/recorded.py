@@ -85,7 +85,7 @@ def recorded_bits(
             continue
         for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
             if spec.encoding == "factors" and row >= 0:
-                state = _merged(store, part, row, begin, end)
+                state = merged_bits(store, part, row, begin, end)
             else:
                 state = store.read_state(part, row, begin, end)
             for segment in store.layout.segments_in(part, begin, end):
@@ -95,7 +95,7 @@ def recorded_bits(
                 progress("writing", end, spec.numel)
 
 
-def _merged(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
+def merged_bits(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
     """Bits of base plus delta of a part with factors; such a part is one tensor."""
     dtype, name = store.layout.parts[part].dtype, store.layout.segments_in(part)[0].tensor.name
     values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(

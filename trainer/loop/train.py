@@ -24,7 +24,7 @@ from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import LiveAdvice, NotAStoreError, Processes
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
-from relexkit.trainer.evaluation.settings import kept_files
+from relexkit.trainer.evaluation.settings import EvaluationSettings, kept_files
 from relexkit.trainer.loop.engine import open_engine
 from relexkit.trainer.loop.folder import claim_folder, save_model
 from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
@@ -278,10 +278,12 @@ def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float
         policy.model,
         policy.tokenizer,
         task,
-        num_problems=config.eval_num_problems,
-        max_completion_length=config.max_completion_length,
-        seed=config.seed,
-        batch_size=config.generation_rows,
+        EvaluationSettings(
+            num_problems=config.eval_num_problems,
+            max_completion_length=config.max_completion_length,
+            seed=config.seed,
+            batch_size=config.generation_rows,
+        ),
     )
     return {"eval/accuracy": found.accuracy}
 
