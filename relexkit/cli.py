@@ -94,13 +94,17 @@ def _without_command(given: Sequence[str]) -> int:
         print(f"relexkit {__version__}")
         return 0
     wrong = f"no command {first!r}{meant(first, [*commands()])}" if given else "no command is given"
-    print(f"relexkit: {printable(wrong)}; relexkit --help lists the commands", file=sys.stderr)
-    return 2
+    print(
+        f"usage: relexkit COMMAND [options]\nrelexkit: error: {printable(wrong)}\n"
+        "relexkit --help lists the commands",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
 
 
 def command_parser(name: str, owner: ModuleType) -> Parser:
     """The options of a command, whose module is ``owner``."""
-    parser = Parser(name, commands()[name], getattr(owner, "EPILOG", ""))
+    parser = Parser(name, commands()[name])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_options(parser, owner.Options)
     parser.one_spelling()

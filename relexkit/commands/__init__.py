@@ -10,7 +10,7 @@ EXTENSION = Extension(
             group="record a run",
             examples=(
                 "checkpoints/ -o run.zarr",
-                "checkpoints/ -o run.zarr --base Qwen/Qwen3-0.6B --steps 10:200:10",
+                "checkpoints/ -o run.zarr --steps 10:200:10",
                 "checkpoints/ -o run.zarr --dry-run",
             ),
         ),

@@ -11,7 +11,6 @@ from relexkit.commands.sync import Sync
 from relexkit.errors import RelexkitError
 from relexkit.materialize import Output
 from relexkit.options import group, option
-from relexkit.predict.extrapolators import METHODS
 from relexkit.predict.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ class Options(OfGram):
     """target steps"""
     out: str = option("-o", "--out", metavar="OUT")
     """folder for OUT/step-STEP/"""
-    prediction: Prediction = group(Prediction)
-    output: Output = group(Output, "dtype", "rounding", "seed")
+    prediction: Prediction = group(Prediction, heading="prediction")
+    output: Output = group(Output, "dtype", "rounding", "seed", heading="output")
     adapter: int | None = option(default=None, type=_rank, nargs="?", const=0, metavar="RANK")
     """from a store of PEFT adapters: write an adapter, of this rank or one that fits"""
     sync: Sync = group(Sync)

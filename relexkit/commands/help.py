@@ -18,12 +18,14 @@ from relexkit.registry import Command
 _SAME = {"--output": "--out", "--out": "--output", "--steps": "--step", "--targets": "--to"}
 """Other spellings of an option, taken where it has this one."""
 
+_LONGEST = 40  # letters of choices beside their option
+
 
 class Parser(argparse.ArgumentParser):
     """A parser of one command's options."""
 
-    def __init__(self, name: str, command: Command, about: str = ""):
-        self.examples, self.about = command.examples, about
+    def __init__(self, name: str, command: Command):
+        self.examples = command.examples
         super().__init__(
             prog=f"relexkit {name}",
             description=command.help[0].upper() + command.help[1:] + ".",
@@ -53,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         super().error(f"{message}\n{self.prog} --help shows all options")
 
     def one_spelling(self) -> None:
-        """Shows every option with dashes."""
+        """Shows every option with dashes, and choices that fill a line as words of its help."""
         for action in self._actions:
             action.option_strings = [
                 "--" + name[2:].replace("_", "-") if name.startswith("--") else name
@@ -61,18 +63,22 @@ class Parser(argparse.ArgumentParser):
             ]
             for name in action.option_strings:
                 self._option_string_actions[name] = action
+            choices = str(action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}")
+            if choices.startswith("{") and len(choices) > _LONGEST:
+                action.metavar = "WORD"
+                action.help = f"{choices[1:-1].replace(',', ', ')}: {action.help}"
 
     def format_usage(self) -> str:
         """What must be given, and that there are options."""
-        needed = [self.prog, "[options]"]
-        for action in self._actions:
+        needed = [self.prog]
+        for action in sorted(self._actions, key=lambda action: bool(action.option_strings)):
             many = " ..." if action.nargs in ("+", "*") else ""
             if not action.option_strings:
                 word = f"{action.metavar or action.dest}{many}"
                 needed.append(f"[{word}]" if action.nargs in ("?", "*") else word)
             elif action.required:
                 needed.append(f"{action.option_strings[0]} {action.metavar or 'WORD'}{many}")
-        return f"usage: {' '.join(needed)}\n"
+        return f"usage: {' '.join([*needed, '[options]'])}\n"
 
     def format_help(self) -> str:
         """Usage, options by group, meanings of choices, examples."""
@@ -93,8 +99,6 @@ class Parser(argparse.ArgumentParser):
             from relexkit.weights.layout import SCOPE_MEANINGS
 
             parts.append(_listed("scopes", SCOPE_MEANINGS))
-        if self.about:
-            parts.append(textwrap.fill(self.about, _width()) + "\n")
         if self.examples:
             lines = "".join(f"  relexkit {self.prog.split()[1]} {e}\n" for e in self.examples)
             parts.append(f"examples:\n{lines}")
@@ -108,7 +112,9 @@ def overview(commands: Mapping[str, Command]) -> str:
         groups.setdefault(command.group, {})[name] = command.help
     intro = "Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models."
     parts = ["usage: relexkit COMMAND [options]\n", textwrap.fill(intro, _width()) + "\n"]
-    parts += [_listed(group, listed) for group, listed in groups.items()]
+    rest = groups.pop(Command.group, {})
+    groups["other"] = rest
+    parts += [_listed(group, listed) for group, listed in groups.items() if listed]
     parts.append(
         "examples:\n  relexkit demo\n  relexkit import checkpoints/ -o run.zarr\n"
         "  relexkit advise run.zarr\n  relexkit report run.zarr -o report.html\n"

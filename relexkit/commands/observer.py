@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class OfGram(OfStore):
     """Options of a command that needs Gram matrices."""
 
-    compute: Compute = group(Compute, "pca", "components", "device")
+    compute: Compute = group(Compute, "pca", "components", "device", heading="computing")
 
 
 class Observer:
