@@ -21,4 +21,5 @@ EXTENSION = Extension(
         "backtest": "relexkit.analysis.backtest_figures:plot_backtest",
         "demo": "relexkit.analysis.demo_figure:plot_demo",
     },
+    drawings="relexkit.analysis.drawings:DRAWINGS",
 )
