@@ -33,7 +33,7 @@ from relexkit.materialize import apply_step, temporary_folder
 from relexkit.predict.extrapolators import METHODS, check_request, step_text
 from relexkit.predict.fits import Options
 from relexkit.predict.prediction import Prediction
-from relexkit.processes import Processes
+from relexkit.processes import Processes, joined
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
@@ -77,6 +77,7 @@ __all__ = [
     "from_segment",
     "gram",
     "informative_steps",
+    "joined",
     "jumps",
     "layer_of",
     "module_of",

@@ -38,7 +38,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
     from relexkit.store import describe_steps
 
     sizes = store.num_bytes()
-    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    moving = [part for part in store.layout.parts if part.moves]
     bits = {"float32": 4}
     checkpoint_bytes = sum(part.numel * bits.get(part.dtype, 2) for part in moving)
     document: dict[str, Any] = {

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from runs import BUFFER, Run, write_run
 from safetensors.torch import load_file, save_file
+from watching import watch
 
 import relexkit.ingest.watch
 from relexkit import CheckpointError, RelexkitError, StoreError, TrajectoryStore, import_checkpoints
 from relexkit.checkpoints import open_checkpoint
 from relexkit.cli import main
 from relexkit.ingest.readback import ReadBack
-from relexkit.ingest.watch import watch
 from relexkit.store import StoreWriter
 
 QUICK = {"poll_seconds": 0.02, "idle_seconds": 0.3}
@@ -202,7 +202,7 @@ def test_a_step_that_was_stored_wrongly_is_not_deleted(
     run, folder = saved
     for step in run.steps:
         appear(run, folder, step)
-    write = StoreWriter.append_update
+    write = StoreWriter.append
 
     def wrong(
         self: StoreWriter, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
@@ -213,7 +213,7 @@ def test_a_step_that_was_stored_wrongly_is_not_deleted(
         write(self, part, gaps, differences, counts)
 
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base, steps="1:1")
-    monkeypatch.setattr(StoreWriter, "append_update", wrong)
+    monkeypatch.setattr(StoreWriter, "append", wrong)
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base)
     with pytest.raises(StoreError, match=r"step 2"):
         watch(folder, tmp_path / "s.zarr", base=run.base, delete_after=True, **QUICK)
