@@ -14,5 +14,6 @@ EXTENSION = Extension(
     plots={
         "spectrum": "relexkit.analysis.figures:plot_spectra",
         "backtest": "relexkit.analysis.backtest_figures:plot_backtest",
+        "demo": "relexkit.analysis.demo_figure:plot_demo",
     },
 )

@@ -20,7 +20,7 @@ from relexkit.commands.console import (
     say,
     show,
 )
-from relexkit.commands.registry import Command, Extension
+from relexkit.commands.registry import Command, Extension, plot
 from relexkit.errors import printable
 from relexkit.geometry.null import STATISTICS
 from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
@@ -85,6 +85,7 @@ __all__ = [
     "number",
     "observe",
     "percent",
+    "plot",
     "print_json",
     "print_pairs",
     "printable",

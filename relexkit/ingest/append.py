@@ -55,6 +55,7 @@ class Appender:
 
     Attributes:
         sketched: the parts that ``sketch_row`` has.
+        still: parts of nothing that moves -> the checksum of their content, once it is known.
     """
 
     def __init__(
@@ -70,17 +71,17 @@ class Appender:
         self.writer, self._store, self._budget = writer, writer.store, memory_budget_bytes
         self._layout = writer.store.layout
         self._base = None if base is None else Columns(base, self._layout, "the base")
-        self._sketch, self.sketch_row = sketch, np.empty(0)
+        self.sketch, self.sketch_row = sketch, np.empty(0)
         self.sketched: set[int] = set()
         self._owned = range(len(self._layout.parts)) if owned is None else sorted(owned)
-        self._still: dict[int, int | None] = {
+        self.still: dict[int, int | None] = {
             part: None for part in self._owned if self._all_in(part, still)
         }
         self._previous: Columns | None = None
         self._last_step = int(self._store.steps[-1]) if len(self._store.steps) else 0
         self._kept: dict[int, np.ndarray] | None = None
         self._pool = ThreadPoolExecutor(_WORKERS)
-        self._queue = WriteQueue(_QUEUE_BYTES)
+        self.queue = WriteQueue(_QUEUE_BYTES)
         self._failed = False
         self._scratch = threading.local()
 
@@ -91,7 +92,7 @@ class Appender:
             StoreError: the last writes failed.
         """
         try:
-            self._queue.close()
+            self.queue.close()
         finally:
             self._pool.shutdown()
             if self._previous is not None:
@@ -103,7 +104,7 @@ class Appender:
         Raises:
             StoreError: a write failed.
         """
-        self._queue.finish()
+        self.queue.finish()
 
     def append(self, step: int, checkpoint: Checkpoint) -> None:
         """Record one checkpoint; it is closed when the next one is done. After a failure nothing is
@@ -113,9 +114,9 @@ class Appender:
             checkpoint.check_trained()
         except CheckpointError as error:
             raise CheckpointError(f"step {step}: {error}") from None
-        self._queue.put(self.writer.begin, step)
+        self.queue.put(self.writer.begin, step)
         self.write_parts(step, checkpoint)
-        self._queue.put(self.writer.commit, checkpoint.metrics())
+        self.queue.put(self.writer.commit, checkpoint.metrics())
         if self._previous is not None:
             self._previous.checkpoint.close()
         self._previous = Columns(checkpoint, self._layout, "the previous step")
@@ -134,8 +135,8 @@ class Appender:
         self._check(checkpoint, f"step {step}")
         if self._kept is None:
             self._kept = self._references(isinstance(checkpoint, ChangingCheckpoint))
-        if self._sketch is not None:
-            self.sketch_row = np.zeros(self._sketch.width)
+        if self.sketch is not None:
+            self.sketch_row = np.zeros(self.sketch.width)
         columns = Columns(checkpoint, self._layout, f"step {step}")
         for part in self._owned:
             self._store.encoding(part).append(_PartOfStep(self, part, columns))
@@ -160,7 +161,7 @@ class Appender:
         for part in self._owned:
             spec = self._layout.parts[part]
             size = spec.numel * bits_dtype(spec.dtype).itemsize
-            compared = spec.moves and spec.factors is None and part not in self._still
+            compared = spec.moves and spec.factors is None and part not in self.still
             if compared and not (changing and self._is_log(part)) and size <= remaining:
                 remaining -= size
                 kept[part] = self._initial_reference(part, 0, spec.numel)
@@ -191,6 +192,10 @@ class Appender:
         if part in self._kept:
             self._kept[part][columns] = after
 
+    def knows(self, since: int | None, part: int) -> bool:
+        """Whether changes since a step are those since the last one, and nothing is compared."""
+        return since == self._last_step and part not in (self._kept or ())
+
     def _is_log(self, part: int) -> bool:
         return self._store.encoding(part).is_log
 
@@ -198,7 +203,7 @@ class Appender:
         inside = self._layout.segments_in(part)
         return bool(inside) and self._is_log(part) and all(s.tensor.name in names for s in inside)
 
-    # -- what the parts of a step need -------------------------------------------------------------
+    # -- work --------------------------------------------------------------------------------------
 
     def buffer(self, part: int, numel: int) -> np.ndarray:
         """The thread's own: fresh pages cost as much as reading."""
@@ -218,73 +223,13 @@ class Appender:
         while ahead:
             yield ahead.popleft().result()
 
-    def changes(self, part: int, columns: Columns) -> Update | None:
-        """What a step changes in a log, if it is known without comparing: nothing where no step
-        moves anything, and what the checkpoint knows.
-        """
-        dtype = self._layout.parts[part].dtype
-        bits = bits_dtype(dtype)
-        at, differences = [np.empty(0, np.int32)], [np.empty(0, bits)]
-        checkpoint = columns.checkpoint
-        if part not in self._still:
-            if not isinstance(checkpoint, ChangingCheckpoint):
-                return None
-            if checkpoint.since != self._last_step or part in (self._kept or ()):
-                return None
-            for segment in self._layout.segments_in(part):
-                elements, before, after = checkpoint.changed(segment.tensor.name)
-                end = segment.start + segment.numel
-                low, high = np.searchsorted(elements, (segment.start, end))
-                inside = elements[low:high] + (segment.offset - segment.start)
-                bad = nonfinite_index(after[low:high], dtype)
-                if bad is not None:
-                    columns.refuse_nonfinite(part, int(inside[bad]))
-                at.append(inside.astype(np.int32))
-                differences.append(after[low:high] - before[low:high])
-        signed = f"int{bits.itemsize * 8}"
-        return np.concatenate(at), np.concatenate(differences).view(signed)
-
-    def checksum(self, part: int, columns: Columns) -> int:
-        """Of the content of a part of a step; of what does not move taken once, from the base."""
-        known = self._still.get(part)
-        if known is not None:
-            return known
-        still = part in self._still
-
-        def content(span: tuple[int, int]) -> list[int]:
-            if still:
-                return block_checksums(self.base(part, *span))
-            buffer = self.buffer(part, span[1] - span[0])
-            return block_checksums(columns.read(part, *span, buffer))
-
-        pieces = self.in_order(content, blocks(self._layout.parts[part].numel))
-        checksum = content_checksum([value for piece in pieces for value in piece])
-        if still:
-            self._still[part] = checksum
-        return checksum
-
-    def put(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Let the background make a call of the writer."""
-        self._queue.put(write, *arguments)
-
-    def sketch(self, part: int, begin: int, delta: np.ndarray) -> np.ndarray | None:
-        """The sketch of a piece of the step's delta, if one is kept."""
-        if self._sketch is None:
-            return None
-        self.sketched.add(part)
-        end = begin + len(delta)
-        segments = self._layout.segments_in(part, begin, end)
-        return self._sketch.row(
-            (s.tensor.name, s.start, delta[s.offset - begin : s.offset - begin + s.numel])
-            for s in segments
-        )
-
 
 class _PartOfStep:
     """See ``relexkit.store.encodings.protocol.PartOfStep``."""
 
     def __init__(self, appender: Appender, part: int, columns: Columns):
-        self._appender, self._columns, self._writer = appender, columns, appender.writer
+        self._appender, self._columns = appender, columns
+        self._writer, self._queue = appender.writer, appender.queue
         self.part, self.spec = part, columns.layout.parts[part]
         self.arrays = self._writer.arrays
         self.mantissa_bits = self._writer.store.mantissa_bits
@@ -297,11 +242,48 @@ class _PartOfStep:
     def reference(self, begin: int, end: int) -> np.ndarray:
         return self._appender.reference(self.part, begin, end)
 
-    def changes(self) -> Update | None:
-        return self._appender.changes(self.part, self._columns)
-
     def note(self, begin: int, columns: np.ndarray, after: np.ndarray) -> None:
         self._appender.note(self.part, begin + columns, after)
+
+    def changes(self) -> Update | None:
+        """Nothing where no step moves anything; else what the checkpoint knows."""
+        bits = bits_dtype(self.spec.dtype)
+        at, differences = [np.empty(0, np.int32)], [np.empty(0, bits)]
+        if self.part not in self._appender.still:
+            checkpoint = self._columns.checkpoint
+            if not isinstance(checkpoint, ChangingCheckpoint):
+                return None
+            if not self._appender.knows(checkpoint.since, self.part):
+                return None
+            for segment in self._columns.layout.segments_in(self.part):
+                elements, before, after = checkpoint.changed(segment.tensor.name)
+                end = segment.start + segment.numel
+                low, high = np.searchsorted(elements, (segment.start, end))
+                inside = elements[low:high] + (segment.offset - segment.start)
+                self.refuse_nonfinite(after[low:high], inside, self.spec.dtype)
+                at.append(inside.astype(np.int32))
+                differences.append(after[low:high] - before[low:high])
+        signed = f"int{bits.itemsize * 8}"
+        return np.concatenate(at), np.concatenate(differences).view(signed)
+
+    def checksum(self) -> int:
+        """Of what does not move taken once, from the base."""
+        still = self._appender.still
+        known = still.get(self.part)
+        if known is not None:
+            return known
+
+        def content(span: tuple[int, int]) -> list[int]:
+            base = self.part in still
+            return block_checksums(
+                self._appender.base(self.part, *span) if base else self.weights(*span)
+            )
+
+        pieces = self.in_order(content, blocks(self.spec.numel))
+        checksum = content_checksum([value for piece in pieces for value in piece])
+        if self.part in still:
+            still[self.part] = checksum
+        return checksum
 
     def factor_bits(self) -> np.ndarray:
         return self._columns.content(self.part, 0, self.spec.numel)
@@ -317,17 +299,21 @@ class _PartOfStep:
         return self._columns.name(self.part, column)
 
     def sketch(self, begin: int, delta: np.ndarray) -> np.ndarray | None:
-        return self._appender.sketch(self.part, begin, delta)
+        sketch = self._appender.sketch
+        if sketch is None:
+            return None
+        self._appender.sketched.add(self.part)
+        return sketch.row(
+            (s.tensor.name, s.start, delta[s.offset - begin : s.offset - begin + s.numel])
+            for s in self._columns.layout.segments_in(self.part, begin, begin + len(delta))
+        )
 
     def add_sketch(self, sketch: np.ndarray | None) -> None:
         if sketch is not None:
             self._appender.sketch_row += sketch
 
     def put(self, *piece: Any) -> None:
-        self._appender.put(self._writer.append, self.part, *piece)
+        self._queue.put(self._writer.append, self.part, *piece)
 
     def finish(self, checksum: int) -> None:
-        self._appender.put(self._writer.finish, self.part, checksum)
-
-    def checksum(self) -> int:
-        return self._appender.checksum(self.part, self._columns)
+        self._queue.put(self._writer.finish, self.part, checksum)

@@ -71,7 +71,7 @@ def _choose_encodings(
     checkpoints.
     """
     dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
-    if reading.encoding not in ("auto", "exact"):
+    if reading.is_named:
         return dict.fromkeys(dtypes, reading.encoding)
     try:
         if isinstance(run, ChainedRun):  # its last step costs as much as all of them

@@ -49,15 +49,20 @@ class Reading:
         return {n for n, kind in ENCODINGS.items() if kind.moves and kind is not FACTORS}
 
     @property
+    def is_named(self) -> bool:
+        """True if one encoding is to be taken whatever moves."""
+        return self.encoding not in ("auto", "exact")
+
+    @property
     def rounds(self) -> bool:
         """True if float deltas are asked for by name."""
-        return self.encoding != "auto" and not ENCODINGS[self.encoding].exact
+        return self.is_named and not ENCODINGS[self.encoding].exact
 
     def encoding_of(self, dtype: str, density: float) -> str:
         """The encoding of a float dtype of which neighbouring checkpoints differ in such a share of
         the weights.
         """
-        if self.encoding not in ("auto", "exact"):
+        if self.is_named:
             return self.encoding
         if density < SPARSE_BELOW:
             return "sparse"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import pytest
 from safetensors.torch import load_file
 
+from relexkit import TrajectoryStore
 from relexkit.cli import main
+from relexkit.gram_matrix.jumps import jumps
 from relexkit.trainer.commands import demo
 from relexkit.trainer.policy.small_model import FOLDER
 
@@ -15,76 +18,79 @@ from relexkit.trainer.policy.small_model import FOLDER
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(demo, "PROBLEMS", 24)
+    monkeypatch.setattr(demo, "PROMPTS", 2)
 
 
 def test_the_whole_story(tmp_path, capsys, short):
-    assert main(["demo", "-o", str(tmp_path / "demo"), "--steps", "8"]) == 0
+    folder = tmp_path / "demo"
+    assert main(["demo", "-o", str(folder), "--steps", "16"]) == 0
     printed = capsys.readouterr().out
-    for command in (
-        "train",
-        "spectrum",
-        "backtest",
-        "advise",
-        "extrapolate",
-        "evaluate",
-        "sweep",
-        "report",
-    ):
+    commands = ("train", "spectrum", "backtest", "advise", "extrapolate", "evaluate", "sweep")
+    for command in (*commands, "report"):
         assert f"$ relexkit {command} " in printed
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    names = [model["name"] for model in summary["models"]]
-    predicted = [f"{method} 4 -> {target}" for method in demo.METHODS for target in (8, 16)]
-    assert names == ["step 4", "base", "step 8", *predicted]
-    assert all(model["num_problems"] == 24 for model in summary["models"])
-    for line in demo.verdicts(summary):
-        assert line in printed
-    for method in demo.METHODS:
-        for target in (8, 16):
-            assert load_file(
-                tmp_path / "demo" / "predicted" / method / f"step-{target}" / "model.safetensors"
-            )
-    sweep = json.loads((tmp_path / "demo" / "sweep.json").read_text())
-    assert sweep["last_step"] == 4
-    assert (
-        " --task arithmetic --to 8 16 --until 4 --method drift two-point relex average "
-        in sweep["command"]
-    )
-    assert sweep["command"] in (tmp_path / "demo" / "report.html").read_text()
-    assert "average at 4" in {candidate["name"] for candidate in sweep["candidates"]}
-    assert sweep["recommendation"] in printed.replace("\n", " ")
-    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
-    assert list((tmp_path / "demo" / "figures").glob("*.png"))
+    answers = json.loads((folder / "summary.json").read_text())
+    names = {kind: [model["name"] for model in answers[kind]] for kind in ("plain", "jumps")}
+    assert names["plain"] == ["base", "step 4", "step 8", "step 12", "step 16"]
+    assert names["jumps"] == ["step 4", "step 8", "step 12", "step 16"]
+    assert [model["name"] for model in answers["predictions"]] == [
+        "step 8",
+        "step 16",
+        *(f"{method} 8 -> {target}" for method in demo.PREDICTIONS for target in (16, 32)),
+    ]
+    assert all(m["num_problems"] == 24 for kind in names for m in answers[kind])
+    assert jumps(TrajectoryStore(folder / "jumps" / "run.zarr")).tolist() == [8, 16]
+    assert TrajectoryStore(folder / "walk" / "run.zarr").steps.tolist() == list(range(1, 9))
+    assert answers["verdicts"] == demo.verdicts(answers)
+    assert load_file(folder / "predicted" / "step-16" / "model.safetensors")
+    sweep = json.loads((folder / "sweep.json").read_text())
+    assert sweep["last_step"] == 8
+    assert html.escape(sweep["command"]) in (folder / "report.html").read_text()
+    assert (folder / "figures" / "demo.png").stat().st_size > 10_000
 
 
-def test_verdicts_follow_the_intervals():
+def test_verdicts_follow_the_numbers():
     def model(name: str, accuracy: float, low: float = 0.0, high: float = 0.0) -> dict:
         difference = {"accuracy": accuracy - 0.5, "interval": [low, high]}
         return {"name": name, "greedy": {"accuracy": accuracy}, "difference": difference}
 
-    summary = {
-        "until": 30,
-        "targets": [60, 120],
-        "models": [
-            model("step 30", 0.5),
-            model("base", 0.4),
-            model("step 60", 0.65),
-            model("relex 30 -> 60", 0.2, -0.4, -0.2),
-            model("model 30 -> 60", 0.6, 0.02, 0.18),
-            model("model 30 -> 120", 0.55, -0.05, 0.15),
+    trained = [model(f"step {step}", 0.4 + step / 200) for step in (10, 20, 30, 40)]
+    answers = {
+        "until": 20,
+        "plain": [model("base", 0.4), *trained],
+        "jumps": [model(f"step {step}", 0.41 + step / 200) for step in (10, 20, 30, 40)],
+        "walk": [model("base", 0.4), model("step 12", 0.75)],
+        "predictions": [
+            trained[1],
+            trained[3],
+            model("relex 20 -> 40", 0.2, -0.4, -0.2),
+            model("drift 20 -> 40", 0.6, 0.02, 0.18),
+            model("drift 20 -> 80", 0.55, -0.05, 0.15),
         ],
     }
-    lines = demo.verdicts(summary)
-    assert lines[0] == "Training gained +25.0 points of greedy accuracy in 60 steps."
-    assert [line.split(" step 30")[0] for line in lines[1:]] == [
-        "relex 30 -> 60 loses to",
-        "model 30 -> 60 wins against",
-        "model 30 -> 120 cannot be told from",
+    lines = demo.verdicts(answers)
+    assert lines[0] == "Training from step 20 to 40 took greedy accuracy from 0.500 to 0.600."
+    assert [line.split(" holding")[0].split(", which ")[1] for line in lines[1:4]] == [
+        "is worse than",
+        "is better than",
+        "does not differ from",
     ]
+    assert "10 trained steps reach 0.510 (plain: 0.450) and 20 reach 0.610" in lines[4]
+    assert "(plain: 0.500, and 0.550 after 30)" in lines[4]
+    assert "step 12 without any jump has 0.750" in lines[5]
 
 
-def test_too_few_steps_are_refused(tmp_path, capsys):
-    assert main(["demo", "-o", str(tmp_path), "--steps", "3"]) == 1
-    assert "--steps 3 is too small; expected at least 8" in capsys.readouterr().err
+def test_steps_that_do_not_fit_are_refused(tmp_path, capsys):
+    for steps in ("12", "30"):
+        assert main(["demo", "-o", str(tmp_path), "--steps", steps]) == 1
+        assert "expected a multiple of 4, at least 16" in capsys.readouterr().err
+
+
+def test_a_run_beside_that_fails_ends_the_demo_in_one_line(tmp_path, capsys, short):
+    (tmp_path / "jumps").write_text("in the way")
+    assert main(["demo", "-o", str(tmp_path), "--steps", "16"]) == 1
+    said = capsys.readouterr().err
+    assert "the demo ends here because this command failed: relexkit train" in said
+    assert "Traceback" not in said
 
 
 def test_the_embedded_model_is_small_and_half_way(tmp_path):
