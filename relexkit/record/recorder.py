@@ -59,8 +59,9 @@ class Recorder:
     ``resume_from``; the steps after it are removed, because training goes on from there.
 
     Memory: one copy of the weights, or of a PEFT model's adapter, about 110 MB, and the base where
-    it has at most 64 MiB; 16-bit parameters take a second copy, of the step before. With several processes, of the parts that
-    each owns; of a sharded model the first process holds a whole copy while the base is written.
+    it has at most 64 MiB; 16-bit parameters take a second copy, of the step before. With several
+    processes, of the parts that each owns; of a sharded model the first process holds a whole copy
+    while the base is written.
 
     Args:
         model: its parameters, a shared one once, and its persistent buffers are recorded under

@@ -28,11 +28,11 @@ from relexkit.store.encodings.protocol import Place
 from relexkit.store.encodings.table import FACTORS
 from relexkit.store.fastpath.keys import bytes_below
 from relexkit.store.format import SAFE_FILE_NAME, metric_keys
-from relexkit.store.recent_metrics import NAME as RECENT
-from relexkit.store.recent_metrics import read_recent
 from relexkit.store.kept import verify_kept
 from relexkit.store.opened import OpenedStore
 from relexkit.store.passes import ProgressCallback, blocks, column_windows
+from relexkit.store.recent_metrics import NAME as RECENT
+from relexkit.store.recent_metrics import read_recent
 
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 

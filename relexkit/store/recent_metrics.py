@@ -10,7 +10,7 @@ stay in this array: a reader looks here first and there second, so it misses non
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import zarr
