@@ -2,7 +2,7 @@
 nothing of the trainer.
 """
 
-from relexkit.commands.registry import Command, Extension
+from relexkit.registry import Command, Extension
 
 EXTENSION = Extension(
     {

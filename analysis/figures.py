@@ -8,7 +8,7 @@ its own and must run inside ``style.styled()``. All numbers come from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,41 +135,64 @@ def spectrum_figure(whole: Spectrum, modules: Spectrum) -> Figure:
         whole: spectrum of the scope ``global``.
         modules: spectrum of the scope ``module``, thin lines behind.
     """
-    run, null = whole.scopes[0], whole.null
-    moving = [s for s in modules.scopes if len(s.singular_values)]
     figure = style.new_figure(2.9)
-    scree, running = figure.subplots(1, 2)
-    for axes, values in ((scree, _ratios), (running, _running_sum)):
-        for index, part in enumerate(moving):
-            label = "each module type" if index == 0 else f"_{part.name}"
-            axes.plot(
-                _numbers(part),
-                values(part),
-                color=style.PARTS,
-                linewidth=0.6,
-                alpha=0.7,
-                label=label,
-                zorder=1.5,
-            )
-        axes.plot(_numbers(null), values(null), **style.NULL_LINE, label=style.NULL_LABEL)
-        axes.plot(
-            _numbers(run),
-            values(run),
-            color=style.RUN,
-            marker="o",
-            markevery=slice(0, 10),
-            label="whole model",
-        )
-        _direction_axis(axes, max(len(s.singular_values) for s in (run, null, *moving)))
-    scree.set_title(f"a  Each direction ({_kind(whole)})")
-    scree.set_ylabel("explained variance ratio")
-    _ratio_axis(scree, min(_ratios(run)[-1], _ratios(null)[-1]))
-    running.set_title("b  First directions together")
-    _running_axis(running, [run, null, *moving])
-    _mark_directions(running, run, null)
-    handles, labels = scree.get_legend_handles_labels()
+    each, together = figure.subplots(1, 2)
+    each_direction_panel(each, whole, modules)
+    first_directions_panel(together, whole, modules)
+    style.letter([each, together])
+    handles, labels = each.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=3)
     return figure
+
+
+def each_direction_panel(axes: Axes, whole: Spectrum, modules: Spectrum) -> None:
+    """Explained variance ratio of each direction, of the run, its module types and the null."""
+    run, null = whole.scopes[0], whole.null
+    _with_parts(axes, whole, modules, _ratios)
+    axes.set_title(f"Each direction ({_kind(whole)})")
+    axes.set_ylabel("explained variance ratio")
+    _ratio_axis(axes, min(_ratios(run)[-1], _ratios(null)[-1]))
+
+
+def first_directions_panel(axes: Axes, whole: Spectrum, modules: Spectrum) -> None:
+    """Explained variance ratio of the first directions together, and how many reach ``MARKS``."""
+    run, null = whole.scopes[0], whole.null
+    moving = _with_parts(axes, whole, modules, _running_sum)
+    axes.set_title("First directions together")
+    _running_axis(axes, [run, null, *moving])
+    _mark_directions(axes, run, null)
+
+
+def _with_parts(
+    axes: Axes,
+    whole: Spectrum,
+    modules: Spectrum,
+    values: Callable[[ScopeSpectrum], np.ndarray],
+) -> list[ScopeSpectrum]:
+    """Draws ``values`` of the run, the null, and the module types that move; returns those."""
+    run, null = whole.scopes[0], whole.null
+    moving = [s for s in modules.scopes if len(s.singular_values)]
+    for index, part in enumerate(moving):
+        axes.plot(
+            _numbers(part),
+            values(part),
+            color=style.PARTS,
+            linewidth=0.6,
+            alpha=0.7,
+            label="each module type" if index == 0 else f"_{part.name}",
+            zorder=1.5,
+        )
+    axes.plot(_numbers(null), values(null), **style.NULL_LINE, label=style.NULL_LABEL)
+    axes.plot(
+        _numbers(run),
+        values(run),
+        color=style.RUN,
+        marker="o",
+        markevery=slice(0, 10),
+        label="whole model",
+    )
+    _direction_axis(axes, max(len(s.singular_values) for s in (run, null, *moving)))
+    return moving
 
 
 def _ratios(scope: ScopeSpectrum) -> np.ndarray:
@@ -261,14 +284,21 @@ def _mark_directions(axes: Axes, run: ScopeSpectrum, null: ScopeSpectrum) -> Non
 
 
 def coefficients_figure(whole: Spectrum, count: int = 3) -> Figure:
+    """``coefficients_panel`` as a figure."""
+    figure = style.new_figure(3.1)
+    axes = figure.add_subplot()
+    coefficients_panel(axes, whole, count)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    return figure
+
+
+def coefficients_panel(axes: Axes, whole: Spectrum, count: int = 3) -> None:
     """The first ``count`` coefficients of the whole model against the step, with the first one's
     least-squares line.
 
     The null's first coefficient is drawn with the run's first singular value in place of its own.
     """
     run, null, steps = whole.scopes[0], whole.null, whole.steps
-    figure = style.new_figure(3.1)
-    axes = figure.add_subplot()
     axes.axhline(0, color=style.MUTED, linewidth=0.6, zorder=1)
     marker = _marker(steps)
     for k, color in zip(
@@ -308,8 +338,6 @@ def coefficients_figure(whole: Spectrum, count: int = 3) -> Figure:
     axes.set_title(f"Position along the first directions ({_about(whole)})")
     if len(steps) < 3:
         axes.plot([], [], " ", label="two steps: every line fits, there is no R²")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-    return figure
 
 
 def _r_squared(scope: ScopeSpectrum) -> str:
@@ -337,28 +365,12 @@ def geometry_figure(gram: Gram, whole: Spectrum) -> Figure:
     """How straight the path is, step by step: cosines of neighbouring updates, drift of the first
     direction, update norms.
     """
-    matrix = gram.scoped("global").matrices[0]
-    walk = walk_gram(gram.steps)
     figure = style.new_figure(5.0)
     turning, drifting, striding = figure.subplots(3, 1, sharex=True)
-    _turning_panel(turning, whole)
-    prefixes = _prefixes(len(gram.steps))
-    run_drift, null_drift = (drift(g, prefixes, centered=whole.centered) for g in (matrix, walk))
-    marker = _marker(gram.steps)
-    _against_null(drifting, gram.steps[prefixes - 1], run_drift, null_drift, marker)
-    drifting.set_ylim(max(0.0, min(np.nanmin([*run_drift, *null_drift]) - 0.05, 0.8)), 1.03)
-    drifting.set_ylabel("|cosine|")
-    drifting.set_title(
-        f"b  First direction up to the step against that of all steps ({_about(whole)})"
-    )
-    _against_null(
-        striding, gram.steps, relative_update_norms(matrix), relative_update_norms(walk), marker
-    )
-    striding.set_ylim(bottom=0)
-    striding.yaxis.set_major_formatter(FuncFormatter(style.number))
-    striding.set_ylabel("relative norm")
-    striding.set_title("c  Norm of each update, relative to the largest distance from the base")
-    _step_axis(striding, gram.steps)
+    turning_panel(turning, whole)
+    drift_panel(drifting, gram, whole)
+    update_norms_panel(striding, gram)
+    style.letter([turning, drifting, striding])
     for axes in (turning, drifting):
         axes.set_xlabel("")
     handles, labels = drifting.get_legend_handles_labels()
@@ -367,12 +379,45 @@ def geometry_figure(gram: Gram, whole: Spectrum) -> Figure:
     return figure
 
 
-def _turning_panel(axes: Axes, whole: Spectrum) -> None:
+def drift_panel(axes: Axes, gram: Gram, whole: Spectrum) -> None:
+    """|cos| of the first direction up to each step with that of all steps, beside the walk's."""
+    prefixes = _prefixes(len(gram.steps))
+    run_drift, null_drift = (
+        drift(g, prefixes, centered=whole.centered)
+        for g in (gram.scoped("global").matrices[0], walk_gram(gram.steps))
+    )
+    _against_null(axes, gram.steps[prefixes - 1], run_drift, null_drift, _marker(gram.steps))
+    axes.set_ylim(max(0.0, min(np.nanmin([*run_drift, *null_drift]) - 0.05, 0.8)), 1.03)
+    axes.set_ylabel("|cosine|")
+    axes.set_title(f"First direction up to the step against that of all steps ({_about(whole)})")
+    _step_axis(axes, gram.steps)
+
+
+def update_norms_panel(axes: Axes, gram: Gram) -> None:
+    """Norms of the updates beside the walk's."""
+    run, walk = (
+        relative_update_norms(g) for g in (gram.scoped("global").matrices[0], walk_gram(gram.steps))
+    )
+    _against_null(axes, gram.steps, run, walk, _marker(gram.steps))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(style.number))
+    axes.set_ylabel("relative norm")
+    axes.set_title("Norm of each update, relative to the largest distance from the base")
+    _step_axis(axes, gram.steps)
+
+
+def turning_panel(axes: Axes, whole: Spectrum) -> None:
+    """Cosines of neighbouring updates by step."""
     cosines = whole.scopes[0].update_cosines
     finite = cosines[np.isfinite(cosines)]
     axes.axhline(0, **style.NULL_LINE)
     axes.plot(
-        whole.steps[:-1], cosines, color=style.RUN, linewidth=0.8, marker=_marker(whole.steps)
+        whole.steps[:-1],
+        cosines,
+        color=style.RUN,
+        linewidth=0.8,
+        marker=_marker(whole.steps),
+        label="_cosine",
     )
     axes.set_ylim(min(-0.25, *(finite - 0.1)) if len(finite) else -0.25, 1.05)
     axes.set_ylabel("cosine")
@@ -381,7 +426,8 @@ def _turning_panel(axes: Axes, whole: Spectrum) -> None:
         if len(finite)
         else "no two neighbouring updates move anything"
     )
-    axes.set_title(f"a  Updates before and after the step ({mean})")
+    axes.set_title(f"Updates before and after the step ({mean})")
+    _step_axis(axes, whole.steps)
 
 
 def _two_decimals(value: float) -> str:

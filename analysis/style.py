@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 WIDTH_INCHES = 5.5
@@ -43,6 +45,30 @@ METHODS = {
 }
 """One colour for a method in every figure."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#b5573c", "#f3f0eb", "#2f6d9e"])
+SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", ["#e8eff4", "#7ea9c9", "#1f4f78"])
+
+DARK_MAPS = {
+    "diverging": LinearSegmentedColormap.from_list("dark", ["#e09474", "#2d3136", "#86bbe6"]),
+    "sequential": LinearSegmentedColormap.from_list("dark", ["#26323c", "#4f7fa5", "#b9dbf5"]),
+}
+"""The same maps for a dark ground."""
+
+DARK = {
+    RUN: "#68b3e8",
+    SECOND: "#f0935a",
+    THIRD: "#4cc79c",
+    PARTS: "#8fcbee",
+    NULL: "#b9c0c7",
+    MUTED: "#8f969e",
+    GRID: "#33393f",
+    STILL: "#3b4147",
+    "#CC79A7": "#e3a3c6",
+    "#E69F00": "#f2bd4d",
+    "#8C6D1F": "#cdb069",
+}
+"""The colour that takes a colour's place on a dark ground."""
 
 NULL_LABEL = "walk without direction"
 NULL_LINE: dict[str, Any] = {"color": NULL, "linestyle": (0, (4, 2)), "linewidth": 1.0}
@@ -92,11 +118,17 @@ def styled() -> AbstractContextManager[None]:
     )
 
 
-def new_figure(height_inches: float) -> Figure:
-    """A figure of the standard width, laid out by matplotlib so that nothing is cut off; belongs to
-    no global state.
+def new_figure(height_inches: float, width_inches: float = WIDTH_INCHES) -> Figure:
+    """A figure, of the standard width unless another is given, laid out by matplotlib so that
+    nothing is cut off; belongs to no global state.
     """
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def letter(panels: Sequence[Axes]) -> None:
+    """Put a, b, c before the titles of the panels of one figure."""
+    for letter, axes in zip("abcdefghi", panels, strict=False):
+        axes.set_title(f"{letter}  {axes.get_title('left')}")
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

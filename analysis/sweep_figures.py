@@ -13,12 +13,12 @@ from matplotlib.ticker import FuncFormatter
 from relexkit.analysis import style
 
 
-def sweep_figure(found: Mapping[str, Any]) -> Figure:
+def sweep_figure(found: Mapping[str, Any], width_inches: float = style.WIDTH_INCHES) -> Figure:
     """Accuracies with 95 % intervals; hollow where a candidate was stopped before the last
     problems.
     """
     candidates = sorted(found["candidates"], key=lambda c: (c["num_problems"], c["accuracy"]))
-    figure = style.new_figure(0.9 + 0.21 * (len(candidates) + 1))
+    figure = style.new_figure(0.9 + 0.21 * (len(candidates) + 1), width_inches)
     axes = figure.add_subplot()
     base = found["baseline"]
     axes.axvspan(

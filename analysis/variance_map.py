@@ -108,23 +108,30 @@ def _first_ratio(gram: Gram, rows: list[int], centered: bool) -> float:
     return float(ratios[0]) if len(ratios) else float("nan")
 
 
-def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
+def variance_figure(
+    gram: Gram,
+    whole: Spectrum,
+    *,
+    width_inches: float = style.WIDTH_INCHES,
+    bar: bool = True,
+) -> Figure:
     """Heat map of ``variance_table``: layers across, module types down, tensors outside the layers
     below.
 
-    The null's value is marked on the colour bar; a cell that never moved is grey and hatched, one
-    that the model does not have is empty.
+    The null's value is marked on the colour bar, if there is one; a cell that never moved is grey
+    and hatched, one that the model does not have is empty.
     """
     table = variance_table(gram, centered=whole.centered)
     null = float(whole.null.explained_variance_ratio[0])
     values = np.concatenate([table.ratios.ravel(), table.other_ratios])
     norm = _ratio_norm(values[np.isfinite(values)], null)
     rows = [n for n in (len(table.modules), len(table.others)) if n]
-    figure = style.new_figure(1.35 + 0.3 * len(rows) + 0.165 * sum(rows))
-    grid = GridSpec(1 + len(rows), 1, figure=figure, height_ratios=[0.8, *rows])
+    height = 0.35 + 1.0 * bar + 0.3 * len(rows) + 0.165 * sum(rows)
+    figure = style.new_figure(height, width_inches)
+    grid = GridSpec(bar + len(rows), 1, figure=figure, height_ratios=[0.8] * bar + rows)
     meshes = []
     if table.modules:
-        axes = figure.add_subplot(grid[1])
+        axes = figure.add_subplot(grid[int(bar)])
         meshes.append(_cells(axes, table.ratios, table.present, table.modules, norm, "layers"))
         axes.xaxis.set_major_locator(FixedLocator(_layer_ticks(len(table.layers))))
         axes.xaxis.set_major_formatter(
@@ -132,7 +139,7 @@ def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
         )
         axes.set_xlabel("layer")
     if table.others:
-        axes = figure.add_subplot(grid[len(rows)])
+        axes = figure.add_subplot(grid[bar + len(rows) - 1])
         column = table.other_ratios[:, None]
         meshes.append(
             _cells(axes, column, np.ones(column.shape, bool), table.others, norm, "others")
@@ -145,7 +152,8 @@ def variance_figure(gram: Gram, whole: Spectrum) -> Figure:
         if table.modules:
             axes.set_title("outside the layers", color=style.MUTED, fontsize=7.5, pad=3)
     kind = "centered" if whole.centered else "uncentered"
-    _colour_bar(figure, figure.add_subplot(grid[0]), meshes[0], norm, null, kind)
+    if bar:
+        _colour_bar(figure, figure.add_subplot(grid[0]), meshes[0], norm, null, kind)
     notes = [
         Patch(
             facecolor=style.STILL,
@@ -195,7 +203,7 @@ def _cells(
         columns,
         rows,
         np.ma.masked_invalid(ratios),
-        cmap="viridis",
+        cmap=style.SEQUENTIAL,
         norm=norm,
         edgecolors="white",
         linewidth=edge,

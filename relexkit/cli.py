@@ -15,9 +15,9 @@ from types import ModuleType
 
 from relexkit import interrupts
 from relexkit.commands import EXTENSION
-from relexkit.commands.options import add_options, read_options
-from relexkit.commands.registry import Command, extensions
 from relexkit.errors import RelexkitError, printable
+from relexkit.options import add_options, read_options
+from relexkit.registry import Command, extensions
 from relexkit.version import __version__
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _parser().parse_args(given)  # says the help, the version, or what is wrong
             owner = commands()[given[0]].load(given[0])
             parsed = command_parser(given[0], owner).parse_args(given[1:])
-            owner.run(read_options(parsed, owner.Options) if hasattr(owner, "Options") else parsed)
+            owner.run(read_options(parsed, owner.Options))
             sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,8 +87,5 @@ def command_parser(name: str, owner: ModuleType) -> argparse.ArgumentParser:
         epilog=getattr(owner, "EPILOG", None),
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if hasattr(owner, "Options"):
-        add_options(parser, owner.Options)
-    else:
-        owner.add_arguments(parser)
+    add_options(parser, owner.Options)
     return parser

@@ -20,10 +20,9 @@ from relexkit.commands.console import (
     say,
     show,
 )
-from relexkit.commands.registry import Command, Extension, plot
 from relexkit.errors import printable
 from relexkit.geometry.null import STATISTICS
-from relexkit.geometry.shape import center, decompose, r_squared, walk_gram
+from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squared, walk_gram
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
@@ -31,11 +30,12 @@ from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.predict.extrapolators import METHODS, check_request, step_text
-from relexkit.predict.fits import Options
+from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes, joined
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
+from relexkit.registry import Command, Extension, plot
 from relexkit.store import NotAStoreError, ProgressCallback, TrajectoryStore, describe_steps
 from relexkit.store.durable import replace_folder, write_file
 from relexkit.version import __version__
@@ -51,6 +51,7 @@ __all__ = [
     "Backtest",
     "Command",
     "Extension",
+    "FitName",
     "Forecast",
     "Gram",
     "LiveAdvice",
@@ -70,6 +71,7 @@ __all__ = [
     "center",
     "check_request",
     "console",
+    "cosines_of_updates",
     "decompose",
     "describe_steps",
     "drift",

@@ -22,6 +22,7 @@ import yaml
 from relexkit import Options, Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.assess.advice import advise
 from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.evaluation.settings import EvaluationSettings
 from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 
@@ -65,10 +66,12 @@ def measured(run: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 stored.model,
                 stored.tokenizer,
                 task,
-                num_problems=options.num_problems,
-                samples=1,
-                max_completion_length=options.max_completion_length,
-                batch_size=options.num_problems,
+                EvaluationSettings(
+                    num_problems=options.num_problems,
+                    samples=1,
+                    max_completion_length=options.max_completion_length,
+                    batch_size=options.num_problems,
+                ),
             )
             row[str(window)] = {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
         rows.append(row)

@@ -27,6 +27,7 @@ from relexkit import Prediction, TrajectoryStore, gram, predict_weights
 from relexkit.analysis import style
 from relexkit.gram_matrix import Gram
 from relexkit.trainer.evaluation.evaluate import evaluate
+from relexkit.trainer.evaluation.settings import EvaluationSettings
 from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 from relexkit.weights.dtypes import round_bits, to_float32
@@ -134,9 +135,8 @@ def answers(
         "num_problems": options.num_problems,
         "max_completion_length": options.max_completion_length,
     }
-    found = evaluate(
-        stored.model, stored.tokenizer, task, batch_size=options.num_problems, **limits
-    ).values()
+    settings = EvaluationSettings(batch_size=options.num_problems, **limits)
+    found = evaluate(stored.model, stored.tokenizer, task, settings).values()
     with torch.no_grad():
         for name, value in stored.model.named_parameters():
             value.copy_(kept[name])

@@ -34,8 +34,10 @@ from relexkit.analysis import style
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
 from relexkit.trainer.evaluation.intervals import mean_interval
+from relexkit.trainer.evaluation.settings import EvaluationSettings
 from relexkit.trainer.loop.run_log import read_log
 from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.small_model import FOLDER
 from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
@@ -122,10 +124,9 @@ def accuracy(model: StoredModel, put: Callable[[StoredModel], None]) -> dict:
         model.model,
         model.tokenizer,
         load_task(TASK),
-        num_problems=PROBLEMS,
-        samples=1,
-        max_completion_length=LENGTH,
-        batch_size=256,
+        EvaluationSettings(
+            num_problems=PROBLEMS, samples=1, max_completion_length=LENGTH, batch_size=256
+        ),
     )
     return {"greedy": found.accuracy, "sampled": found.sampled_accuracy}
 
@@ -133,7 +134,7 @@ def accuracy(model: StoredModel, put: Callable[[StoredModel], None]) -> dict:
 def loaded(store: TrajectoryStore) -> dict[str, StoredModel]:
     """The store's model once for each of ``PRECISIONS``."""
     rounded = {
-        rounding: StoredModel(store, dtype="bfloat16", rounding=rounding, seed=1)
+        rounding: StoredModel(store, Loading(dtype="bfloat16", rounding=rounding, seed=1))
         for rounding in PRECISIONS[1:]
     }
     return {"float32": StoredModel(store), **rounded}

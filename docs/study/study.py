@@ -43,9 +43,11 @@ from relexkit.assess.backtest import backtest
 from relexkit.gram_matrix.jumps import jumps
 from relexkit.trainer.config import G2DConfig, GRPOConfig
 from relexkit.trainer.evaluation.evaluate import RIGHT, evaluate
+from relexkit.trainer.evaluation.settings import EvaluationSettings
 from relexkit.trainer.experiments.g2d import g2d
 from relexkit.trainer.loop.run_log import read_log
 from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.small_model import FOLDER
 from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
@@ -109,7 +111,7 @@ class Models:
     """The models of a store, and what they answer."""
 
     def __init__(self, store: TrajectoryStore, **precision: Any):
-        self.store, self._stored = store, StoredModel(store, **precision)
+        self.store, self._stored = store, StoredModel(store, Loading(**precision))
         self._task = load_task(SORTING)
 
     def answers(self, weights: np.ndarray) -> Result:
@@ -127,10 +129,12 @@ class Models:
             self._stored.model,
             self._stored.tokenizer,
             self._task,
-            num_problems=PROBLEMS,
-            samples=1,
-            max_completion_length=LENGTH,
-            batch_size=PROBLEMS,
+            EvaluationSettings(
+                num_problems=PROBLEMS,
+                samples=1,
+                max_completion_length=LENGTH,
+                batch_size=PROBLEMS,
+            ),
         )
         return {
             "greedy": found.accuracy,

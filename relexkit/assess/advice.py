@@ -23,6 +23,7 @@ from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.results import Result
 
 Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-precision"]
 
@@ -82,8 +83,8 @@ class Check:
         return self.made >= 2 and self.skill >= _LEAST_SKILL and self.won >= _LEAST_WINS * self.made
 
 
-@dataclass(frozen=True)
-class Advice:
+@dataclass(frozen=True, repr=False)
+class Advice(Result):
     """What to do, and why.
 
     Attributes:
@@ -106,6 +107,18 @@ class Advice:
     would_change: tuple[str, ...]
     record: dict[str, tuple[Check, ...]]
     fit: TrajectoryFit | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The record: every method at every distance that could be checked."""
+        return [
+            {"method": m, **vars(check), "passed": check.passed}
+            for m, checks in self.record.items()
+            for check in checks
+        ]
+
+    def sentences(self) -> list[str]:
+        """The advice, and why."""
+        return [self.headline, *self.reasons]
 
     def document(self) -> dict[str, Any]:
         """Plain numbers and sentences, for JSON."""

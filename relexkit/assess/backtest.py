@@ -17,15 +17,18 @@ Shape suffixes: N tensors, T recorded steps, n steps of a prefix, J later steps,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.predict.extrapolators import METHODS, fit_method
+from relexkit.predict.extrapolators import METHODS, fit_method, method_of, name_of
 from relexkit.predict.fits import Options
+from relexkit.predict.prediction import Extrapolator
+from relexkit.results import Result
 from relexkit.weights.layout import scope_of
 
 MODEL = "model"
@@ -113,8 +116,8 @@ class Horizon:
         )
 
 
-@dataclass(frozen=True)
-class Backtest:
+@dataclass(frozen=True, repr=False)
+class Backtest(Result):
     """Errors of K methods, P prefixes and T steps on N tensors.
 
     Attributes:
@@ -138,6 +141,14 @@ class Backtest:
     norms: np.ndarray
     truth: np.ndarray
     failures: dict[tuple[str, int], str]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """``grid`` as a table."""
+        return [asdict(row) for row in self.grid]
+
+    def sentences(self) -> list[str]:
+        """How far each method has beaten hold."""
+        return [str(horizon) for horizon in self.horizon]
 
     @property
     def grid(self) -> list[Row]:
@@ -233,7 +244,7 @@ class Backtest:
 
 def backtest(
     gram: Gram,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | Extrapolator] | None = None,
     prefixes: Sequence[int] | None = None,
     options: Options | None = None,
 ) -> Backtest:
@@ -242,8 +253,8 @@ def backtest(
     Args:
         gram: Gram matrices of tensors, each of which is fitted on its own (the trajectory model
             fits their sum).
-        methods: names from ``METHODS`` that predict later steps; None for ``CHEAP``. Hold is always
-            added.
+        methods: names from ``METHODS`` that predict later steps, or functions of one's own; None
+            for ``CHEAP``. Hold is always added.
         prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run
             on, spaced by ratio.
         options: each method takes those that it uses.
@@ -257,7 +268,8 @@ def backtest(
     options = options or Options()
     chosen = tuple(dict.fromkeys(("hold", *(CHEAP if methods is None else methods))))
     taken = {method: _options_of(method, options) for method in chosen}
-    _check_options(taken, options)
+    names = tuple(name_of(method) for method in chosen)
+    _check_options(dict(zip(names, taken.values(), strict=True)), options)
     counts = _prefixes(gram.steps, prefixes)
     shape = (len(chosen), len(counts), len(gram.steps), len(gram.names))
     overlaps, norms = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -269,16 +281,16 @@ def backtest(
                     gram, method, int(count), taken[method]
                 )
             except ExtrapolationError as error:
-                failures[method, int(gram.steps[count - 1])] = str(error)
+                failures[names[k], int(gram.steps[count - 1])] = str(error)
     truth = np.diagonal(gram.matrices, axis1=1, axis2=2).T
-    return Backtest(chosen, gram.steps, counts, gram.names, overlaps, norms, truth, failures)
+    return Backtest(names, gram.steps, counts, gram.names, overlaps, norms, truth, failures)
 
 
-def _options_of(method: str, options: Options) -> Options:
-    if method not in METHODS or not METHODS[method].reaches_later:
+def _options_of(method: str | Extrapolator, options: Options) -> Options:
+    if isinstance(method, str) and (method not in METHODS or not METHODS[method].reaches_later):
         known = ", ".join(name for name, m in METHODS.items() if m.reaches_later)
         raise ExtrapolationError(f"method {method} cannot be backtested; choose among {known}")
-    return Options(**{name: getattr(options, name) for name in METHODS[method].options})
+    return Options(**{name: getattr(options, name) for name in method_of(method).options})
 
 
 def _check_options(taken: dict[str, Options], options: Options) -> None:
@@ -316,7 +328,7 @@ def _prefixes(steps: np.ndarray, wanted: Sequence[int] | None) -> np.ndarray:
 
 
 def _moments(
-    gram: Gram, method: str, count: int, options: Options
+    gram: Gram, method: str | Extrapolator, count: int, options: Options
 ) -> tuple[np.ndarray, np.ndarray]:
     """``a^T G a`` and ``a^T G[:n, j]`` for every later step and tensor."""
     prefix = gram.until(int(gram.steps[count - 1]))

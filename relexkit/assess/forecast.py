@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from relexkit.geometry.shape import decompose
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.results import Result
 
 _FACTORS = 2.0 ** np.arange(-2, 3.25, 0.5)  # f, [F]
 _MISFITS = np.r_[0.0, 10.0 ** np.arange(-3, 0.26, 0.25)]  # g, [H]
@@ -42,8 +44,8 @@ _FARTHEST = (
 )
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Result):
     """Coefficients along the first R directions of the observed run, as the trajectory model
     continues them.
 
@@ -65,6 +67,27 @@ class Forecast:
     level: float
     factor: np.ndarray
     num_prefixes: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each target and direction."""
+        return [
+            {
+                "target": float(target),
+                "direction": k + 1,
+                "coefficient": float(self.coefficients[j, k]),
+                "low": float(self.low[j, k]),
+                "high": float(self.high[j, k]),
+            }
+            for j, target in enumerate(self.targets)
+            for k in range(self.coefficients.shape[1])
+        ]
+
+    def sentences(self) -> list[str]:
+        """What the intervals are."""
+        return [
+            f"Coefficients by the trajectory model, {100 * self.level:.0f} % intervals by"
+            f" {self.num_prefixes} checks in the run's own past."
+        ]
 
 
 def forecast(

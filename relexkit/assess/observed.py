@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +11,12 @@ from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
 from relexkit.gram_matrix.pca import pca_gram
+from relexkit.results import Result
 from relexkit.store import TrajectoryStore
 
 
-@dataclass(frozen=True)
-class Observed:
+@dataclass(frozen=True, repr=False)
+class Observed(Result):
     """A run up to one of its steps.
 
     Attributes:
@@ -24,6 +26,20 @@ class Observed:
 
     gram: Gram
     metrics: dict[str, np.ndarray]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each step: distance from the base, and what was logged."""
+        distance = np.sqrt(np.einsum("ntt->t", self.gram.matrices))
+        return [
+            {"step": step, "distance": float(distance[row])}
+            | {name: float(values[row]) for name, values in self.metrics.items()}
+            for row, step in enumerate(self.gram.steps.tolist())
+        ]
+
+    def sentences(self) -> list[str]:
+        """How many steps had a gradient, if a metric tells."""
+        seen = self.informative
+        return [f"{seen.count} of {seen.known} steps were informative."] if seen else []
 
     def until(self, step: int | None) -> Observed:
         """The prefix of the run up to and including ``step``."""

@@ -1,6 +1,6 @@
 """The commands of relexkit: options, one call, and what it prints."""
 
-from relexkit.commands.registry import Command, Extension
+from relexkit.registry import Command, Extension
 
 EXTENSION = Extension(
     {

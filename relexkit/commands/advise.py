@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from relexkit.commands.console import print_json, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
+from relexkit.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import numpy as np
 from relexkit.assess.backtest import CHEAP
 from relexkit.commands.console import console, number, print_json, say, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
-from relexkit.commands.registry import plot
+from relexkit.options import option
+from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 
 if TYPE_CHECKING:

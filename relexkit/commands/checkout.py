@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relexkit.commands.console import print_json, progress_bar, show
-from relexkit.commands.options import OfStore, group, option
 from relexkit.commands.sync import Sync
+from relexkit.options import OfStore, group, option
 
 
 @dataclass(frozen=True, kw_only=True)

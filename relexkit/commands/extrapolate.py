@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, say, show
 from relexkit.commands.observer import Observer, OfGram, observer
-from relexkit.commands.options import group, option
 from relexkit.commands.sync import Sync
 from relexkit.errors import RelexkitError
 from relexkit.materialize import Output
+from relexkit.options import group, option
 from relexkit.predict.extrapolators import METHODS
 from relexkit.predict.prediction import Prediction
 
@@ -102,15 +102,15 @@ def _warn(
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps
+    from relexkit.predict.extrapolators import method_of, name_of
 
-    method = METHODS.get(prediction.method)
-    if method is None or not (method.needs_gram or known_steps(store) == len(store.steps)):
+    if not (method_of(prediction.method).needs_gram or known_steps(store) == len(store.steps)):
         return
     seen = observed.observe(store, prediction.until)
     if observed.silent:
         return
     advice = advise(seen.gram, seen.metrics)
     last_step = float(seen.gram.steps[-1])
-    against = objection(advice, prediction.method, last_step, targets, store.path)
+    against = objection(advice, name_of(prediction.method), last_step, targets, store.path)
     if against:
         say(f"warning: {against}")

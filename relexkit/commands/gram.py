@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
 from relexkit.errors import RelexkitError
+from relexkit.options import option
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from relexkit.commands.console import progress_bar, say
 from relexkit.commands.info import print_info
-from relexkit.commands.options import Json, option
+from relexkit.options import Json, option
 
 if TYPE_CHECKING:
     from relexkit.ingest.reading import Reading

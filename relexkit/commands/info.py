@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from relexkit.commands.console import print_json, print_pairs, size_text
-from relexkit.commands.options import OfStore
+from relexkit.options import OfStore
 
 if TYPE_CHECKING:
     from relexkit.store import TrajectoryStore
@@ -36,30 +36,10 @@ def run(options: Options) -> None:
 def print_info(store: TrajectoryStore, as_json: bool) -> None:
     """What a store holds."""
     from relexkit.store import describe_steps
+    from relexkit.store.summary import summary
 
-    sizes = store.num_bytes()
-    moving = [part for part in store.layout.parts if part.moves]
-    bits = {"float32": 4}
-    checkpoint_bytes = sum(part.numel * bits.get(part.dtype, 2) for part in moving)
-    document: dict[str, Any] = {
-        "path": store.path,
-        "format_version": store.attributes["format_version"],
-        "steps": [int(s) for s in store.steps],
-        "num_parameters": store.layout.num_parameters,
-        "num_tensors": len(store.layout.tensors),
-        "tied": {t.name: t.tied_to for t in store.layout.tensors if t.tied_to},
-        "dtypes": sorted({part.dtype for part in moving}),
-        "encodings": sorted({part.encoding for part in moving}),
-        "mantissa_bits": store.mantissa_bits,
-        "exact": store.exact,
-        "source": store.attributes["source"],
-        "base": store.attributes["base"],
-        "metrics": sorted(store.metric_names()),
-        "files": {name: len(content) for name, content in sorted(store.files().items())},
-        "bytes": sizes,
-        "checkpoint_bytes": checkpoint_bytes,
-        "relexkit_version": store.attributes["relexkit_version"],
-    }
+    document = summary(store)
+    sizes, checkpoint_bytes = document["bytes"], document["checkpoint_bytes"]
     if as_json:
         print_json(document)
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from relexkit.commands.console import console, number, print_json, progress_bar, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
+from relexkit.options import option
 from relexkit.weights.layout import Scope
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from relexkit.commands.console import progress_bar, say
-from relexkit.commands.options import OfStore, group
 from relexkit.gram_matrix.compute.settings import Compute
+from relexkit.options import OfStore, group
 
 if TYPE_CHECKING:
     from relexkit.assess.observed import Observed

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relexkit.commands.console import print_json, progress_bar, show
-from relexkit.commands.options import Json, group, option
 from relexkit.materialize import Output
+from relexkit.options import Json, group, option
 
 
 @dataclass(frozen=True, kw_only=True)

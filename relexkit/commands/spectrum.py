@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.commands.options import option
-from relexkit.commands.registry import plot
+from relexkit.options import option
+from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Options(OfGram):
     """also write the table there"""
     directions: Path | None = option(default=None, metavar="DIR")
     """also write the first 2 (or --components) directions there as safetensors"""
+    norm: Literal["task", "unit"] = "task"
+    """of written directions: the last step's coefficient, which makes a task vector, or 1"""
 
 
 def run(options: Options) -> None:
@@ -75,18 +77,17 @@ def run(options: Options) -> None:
         write_csv(result, options.csv)
         say(f"wrote {options.csv}")
     if options.directions:
-        from relexkit.materialize.directions import write_directions
+        from relexkit.materialize.directions import find_directions
 
         with progress_bar() as progress:
-            paths = write_directions(
+            found = find_directions(
                 store,
                 matrices,
-                options.directions,
                 count=options.compute.components or min(2, len(matrices.steps)),
                 scope=options.scope,
                 centered=options.centered,
-                progress=progress,
             )
+            paths = found.write(options.directions, norm=options.norm, progress=progress)
         for path in paths:
             say(f"wrote {path}")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from relexkit.commands.options import option
 from relexkit.errors import RelexkitError
+from relexkit.options import option
 
 if TYPE_CHECKING:
     from relexkit.materialize import WeightSync

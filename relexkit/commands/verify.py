@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relexkit.commands.console import print_json, progress_bar, show
-from relexkit.commands.options import OfStore
+from relexkit.options import OfStore
 
 Options = OfStore
 

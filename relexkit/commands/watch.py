@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relexkit.commands.import_run import SourceOptions
-from relexkit.commands.options import option
+from relexkit.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +27,19 @@ class Options(SourceOptions):
 def run(options: Options) -> None:
     """Watch until idle or interrupted."""
     from relexkit.commands.console import print_json, say, show
-    from relexkit.ingest.watch import Watching, watch
+    from relexkit.ingest.watch import watch
     from relexkit.store import describe_steps
 
     store = watch(
         options.source,
         options.out,
-        options.reading(),
-        Watching(
-            every=options.every,
-            continues=options.continues,
-            delete_after=options.delete_after,
-            poll_seconds=options.poll,
-            idle_seconds=options.idle,
-        ),
-        say,
+        **vars(options.reading()),
+        every=options.every,
+        continues=options.continues,
+        delete_after=options.delete_after,
+        poll_seconds=options.poll,
+        idle_seconds=options.idle,
+        say=say,
     )
     if options.json:
         print_json({"path": store.path, "steps": [int(s) for s in store.steps]})

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
 from relexkit.gram_matrix.jumps import last_trained
+from relexkit.results import Result
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import Update, apply_update, clip_update
 from relexkit.weights.dtypes import to_float32
+from relexkit.weights.layout import scope_of
 
 NUM_BINS = 100
 """Equal bins of R^2 from 0 to 1."""
@@ -26,12 +29,14 @@ NUM_BINS = 100
 _FEWEST_STEPS = 3
 _WINDOW = 2**20
 _NULL_WALKS = 20000
+_SHARES = (0.1, 0.5, 0.9)  # of the weights, in a table
+_HIGH = 0.9
 _FLAT = 1e-12  # of a weight's energy: what rounding leaves of a constant
 
 
-@dataclass(frozen=True)
-class Linearity:
-    """Per-weight R^2 of N tensors.
+@dataclass(frozen=True, repr=False)
+class Linearity(Result):
+    """Per-weight R^2 of N tensors or groups.
 
     Attributes:
         steps: ``int64 [T]``.
@@ -47,6 +52,44 @@ class Linearity:
     counts: np.ndarray
     still: np.ndarray
     null: np.ndarray
+
+    def scoped(self, scope: str) -> Linearity:
+        """Counts over the groups of ``scope`` (``tensor``, ``layer``, ``module``, ``global``), in
+        order of appearance.
+        """
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            members.setdefault(scope_of(name, scope), []).append(row)
+        counts = np.stack([self.counts[rows].sum(axis=0) for rows in members.values()])
+        still = np.array([self.still[rows].sum() for rows in members.values()])
+        return replace(self, names=tuple(members), counts=counts, still=still)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each tensor or group, and the walk last: quantiles of R^2 over moving weights,
+        the share of them over 0.9, and the share of still weights.
+        """
+        groups = [*zip(self.names, self.counts, self.still, strict=True)]
+        return [
+            {
+                "name": name,
+                **{
+                    f"r2_{100 * share:.0f}": float(value)
+                    for share, value in zip(_SHARES, quantiles_of(counts, _SHARES), strict=True)
+                },
+                "over_0.9": float(
+                    counts[round(_HIGH * NUM_BINS) :].sum() / max(counts.sum(), 1e-9)
+                ),
+                "still": float(still / max(1, still + counts.sum())),
+            }
+            for name, counts, still in [*groups, ("walk without direction", self.null, 0)]
+        ]
+
+    def sentences(self) -> list[str]:
+        """What the numbers are."""
+        return [
+            f"R² of each weight's line on the step over {len(self.steps)} steps; a walk without"
+            " direction, of the run's own momentum, stands last."
+        ]
 
 
 def quantiles_of(counts: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:

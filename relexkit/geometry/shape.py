@@ -94,6 +94,17 @@ def update_cosines(matrix: np.ndarray) -> np.ndarray:
         return products / (norms[1:] * norms[:-1])
 
 
+def cosines_of_updates(matrices: np.ndarray) -> np.ndarray:
+    """Cosines between all step-to-step updates, ``[..., T, T]``; the first update is the first
+    delta. NaN where an update is zero.
+    """
+    padded = np.pad(matrices, [(0, 0)] * (matrices.ndim - 2) + [(1, 0), (1, 0)])
+    products = np.diff(np.diff(padded, axis=-2), axis=-1)
+    norms = np.sqrt(np.maximum(np.diagonal(products, axis1=-2, axis2=-1), 0.0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return products / (norms[..., :, None] * norms[..., None, :])
+
+
 def walk_gram(steps: np.ndarray) -> np.ndarray:
     """Expected Gram matrix of a walk of independent, direction-free updates recorded at ``steps``:
     ``min(s, t)``.

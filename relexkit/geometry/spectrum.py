@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from relexkit.geometry.shape import (
 from relexkit.geometry.trajectory_model import TrajectoryFit
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.results import Result
 
 
 def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
@@ -112,8 +114,8 @@ class ScopeSpectrum:
         return int(np.searchsorted(np.cumsum(self.explained_variance_ratio), share - 1e-12) + 1)
 
 
-@dataclass(frozen=True)
-class Spectrum:
+@dataclass(frozen=True, repr=False)
+class Spectrum(Result):
     """Spectra of all groups of a scope.
 
     Attributes:
@@ -131,6 +133,42 @@ class Spectrum:
     null: ScopeSpectrum
     whole: WalkNull
     fit: TrajectoryFit | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each group: every statistic beside that of its walk, ``NAME`` and
+        ``NAME_walk``.
+        """
+        return [
+            {
+                self.scope: s.name,
+                "parameters": s.num_parameters,
+                "energy_share": s.energy_share,
+                **_beside_walk(s.null),
+                "changed": float(s.changed.mean()),
+            }
+            for s in self.scopes
+        ]
+
+    def sentences(self) -> list[str]:
+        """The whole run beside its walk."""
+        seen, walk, p_value = self.whole.observed, self.whole.expected, self.whole.p_value
+        return [
+            f"{len(self.steps)} steps to {self.steps[-1]}, first direction"
+            f" {100 * seen['first']:.1f} % against {100 * walk['first']:.1f} % of a walk without"
+            f" direction (p = {p_value['first']:.2g}), R² {seen['r2']:.3f} against"
+            f" {walk['r2']:.3f} (p = {p_value['r2']:.2g}); only what exceeds the walk is evidence."
+        ]
+
+
+def _beside_walk(null: WalkNull | None) -> dict[str, float]:
+    if null is None:
+        return {}
+    pairs = {name: (null.observed[name], null.expected[name]) for name in null.observed}
+    return {
+        f"{n}{end}": v
+        for n, both in pairs.items()
+        for end, v in zip(("", "_walk"), both, strict=True)
+    }
 
 
 def spectrum(

@@ -5,10 +5,12 @@ summed over scopes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from relexkit.errors import RelexkitError
+from relexkit.results import Result
 from relexkit.store import describe_steps
 from relexkit.weights.layout import scope_of
 
@@ -18,8 +20,8 @@ summed in float32.
 """
 
 
-@dataclass(frozen=True)
-class Gram:
+@dataclass(frozen=True, repr=False)
+class Gram(Result):
     """Gram matrices of a set of tensors, or of groups of tensors.
 
     Attributes:
@@ -51,6 +53,21 @@ class Gram:
     def __post_init__(self) -> None:
         if not self.uncertainty.size:
             object.__setattr__(self, "uncertainty", rounding_error(self.matrices))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each tensor or group: its energy, and how far it stands from the base at the
+        last step.
+        """
+        energy, last = np.trace(self.matrices, axis1=1, axis2=2), self.matrices[:, -1, -1]
+        sizes = self.num_parameters.tolist()
+        return [
+            {"name": n, "parameters": size, "energy": float(e), "distance": float(np.sqrt(d))}
+            for n, size, e, d in zip(self.names, sizes, energy, last, strict=True)
+        ]
+
+    def sentences(self) -> list[str]:
+        """Which steps."""
+        return [f"{len(self.names)} Gram matrices over {describe_steps(self.steps)}."]
 
     def until(self, step: int | None) -> Gram:
         """The prefix of the run up to and including ``step``: leading blocks, no copy.

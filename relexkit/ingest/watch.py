@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
-from relexkit.ingest.reading import PLAIN, Reading
+from relexkit.ingest.reading import Reading
 from relexkit.store import NotAStoreError, TrajectoryStore, durable
 
 
@@ -58,26 +58,24 @@ class Watching:
             )
 
 
-UNTIL_INTERRUPTED = Watching()
-
-
 def watch(
     source: str | Path,
     out: str | Path,
-    reading: Reading = PLAIN,
-    watching: Watching = UNTIL_INTERRUPTED,
+    *,
     say: Callable[[str], None] = lambda message: None,
+    **settings: Any,
 ) -> TrajectoryStore:
     """Import every checkpoint of ``source`` into ``out`` as soon as it is whole, until nothing came
-    for ``watching.idle_seconds``.
+    for ``idle_seconds``.
 
     A checkpoint is whole if its reader finds it complete and the trainer has written its marker, or
     nothing in its folder has changed between two looks. Steps that lie before the last recorded one
     are reported and left out.
 
     Args:
-        reading: as for ``import_checkpoints``.
         say: told what happens, a line at a time.
+        settings: fields of ``Watching``; and ``base``, ``encoding``, ``mantissa_bits``,
+            ``source_format``, ``step_map`` and ``exclude`` as for ``import_checkpoints``.
 
     Raises:
         CheckpointError: a checkpoint does not belong to the run, or is not finite.
@@ -85,6 +83,9 @@ def watch(
             deleted.
         RelexkitError: the store, the base and the checkpoints lie inside each other.
     """
+    names = {field.name for field in fields(Watching)}
+    watching = Watching(**{name: value for name, value in settings.items() if name in names})
+    reading = Reading(**{name: value for name, value in settings.items() if name not in names})
     watcher = _Watcher(source, Path(out), reading, watching, say)
     quiet_since = time.monotonic()
     while True:

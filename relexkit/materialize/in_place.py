@@ -37,7 +37,7 @@ def apply(
         model: its ``state_dict`` has the store's tensors (tied ones under either name; a
             transformers model also where it holds them under other names, or several as one).
         weights: ``a``, ``[N, T]`` over the store's moving tensors, as one row of
-            ``predict_weights``; all zero for the base.
+            ``predict_weights``, or ``[T]`` for all of them alike; all zero for the base.
         rounding: used where a parameter is less precise than float32.
 
     Raises:
@@ -46,10 +46,12 @@ def apply(
     import torch
 
     expected = (len(store.layout.moving_tensors), len(store.steps))
+    if weights.ndim == 1:
+        weights = np.broadcast_to(weights, (expected[0], len(weights)))
     if weights.shape[:1] != expected[:1] or weights.ndim != 2 or weights.shape[1] > expected[1]:
         raise RelexkitError(
-            f"weights of shape {list(weights.shape)}; expected {list(expected)}: one row of"
-            " predict_weights"
+            f"weights of shape {list(weights.shape)}; expected {list(expected)}, one row of"
+            f" predict_weights, or [{expected[1]}] for all tensors alike"
         )
     targets = _Targets(store, model, rounding, seed)
 

@@ -16,7 +16,12 @@ from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.pca import pca_gram
-from relexkit.predict.extrapolators import METHODS, check_request, predict_weights
+from relexkit.predict.extrapolators import (
+    check_request,
+    method_of,
+    name_of,
+    predict_weights,
+)
 from relexkit.predict.fits import Options
 from relexkit.predict.prediction import Prediction
 from relexkit.store import TrajectoryStore, describe_steps
@@ -44,7 +49,7 @@ def plan(
     """
     targets = [float(target) for target in dict.fromkeys(to)]
     check_request(targets, prediction)
-    method, until = METHODS[prediction.method], prediction.until
+    method, until = method_of(prediction.method), prediction.until
     num_used = len(_used_steps(store, until))
     observed = (
         pca_gram(store, until=until, compute=compute)
@@ -55,7 +60,7 @@ def plan(
         return []
     weights = predict_weights(observed, targets, prediction)
     settings = {
-        "method": prediction.method,
+        "method": name_of(prediction.method),
         **{name: getattr(prediction.options, name) for name in _in_order(method.options)},
         "scope": prediction.scope or method.scope,
         "scale": prediction.scale,

@@ -16,9 +16,9 @@ import numpy as np
 
 from relexkit.gram_matrix.factors import FactorSums
 from relexkit.store import ProgressCallback, TrajectoryStore, blocks
-from relexkit.store.encodings.bits import Update, apply_update, clip_update
+from relexkit.store.encodings.bits import BLOCK, Update, apply_update, clip_update
 from relexkit.weights.dtypes import to_float32
-from relexkit.weights.layout import Layout, Segment
+from relexkit.weights.layout import Layout, Segment, TensorSpec
 
 _WORKERS = min(2, os.cpu_count() or 1)
 _WINDOW = 2**22  # columns at most
@@ -37,12 +37,13 @@ def stream_sums(
     progress: ProgressCallback | None,
     *,
     onto_base: bool = True,
+    only: TensorSpec | None = None,
 ) -> None:
     """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights
     [P, N, T]`` to ``consume``.
 
     It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight
-    are not read.
+    are not read. With ``only`` nothing but that tensor is.
 
     Raises:
         StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received
@@ -73,20 +74,22 @@ def stream_sums(
                 )  # a -0.0 that does not move stays one
             for segment in segments:
                 low = segment.offset - window.begin
-                consume(index, segment, values[low : low + segment.numel])
+                if only is None or segment.tensor.name == only.name:
+                    consume(index, segment, values[low : low + segment.numel])
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for part, spec in enumerate(layout.parts):
-            if not spec.moves:
+            first, last = (0, spec.numel) if only is None else _span(layout, part, only)
+            if not spec.moves or first == last:
                 continue
             stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [
-                (0, spec.numel, None)
+                (first, last, None)
             ]
             if spec.factors is not None:
                 weight = weights[:, row_of[layout.segments_in(part)[0].tensor.name]]
                 stretches = [(0, spec.numel, FactorSums(store, part, weight, budget // 2))]
             elif store.encoding(part).is_log:
-                stretches = store.read_log(part, num_rows, budget // 2, pool)
+                stretches = store.read_log(part, num_rows, budget // 2, pool, (first, last))
             for begin, end, updates in stretches:
                 windows = [
                     _Window(layout, part, begin + low, begin + high)
@@ -98,6 +101,15 @@ def stream_sums(
                         "predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
                     )
     store.check_unchanged()
+
+
+def _span(layout: Layout, part: int, tensor: TensorSpec) -> tuple[int, int]:
+    """The columns of a part that hold a tensor, from the beginning of a block to an end of one."""
+    pieces = [s for s in layout.segments_of(tensor) if s.part == part]
+    if not pieces:
+        return 0, 0
+    first, last = pieces[0].offset, pieces[-1].offset + pieces[-1].numel
+    return first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, layout.parts[part].numel)
 
 
 class _Window:

@@ -24,7 +24,7 @@ from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.fits import FitError, Options, continued
-from relexkit.predict.prediction import PLAIN, Prediction
+from relexkit.predict.prediction import PLAIN, Extrapolator, Prediction
 
 _AVERAGED = 10  # recorded steps, where no window is given
 
@@ -233,6 +233,43 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_of(method: str | Extrapolator) -> Method:
+    """The row of a method of the table, or of a function of one's own.
+
+    Raises:
+        ExtrapolationError: an unknown name, with the choices.
+    """
+    if callable(method):
+        return Method(from_steps(_checked(method)), (method.__doc__ or name_of(method)).strip())
+    if method not in METHODS:
+        raise ExtrapolationError(
+            f"--method {method} is unknown; choose one of {', '.join(METHODS)}"
+        )
+    return METHODS[method]
+
+
+def name_of(method: str | Extrapolator) -> str:
+    """The name of a method; of a function its own."""
+    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+
+
+def _checked(function: Extrapolator) -> StepWeights:
+    """The weights that a user's function gives, refused where they are not one finite number a
+    step.
+    """
+
+    def weights(steps: np.ndarray, target: float, options: Options) -> np.ndarray:
+        found = np.asarray(function(steps, target), np.float64)
+        if found.shape != steps.shape or not np.isfinite(found).all():
+            raise ExtrapolationError(
+                f"{name_of(function)} gave weights of shape {list(found.shape)}; expected"
+                f" {len(steps)} finite numbers, one for each recorded step"
+            )
+        return found
+
+    return weights
+
+
 def step_text(step: float) -> str:
     """A step as people write it: ``1000000``, ``2.5``."""
     return str(int(step)) if float(step).is_integer() else repr(float(step))
@@ -245,18 +282,15 @@ def check_request(targets: Sequence[float], prediction: Prediction) -> None:
     Raises:
         ExtrapolationError: with the choices.
     """
-    method, options, scale = prediction.method, prediction.options, prediction.scale
-    if method not in METHODS:
-        raise ExtrapolationError(
-            f"--method {method} is unknown; choose one of {', '.join(METHODS)}"
-        )
-    used, default = METHODS[method].options, Options()
+    options, scale = prediction.options, prediction.scale
+    used, default = method_of(prediction.method).options, Options()
     for field in fields(Options):
         if field.name not in used and getattr(options, field.name) != getattr(default, field.name):
             allowed = ", ".join("--" + name.replace("_", "-") for name in used) or "no options"
             flag = "--" + field.name.replace("_", "-")
             raise ExtrapolationError(
-                f"{flag} has no effect with --method {method}, which takes {allowed}; leave it out"
+                f"{flag} has no effect with --method {name_of(prediction.method)}, which takes"
+                f" {allowed}; leave it out"
             )
     for target in targets:
         if not (math.isfinite(target) and target > 0):
@@ -291,14 +325,16 @@ def predict_weights(
     return prediction.scale * np.broadcast_to(weights, shape)
 
 
-def fit_method(gram: Gram, method: str, options: Options, scope: str | None = None) -> Predict:
+def fit_method(
+    gram: Gram, method: str | Extrapolator, options: Options, scope: str | None = None
+) -> Predict:
     """A method fitted to the tensors of ``gram``: one fit for any number of targets; see
     ``predict_weights``.
 
     Raises:
         ExtrapolationError: the fit fails, here or where it is asked for a target.
     """
-    chosen = METHODS[method]
+    chosen = method_of(method)
     scope = scope or chosen.scope
     grouped = gram.scoped(scope)
     moved = np.flatnonzero(np.trace(grouped.matrices, axis1=1, axis2=2) > 0)

@@ -16,6 +16,8 @@ import numpy as np
 
 from relexkit.errors import ExtrapolationError
 
+FitName = Literal["linear", "polynomial", "sinusoid"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -23,7 +25,7 @@ class Options:
 
     rank: int = 1
     """principal directions to keep, at most as many as there are"""
-    fit: Literal["linear", "polynomial", "sinusoid"] = "linear"
+    fit: FitName = "linear"
     """how a coefficient is continued"""
     degree: int = 2
     """of the polynomial"""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from relexkit.predict.fits import Options
 from relexkit.weights.layout import Scope
+
+Extrapolator = Callable[[np.ndarray, float], np.ndarray]
+"""A method of one's own: ``(steps [T], target) -> weights [T]`` over the recorded deltas, so that
+``theta_0 + sum_i weights[i] * delta_i`` is the prediction.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What is to be predicted, whatever the targets."""
 
-    method: str = "relex"
+    method: str | Extrapolator = "relex"
     """how to predict"""
     options: Options = field(default_factory=Options)
     """what the method is told"""

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from simulated import Run, recorded, simulate
 from test_figures import assert_readable, line, mesh
 
 from relexkit.analysis import backtest_figures, run_figures, style
+from relexkit.analysis.panels import WIDE, single
 from relexkit.assess.backtest import backtest
 from relexkit.assess.forecast import forecast
 from relexkit.errors import RelexkitError
@@ -73,30 +76,35 @@ def test_run_figures_are_readable(gram: Gram) -> None:
         "one run": spectrum(gram, scope="global"),
         "the same, shorter": spectrum(gram.until(20), scope="global"),
     }
+    draws = [
+        partial(run_figures.cosine_map_panel, gram=gram),
+        partial(run_figures.cosine_by_distance_panel, gram=gram),
+        partial(run_figures.resolution_panel, gram=gram),
+        partial(
+            run_figures.metric_panel, steps=gram.steps, values=metrics["reward"], name="reward"
+        ),
+        partial(run_figures.metric_along_panel, gram=gram, values=metrics["reward"], name="reward"),
+        partial(run_figures.null_panel, runs=runs),
+    ]
     with style.styled():
-        figures = [
-            run_figures.cosines_figure(gram),
-            run_figures.resolution_figure(gram),
-            run_figures.metrics_figure(gram, metrics),
-            run_figures.null_figure(runs),
-        ]
+        figures = [single(draw, (5.5, 2.7)) for draw in draws]
     for figure in figures:
         assert figure is not None
         assert_readable(figure)
-    labels = {axes.get_ylabel() for axes in figures[2].axes}
-    assert {"reward", "kl"} <= labels
-    assert "constant" not in labels
+    assert run_figures.known_metrics(metrics) == ["reward", "kl"]
 
 
-def test_no_metrics_no_figure(gram: Gram) -> None:
-    assert run_figures.metrics_figure(gram, {"reward": np.full(30, np.nan)}) is None
+def test_what_was_hardly_logged_is_left_out() -> None:
+    assert run_figures.known_metrics({"reward": np.full(30, np.nan)}) == []
 
 
 def test_cosines_are_those_of_the_updates() -> None:
     deltas = simulate(Run(), 12, 1)
     gram = recorded(deltas, np.arange(1, 13))
     with style.styled():
-        shown = mesh(run_figures.cosines_figure(gram), "cosines").get_array()
+        shown = mesh(
+            single(partial(run_figures.cosine_map_panel, gram=gram), WIDE), "cosines"
+        ).get_array()
     updates = np.diff(deltas, axis=0, prepend=0.0)
     unit = updates / np.linalg.norm(updates, axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(shown), unit @ unit.T, atol=1e-9)

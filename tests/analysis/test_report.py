@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +15,13 @@ from test_figures import assert_readable
 
 from relexkit.analysis import style
 from relexkit.analysis.claims import measure_claims
-from relexkit.analysis.report import build_page, write_report
+from relexkit.analysis.glossary import explained
+from relexkit.analysis.page import Subject, build_page
+from relexkit.analysis.report import write_report
 from relexkit.analysis.sweep_figures import sweep_figure
 from relexkit.assess.advice import advise
 from relexkit.assess.backtest import CHEAP, backtest
+from relexkit.assess.observed import Observed
 from relexkit.cli import main
 from relexkit.errors import RelexkitError
 from relexkit.geometry.spectrum import spectrum
@@ -53,38 +57,65 @@ def gram() -> Gram:
 
 @pytest.fixture(scope="module")
 def page(gram: Gram) -> str:
-    return build_page(
-        "run <1>.zarr", gram, {"reward": np.linspace(0, 1, 20)}, facts=[("base", "a & b")]
+    subject = Subject(
+        "run <1>.zarr", "a/run <1>.zarr", "a model", "sorting", "2026-11-27", [("base", "a & b")]
     )
+    metrics = {"reward": np.linspace(0, 1, 20), "kl": np.linspace(0, 0.1, 20)}
+    return build_page(subject, Observed(gram, metrics))
 
 
 def test_page_is_whole_and_needs_no_network(page: str) -> None:
     outline = Outline(page)
     assert outline.open == []
-    assert all(source.startswith("data:") for source in outline.sources)
-    assert "http" not in re.sub(r'data:image/svg\+xml;base64,[^"]+', "", page)
-    assert "<script" not in page
-    wanted = {
-        "null",
-        "spectrum",
-        "coefficients",
-        "variance",
-        "cosines",
-        "geometry",
-        "map",
-        "skill",
-        "forecast",
-        "metrics",
-    }
-    assert wanted <= set(outline.ids)
+    loaded = [s for s in outline.sources if not s.startswith(("#", "data:"))]
+    assert loaded  # the papers: links, which load nothing
+    assert all(re.match(r"https://(arxiv\.org/abs/|github\.com/)", s) for s in loaded)
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src=|url\(|@import|fetch\()\s*[\"']?http", page)
+    assert len(outline.ids) == len(set(outline.ids))
+    wanted = "reward null skill forecast directions coefficients cosines map-relex variance along"
+    assert set(wanted.split()) <= set(outline.ids)
+
+
+def test_verdict_command_reward_and_pictures_come_first(page: str) -> None:
+    places = ["<h1>", 'class="lead"', 'class="copy"', 'id="reward"', 'id="null"', 'id="skill"']
+    found = [page.index(place) for place in [*places, 'id="forecast"', "<nav", 'id="why"']]
+    assert found == sorted(found)
+    assert "<title>run &lt;1&gt;.zarr: a model</title>" in page
+    assert "2026-11-27" in page
+    assert "arXiv:2605.21468" in page
+    anchors = re.findall(r'<a href="#([^"]+)"', page)
+    assert anchors
+    assert all(f'<section id="{anchor}"' in page for anchor in anchors)
+
+
+def test_values_under_the_pointer_are_those_of_the_run(page: str, gram: Gram) -> None:
+    [text] = re.findall(r'id="values">(.*?)</script>', page, re.DOTALL)
+    [axes] = json.loads(text)["reward"]["axes"]
+    [series] = axes["series"]
+    np.testing.assert_allclose(
+        series["v"], np.column_stack([gram.steps, np.linspace(0, 1, 20)]), rtol=1e-3, atol=1e-9
+    )
+    left, top, right, bottom = axes["box"]
+    assert all(left <= x <= right and top <= y <= bottom for x, y in series["p"])
+    [cells] = [axes["cells"] for axes in json.loads(text)["map-relex"]["axes"]]
+    skill = np.maximum(backtest(gram, ["relex"]).skill("relex"), -1)
+    np.testing.assert_allclose(np.array(cells["v"], float), skill, atol=6e-4)
+
+
+def test_words_of_the_glossary_are_explained() -> None:
+    text = explained("Skill, the skill of hold; hold <again>: see arXiv:2605.21468.")
+    assert text.count('data-meaning="the last recorded step kept') == 1
+    assert "hold</span>; hold &lt;again&gt;" in text
+    assert '<a href="https://arxiv.org/abs/2605.21468">arXiv:2605.21468</a>.' in text
 
 
 def test_page_says_what_was_found_and_escapes_it(page: str, gram: Gram) -> None:
-    assert advise(gram).headline in page
+    assert advise(gram).headline in re.sub("<[^>]+>", "", page)
     assert "run &lt;1&gt;.zarr" in page
     assert "a &amp; b" in page
     assert "<1>" not in page
-    assert "relexkit backtest run &lt;1&gt;.zarr --plot figures" in page
+    assert "relexkit backtest &#x27;a/run &lt;1&gt;.zarr&#x27; --plot figures" in page
 
 
 def claims_of(run: Run, num_steps: int = 40) -> dict[str, tuple[str, str]]:
@@ -119,14 +150,16 @@ def test_claims_on_a_line_hold() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_few_steps_give_a_shorter_page(gram: Gram, count: int) -> None:
-    page = build_page("run", gram.until(count), {}, facts=[])
+    page = build_page(Subject("run", "run.zarr"), Observed(gram.until(count), {}))
     assert Outline(page).open == []
     assert "Keep training." in page
-    assert "<img" in page
+    assert ("<svg" in page) == (count > 1)
 
 
 def test_nothing_moved_says_so() -> None:
-    page = build_page("run", recorded(np.zeros((5, 30)), np.arange(1, 6)), {}, facts=[])
+    page = build_page(
+        Subject("run", "run.zarr"), Observed(recorded(np.zeros((5, 30)), np.arange(1, 6)), {})
+    )
     assert "Nothing moved: all 3 tensors equal the base" in page
 
 
@@ -178,8 +211,9 @@ SWEEP = {
 
 
 def test_results_of_a_sweep_come_first(gram: Gram) -> None:
-    page = build_page("run", gram, {}, facts=[], sweep=SWEEP)
-    assert Outline(page).ids[0] == "sweep"
+    page = build_page(Subject("run", "run.zarr"), Observed(gram, {}), sweep=SWEEP)
+    assert page.index('<section id="task"') < page.index('<section id="why"')
+    assert '<figure id="sweep"' in page
     assert "Keep step 20: nothing beats it." in page
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from simulated import Run, recorded, simulate
 
-from relexkit.analysis.report import build_page
+from relexkit.analysis.page import Subject, build_page
+from relexkit.assess.observed import Observed
 
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
@@ -113,11 +114,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     name = "a-run-with-a-rather-long-name-that-must-not-scroll-sideways-on-a-telephone.zarr"
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(
-        build_page(
-            name, gram, metrics, facts=[("base", "an/organisation-and-a-model-with-a-long-name")]
-        )
-    )
+    subject = Subject(name, name, facts=[("base", "an/organisation-and-a-model-with-a-long-name")])
+    path.write_text(build_page(subject, Observed(gram, metrics)))
     return path
 
 
@@ -131,15 +129,51 @@ def test_no_errors_no_missing_images_no_sideways_scrolling(
     assert [entry for entry in browser.log() if entry["level"] in ("SEVERE", "WARNING")] == []
     assert browser.run("return innerWidth") == width
     assert browser.run("return document.documentElement.scrollWidth") <= width
-    broken = (
-        "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 100)).map(i =>"
-        " i.alt)"
-    )
-    assert browser.run(broken) == []
-    assert browser.run("return document.images.length") >= 10
-    wide = """return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    assert browser.run("return document.querySelectorAll('.drawing svg').length") >= 14
+    wide = """return [...document.querySelectorAll('body *:not(svg *)')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
         .map(e => e.tagName + ' ' + e.textContent.slice(0, 40))"""
     assert browser.run(wide) == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_what_matters_is_on_the_first_screen(
+    browser: Browser, page: Path, width: int, height: int
+) -> None:
+    browser.open(page, width, height)
+    script = """return ['.lead', '.next code', '#reward svg', '#null svg', '#skill svg', '#forecast svg'].map(s =>
+        Math.max(...[...document.querySelectorAll(s)].filter(e => e.getBoundingClientRect().height).slice(0, 1)
+            .map(e => e.getBoundingClientRect().bottom)))"""
+    bottoms = browser.run(script)
+    assert len(bottoms) == 6
+    assert all(0 < bottom <= height for bottom in bottoms), bottoms
+
+
+def test_texts_of_the_drawings_are_inside_them(browser: Browser, page: Path) -> None:
+    script = """return [...document.querySelectorAll('.drawing svg')].flatMap(svg => {
+        const b = svg.getBoundingClientRect();
+        return !b.width ? [] : [...svg.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();
+            return r.left < b.left - 3 || r.right > b.right + 3 || r.top < b.top - 3 || r.bottom > b.bottom + 3; })
+            .map(t => svg.closest('figure').id + ': ' + t.textContent); })"""
+    for width in (1280, 390):
+        browser.open(page, width)
+        assert browser.run(script) == []
+
+
+def test_values_series_and_words_answer(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    hover = """const svg = document.querySelector('#reward .large svg'), b = svg.getBoundingClientRect();
+        svg.dispatchEvent(new PointerEvent('pointermove', {clientX: b.right - 8, clientY: b.top + 40}));
+        return document.getElementById('tip').textContent"""
+    assert browser.run(hover) == "optimizer step 24\nreward: 0.8"
+    press = """const button = document.querySelector('#skill .series'); button.click();
+        return [button.getAttribute('aria-pressed'), document.querySelectorAll('#skill [hidden]').length]"""
+    assert browser.run(press) == ["false", 2]  # in the large drawing and in the small one
+    focus = """const term = document.querySelector('.term'); term.focus();
+        return document.getElementById('tip').textContent === term.dataset.meaning"""
+    assert browser.run(focus)
+    scheme = """document.getElementById('scheme').click(); return getComputedStyle(document.body).backgroundColor"""
+    first = browser.run(scheme)
+    assert first != browser.run(scheme)
 
 
 def test_dark_is_dark_and_light_is_light(browser: Browser, page: Path) -> None:

@@ -14,9 +14,10 @@ import torch
 from runs import EMBEDDING, HEAD, Weights, raw_bits, write_checkpoint
 from safetensors.torch import load_file
 
-from relexkit import TrajectoryStore, apply, checkout, import_checkpoints, round_checkpoint
+from relexkit import TrajectoryStore, apply, checkout, import_checkpoints
 from relexkit.checkpoints.tied import with_tie
 from relexkit.errors import CheckpointError, RelexkitError
+from relexkit.materialize import round_checkpoint
 from relexkit.weights.safetensors_io import TensorInfo
 
 

@@ -14,7 +14,6 @@ import torch
 from runs import Run, same_bits, store_content, write_checkpoint, write_run
 from safetensors.torch import load_file
 from versions import CHECKSUMS, write_pull_version, write_skyrl_version, write_versions
-from watching import watch
 
 from relexkit import TrajectoryStore, checkout, import_checkpoints
 from relexkit.checkpoints import open_checkpoint, open_run
@@ -23,6 +22,7 @@ from relexkit.cli import main
 from relexkit.errors import CheckpointError
 from relexkit.ingest.estimate import estimate_import
 from relexkit.ingest.reading import Reading
+from relexkit.ingest.watch import watch
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
+    registry,
 )
 from relexkit.assess.backtest import backtest
 from relexkit.checkpoints import open_checkpoint
 from relexkit.checkpoints.formats.table import FORMATS
-from relexkit.commands import registry
-from relexkit.commands.registry import Extension
 from relexkit.ingest.readback import ReadBack
+from relexkit.registry import Extension
 from relexkit.store.encodings.table import ENCODINGS
 from relexkit.trainer.credit.loss import AGGREGATIONS, Denominators, aggregate
 from relexkit.trainer.tasks import load_task, score
@@ -70,6 +70,7 @@ def test_every_example_is_tested() -> None:
         "trainer/credit/loss.py",
         "parity.py",
         "mine/__init__.py",
+        "mine/hello.py",
         "relexkit/store/encodings/xor.py",
     ]
 
@@ -111,14 +112,22 @@ def test_a_task_is_one_function(tmp_path: Path) -> None:
     assert (problem.prompt, score(task, problem, "No.")) == ("Is 101 even?", 1.0)
 
 
-def test_an_extension_adds_commands_and_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relexkit.cli import commands
+def test_an_extension_adds_commands_and_plots(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from relexkit.cli import commands, main
 
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/__init__.py", "mine/hello.py"):
+        (tmp_path / name).write_text(EXAMPLES[name])
+    monkeypatch.syspath_prepend(tmp_path)
     mine: Extension = example("mine/__init__.py")["EXTENSION"]
     monkeypatch.setattr("relexkit.cli.extensions", lambda: (mine,))
     monkeypatch.setattr(registry, "extensions", lambda: (mine,))
     assert commands()["hello"].help == "say hello to a run"
-    with pytest.raises(ModuleNotFoundError, match="mine"):
+    assert main(["hello", "run.zarr", "--loudly"]) == 0
+    assert capsys.readouterr().out == "HELLO RUN.ZARR\n"
+    with pytest.raises(ModuleNotFoundError, match=r"mine\.figures"):
         registry.plot("advise")
 
 

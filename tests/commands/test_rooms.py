@@ -18,6 +18,9 @@ ROOMS = (
     "relexkit.interrupts",
     "relexkit.version",
     "relexkit.processes",
+    "relexkit.options",
+    "relexkit.registry",
+    "relexkit.results",
     "relexkit.weights",
     "relexkit.store",
     "relexkit.checkpoints",
@@ -28,6 +31,7 @@ ROOMS = (
     "relexkit.assess",
     "relexkit.materialize",
     "relexkit.record",
+    "relexkit.calls",
     "relexkit",
     "relexkit.commands",
     "relexkit.cli",
@@ -52,11 +56,11 @@ OUTER = ("relexkit.analysis", "relexkit.trainer")
 SURFACE = {
     "relexkit",
     "relexkit.extension",
-    "relexkit.commands.registry",
-    "relexkit.commands.options",
+    "relexkit.options",
+    "relexkit.registry",
     "relexkit.cli",
 }
-"""What these may import of the rest: the two of ``commands`` load nothing heavy, for the help."""
+"""What these may import of the rest: ``options`` and ``registry`` load nothing heavy."""
 
 
 def modules() -> dict[str, Path]:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from runs import BUFFER, Run, write_run
 from safetensors.torch import load_file, save_file
-from watching import watch
 
 import relexkit.ingest.watch
 from relexkit import CheckpointError, RelexkitError, StoreError, TrajectoryStore, import_checkpoints
 from relexkit.checkpoints import open_checkpoint
 from relexkit.cli import main
 from relexkit.ingest.readback import ReadBack
+from relexkit.ingest.watch import watch
 from relexkit.store import StoreWriter
 
 QUICK = {"poll_seconds": 0.02, "idle_seconds": 0.3}

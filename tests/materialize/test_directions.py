@@ -22,7 +22,7 @@ from relexkit import (
     gram,
     import_checkpoints,
 )
-from relexkit.materialize.directions import write_directions
+from relexkit.materialize.directions import find_directions
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_files_hold_the_right_singular_vectors(
     made, scope: str, centered: bool, tmp_path: Path
 ) -> None:
     run, store = made
-    paths = write_directions(
-        store, gram(store), tmp_path / "out", count=3, scope=scope, centered=centered
+    paths = find_directions(store, gram(store), count=3, scope=scope, centered=centered).write(
+        tmp_path / "out"
     )
     assert [p.name for p in paths] == [
         "direction-1.safetensors",
@@ -74,7 +74,7 @@ def test_files_hold_the_right_singular_vectors(
 def test_a_file_is_a_task_vector(made, tmp_path: Path) -> None:
     """All directions together move the base to the last step."""
     run, store = made
-    paths = write_directions(store, gram(store), tmp_path / "out", count=5, scope="global")
+    paths = find_directions(store, gram(store), count=5, scope="global").write(tmp_path / "out")
     state = {n: t.float().clone() for n, t in run.weights[0].items() if n != HEAD}
     for path in paths:
         for name, value in load_file(path).items():
@@ -92,23 +92,26 @@ def test_a_file_is_a_task_vector(made, tmp_path: Path) -> None:
 
 def test_a_rerun_keeps_them_and_something_else_is_refused(made, tmp_path: Path) -> None:
     _, store = made
-    first = write_directions(store, gram(store), tmp_path / "out")
+    first = find_directions(store, gram(store)).write(tmp_path / "out")
     times = [p.stat().st_mtime_ns for p in first]
     assert [
-        p.stat().st_mtime_ns for p in write_directions(store, gram(store), tmp_path / "out")
+        p.stat().st_mtime_ns for p in find_directions(store, gram(store)).write(tmp_path / "out")
     ] == times
     with pytest.raises(
         RelexkitError, match=r"out: exists and holds something else; remove it or choose another -o"
     ):
-        write_directions(store, gram(store), tmp_path / "out", count=1)
+        find_directions(store, gram(store), count=1).write(tmp_path / "out")
     with pytest.raises(RelexkitError, match="--components 6 of 5 recorded steps; expected 1 to 5"):
-        write_directions(store, gram(store), tmp_path / "other", count=6)
+        find_directions(store, gram(store), count=6).write(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
     "write",
-    [lambda s, out: write_directions(s, gram(s), out), lambda s, out: extrapolate(s, [12], out)],
+    [
+        lambda s, out: find_directions(s, gram(s)).write(out),
+        lambda s, out: extrapolate(s, [12], out),
+    ],
 )
 def test_a_store_that_is_replaced_meanwhile_leaves_nothing(
     made, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ class Other:
 
     def generate(self, prompt_ids: Any, seeds: Any, sampling: Any, ends: Any) -> list[Sampled]:
         prompts = [self.tokenizer.decode(ids) for ids in prompt_ids]
-        found = generate(self.model, self.tokenizer, prompts, seeds, sampling, batch_size=64)
+        found = generate(self.model, self.tokenizer, prompts, seeds, sampling)
         pad = pad_token(self.tokenizer)
         logp = sampled_logprobs(self.model, found, sampling.temperature, 10**6, pad, False)
         return [

@@ -102,7 +102,7 @@ def test_the_help_says_of_every_option_what_it_means_and_what_it_takes(kind):
     import argparse
     import dataclasses
 
-    from relexkit.trainer.commands.train import add_options
+    from relexkit.trainer.commands.configured import add_options
     from relexkit.trainer.config import option_groups, option_meanings
 
     names = [field.name for field in dataclasses.fields(kind)]

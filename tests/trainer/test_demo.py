@@ -97,6 +97,7 @@ def test_the_embedded_model_is_small_and_half_way(tmp_path):
     import torch
 
     from relexkit.trainer.evaluation.evaluate import evaluate
+    from relexkit.trainer.evaluation.settings import EvaluationSettings
     from relexkit.trainer.policy.setup import load_model
     from relexkit.trainer.tasks import load_task
 
@@ -108,8 +109,6 @@ def test_the_embedded_model_is_small_and_half_way(tmp_path):
         model,
         tokenizer,
         load_task("arithmetic"),
-        num_problems=200,
-        max_completion_length=10,
-        batch_size=200,
+        EvaluationSettings(num_problems=200, max_completion_length=10, batch_size=200),
     )
     assert 0.35 < found.accuracy < 0.75  # 0.56 of 512 problems where it was made

@@ -147,7 +147,7 @@ def test_a_model_learns_its_pairs_and_the_same_seed_gives_the_same_bits():
     config = G2DConfig(learning_rate=1e-3, num_train_epochs=8, train_batch_size=5, beta=0.5)
     models = [tiny_model(0), tiny_model(0)]
     margins = reference_margins(deepcopy(models[0]).eval(), data, config, PAD, False)
-    logs = [train_dpo(model, data, margins, config, PAD) for model in models]
+    logs = [list(train_dpo(model, data, margins, config, PAD)) for model in models]
     assert len(logs[0]) == 8 * 3
     assert logs[0][0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert logs[0][-1]["rewards/accuracies"] == 1
@@ -157,14 +157,14 @@ def test_a_model_learns_its_pairs_and_the_same_seed_gives_the_same_bits():
         for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
     )
     other = tiny_model(0)
-    train_dpo(other, data, margins, G2DConfig(**{**vars(config), "seed": 1}), PAD)
+    list(train_dpo(other, data, margins, G2DConfig(**{**vars(config), "seed": 1}), PAD))
     assert not torch.equal(next(other.parameters()), next(models[0].parameters()))
 
 
 def test_a_loss_that_is_not_finite_stops():
     model, data = tiny_model(0), pairs(4)
     with pytest.raises(RelexkitError, match="DPO step 1: the loss is nan"):
-        train_dpo(model, data, torch.full((4,), float("nan")), G2DConfig(), PAD)
+        next(train_dpo(model, data, torch.full((4,), float("nan")), G2DConfig(), PAD))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import pytest
 import torch
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
-from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate, round_checkpoint
+from relexkit import Prediction, Recorder, TrajectoryStore, checkout, extrapolate
 from relexkit.cli import main
+from relexkit.materialize import round_checkpoint
+from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.setup import load_model
 from relexkit.trainer.policy.stored_model import StoredModel
 
@@ -80,7 +82,7 @@ def test_a_recorded_step_is_put_bit_for_bit(store, tmp_path, step):
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_rounded_weights_are_those_of_a_rounded_checkpoint(store, tmp_path, rounding):
-    stored = StoredModel(store, dtype="bfloat16", rounding=rounding, seed=5)
+    stored = StoredModel(store, Loading(dtype="bfloat16", rounding=rounding, seed=5))
     stored.put_step(4)
     source = checkout(store, 4, tmp_path / "step-4")
     folder = round_checkpoint(

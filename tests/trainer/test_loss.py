@@ -14,7 +14,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relexkit.trainer.config import GRPOConfig
-from relexkit.trainer.credit.loss import Denominators, LossOutputs, k3_divergence, policy_loss
+from relexkit.trainer.credit.loss import (
+    Denominators,
+    LossInputs,
+    LossOutputs,
+    k3_divergence,
+    policy_loss,
+)
 from relexkit.trainer.policy.log_probabilities import Batch, token_logprobs
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -82,15 +88,14 @@ def our_loss(
     given: dict[str, torch.Tensor], options: GRPOConfig, rows: list[int] | None = None
 ) -> LossOutputs:
     chosen = rows or list(range(len(given["mask"])))
-    return policy_loss(
-        given["logp"][chosen],
-        given["advantage"][chosen],
-        given["mask"][chosen],
-        counted(given["mask"]),
-        options,
+    batch = LossInputs(
+        logp_BT=given["logp"][chosen],
+        advantage_B=given["advantage"][chosen],
+        mask_BT=given["mask"][chosen],
         old_logp_BT=given["old"][chosen],
         ref_logp_BT=given["ref"][chosen],
     )
+    return policy_loss(batch, counted(given["mask"]), options)
 
 
 WIDE = {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 1.5, "use_bias_correction_kl": True}
@@ -127,9 +132,8 @@ def test_on_policy_gradient_is_the_policy_gradient():
     given = inputs()
     logp_BT = given["logp"].clone().requires_grad_()
     options = config(loss_type="dr_grpo")
-    policy_loss(
-        logp_BT, given["advantage"], given["mask"], counted(given["mask"]), options
-    ).loss.backward()
+    batch = LossInputs(logp_BT=logp_BT, advantage_B=given["advantage"], mask_BT=given["mask"])
+    policy_loss(batch, counted(given["mask"]), options).loss.backward()
     expected_BT = -given["advantage"][:, None] * given["mask"] / (4 * options.max_completion_length)
     torch.testing.assert_close(logp_BT.grad, expected_BT)
 
@@ -142,14 +146,13 @@ def test_clip_counts_are_those_of_tokens_whose_gradient_is_cut():
     }
     old_BT = given["logp"] - torch.tensor([[0.5, -0.5, 0.5]] * 2)  # ratios 1.65, 0.61, (1.65)
     logp_BT = given["logp"].clone().requires_grad_()
-    outputs = policy_loss(
-        logp_BT,
-        given["advantage"],
-        given["mask"],
-        counted(given["mask"]),
-        config(),
+    batch = LossInputs(
+        logp_BT=logp_BT,
+        advantage_B=given["advantage"],
+        mask_BT=given["mask"],
         old_logp_BT=old_BT,
     )
+    outputs = policy_loss(batch, counted(given["mask"]), config())
     outputs.loss.backward()
     assert (outputs.sums["clip_low"], outputs.sums["clip_high"]) == (1, 1)
     assert (logp_BT.grad != 0).tolist() == [[False, True, False], [True, False, False]]
@@ -169,9 +172,8 @@ def test_nothing_counts_when_every_completion_is_masked():
     nothing = torch.zeros_like(given["mask"])
     for loss_type in LOSS_TYPES:
         logp_BT = given["logp"].clone().requires_grad_()
-        outputs = policy_loss(
-            logp_BT, given["advantage"], nothing, counted(nothing), config(loss_type=loss_type)
-        )
+        batch = LossInputs(logp_BT=logp_BT, advantage_B=given["advantage"], mask_BT=nothing)
+        outputs = policy_loss(batch, counted(nothing), config(loss_type=loss_type))
         outputs.loss.backward()
         assert outputs.loss.item() == 0
         assert (logp_BT.grad == 0).all()
@@ -179,15 +181,14 @@ def test_nothing_counts_when_every_completion_is_masked():
 
 def test_a_ratio_that_overflows_stays_finite():
     given = inputs()
-    outputs = policy_loss(
-        given["logp"],
-        given["advantage"],
-        given["mask"],
-        counted(given["mask"]),
-        config(beta=0.1),
+    batch = LossInputs(
+        logp_BT=given["logp"],
+        advantage_B=given["advantage"],
+        mask_BT=given["mask"],
         old_logp_BT=given["logp"] - 500,
         ref_logp_BT=given["logp"] + 500,
     )
+    outputs = policy_loss(batch, counted(given["mask"]), config(beta=0.1))
     assert torch.isfinite(outputs.loss)
 
 
@@ -314,16 +315,15 @@ def test_loss_and_gradients_equal_those_of_trl(trl_trainer, options):
     logp_BT, entropy_BT = token_logprobs(
         model, as_our_batch(batch), 0.8, False, entropy_gradient=with_bonus
     )
-    ours = policy_loss(
-        logp_BT,
-        batch["advantages"],
-        batch["completion_mask"].float(),
-        counted(batch["completion_mask"].float()),
-        settings,
+    same = LossInputs(
+        logp_BT=logp_BT,
+        advantage_B=batch["advantages"],
+        mask_BT=batch["completion_mask"].float(),
         old_logp_BT=batch["old_per_token_logps"],
         ref_logp_BT=batch["ref_per_token_logps"],
         entropy_BT=entropy_BT,
     )
+    ours = policy_loss(same, counted(same.mask_BT), settings)
     ours.loss.backward()
     # positions count from each row's first token here and from the padding there: rotary embeddings
     # see differences only

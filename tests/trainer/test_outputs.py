@@ -22,10 +22,12 @@ from relexkit.trainer.experiments.outputs import (
     text_logprobs,
 )
 from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.setup import load_model
 
 TEXTS = ["12>0468", "7+8=15", ""]
 CPU = torch.device("cpu")
+ON_CPU = Loading(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def test_logprobs_are_those_of_every_prefix() -> None:
 def test_steps_and_predictions_are_those_of_written_checkpoints(
     store: TrajectoryStore, tmp_path: Path
 ) -> None:
-    found = output_linearity(store, TEXTS, targets=[8.0], method="two-point", device="cpu")
+    found = output_linearity(
+        store, TEXTS, targets=[8.0], prediction=Prediction(method="two-point"), loading=ON_CPU
+    )
     assert found.steps.tolist() == [1, 2, 3, 4, 5]
     for row, step in ((0, 1), (4, 5)):
         model, tokenizer = load_model(str(checkout(store, step, tmp_path / str(step))), CPU)
@@ -104,10 +108,10 @@ def test_logits_at_the_later_step_are_its_own(store: TrajectoryStore, tmp_path: 
         model, model, tokenizer, "12>", factor=0.0, max_completion_length=4
     )
     assert logit_extrapolation(
-        store, ["12>"], steps=(2, 5), target=5.0, max_completion_length=4, device="cpu"
+        store, ["12>"], steps=(2, 5), target=5.0, max_completion_length=4, loading=ON_CPU
     ) == [expected]
     assert logit_extrapolation(
-        store, ["12>"], steps=(0, 5), target=5.0, max_completion_length=4, device="cpu"
+        store, ["12>"], steps=(0, 5), target=5.0, max_completion_length=4, loading=ON_CPU
     ) == [expected]
 
 
@@ -163,4 +167,4 @@ def test_bad_input_says_what_to_do(
 
 def test_empty_texts_are_a_stated_error(store: TrajectoryStore) -> None:
     with pytest.raises(RelexkitError, match="hold no token to predict"):
-        output_linearity(store, ["", " "], device="cpu")
+        output_linearity(store, ["", " "], loading=ON_CPU)

@@ -17,14 +17,13 @@ PROMPTS = ["12>", "3+4=", "98765>", "1>", "22+1="]
 
 
 def sample(prompts=PROMPTS, keys=None, batch_size=8, model=None, **options):
-    sampling = Sampling(**{"max_completion_length": 6, **options})
+    sampling = Sampling(**{"max_completion_length": 6, "batch_size": batch_size, **options})
     return generate(
         model or tiny_model(),
         tiny_tokenizer(),
         prompts,
         keys or range(len(prompts)),
         sampling,
-        batch_size=batch_size,
     )
 
 

@@ -5,6 +5,7 @@ scores.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from relexkit import (
 from relexkit.cli import main
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
-from relexkit.trainer.experiments.sweep import Candidate, document, grid, recommendation, sweep
+from relexkit.trainer.evaluation.settings import EvaluationSettings
+from relexkit.trainer.experiments.sweep import Candidate, Grid, sweep
 from relexkit.trainer.loop.train import train
+from relexkit.trainer.policy.loading import Loading
 from relexkit.trainer.policy.setup import load_model
 from relexkit.trainer.tasks import load_task
 
+SETTINGS = EvaluationSettings(num_problems=16, max_completion_length=4)
 TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make_for_sweep"
 
 
@@ -54,9 +58,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
 
 
 def test_grid_multiplies_relex_only_by_its_options() -> None:
-    found = grid(
-        [10, 20], methods=["two-point", "relex"], scales=[1.0, 0.5], ranks=[1, 2], windows=[None, 5]
-    )
+    found = Grid(
+        to=(10, 20), method=("two-point", "relex"), scale=(1.0, 0.5), rank=(1, 2), window=(4, 5)
+    ).candidates(6)
     assert len(found) == 2 * 2 * (1 + 4)
     assert len({c.name for c in found}) == len(found)
     assert (
@@ -68,18 +72,10 @@ def test_grid_multiplies_relex_only_by_its_options() -> None:
 
 def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_path: Path) -> None:
     task = load_task(TASK)
-    candidates = grid([8, 12], methods=["two-point", "hold"], scales=[1.0, 0.5])
-    result = sweep(
-        store,
-        task,
-        candidates,
-        max_completion_length=4,
-        num_problems=16,
-        until=4,
-        halving=False,
-        device="cpu",
-    )
-    for candidate, standing in zip(candidates, result.standings, strict=True):
+    grid = Grid(to=(8, 12), until=4, method=("two-point", "hold"), scale=(1.0, 0.5), full=True)
+    found = sweep(store, task, grid, SETTINGS)
+    candidates, outcome = found.candidates, found.race
+    for candidate, standing in zip(candidates, outcome.standings, strict=True):
         [written] = extrapolate(
             store,
             [candidate.target],
@@ -87,33 +83,24 @@ def test_scores_are_those_of_written_checkpoints(store: TrajectoryStore, tmp_pat
             Prediction(until=4, method=candidate.method, scale=candidate.scale),
         )
         model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
-        expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
+        expected = evaluate(model, tokenizer, task, SETTINGS)
         np.testing.assert_array_equal(standing.values, expected.values(), err_msg=candidate.name)
     held = next(
         s
-        for c, s in zip(candidates, result.standings, strict=True)
+        for c, s in zip(candidates, outcome.standings, strict=True)
         if c.method == "hold" and c.scale == 1
     )
-    np.testing.assert_array_equal(held.values, result.baseline.values)
+    np.testing.assert_array_equal(held.values, outcome.baseline.values)
     assert held.against.difference == 0
-    assert result.num_answers == result.full_answers == 16 * 7
+    assert outcome.num_answers == outcome.full_answers == 16 * 7
 
 
 def test_rounded_weights_score_as_a_written_checkpoint(
     store: TrajectoryStore, tmp_path: Path
 ) -> None:
     task = load_task(TASK)
-    candidates = grid([8], methods=["two-point"])
-    result = sweep(
-        store,
-        task,
-        candidates,
-        max_completion_length=4,
-        num_problems=16,
-        device="cpu",
-        dtype="bfloat16",
-        rounding="nearest",
-    )
+    grid = Grid(to=(8,), method=("two-point",))
+    found = sweep(store, task, grid, SETTINGS, Loading(dtype="bfloat16", rounding="nearest"))
     [written] = extrapolate(
         store,
         [8.0],
@@ -122,24 +109,18 @@ def test_rounded_weights_score_as_a_written_checkpoint(
         output=Output(dtype="bfloat16", rounding="nearest"),
     )
     model, tokenizer = load_model(str(written.folder), torch.device("cpu"))
-    expected = evaluate(model, tokenizer, task, num_problems=16, max_completion_length=4)
-    np.testing.assert_array_equal(result.standings[0].values, expected.values())
+    expected = evaluate(model, tokenizer, task, SETTINGS)
+    np.testing.assert_array_equal(found.race.standings[0].values, expected.values())
 
 
 def test_document_and_recommendation(store: TrajectoryStore) -> None:
-    candidates = grid([8], methods=["two-point", "relex"])
-    result = sweep(
-        store,
-        load_task(TASK),
-        candidates,
-        max_completion_length=4,
-        num_problems=16,
-        device="cpu",
-        samples=2,
-    )
-    found = json.loads(json.dumps(document(candidates, result, task="t", last_step=6)))
-    assert found["winner"] in {c.name for c in candidates}
-    assert found["recommendation"] == recommendation(candidates, result, 6)
+    grid = Grid(to=(8,), method=("two-point", "relex"))
+    swept = sweep(store, load_task(TASK), grid, replace(SETTINGS, samples=2))
+    found = json.loads(json.dumps(swept.document()))
+    assert found["winner"] in {c.name for c in swept.candidates}
+    assert found["recommendation"] == swept.recommendation()
+    assert swept.beats_it == ("Use" in found["recommendation"])
+    assert found["last_step"] == 6
     assert ("Use" in found["recommendation"]) == (found["fresh"]["interval"][0] > 0)
     assert found["answers"] <= found["answers_of_full_grid"]
 
@@ -196,19 +177,19 @@ def test_bad_input_says_what_to_do(
 
 def test_no_candidate_is_a_stated_error(store: TrajectoryStore) -> None:
     with pytest.raises(RelexkitError, match="there is no candidate"):
-        sweep(store, load_task(TASK), [], max_completion_length=4, device="cpu")
+        sweep(store, load_task(TASK), Grid(to=()), SETTINGS)
 
 
 def test_what_ignores_the_target_is_one_candidate() -> None:
-    candidates = grid([8, 12], methods=["hold", "average", "drift"], windows=[None, 3], last_step=6)
-    assert [(c.method, c.target, c.options.window) for c in candidates] == [
+    grid = Grid(to=(8, 12), method=("hold", "average", "drift"), window=(2, 3))
+    assert [(c.method, c.target, c.options.window) for c in grid.candidates(6)] == [
         ("hold", 6, None),
-        ("average", 6, None),
+        ("average", 6, 2),
         ("average", 6, 3),
         ("drift", 8, None),
         ("drift", 12, None),
     ]
-    assert {c.target for c in grid([8, 12], methods=["average"])} == {8}
+    assert Grid(to=(8,), method=("average",)).candidates(6)[0].options.window is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -230,9 +211,8 @@ def test_the_last_step_is_raced_bit_for_bit(tmp_path, monkeypatch, dtype) -> Non
         return evaluate(model, *arguments, **options)
 
     monkeypatch.setattr("relexkit.trainer.evaluation.evaluate.evaluate", evaluated)
-    options = {"max_completion_length": 4, "num_problems": 16, "halving": False, "device": "cpu"}
-    store = TrajectoryStore(path)
-    sweep(store, load_task(TASK), grid([4], methods=["two-point"]), **options)
+    store, grid = TrajectoryStore(path), Grid(to=(4,), method=("two-point",), full=True)
+    sweep(store, load_task(TASK), grid, SETTINGS)
     written = load_file(checkout(store, 2, tmp_path / "2") / "model.safetensors")
     same = [
         all(torch.equal(weights[name], kept.float()) for name, kept in written.items())

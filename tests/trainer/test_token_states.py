@@ -19,12 +19,12 @@ MAX_TOKENS = 40
 def rolled_out(temperature=1.5, keep_states=True, batch_size=2, **sampling):
     model, tokenizer = tiny_model().eval(), tiny_tokenizer()
     states = TokenStates(model, temperature, keep_states=keep_states)
-    options = Sampling(max_completion_length=12, temperature=temperature, **sampling)
-    keys = list(range(len(PROMPTS)))
-    completions = generate(
-        model, tokenizer, PROMPTS, keys, options, batch_size=batch_size, watcher=states
+    options = Sampling(
+        max_completion_length=12, temperature=temperature, batch_size=batch_size, **sampling
     )
-    assert generate(model, tokenizer, PROMPTS, keys, options, batch_size=batch_size) == completions
+    keys = list(range(len(PROMPTS)))
+    completions = generate(model, tokenizer, PROMPTS, keys, options, watcher=states)
+    assert generate(model, tokenizer, PROMPTS, keys, options) == completions
     return model, tokenizer, completions, states
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from relexkit.trainer.credit.token_weighting import delta_coefficients
+from relexkit.trainer.credit.token_weighting import Refinement, delta_coefficients
 
 
 def direct(states, advantage, counted, iterations, low, high):
@@ -67,10 +67,8 @@ def ours(
         torch.from_numpy(np.asarray(advantage, np.float32)),
         [len(s) for s in states],
         counted,
-        iterations=iterations,
-        low=low,
-        high=high,
-        total=total,
+        Refinement(iterations=iterations, low=low, high=high),
+        total,
     )
 
 

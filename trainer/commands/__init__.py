@@ -1,6 +1,6 @@
 """The commands of the trainer, which it adds to ``relexkit``."""
 
-from relexkit.commands.registry import Command, Extension
+from relexkit.registry import Command, Extension
 
 EXTENSION = Extension(
     {

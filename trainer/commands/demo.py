@@ -10,7 +10,6 @@ is the ``relexkit`` command that is printed before it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,6 +26,7 @@ from typing import Any
 
 from relexkit import RelexkitError
 from relexkit.extension import console, plot, write_file
+from relexkit.options import option
 
 PROBLEMS = 512
 PROMPTS, GROUP = 32, 8
@@ -66,30 +66,32 @@ class Plan:
         return self.folder / name / "run.zarr"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """Options of ``relexkit demo``."""
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default: demo-run"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=100,
-        help="optimizer steps of the plain run, a multiple of 4, at least 16 (default: 100)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the runs (default: 0)")
+
+    out: Path = option("-o", "--out", default=Path("demo-run"), metavar="DIR")
+    """where everything is written"""
+    steps: int = 100
+    """optimizer steps of the plain run, a multiple of 4, at least 16"""
+    seed: int = 0
+    """of the runs"""
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the demo as the command line asks for it."""
-    if arguments.steps < 16 or arguments.steps % 4:
+def answer(options: Options) -> Answers:
+    """Run the demo as the command line asks for it; returns what ``summary.json`` holds."""
+    if options.steps < 16 or options.steps % 4:
         raise RelexkitError(
-            f"--steps {arguments.steps} does not fit; expected a multiple of 4, at least 16: jumps"
+            f"--steps {options.steps} does not fit; expected a multiple of 4, at least 16: jumps"
             " are a quarter of it long"
         )
     began = time.monotonic()
-    tell_story(Plan(arguments.out, arguments.steps, arguments.seed))
-    print(f"\nAll of it lies in {arguments.out}/ and took {time.monotonic() - began:.0f} s.")
+    summary = tell_story(Plan(options.out, options.steps, options.seed))
+    print(f"\nAll of it lies in {options.out}/ and took {time.monotonic() - began:.0f} s.")
+    return summary
+
+
+run = answer
 
 
 def tell_story(plan: Plan) -> Answers:

@@ -4,232 +4,205 @@ predicted, on one task.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relexkit import Prediction, RelexkitError
+from relexkit import Prediction, RelexkitError, Table
 from relexkit.extension import console, print_json, progress_bar
+from relexkit.options import Json, group, option
 from relexkit.trainer.commands import evaluate_harness
-from relexkit.trainer.commands.trust import add_trust
+from relexkit.trainer.commands.evaluate_harness import HarnessOptions
+from relexkit.trainer.evaluation.settings import EvaluationSettings, chosen_length, chosen_task
+from relexkit.trainer.policy.loading import Loading
+from relexkit.trainer.tasks import Task
 
 if TYPE_CHECKING:
     from relexkit.extension import ProgressCallback
     from relexkit.trainer.evaluation.evaluate import Evaluation
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class OnTask(Json):
+    """What a command that evaluates may take from the run that it is given."""
+
+    task: str | None = None
+    """a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes (default: the task of
+    the run)"""
+    max_completion_length: int | None = None
+    """tokens of an answer (default: as in the run, else 256)"""
+
+    def chosen(self, place: str, settings: EvaluationSettings) -> tuple[Task, EvaluationSettings]:
+        """The task, checked before anything slow, and the settings with the length of answers.
+
+        Raises:
+            RelexkitError: there is no such task, or it has no problems in the split.
+        """
+        task = chosen_task(self.task, place, settings.split)
+        length = chosen_length(self.max_completion_length, place)
+        return task, replace(settings, max_completion_length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnTask):
     """Options of ``relexkit evaluate``."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL_DIR|RUN.zarr",
-        nargs="+",
-        help="model folders, or one trajectory store",
+
+    model: tuple[str, ...] = option("model", metavar="MODEL_DIR|RUN.zarr")
+    """model folders, or one trajectory store"""
+    step: tuple[int, ...] = option(default=(), metavar="S")
+    """recorded steps of a store; 0 is the base (default: the base and the last one)"""
+    to: tuple[float, ...] = option(default=(), metavar="STEP")
+    """predicted steps of a store"""
+    method: tuple[str, ...] = option(default=("relex",), metavar="M")
+    """how to predict, as for extrapolate"""
+    prediction: Prediction = group(Prediction, "until", "scale")
+    settings: EvaluationSettings = group(
+        EvaluationSettings,
+        "split",
+        "num_problems",
+        "samples",
+        "greedy",
+        "temperature",
+        "seed",
+        "batch_size",
     )
-    parser.add_argument(
-        "--task",
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes"
-        " (default: the task of the run)",
+    pass_at: tuple[int, ...] = option(default=(), metavar="K")
+    """pass@k from the samples"""
+    loading: Loading = group(Loading, "dtype", "rounding", "device", "trust_remote_code")
+    harness: HarnessOptions = group(
+        HarnessOptions, heading="lm-evaluation-harness (needs relexkit[harness])"
     )
-    parser.add_argument(
-        "--step",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="S",
-        help="recorded steps of a store; 0 is the base",
-    )
-    parser.add_argument(
-        "--to", type=float, nargs="+", default=[], metavar="STEP", help="predicted steps of a store"
-    )
-    parser.add_argument(
-        "--until", type=int, metavar="T_CUT", help="predict from the steps up to this one"
-    )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=["relex"],
-        metavar="M",
-        help="as for extrapolate (default: relex)",
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiply the predicted displacement (default: 1)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="round weights",
-    )
-    parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument(
-        "--split",
-        choices=("validation", "train", "all"),
-        default="validation",
-        help="problems of the task; all has the whole of a file (default: validation)",
-    )
-    parser.add_argument(
-        "--num-problems", type=int, metavar="N", help="the first so many (default: all)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=0,
-        metavar="S",
-        help="sampled answers of each problem (default: 0)",
-    )
-    parser.add_argument(
-        "--pass-at", type=int, nargs="+", default=[], metavar="K", help="pass@k from the samples"
-    )
-    parser.add_argument("--no-greedy", action="store_true", help="only sampled answers")
-    parser.add_argument(
-        "--max-completion-length",
-        type=int,
-        metavar="L",
-        help="tokens (default: as in the run, else 256)",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of the samples (default: 1)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the samples, and of stochastic rounding (default: 0)",
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_trust(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    evaluate_harness.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def answer(options: Options) -> Table:
+    """Every model's numbers, and its paired difference to the first one."""
+    if options.harness.tasks:
+        return evaluate_harness.answer(options.harness, _models(options), _told(options))
+    found = document(evaluate_models(options), options)
+    rows = [
+        {
+            "model": m["name"],
+            "problems": m["num_problems"],
+            "accuracy": kind["accuracy"],
+            "low": kind["interval"][0],
+            "high": kind["interval"][1],
+            "difference": m.get("difference", {}).get("accuracy"),
+            "difference_low": m.get("difference", {}).get("interval", [None])[0],
+            "difference_high": m.get("difference", {}).get("interval", [None])[-1],
+        }
+        for m in found["models"]
+        for kind in [m.get("greedy") or m["sampled"]]
+    ]
+    return Table(found, rows, [f"{found['task']}, {found['split']} problems, 95 % intervals."])
+
+
+def run(options: Options) -> None:
     """Evaluate every model alike, and each against the first one in pairs."""
-    if arguments.harness:
-        evaluate_harness.run(arguments, _models(arguments))
+    if options.harness.tasks:
+        evaluate_harness.run(
+            options.harness, _models(options), _told(options), as_json=options.json
+        )
         return
-    found = evaluate_models(arguments)
-    if arguments.json:
-        print_json(document(found, arguments))
+    found = evaluate_models(options)
+    if options.json:
+        print_json(document(found, options))
     else:
-        print_table(found, arguments.pass_at)
+        print_table(found, options.pass_at)
 
 
-def evaluate_models(arguments: argparse.Namespace) -> dict[str, Evaluation]:
-    """The evaluation of every model that the arguments name, by its name."""
+def _told(options: Options) -> dict[str, Any]:
+    """What the harness keeps with its results."""
+    return {
+        "source": list(options.model),
+        "scale": options.prediction.scale,
+        "dtype": options.loading.dtype,
+        "rounding": options.loading.rounding,
+        "seed": options.settings.seed,
+        "batch_size": options.settings.batch_size,
+    }
+
+
+def evaluate_models(options: Options) -> dict[str, Evaluation]:
+    """The evaluation of every model that the options name, by its name."""
     from relexkit.trainer.evaluation.evaluate import evaluate
-    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task
 
-    task = chosen_task(arguments.task, arguments.model[0], arguments.split)
-    arguments.max_completion_length = chosen_length(
-        arguments.max_completion_length, arguments.model[0]
-    )
-    found: dict[str, Evaluation] = {}
+    task, settings = options.chosen(options.model[0], options.settings)
+    evaluations: dict[str, Evaluation] = {}
     with progress_bar() as progress:
-        for name, model, tokenizer in _models(arguments):
-            found[name] = evaluate(
-                model,
-                tokenizer,
-                task,
-                split=arguments.split,
-                num_problems=arguments.num_problems,
-                samples=arguments.samples,
-                greedy=not arguments.no_greedy,
-                max_completion_length=arguments.max_completion_length,
-                temperature=arguments.temperature,
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                progress=_named(progress, name),
-            )
-    return found
+        for name, model, tokenizer in _models(options):
+            told = _named(progress, name)
+            evaluations[name] = evaluate(model, tokenizer, task, settings, progress=told)
+    return evaluations
 
 
 def _named(progress: ProgressCallback, name: str) -> ProgressCallback:
     return lambda what, done, total: progress(f"{what} {name}", done, total)
 
 
-def _models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
+def _models(options: Options) -> Iterator[tuple[str, Any, Any]]:
     """Name, model and tokenizer of everything that was asked for; a store's model is loaded
     once.
     """
-    import torch
+    from relexkit.trainer.policy.setup import choose_device, load_model
 
-    device = torch.device(
-        "cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu"
-    )
-    if arguments.device == "cuda" and device.type == "cpu":
-        raise RelexkitError(
-            "--device cuda was asked for but PyTorch sees no GPU; give --device cpu"
-        )
-    if _is_store(arguments.model[0]):
-        if len(arguments.model) > 1:
+    device = choose_device(options.loading)
+    if _is_store(options.model[0]):
+        if len(options.model) > 1:
             raise RelexkitError(
                 "only one store can be evaluated at a time; give one store, or model folders"
             )
-        yield from _of_store(arguments, device)
+        yield from _of_store(options)
         return
-    if arguments.step or arguments.to or arguments.dtype != "float32":
+    if options.step or options.to or options.loading.dtype != "float32":
         raise RelexkitError(
-            f"{arguments.model[0]}: is not a store; --step, --to and --dtype need one: see also"
+            f"{options.model[0]}: is not a store; --step, --to and --dtype need one: see also"
             " `round`"
         )
-    from relexkit.trainer.policy.setup import load_model
-
-    for folder in arguments.model:
-        yield (
-            folder,
-            *load_model(folder, device, trust_remote_code=arguments.trust_remote_code),
-        )
+    for folder in options.model:
+        trusted = options.loading.trust_remote_code
+        yield (folder, *load_model(folder, device, trust_remote_code=trusted))
 
 
 def _is_store(path: str) -> bool:
     return "://" in path or (Path(path) / "zarr.json").is_file()
 
 
-def _of_store(arguments: argparse.Namespace, device: Any) -> Iterator[tuple[str, Any, Any]]:
+def _of_store(options: Options) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
     from relexkit.extension import step_text
     from relexkit.trainer.policy.stored_model import StoredModel
 
-    store = TrajectoryStore(arguments.model[0])
-    if not arguments.step and not arguments.to:
-        arguments.step = [0, *store.steps[-1:].tolist()]
-    for step in filter(None, arguments.step):
+    store = TrajectoryStore(options.model[0])
+    steps = options.step
+    if not steps and not options.to:
+        steps = (0, *store.steps[-1:].tolist())
+    for step in filter(None, steps):
         store.row_of(step)  # refuses one that is not recorded before anything slow
-    stored = StoredModel(
-        store,
-        dtype=arguments.dtype,
-        rounding=arguments.rounding,
-        seed=arguments.seed,
-        device=device,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    for step in dict.fromkeys(arguments.step):
+    stored = StoredModel(store, replace(options.loading, seed=options.settings.seed))
+    for step in dict.fromkeys(steps):
         stored.put_step(step)
         yield f"step {step}" if step else "base", stored.model, stored.tokenizer
-    if not arguments.to:
+    if not options.to:
         return
-    observed = gram(store).until(arguments.until)
-    for method in arguments.method:
-        predicted = predict_weights(observed, arguments.to, Prediction(method=method))
-        for target, weights in zip(arguments.to, predicted, strict=True):
-            stored.put(arguments.scale * weights)
-            yield (
-                f"{method} {observed.steps[-1]} -> {step_text(target)}",
-                stored.model,
-                stored.tokenizer,
-            )
+    observed = gram(store).until(options.prediction.until)
+    for method in options.method:
+        predicted = predict_weights(
+            observed, list(options.to), replace(options.prediction, method=method)
+        )
+        for target, weights in zip(options.to, predicted, strict=True):
+            stored.put(weights)
+            name = f"{method} {observed.steps[-1]} -> {step_text(target)}"
+            yield name, stored.model, stored.tokenizer
 
 
-def document(found: dict[str, Evaluation], arguments: argparse.Namespace) -> dict[str, Any]:
+def document(found: dict[str, Evaluation], options: Options) -> dict[str, Any]:
     """What ``--json`` prints: every model's numbers, and its paired difference to the first one."""
     first = next(iter(found.values()))
     models = []
     for name, evaluation in found.items():
-        entry = {"name": name, **evaluation.summary(arguments.pass_at)}
+        entry = {"name": name, **evaluation.summary(options.pass_at)}
         if evaluation is not first:
             difference = evaluation.minus(first)
             entry["difference"] = {
@@ -237,12 +210,13 @@ def document(found: dict[str, Evaluation], arguments: argparse.Namespace) -> dic
                 "interval": list(difference.interval),
             }
         models.append(entry)
-    named = ("split", "seed", "temperature", "max_completion_length", "dtype", "rounding")
-    settings = {key: getattr(arguments, key) for key in named}
+    asked = ("split", "seed", "temperature", "max_completion_length")
+    settings = {key: getattr(first, key) for key in asked}
+    settings |= {key: getattr(options.loading, key) for key in ("dtype", "rounding")}
     return {"task": first.task, **settings, "models": json.loads(json.dumps(models))}
 
 
-def print_table(found: dict[str, Evaluation], pass_at: list[int]) -> None:
+def print_table(found: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
     """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
     first one.
     """

@@ -4,77 +4,87 @@ store.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from relexkit import Table
 from relexkit.extension import console, number, print_json, say
+from relexkit.options import option
 
 if TYPE_CHECKING:
     from relexkit.trainer.evaluation.harness import Score
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that belong to ``--harness``."""
-    group = parser.add_argument_group("lm-evaluation-harness (needs relexkit[harness])")
-    group.add_argument(
-        "--harness",
-        nargs="+",
-        metavar="TASK",
-        help="tasks or groups of the harness in place of --task; results are kept as it keeps them",
-    )
-    group.add_argument("--include-path", metavar="DIR", help="further task files of the harness")
-    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
-    group.add_argument(
-        "--limit", type=float, metavar="N", help="the first N documents of a task, or a share"
-    )
-    group.add_argument(
-        "--apply-chat-template", action="store_true", help="questions as messages of a user"
-    )
-    group.add_argument(
-        "--output",
-        metavar="DIR",
-        help="where results are kept (default: beside the store, RUN.evaluations)",
-    )
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """Options of lm-evaluation-harness."""
+
+    tasks: tuple[str, ...] = option("--harness", default=(), metavar="TASK")
+    """tasks or groups of the harness in place of --task; results are kept as it keeps them"""
+    include_path: str | None = option(default=None, metavar="DIR")
+    """further task files of the harness"""
+    num_fewshot: int | None = None
+    """examples before a question"""
+    limit: float | None = option(default=None, metavar="N")
+    """the first N documents of a task, or a share"""
+    apply_chat_template: bool = False
+    """questions as messages of a user"""
+    output: str | None = option(default=None, metavar="DIR")
+    """where results are kept (default: beside the store, RUN.evaluations)"""
 
 
-def run(arguments: argparse.Namespace, models: Iterable[tuple[str, Any, Any]]) -> None:
-    """Evaluate every model on the tasks; print each metric with its interval, and each model
-    against the first one.
-    """
+Models = Iterable[tuple[str, Any, Any]]
+"""Name, model and tokenizer of each."""
+
+
+def answer(asked: HarnessOptions, models: Models, told: dict[str, Any]) -> Table:
+    """A row for each model and metric; the document has the differences to the first model too."""
+    by_model = document(_evaluate(asked, models, told))
+    rows = [{"model": m["name"], **score} for m in by_model for score in m["scores"]]
+    return Table({"harness": list(asked.tasks), "models": by_model}, rows)
+
+
+def run(asked: HarnessOptions, models: Models, told: dict[str, Any], *, as_json: bool) -> None:
+    """Print each metric with its interval, and each model against the first one."""
+    by_model = _evaluate(asked, models, told)
+    if as_json:
+        print_json({"harness": list(asked.tasks), "models": document(by_model)})
+    else:
+        print_table(by_model)
+
+
+def _evaluate(
+    asked: HarnessOptions, models: Models, told: dict[str, Any]
+) -> dict[str, list[Score]]:
+    """Evaluate every model on the tasks; ``told`` is kept with the results."""
     from relexkit.trainer.evaluation.harness import Harness, keep, scores
 
     harness = Harness(
-        arguments.harness,
-        include_path=arguments.include_path,
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        apply_chat_template=arguments.apply_chat_template,
+        asked.tasks,
+        include_path=asked.include_path,
+        num_fewshot=asked.num_fewshot,
+        limit=asked.limit,
+        batch_size=told["batch_size"],
+        apply_chat_template=asked.apply_chat_template,
     )
-    folder = _folder(arguments)
-    found: dict[str, list[Score]] = {}
+    folder = _folder(asked, told["source"][0])
+    by_model: dict[str, list[Score]] = {}
     for name, model, tokenizer in models:
-        given = {"source": arguments.model, "evaluated": name}
-        given |= {key: getattr(arguments, key) for key in ("scale", "dtype", "rounding", "seed")}
-        results = harness.evaluate(model, tokenizer, given)
-        found[name] = scores(results)
+        results = harness.evaluate(model, tokenizer, told | {"evaluated": name})
+        by_model[name] = scores(results)
         if folder is not None:
             keep(results, folder, name)
     if folder is not None:
         say(f"results are kept in {folder}")
-    if arguments.json:
-        print_json({"harness": arguments.harness, "models": document(found)})
-    else:
-        print_table(found)
+    return by_model
 
 
-def _folder(arguments: argparse.Namespace) -> Path | None:
+def _folder(asked: HarnessOptions, source: str) -> Path | None:
     """Where results are kept: as asked for, or beside a store that is a local folder."""
-    if arguments.output is not None:
-        return Path(arguments.output)
-    source = arguments.model[0]
+    if asked.output is not None:
+        return Path(asked.output)
     local_store = "://" not in source and (Path(source) / "zarr.json").is_file()
     return Path(source).with_suffix(".evaluations") if local_store else None
 

@@ -2,61 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relexkit import Table
 from relexkit.extension import console, print_json
-from relexkit.trainer.commands.train import add_options, given_options
-from relexkit.trainer.commands.trust import add_trust
+from relexkit.options import Json, option
+from relexkit.trainer.commands.configured import configured
 from relexkit.trainer.config import G2DConfig, load_config
 from relexkit.trainer.experiments.g2d import g2d
+from relexkit.trainer.policy.loading import Trust
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``relexkit g2d``: where from, where to, then options by the names of
-    ``trainer.config.G2DConfig``.
-    """
-    parser.add_argument(
-        "run_folder",
-        metavar="RUN",
-        help="folder of a training run: config.yaml, run.zarr, rollouts/",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        required=True,
-        metavar="K",
-        help="recorded steps to start from",
-    )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT")
-    parser.add_argument(
-        "--rollouts", type=Path, metavar="DIR", help="another log of rollouts than RUN/rollouts"
-    )
-    parser.add_argument(
-        "--config", metavar="CONFIG.yaml", help="options by name; those given here win"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_trust(parser)
-    add_options(parser, G2DConfig)
+@dataclass(frozen=True, kw_only=True)
+class Options(Json, Trust):
+    """Options of ``relexkit g2d``."""
+
+    run_folder: str = option("run_folder", metavar="RUN")
+    """folder of a training run: config.yaml, run.zarr, rollouts/"""
+    steps: tuple[int, ...] = option(metavar="K")
+    """recorded steps to start from"""
+    out: Path = option("-o", "--out", metavar="OUT")
+    """where a folder for each K is written"""
+    rollouts: Path | None = option(default=None, metavar="DIR")
+    """another log of rollouts than RUN/rollouts"""
+    config: str | None = option(default=None, metavar="CONFIG.yaml")
+    """options by name; those given here win"""
+    given: dict[str, str] = configured(G2DConfig)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def answer(options: Options) -> Table:
     """Make pairs, train and evaluate for every ``K``; what an earlier call has finished is kept."""
-    config = load_config(arguments.config, given_options(arguments, G2DConfig), G2DConfig)
+    config = load_config(options.config, options.given, G2DConfig)
     found = g2d(
-        arguments.run_folder,
-        arguments.steps,
-        arguments.out,
+        options.run_folder,
+        options.steps,
+        options.out,
         config,
-        rollouts=arguments.rollouts,
-        trust_remote_code=arguments.trust_remote_code,
+        rollouts=options.rollouts,
+        trust_remote_code=options.trust_remote_code,
     )
-    if arguments.json:
-        print_json({"steps": found})
+    return Table({"steps": found}, found)
+
+
+def run(options: Options) -> None:
+    """Print what was found for every ``K``."""
+    document = answer(options).document
+    if options.json:
+        print_json(document)
     else:
-        _print_table(found)
+        _print_table(document["steps"])
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:

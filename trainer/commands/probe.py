@@ -2,113 +2,136 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from relexkit import RelexkitError, TrajectoryStore
+from relexkit import Prediction, RelexkitError, Table, TrajectoryStore
 from relexkit.extension import number, print_json, print_pairs, progress_bar, show
-from relexkit.trainer.commands.trust import add_trust
+from relexkit.options import group, option
+from relexkit.trainer.commands.evaluate import OnTask
 from relexkit.trainer.evaluation.settings import as_asked, chosen_length, chosen_task
-from relexkit.trainer.experiments.outputs import logit_extrapolation, output_linearity
+from relexkit.trainer.experiments.outputs import (
+    MODEL,
+    OutputLinearity,
+    logit_extrapolation,
+    output_linearity,
+)
+from relexkit.trainer.policy.loading import Loading
+from relexkit.trainer.tasks import Problem
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OnTask):
     """Options of ``relexkit probe``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--texts",
-        type=Path,
-        metavar="FILE",
-        help="probe texts, one a line: how linear their tokens are (default: answers of the task)",
-    )
-    parser.add_argument(
-        "--task",
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes: how linear"
-        " the tokens of its validation answers are (default: the task of the run)",
-    )
-    parser.add_argument(
-        "--num-problems", type=int, default=64, metavar="N", help="of the task (default: 64)"
-    )
-    parser.add_argument(
-        "--to", type=float, nargs="+", default=[], metavar="STEP", help="also predicted checkpoints"
-    )
-    parser.add_argument("--method", default="model", help="of the predictions (default: model)")
-    parser.add_argument("--until", type=int, metavar="STEP", help="use only steps up to this one")
-    parser.add_argument(
-        "--generate",
-        metavar="PROMPT",
-        help="complete it from extrapolated logits, with --steps and --at",
-    )
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("I", "J"), help="two recorded steps")
-    parser.add_argument(
-        "--at", type=float, metavar="STEP", help="the step that their logits are continued to"
-    )
-    parser.add_argument(
-        "--max-completion-length",
-        type=int,
-        metavar="L",
-        help="tokens (default: as in the run, else 64)",
-    )
-    add_trust(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on standard output"
-    )
+
+    store: str = option("store", metavar="RUN.zarr")
+    """the trajectory store, a folder or a URL"""
+    texts: Path | None = option(default=None, metavar="FILE")
+    """probe texts, one a line: how linear their tokens are (default: answers of the task)"""
+    num_problems: int = 64
+    """of the task, validation ones"""
+    to: tuple[float, ...] = option(default=(), metavar="STEP")
+    """also predicted checkpoints"""
+    method: str = option(default=MODEL.method, metavar="M")
+    """how to predict, as for extrapolate"""
+    until: int | None = option(default=None, metavar="STEP")
+    """use only steps up to this one"""
+    generate: str | None = option(default=None, metavar="PROMPT")
+    """complete it from extrapolated logits, with --steps and --at"""
+    steps: tuple[int, int] | None = option(default=None, nargs=2, metavar=("I", "J"))
+    """two recorded steps"""
+    at: float | None = option(default=None, metavar="STEP")
+    """the step that their logits are continued to"""
+    max_completion_length: int | None = None
+    """tokens of the completion (default: as in the run, else 64)"""
+    loading: Loading = group(Loading, "trust_remote_code")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def answer(options: Options) -> str | Table:
+    """The completion that was asked for, or a row for each target: how far the tokens' own lines
+    are from what the method predicts, in nats; the document has R² of every token.
+    """
+    if options.generate is not None:
+        return _completion(options)
+    found = _linearity(options)
+    rows = [
+        {"target": float(target), "mean_absolute_difference": float(error)}
+        for target, error in zip(found.targets, _errors(found), strict=True)
+    ]
+    return Table(_document(found), rows)
+
+
+def run(options: Options) -> None:
     """Print how linear the tokens are, or an extrapolated completion."""
-    store = TrajectoryStore(arguments.store)
-    if arguments.generate is not None:
-        if arguments.steps is None or arguments.at is None:
-            raise RelexkitError(
-                "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
-            )
-        [text] = logit_extrapolation(
-            store,
-            [as_asked(arguments.generate, arguments.store)],
-            steps=tuple(arguments.steps),
-            target=arguments.at,
-            max_completion_length=chosen_length(
-                arguments.max_completion_length, arguments.store, 64
-            ),
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        if arguments.json:
-            print_json({"prompt": arguments.generate, "completion": text})
+    if options.generate is not None:
+        text = _completion(options)
+        if options.json:
+            print_json({"prompt": options.generate, "completion": text})
         else:
             show(text)
         return
-    texts = (
-        chosen_task(arguments.task, arguments.store, "validation")
-        if arguments.texts is None
-        else arguments.texts.read_text().splitlines()
+    found = _linearity(options)
+    if options.json:
+        print_json(_document(found))
+    else:
+        _print(found, options.method)
+
+
+def _completion(options: Options) -> str:
+    assert options.generate is not None
+    if options.steps is None or options.at is None:
+        raise RelexkitError(
+            "--generate needs --steps I J and --at STEP: which logits to continue, and how far"
+        )
+    [text] = logit_extrapolation(
+        TrajectoryStore(options.store),
+        [as_asked(options.generate, options.store)],
+        steps=options.steps,
+        target=options.at,
+        max_completion_length=chosen_length(options.max_completion_length, options.store, 64),
+        loading=options.loading,
     )
+    return text
+
+
+def _linearity(options: Options) -> OutputLinearity:
+    texts: Sequence[str] | Sequence[Problem]
+    if options.texts is None:
+        task = chosen_task(options.task, options.store, "validation")
+        texts = task.problems("validation")[: options.num_problems]
+    else:
+        texts = options.texts.read_text().splitlines()
     with progress_bar() as progress:
-        found = output_linearity(
-            store,
+        return output_linearity(
+            TrajectoryStore(options.store),
             texts,
-            num_problems=arguments.num_problems,
-            targets=arguments.to,
-            method=arguments.method,
-            until=arguments.until,
-            trust_remote_code=arguments.trust_remote_code,
+            targets=options.to,
+            prediction=Prediction(method=options.method, until=options.until),
+            loading=options.loading,
             progress=progress,
         )
+
+
+def _errors(found: OutputLinearity) -> np.ndarray:
+    return np.abs(found.continued - found.predicted).mean(axis=1)
+
+
+def _document(found: OutputLinearity) -> dict[str, Any]:
+    return {
+        "steps": found.steps.tolist(),
+        "num_tokens": len(found.r2),
+        "r2": found.r2.tolist(),
+        "targets": found.targets.tolist(),
+        "mean_absolute_difference": _errors(found).tolist(),
+    }
+
+
+def _print(found: OutputLinearity, method: str) -> None:
     moved = found.r2[np.isfinite(found.r2)]
-    errors = np.abs(found.continued - found.predicted).mean(axis=1)
-    if arguments.json:
-        print_json(
-            {
-                "steps": found.steps.tolist(),
-                "num_tokens": len(found.r2),
-                "r2": found.r2.tolist(),
-                "targets": found.targets.tolist(),
-                "mean_absolute_difference": errors.tolist(),
-            }
-        )
-        return
     shares = np.quantile(moved, [0.1, 0.5, 0.9]) if len(moved) else np.full(3, np.nan)
     rows = [
         (
@@ -126,9 +149,9 @@ def run(arguments: argparse.Namespace) -> None:
     rows += [
         (
             f"step {target:g}",
-            f"tokens' lines are {error:.3f} nats from what {arguments.method} predicts, on average",
+            f"tokens' lines are {error:.3f} nats from what {method} predicts, on average",
         )
-        for target, error in zip(found.targets, errors, strict=True)
+        for target, error in zip(found.targets, _errors(found), strict=True)
     ]
     print_pairs(
         f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to"

@@ -2,215 +2,118 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from relexkit import METHODS, Output, Prediction, TrajectoryStore, extrapolate
+from relexkit import Output, Prediction, Table, TrajectoryStore, extrapolate
 from relexkit.extension import console, number, print_json, progress_bar, say, show
-from relexkit.trainer.commands.trust import add_trust
-from relexkit.trainer.experiments.sweep import DEFAULT_METHODS, Candidate, document, grid, sweep
+from relexkit.options import group, option
+from relexkit.trainer.commands.evaluate import OnTask
+from relexkit.trainer.evaluation.settings import EvaluationSettings, run_setting
+from relexkit.trainer.experiments.sweep import Grid, Sweep, sweep
+from relexkit.trainer.policy.loading import Loading
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(OnTask):
     """Options of ``relexkit sweep``."""
-    parser.add_argument("store", metavar="RUN.zarr")
-    parser.add_argument(
-        "--task",
-        help="a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes"
-        " (default: the task of the run)",
-    )
-    parser.add_argument(
-        "--to", type=float, nargs="+", required=True, metavar="STEP", help="steps to predict"
-    )
-    parser.add_argument(
-        "--until", type=int, metavar="STEP", help="predict from the steps up to this one"
-    )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=list(DEFAULT_METHODS),
-        choices=[m for m in METHODS if m != "reconstruct"],
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="multiples of the predicted displacement",
-    )
-    parser.add_argument(
-        "--rank", type=int, nargs="+", default=[1], help="of RELEX: the ablation grid on the task"
-    )
-    parser.add_argument(
-        "--fit", nargs="+", default=["linear"], choices=("linear", "polynomial", "sinusoid")
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        nargs="+",
-        default=[None],
-        metavar="W",
-        help="of RELEX and the average",
-    )
-    parser.add_argument(
-        "--num-problems", type=int, metavar="N", help="validation problems (default: all)"
-    )
-    parser.add_argument(
-        "--max-completion-length",
-        type=int,
-        metavar="L",
-        help="tokens (default: as in the run, else 256)",
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=0,
-        help="sampled answers of each problem (default: greedy ones)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="round weights as a written checkpoint would be (default: float32)",
-    )
-    parser.add_argument("--rounding", choices=("stochastic", "nearest"), default="stochastic")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the samples, and of stochastic rounding (default: 0)",
-    )
-    add_trust(parser)
-    parser.add_argument(
-        "--full", action="store_true", help="evaluate every candidate on every problem"
-    )
-    parser.add_argument(
-        "--write",
-        type=Path,
-        metavar="OUT",
-        help="write the winner to OUT/step-STEP if it beats the last step",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON document, which relexkit report --sweep reads",
-    )
+
+    store: str = option("store", metavar="RUN.zarr")
+    """the trajectory store, a folder or a URL"""
+    grid: Grid = group(Grid)
+    settings: EvaluationSettings = group(EvaluationSettings, "num_problems", "samples", "seed")
+    loading: Loading = group(Loading, "dtype", "rounding", "trust_remote_code")
+    write: Path | None = option(default=None, metavar="OUT")
+    """write the winner to OUT/step-STEP if it beats the last step"""
+    json: bool = False
+    """print one JSON document, which relexkit report --sweep reads"""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def answer(options: Options) -> Table:
+    """Race, and write what was asked for; ``plot`` draws the candidates."""
+    swept, found = race_candidates(options)
+    _write(options, swept)
+    return Swept(found, found["candidates"], [found["recommendation"]])
+
+
+class Swept(Table):
+    """The candidates of a sweep; the document is what ``--json`` prints."""
+
+
+def run(options: Options) -> None:
     """Race, print, and write what was asked for."""
-    found, best = race_candidates(arguments)
-    if arguments.json:
+    swept, found = race_candidates(options)
+    if options.json:
         print_json(found)
     else:
         print_table(found)
-    if arguments.write is None:
+    _write(options, swept)
+
+
+def _write(options: Options, swept: Sweep) -> None:
+    if options.write is None:
         return
-    if best is None:
-        say(f"nothing was written: {found['recommendation']}")
+    if not swept.beats_it:
+        say(f"nothing was written: {swept.recommendation()}")
         return
+    best, loading = swept.winner, options.loading
     written = extrapolate(
-        TrajectoryStore(arguments.store),
+        TrajectoryStore(options.store),
         [best.target],
-        arguments.write,
+        options.write,
         Prediction(
-            until=arguments.until, method=best.method, options=best.options, scale=best.scale
+            until=options.grid.until, method=best.method, options=best.options, scale=best.scale
         ),
         output=Output(
-            dtype=None if arguments.dtype == "float32" else arguments.dtype,
-            rounding=arguments.rounding,
-            seed=arguments.seed,
+            dtype=None if loading.dtype == "float32" else loading.dtype,
+            rounding=loading.rounding,
+            seed=options.settings.seed,
         ),
     )
     say(f"wrote {written[0].folder}")
 
 
-def race_candidates(arguments: argparse.Namespace) -> tuple[dict[str, Any], Candidate | None]:
-    """What ``--json`` prints, and the winner if it is surely better than the last observed step."""
-    from relexkit.trainer.evaluation.settings import chosen_length, chosen_task, run_setting
-
-    task = chosen_task(arguments.task, arguments.store, "validation")
-    arguments.max_completion_length = chosen_length(
-        arguments.max_completion_length, arguments.store
-    )
-    if arguments.task is None:  # for the command that gives this sweep again
-        arguments.task = json.dumps(run_setting(arguments.store, "task"))
-    store = TrajectoryStore(arguments.store)
-    seen = store.steps[
-        : (
-            None
-            if arguments.until is None
-            else np.searchsorted(store.steps, arguments.until, side="right")
-        )
-    ]
-    last_step = int(seen[-1]) if len(seen) else 0  # without any, the sweep says what is wrong
-    candidates = grid(
-        arguments.to,
-        methods=arguments.method,
-        scales=arguments.scale,
-        ranks=arguments.rank,
-        fits=arguments.fit,
-        windows=arguments.window,
-        last_step=last_step,
-    )
+def race_candidates(options: Options) -> tuple[Sweep, dict[str, Any]]:
+    """The outcome, and what ``--json`` prints of it."""
+    task, settings = options.chosen(options.store, options.settings)
+    loading = replace(options.loading, seed=settings.seed)
+    store = TrajectoryStore(options.store)
     with progress_bar() as progress:
-        result = sweep(
-            store,
-            task,
-            candidates,
-            max_completion_length=arguments.max_completion_length,
-            until=arguments.until,
-            num_problems=arguments.num_problems,
-            samples=arguments.samples,
-            seed=arguments.seed,
-            halving=not arguments.full,
-            dtype=arguments.dtype,
-            rounding=arguments.rounding,
-            trust_remote_code=arguments.trust_remote_code,
-            progress=progress,
-        )
-    found = document(candidates, result, task=task.name, last_step=last_step)
-    found |= {
-        "dtype": arguments.dtype,
-        "rounding": arguments.rounding,
-        "command": _command(arguments),
+        swept = sweep(store, task, options.grid, settings, loading, progress=progress)
+    named = options.task or json.dumps(run_setting(options.store, "task"))
+    return swept, swept.document() | {
+        "dtype": loading.dtype,
+        "rounding": loading.rounding,
+        "command": _command(options, named, settings),
     }
-    return found, candidates[result.winner] if result.fresh.verdict == "above" else None
 
 
-def _command(arguments: argparse.Namespace) -> str:
+def _command(options: Options, task: str, settings: EvaluationSettings) -> str:
     """The command that gives this sweep, every option spelt out."""
-    words = ["relexkit", "sweep", str(arguments.store)]
-    for name in (
-        "task",
-        "to",
-        "until",
-        "method",
-        "scale",
-        "rank",
-        "fit",
-        "window",
-        "num_problems",
-        "max_completion_length",
-        "samples",
-        "dtype",
-        "rounding",
-        "seed",
-    ):
-        value = getattr(arguments, name)
-        if value not in (None, [None]):
-            shown = [
-                f"{v:g}" if isinstance(v, float) else str(v)
-                for v in (value if isinstance(value, list) else [value])
-            ]
-            words += [f"--{name.replace('_', '-')}", *shown]
-    return shlex.join([*words, *(["--full"] if arguments.full else []), "--json"])
+    grid, loading = options.grid, options.loading
+    asked = {
+        "task": task,
+        **{field.name: getattr(grid, field.name) for field in fields(grid)},
+        "num_problems": settings.num_problems,
+        "max_completion_length": settings.max_completion_length,
+        "samples": settings.samples,
+        "dtype": loading.dtype,
+        "rounding": loading.rounding,
+        "seed": settings.seed,
+        "json": True,
+    }
+    words = ["relexkit", "sweep", options.store]
+    for name, value in asked.items():
+        if value in (None, (), False):
+            continue
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words.append(f"--{name.replace('_', '-')}")
+        words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    return shlex.join(words)
 
 
 def print_table(found: dict[str, Any]) -> None:

@@ -4,46 +4,43 @@ update of a run.
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relexkit import RelexkitError
+from relexkit import RelexkitError, Table
 from relexkit.extension import console, percent, print_json
-from relexkit.trainer.commands.trust import add_trust
+from relexkit.options import Json, option
+from relexkit.trainer.policy.loading import Trust
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``relexkit tokens``."""
-    parser.add_argument(
-        "run_folder",
-        type=Path,
-        metavar="RUN",
-        help="folder of a run that was trained with token_shares: true",
-    )
-    parser.add_argument(
-        "--until", type=int, metavar="STEP", help="only rollouts of the steps up to this one"
-    )
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=20,
-        metavar="N",
-        help="tokens with the largest shares (default: 20)",
-    )
-    add_trust(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+@dataclass(frozen=True, kw_only=True)
+class Options(Json, Trust):
+    """Options of ``relexkit tokens``."""
+
+    run_folder: Path = option("run_folder", metavar="RUN")
+    """folder of a run that was trained with token_shares: true"""
+    until: int | None = option(default=None, metavar="STEP")
+    """only rollouts of the steps up to this one"""
+    top: int = 20
+    """tokens with the largest shares"""
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Read the log once and print."""
+def answer(options: Options) -> Table:
+    """The shares of tokens; the document has those of their classes too."""
     found = token_shares(
-        arguments.run_folder,
-        until=arguments.until,
-        top=arguments.top,
-        trust_remote_code=arguments.trust_remote_code,
+        options.run_folder,
+        until=options.until,
+        top=options.top,
+        trust_remote_code=options.trust_remote_code,
     )
-    if arguments.json:
+    return Table(found, found["tokens"])
+
+
+def run(options: Options) -> None:
+    """Read the log once and print."""
+    found = answer(options).document
+    if options.json:
         print_json(found)
     else:
         _print_tables(found)

@@ -14,7 +14,7 @@ from relexkit.extension import Processes
 from relexkit.trainer.credit.advantage import group_advantages, lampo_advantages
 from relexkit.trainer.credit.token_share import TokenClasses, add_masses, class_shares, token_masses
 from relexkit.trainer.credit.token_states import TokenStates
-from relexkit.trainer.credit.token_weighting import delta_coefficients
+from relexkit.trainer.credit.token_weighting import Refinement, delta_coefficients
 from relexkit.trainer.policy.sampling import Completion, pad_token
 from relexkit.trainer.tasks import Problem
 
@@ -96,10 +96,8 @@ def token_weights(
         advantage_PG.view(-1).to(policy.model.device),
         [len(c.completion_ids) for c in completions],
         [bool(count) for count in counted],
-        iterations=config.delta_iterations,
-        low=config.delta_min,
-        high=config.delta_max,
-        total=total,
+        Refinement(iterations=config.delta_iterations, low=config.delta_min, high=config.delta_max),
+        total,
     )
 
 

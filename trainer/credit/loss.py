@@ -50,6 +50,31 @@ class Denominators:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """A micro-batch of ``B`` completions of at most ``T`` tokens.
+
+    Attributes:
+        logp_BT: float32 log-probabilities of the completion tokens under the model, with gradient.
+        mask_BT: 1 where a token counts.
+        advantage_B: of the rollouts.
+        old_logp_BT: those under the policy that sampled them; ``logp_BT`` itself, detached, if the
+            batch is on-policy.
+        ref_logp_BT: those under the reference; needed if ``beta`` is not 0.
+        weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1
+            if None.
+        entropy_BT: entropies of the tokens, with gradient; needed if ``entropy_coef`` is not 0.
+    """
+
+    logp_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    advantage_B: torch.Tensor
+    old_logp_BT: torch.Tensor | None = None
+    ref_logp_BT: torch.Tensor | None = None
+    weight_BT: torch.Tensor | None = None
+    entropy_BT: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossOutputs:
     """``loss``, a scalar with gradient: this micro-batch's share of the step's. ``sums``: detached
     sums over its tokens.
@@ -59,32 +84,10 @@ class LossOutputs:
     sums: dict[str, torch.Tensor]
 
 
-def policy_loss(
-    logp_BT: torch.Tensor,
-    advantage_B: torch.Tensor,
-    mask_BT: torch.Tensor,
-    denominators: Denominators,
-    config: GRPOConfig,
-    *,
-    old_logp_BT: torch.Tensor | None = None,
-    ref_logp_BT: torch.Tensor | None = None,
-    weight_BT: torch.Tensor | None = None,
-    entropy_BT: torch.Tensor | None = None,
-) -> LossOutputs:
-    """The loss of a micro-batch of ``B`` completions of at most ``T`` tokens.
-
-    Args:
-        logp_BT: float32 log-probabilities of the completion tokens under the model, with gradient.
-        mask_BT: 1 where a token counts.
-        old_logp_BT: those under the policy that sampled them; ``logp_BT`` itself, detached, if the
-            batch is on-policy.
-        ref_logp_BT: those under the reference; needed if ``config.beta`` is not 0.
-        weight_BT: coefficients of the tokens, which multiply the surrogate (not the divergence); 1
-            if None.
-        entropy_BT: entropies of the tokens, with gradient; needed if ``config.entropy_coef`` is not
-            0.
-    """
-    old = logp_BT.detach() if old_logp_BT is None else old_logp_BT
+def policy_loss(inputs: LossInputs, denominators: Denominators, config: GRPOConfig) -> LossOutputs:
+    """The loss of a micro-batch: its share of that of the optimizer step."""
+    logp_BT, mask_BT, advantage_B1 = inputs.logp_BT, inputs.mask_BT, inputs.advantage_B[:, None]
+    old = logp_BT.detach() if inputs.old_logp_BT is None else inputs.old_logp_BT
     difference_BT = logp_BT - old
     if config.importance_sampling_level == "sequence":
         mean_B = (difference_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
@@ -92,26 +95,24 @@ def policy_loss(
     ratio_BT = difference_BT.clamp(max=_MAX_LOG_RATIO).exp()
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
     capped_BT = ratio_BT if config.delta is None else ratio_BT.clamp(max=config.delta)
-    gain_BT = torch.minimum(
-        capped_BT * advantage_B[:, None], ratio_BT.clamp(low, high) * advantage_B[:, None]
-    )
-    token_loss_BT = -gain_BT if weight_BT is None else -gain_BT * weight_BT
+    gain_BT = torch.minimum(capped_BT * advantage_B1, ratio_BT.clamp(low, high) * advantage_B1)
+    token_loss_BT = -gain_BT if inputs.weight_BT is None else -gain_BT * inputs.weight_BT
     zero = torch.zeros((), device=logp_BT.device)
     sums = {"kl": zero}
     if config.beta:
-        assert ref_logp_BT is not None, "beta needs the reference's log-probabilities"
-        kl_BT = k3_divergence(logp_BT, ref_logp_BT)
+        assert inputs.ref_logp_BT is not None, "beta needs the reference's log-probabilities"
+        kl_BT = k3_divergence(logp_BT, inputs.ref_logp_BT)
         kl_BT = kl_BT * ratio_BT if config.use_bias_correction_kl else kl_BT
         token_loss_BT = token_loss_BT + config.beta * kl_BT
         sums["kl"] = (kl_BT.detach() * mask_BT).sum()
-    clipped_low = (ratio_BT.detach() < low) & (advantage_B[:, None] < 0)
-    clipped_high = (ratio_BT.detach() > high) & (advantage_B[:, None] > 0)
+    clipped_low = (ratio_BT.detach() < low) & (advantage_B1 < 0)
+    clipped_high = (ratio_BT.detach() > high) & (advantage_B1 > 0)
     sums["clip_low"] = (clipped_low * mask_BT).sum().float()
     sums["clip_high"] = (clipped_high * mask_BT).sum().float()
     loss = aggregate(token_loss_BT, mask_BT, denominators, config)
     if config.entropy_coef:
-        assert entropy_BT is not None, "entropy_coef needs the entropies"
-        mean = (entropy_BT * mask_BT).sum() / max(1.0, denominators.tokens)
+        assert inputs.entropy_BT is not None, "entropy_coef needs the entropies"
+        mean = (inputs.entropy_BT * mask_BT).sum() / max(1.0, denominators.tokens)
         loss = loss - config.entropy_coef * mean
     return LossOutputs(loss=loss, sums=sums)
 

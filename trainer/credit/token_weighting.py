@@ -15,6 +15,7 @@ computes (RUCBM/DelTA, whose variances in the distance are ones).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,26 +28,35 @@ Sweep = Callable[[], Iterable[tuple[Sequence[int], torch.Tensor]]]
 _LEAST_VARIANCE = 1e-8  # of the margins, as in the authors' code: equal margins give alpha = 1/2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """How often the centroids are refined, and the range of the coefficients.
+
+    Attributes:
+        iterations: ``K`` in the paper; 0 takes the first centroids.
+    """
+
+    iterations: int = 1
+    low: float = 0.8
+    high: float = 1.2
+
+
 def delta_coefficients(
     sweep: Sweep,
     advantage_R: torch.Tensor,
     lengths: Sequence[int],
     counted: Sequence[bool],
-    *,
-    iterations: int = 1,
-    low: float = 0.8,
-    high: float = 1.2,
+    settings: Refinement,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> list[torch.Tensor]:
     """Coefficients of every rollout's tokens, ``float32 [tokens]`` each, with mean 1 over the
     tokens that count.
 
     Args:
-        sweep: called ``2 (iterations + 1)`` times; one block of it is in memory at a time.
+        sweep: called ``2 (settings.iterations + 1)`` times; one block of it is in memory at a time.
         advantage_R: ``float32 [R]`` of the rollouts, zero allowed.
         lengths, counted: tokens of each rollout, and whether they count; those of a rollout that is
             masked out do not.
-        iterations: refinements of the centroids, ``K`` in the paper; 0 takes the first ones.
         total: sum of a float64 tensor over all processes, which then get the coefficients of one
             common batch.
 
@@ -60,7 +70,7 @@ def delta_coefficients(
         return [torch.ones(length, device=advantage_R.device) for length in lengths]
     margins = sides.margins(mu_2H)
     gamma_2 = sides.spread(margins)
-    for refinement in range(iterations):
+    for refinement in range(settings.iterations):
         if refinement:
             gamma_2 = sides.spread(margins)
         mu_2H = sides.centroids(sides.alphas(margins, gamma_2))
@@ -68,7 +78,7 @@ def delta_coefficients(
         margins = sides.margins(mu_2H)
     signs = sides.sign_R.tolist()
     raw = [
-        low + (high - low) * alpha * abs(sign)
+        settings.low + (settings.high - settings.low) * alpha * abs(sign)
         for alpha, sign in zip(sides.alphas(margins, gamma_2), signs, strict=True)
     ]
     pairs = [

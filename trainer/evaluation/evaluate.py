@@ -21,7 +21,8 @@ from relexkit.trainer.evaluation.intervals import (
     paired_difference,
     pass_at_k,
 )
-from relexkit.trainer.policy.sampling import Completion, Sampling, generate
+from relexkit.trainer.evaluation.settings import EvaluationSettings
+from relexkit.trainer.policy.sampling import Completion, generate
 from relexkit.trainer.tasks import Problem, Split, Task, prompt_text, score_all
 
 RIGHT = 1.0
@@ -165,40 +166,21 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     task: Task,
+    settings: EvaluationSettings,
     *,
-    split: Split = "validation",
-    num_problems: int | None = None,
-    samples: int = 0,
-    greedy: bool = True,
-    max_completion_length: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Greedy answers and ``samples`` sampled ones to the first ``num_problems`` of a split (None:
-    all), scored by the task.
+    """The answers that ``settings`` ask of a model, scored by the task.
 
-    The model's weights, mode and settings stay as they are. Answers do not depend on
-    ``batch_size``, up to logits that differ in their last bits (``trainer.policy.sampling``).
-    Memory: the key-value cache of ``batch_size`` rows.
+    The model's weights, mode and settings stay as they are. Answers do not depend on the batch
+    size, up to logits that differ in their last bits (``trainer.policy.sampling``).
+    Memory: the key-value cache of ``settings.batch_size`` rows.
 
     Raises:
-        RelexkitError: nothing is asked for, a prompt does not fit, or the reward function fails;
-            the prompt is named.
+        RelexkitError: a prompt does not fit, or the reward function fails; the prompt is named.
     """
-    if (
-        samples < 0
-        or (samples == 0 and not greedy)
-        or (num_problems is not None and num_problems < 1)
-    ):
-        raise RelexkitError(
-            f"num_problems {num_problems}, samples {samples}, greedy {greedy}: leave nothing to"
-            " evaluate; ask for an answer"
-        )
-    problems = list(task.problems(split))[:num_problems]
+    samples, greedy = settings.samples, settings.greedy
+    problems = list(task.problems(settings.split))[: settings.num_problems]
     prompts = [prompt_text(problem, tokenizer) for problem in problems]
     total = len(problems) * (samples + greedy)
     answered: list[Completion] = []
@@ -206,19 +188,11 @@ def evaluate(
     def rewards(
         of: list[Problem], texts: list[str], keys: list[Any], temperature: float
     ) -> np.ndarray:
-        sampling = Sampling(
-            max_completion_length=max_completion_length,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        sampling = settings.sampling(temperature)
         scores: list[float] = []
-        for begin in range(0, len(of), batch_size):
-            rows = slice(begin, begin + batch_size)
-            completions = generate(
-                model, tokenizer, texts[rows], keys[rows], sampling, batch_size=batch_size
-            )
+        for begin in range(0, len(of), settings.batch_size):
+            rows = slice(begin, begin + settings.batch_size)
+            completions = generate(model, tokenizer, texts[rows], keys[rows], sampling)
             scores += [s.value for s in score_all(task, of[rows], [c.text for c in completions])]
             answered.extend(completions)
             if progress:
@@ -232,15 +206,18 @@ def evaluate(
         for i in range(samples)
     ]
     sampled = rewards(
-        [p for p, _, _ in pairs], [t for _, t, _ in pairs], [k for _, _, k in pairs], temperature
+        [p for p, _, _ in pairs],
+        [t for _, t, _ in pairs],
+        [k for _, _, k in pairs],
+        settings.temperature,
     )
     stride = 1 if greedy else samples
     return Evaluation(
         task=task.name,
-        split=split,
-        seed=seed,
-        temperature=temperature,
-        max_completion_length=max_completion_length,
+        split=settings.split,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        max_completion_length=settings.max_completion_length,
         keys=tuple(problem.key for problem in problems),
         greedy_N=greedy_N,
         sampled_NS=sampled.reshape(len(problems), samples),

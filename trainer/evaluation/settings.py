@@ -1,18 +1,22 @@
-"""What a command that evaluates takes from the run that it is given: task and length of
-completions. They stand in the run's folder, and in its store, which may have been moved.
+"""What is asked of a model on a task, and what of it comes from the run that the model is of: task
+and length of completions stand in the run's folder, and in its store, which may have been moved.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from relexkit import RelexkitError, StoreError, TrajectoryStore
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.tasks import Split, Task, code_named, load_task
+
+if TYPE_CHECKING:
+    from relexkit.trainer.policy.sampling import Sampling
 
 DEFAULT_LENGTH = 256
 """Tokens of a completion where neither the user nor a run says how many."""
@@ -21,6 +25,58 @@ KEPT = "training_task.json"
 """The file of a store that says what it was trained on; written checkpoints have it too."""
 
 _OPTIONS = {"task": "--task", "max_completion_length": "--max-completion-length"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Which problems a model answers, how often, and how.
+
+    Raises:
+        RelexkitError: nothing is asked for.
+    """
+
+    split: Split = "validation"
+    """problems of the task; all has the whole of a file"""
+    num_problems: int | None = None
+    """the first so many (default: all)"""
+    samples: int = 0
+    """sampled answers of each problem"""
+    greedy: bool = True
+    """only sampled answers"""
+    max_completion_length: int = DEFAULT_LENGTH
+    """tokens of an answer"""
+    temperature: float = 1.0
+    """of the samples"""
+    top_k: int | None = None
+    """sample among the most likely tokens only (default: all)"""
+    top_p: float | None = None
+    """sample among the most likely tokens of this total probability (default: all)"""
+    seed: int = 0
+    """of the samples"""
+    batch_size: int = 64
+    """answers that are generated at once"""
+
+    def __post_init__(self) -> None:
+        """Refuse what leaves nothing to evaluate."""
+        none = self.samples == 0 and not self.greedy
+        if self.samples < 0 or none or (self.num_problems is not None and self.num_problems < 1):
+            raise RelexkitError(
+                f"num_problems {self.num_problems}, samples {self.samples}, greedy {self.greedy}:"
+                " leave nothing to evaluate; ask for an answer"
+            )
+
+    def sampling(self, temperature: float) -> Sampling:
+        """How an answer is drawn, 0 for the most likely one."""
+        from relexkit.trainer.policy.sampling import Sampling
+
+        return Sampling(
+            max_completion_length=self.max_completion_length,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
 
 
 def kept_files(config: GRPOConfig) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ z)``, ``z = (s - s_ref)_chosen - (s - s_ref)_rejected`` and ``e`` the label smoo
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,9 +65,9 @@ def train_dpo(
     config: G2DConfig,
     pad: int,
     autocast: bool = False,
-    log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-) -> list[dict[str, float]]:
-    """Train a model on pairs, in place; returns what was logged of every step, named as in TRL.
+) -> Iterator[dict[str, float]]:
+    """Train a model on pairs, in place, as far as it is iterated: the metrics of every step, named
+    as in TRL.
 
     Pairs are shuffled anew for each epoch by the seed alone, so a run is repeatable bit for bit on
     a CPU. Memory: gradients and AdamW's moments beside the weights, and the activations of a
@@ -80,7 +80,6 @@ def train_dpo(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     order = _order(len(pairs), config)
-    metrics: list[dict[str, float]] = []
     model.train()
     for step, indices in enumerate(order):
         for group in optimizer.param_groups:
@@ -103,10 +102,8 @@ def train_dpo(
                 " learning_rate"
             )
         optimizer.step()
-        metrics.append(entry)
-        log(step + 1, entry)
+        yield entry
     model.eval()
-    return metrics
 
 
 def _accumulate(

@@ -80,6 +80,7 @@ class _Run:
         from relexkit import TrajectoryStore
         from relexkit.trainer.config import load_config
         from relexkit.trainer.loop.rollout_log import read_rollouts
+        from relexkit.trainer.policy.loading import Loading
         from relexkit.trainer.policy.setup import choose_device
         from relexkit.trainer.policy.stored_model import StoredModel
         from relexkit.trainer.tasks import load_task
@@ -94,12 +95,12 @@ class _Run:
         self.task: Task = load_task(self.trained.task)
         device = choose_device(config)
         self.autocast = config.bf16 if config.bf16 is not None else device.type == "cuda"
-        self.stored = StoredModel(
-            self.store,
-            device=device,
+        loading = Loading(
+            device=config.device,
             disable_dropout=config.disable_dropout,
             trust_remote_code=trust_remote_code,
         )
+        self.stored = StoredModel(self.store, loading)
         self.rollouts: pyarrow.Table = read_rollouts(rollouts or folder / "rollouts")
         self._where = rollouts or folder / "rollouts"
         self.config = config
@@ -203,6 +204,7 @@ class _Run:
             top_k=self.trained.top_k,
             top_p=self.trained.top_p,
             seed=self.config.seed,
+            batch_size=self.config.generation_rows,
         )
         prompts = [prompt_text(problem, self.stored.tokenizer) for problem, _ in rows]
         model = self.put("warm", step)
@@ -214,7 +216,6 @@ class _Run:
             prompts,
             keys,
             sampling,
-            batch_size=self.config.generation_rows,
             watcher=states,
         )
         scores = score_all(self.task, [p for p, _ in rows], [c.text for c in completions])
@@ -242,15 +243,18 @@ class _Run:
     def evaluate(self) -> Evaluation:
         """Greedy accuracy of the model as it is."""
         from relexkit.trainer.evaluation.evaluate import evaluate
+        from relexkit.trainer.evaluation.settings import EvaluationSettings
 
         return evaluate(
             self.stored.model,
             self.stored.tokenizer,
             self.task,
-            num_problems=self.config.eval_num_problems,
-            max_completion_length=self.trained.max_completion_length,
-            seed=self.trained.seed,
-            batch_size=self.config.generation_rows,
+            EvaluationSettings(
+                num_problems=self.config.eval_num_problems,
+                max_completion_length=self.trained.max_completion_length,
+                seed=self.trained.seed,
+                batch_size=self.config.generation_rows,
+            ),
         )
 
 
@@ -275,25 +279,18 @@ def _train_from(source: _Run, step: int, folder: Path, config: G2DConfig) -> dic
     )
     model = source.put(config.start, step)
     before = source.evaluate()
+    number = 0
     with open(folder / "metrics.jsonl", "w") as file:
-        metrics = train_dpo(
-            model,
-            pairs,
-            reference,
-            config,
-            source.pad(),
-            source.autocast,
-            log=lambda number, entry: print(
-                json.dumps({"step": number, **entry}), file=file, flush=True
-            ),
-        )
+        updates = train_dpo(model, pairs, reference, config, source.pad(), source.autocast)
+        for number, entry in enumerate(updates, 1):
+            print(json.dumps({"step": number, **entry}), file=file, flush=True)
     after = source.evaluate()
     save_model(folder / "final", model, source.stored.tokenizer, Processes())
     difference = after.minus(before)
     return {
         "step": step,
         "informativeness": dataclasses.asdict(informativeness(rollouts, pairs)),
-        "dpo_steps": len(metrics),
+        "dpo_steps": number,
         "before": before.summary(),
         "after": after.summary(),
         "difference": {"accuracy": difference.difference, "interval": list(difference.interval)},

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
-from relexkit.extension import (
-    ProgressCallback,
-    r_squared,
-)
+from relexkit.extension import ProgressCallback, r_squared
+from relexkit.trainer.policy.loading import IN_FLOAT32, Loading
 from relexkit.trainer.policy.sampling import encode_prompt, end_tokens
 from relexkit.trainer.policy.stored_model import StoredModel
-from relexkit.trainer.tasks import Problem, Task, prompt_text
+from relexkit.trainer.tasks import Problem, prompt_text
+
+MODEL = Prediction(method="model")
+"""What tokens are compared with where no other prediction is asked for."""
 
 _MOST_STEPS = 20  # recorded steps that are evaluated, evenly spread
 _MOVED = 1e-3  # nats over the run: tokens that moved less have no line worth a name
@@ -58,12 +59,11 @@ Probe = str | tuple[str, str]
 """A text, or a prompt as the model reads it and what follows it."""
 
 
-def answers(task: Task, tokenizer: Any, num_problems: int) -> list[Probe]:
-    """The first validation problems of a task with their worked solutions, or else answers."""
-    return [
-        (prompt_text(problem, tokenizer), problem.reference or problem.answer)
-        for problem in list(task.problems("validation"))[:num_problems]
-    ]
+def _probe(text: str | Problem, tokenizer: Any) -> Probe:
+    """A problem with its worked solution, or else its answer."""
+    if isinstance(text, str):
+        return text
+    return prompt_text(text, tokenizer), text.reference or text.answer
 
 
 def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[Probe]) -> np.ndarray:
@@ -99,39 +99,32 @@ def _encoded(tokenizer: Any, text: Probe) -> tuple[list[int], int]:
 
 def output_linearity(
     store: TrajectoryStore,
-    texts: Sequence[str] | Task,
+    texts: Sequence[str] | Sequence[Problem],
     *,
-    num_problems: int = 64,
     targets: Sequence[float] = (),
-    method: str = "model",
-    until: int | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
+    prediction: Prediction = MODEL,
+    loading: Loading = IN_FLOAT32,
     progress: ProgressCallback | None = None,
 ) -> OutputLinearity:
-    """How linear the log-probabilities of probe texts are over at most 20 recorded steps, and at
-    predicted ones.
+    """How linear the log-probabilities of probe texts are over at most 20 recorded steps up to
+    ``prediction.until``, and at predicted ones.
 
     Args:
-        texts: texts, or a task, of which the answers to ``num_problems`` validation problems are
-            taken.
+        texts: texts, or problems, of which the answers count.
 
     Raises:
         RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction
             that cannot be made.
     """
-    observed = gram(store, progress=progress).until(until)
+    texts = [text for text in texts if text.strip()]
+    observed = gram(store, progress=progress).until(prediction.until)
     if len(observed.steps) < 3:
         raise RelexkitError(
             f"{len(observed.steps)} recorded steps fit every line; expected at least 3: record more"
         )
-    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
+    stored = StoredModel(store, loading)
     model, tokenizer = stored.model.eval(), stored.tokenizer
-    probes: list[Probe] = (
-        [text for text in texts if text.strip()]
-        if isinstance(texts, Sequence)
-        else answers(texts, tokenizer, num_problems)
-    )
+    probes = [_probe(t, tokenizer) for t in texts if not isinstance(t, str) or t.strip()]
     if not any(
         len(numbers) > first for numbers, first in map(partial(_encoded, tokenizer), probes)
     ):
@@ -148,9 +141,7 @@ def output_linearity(
             progress("probing", done, len(rows) + len(targets))
     steps, logprobs = observed.steps[rows], np.array(found)
     predicted = []
-    for weights in (
-        predict_weights(observed, list(targets), Prediction(method=method)) if len(targets) else ()
-    ):
+    for weights in predict_weights(observed, list(targets), prediction) if len(targets) else ():
         stored.put(weights)
         predicted.append(text_logprobs(model, tokenizer, probes))
     r2 = r_squared(logprobs, steps)
@@ -202,8 +193,7 @@ def logit_extrapolation(
     steps: tuple[int, int],
     target: float,
     max_completion_length: int,
-    device: str | None = None,
-    trust_remote_code: bool = False,
+    loading: Loading = IN_FLOAT32,
 ) -> list[str]:
     """Greedy completions from the logits of two recorded steps, continued to ``target``. Prompts
     are put through the tokenizer's chat template if it has one. Memory: two models in float32.
@@ -217,7 +207,7 @@ def logit_extrapolation(
             f"steps {first} and {second}: expected an earlier recorded step (or 0, the base) and a"
             " later one"
         )
-    stored = StoredModel(store, device=_device(device), trust_remote_code=trust_remote_code)
+    stored = StoredModel(store, loading)
     stored.put_step(first)
     earlier, later, tokenizer = (
         copy.deepcopy(stored.model).eval(),
@@ -237,7 +227,3 @@ def logit_extrapolation(
         )
         for prompt in prompts
     ]
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

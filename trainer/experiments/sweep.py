@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from relexkit import Options, Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
-from relexkit.extension import (
-    ProgressCallback,
-    step_text,
+from relexkit import (
+    METHODS,
+    Gram,
+    Options,
+    Prediction,
+    RelexkitError,
+    TrajectoryStore,
+    gram,
+    predict_weights,
 )
+from relexkit.extension import FitName, ProgressCallback, step_text
+from relexkit.trainer.evaluation.settings import EvaluationSettings
 from relexkit.trainer.experiments.race import BASELINE, Race, race
-
-if TYPE_CHECKING:
-    from relexkit.trainer.policy.stored_model import Dtype
+from relexkit.trainer.policy.loading import IN_FLOAT32, Loading
+from relexkit.trainer.tasks import Task
 
 _FEWEST_PROBLEMS = 16
 _PLAIN = Options()
@@ -54,70 +60,54 @@ class Candidate:
         )
 
 
-def grid(
-    targets: Sequence[float],
-    *,
-    methods: Sequence[str] = DEFAULT_METHODS,
-    scales: Sequence[float] = (1.0,),
-    ranks: Sequence[int] = (1,),
-    fits: Sequence[Literal["linear", "polynomial", "sinusoid"]] = ("linear",),
-    windows: Sequence[int | None] = (None,),
-    last_step: float | None = None,
-) -> list[Candidate]:
-    """All combinations; rank, fit and window multiply RELEX only, its ablation grid on the task,
-    and window the average.
-
-    What does not depend on the target, hold and average, is one candidate for ``last_step`` (by
-    default the first target).
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a sweep tries: every combination of methods, steps and scales, and of the options that a
+    method has. Prediction and baseline are those of the steps up to ``until``.
     """
-    candidates = []
-    for method, target, scale in itertools.product(methods, targets, scales):
-        variants = [Options()]
-        if method == "relex":
-            variants = [
-                Options(rank=r, fit=f, window=w)
-                for r, f, w in itertools.product(ranks, fits, windows)
-            ]
-        elif method == "average":
-            variants = [Options(window=w) for w in windows]
-        if method in ("hold", "average"):
-            target = targets[0] if last_step is None else last_step
-        candidates += [
-            Candidate(method=method, target=float(target), scale=scale, options=options)
-            for options in variants
-        ]
-    return list(dict.fromkeys(candidates))
+
+    to: tuple[float, ...]
+    """steps to predict"""
+    until: int | None = None
+    """predict from the steps up to this one"""
+    method: tuple[str, ...] = DEFAULT_METHODS
+    """as for extrapolate"""
+    scale: tuple[float, ...] = (1.0,)
+    """multiples of the predicted displacement"""
+    rank: tuple[int, ...] = (1,)
+    """of RELEX: the ablation grid on the task"""
+    fit: tuple[FitName, ...] = ("linear",)
+    """of RELEX: how a coefficient is continued"""
+    window: tuple[int, ...] = ()
+    """of RELEX and the average: use only the last so many recorded steps (default: as for
+    extrapolate)"""
+    full: bool = False
+    """evaluate every candidate on every problem"""
+
+    def candidates(self, last_step: float) -> list[Candidate]:
+        """The predictions, each once. What does not depend on the step is one for ``last_step``."""
+        varied = {"rank": self.rank, "fit": self.fit, "window": self.window or (None,)}
+        found = []
+        for name, target, scale in itertools.product(self.method, self.to, self.scale):
+            method = METHODS[name]
+            used = [option for option in varied if option in method.options]
+            for values in itertools.product(*(varied[option] for option in used)):
+                options = Options(**dict(zip(used, values, strict=True)))
+                step = float(target if method.moves else last_step)
+                found.append(Candidate(method=name, target=step, scale=scale, options=options))
+        return list(dict.fromkeys(found))
 
 
 def sweep(
     store: TrajectoryStore,
-    task: Any,
-    candidates: Sequence[Candidate],
+    task: Task,
+    grid: Grid,
+    settings: EvaluationSettings,
+    loading: Loading = IN_FLOAT32,
     *,
-    max_completion_length: int,
-    until: int | None = None,
-    num_problems: int | None = None,
-    samples: int = 0,
-    seed: int = 0,
-    batch_size: int = 64,
-    halving: bool = True,
-    dtype: Dtype = "float32",
-    rounding: Literal["stochastic", "nearest"] = "stochastic",
-    device: str | None = None,
-    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
-) -> Race:
-    """Race the candidates against the last observed step on a task's validation problems.
-
-    Args:
-        task: see ``trainer.tasks``.
-        until: predict from the steps up to this one; the baseline is the last of them.
-        num_problems: the first so many of the validation split; None for all.
-        samples: 0 for greedy answers, else so many sampled ones of each problem.
-        dtype, rounding: of the weights, as a written checkpoint would have them; computed with in
-            float32.
-        device: of PyTorch; None for a GPU if there is one.
-        trust_remote_code: run the code that the store carries for its model, if it needs any.
+) -> Sweep:
+    """Race the candidates of a grid against the last observed step on a task's validation problems.
 
     Memory: the model in float32. One pass over the deltas for each candidate and rung.
 
@@ -125,60 +115,43 @@ def sweep(
         RelexkitError: too few problems, no candidate, or a prediction that cannot be made (the
             candidate is named).
     """
-    import torch
-
     from relexkit.trainer.evaluation.evaluate import evaluate
     from relexkit.trainer.policy.stored_model import StoredModel
 
-    problems = list(task.problems("validation"))[:num_problems]
+    problems = list(task.problems(settings.split))[: settings.num_problems]
     if len(problems) < _FEWEST_PROBLEMS:
         raise RelexkitError(
             f"task {task.name!r}: {len(problems)} validation problems tell nothing apart; expected"
             f" at least {_FEWEST_PROBLEMS}"
         )
+    observed = gram(store, progress=progress).until(grid.until)
+    last_step = int(observed.steps[-1])
+    candidates = grid.candidates(last_step)
     if not candidates:
         raise RelexkitError("there is no candidate; give --to STEP and --method")
-    observed = gram(store, progress=progress).until(until)
-    weights = _weights(store, observed, candidates)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    stored = StoredModel(
-        store,
-        dtype=dtype,
-        rounding=rounding,
-        seed=seed,
-        device=where,
-        trust_remote_code=trust_remote_code,
-    )
+    weights = _weights(observed, candidates)
+    stored = StoredModel(store, loading)
+    asked = replace(settings, num_problems=None, greedy=settings.samples == 0)
 
     def answer(index: int, begin: int, end: int) -> np.ndarray:
         if index == BASELINE:
-            stored.put_step(int(observed.steps[-1]))
+            stored.put_step(last_step)
         else:
             stored.put(weights[index])
-        found = evaluate(
-            stored.model,
-            stored.tokenizer,
-            _Slice(task, problems[begin:end]),
-            samples=samples,
-            greedy=samples == 0,
-            max_completion_length=max_completion_length,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        slice_of_task = _Slice(task, problems[begin:end])
+        answers = evaluate(stored.model, stored.tokenizer, slice_of_task, asked)
         if progress:
             progress("evaluating", 100 * end // len(problems), 100)
-        return found.values()
+        return answers.values()
 
-    return race(len(candidates), len(problems), answer, halving=halving)
+    outcome = race(len(candidates), len(problems), answer, halving=not grid.full)
+    return Sweep(task.name, last_step, tuple(candidates), outcome)
 
 
-def _weights(
-    store: TrajectoryStore, observed: Any, candidates: Sequence[Candidate]
-) -> list[np.ndarray]:
+def _weights(observed: Gram, candidates: Sequence[Candidate]) -> list[np.ndarray]:
     found: dict[Candidate, np.ndarray] = {}
-    for method, options in dict.fromkeys(
-        (c.method, c.options) for c in candidates
-    ):  # one fit for all targets and scales
+    # one fit for all targets and scales
+    for method, options in dict.fromkeys((c.method, c.options) for c in candidates):
         group = [c for c in candidates if (c.method, c.options) == (method, options)]
         targets = sorted({c.target for c in group})
         try:
@@ -199,62 +172,80 @@ class _Slice:
         return self._problems
 
 
-def recommendation(candidates: Sequence[Candidate], result: Race, last_step: int) -> str:
-    """One sentence: what to use, on what evidence."""
-    fresh, best = result.fresh, candidates[result.winner]
-    low, high = fresh.interval
-    told = (
-        f"({fresh.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {fresh.num_problems} fresh"
-        " problems)"
-    )
-    if fresh.verdict == "above":
-        return f"Use {best.name}: it beats step {last_step} {told}."
-    if fresh.verdict == "below":
-        return f"Keep step {last_step}: the best prediction, {best.name}, is worse {told}."
-    return (
-        f"Keep step {last_step}: the best prediction, {best.name}, cannot be told from it {told}."
-    )
+@dataclass(frozen=True)
+class Sweep:
+    """The outcome: what was tried, against which recorded step, and how it went."""
 
+    task: str
+    last_step: int
+    candidates: tuple[Candidate, ...]
+    race: Race
 
-def document(
-    candidates: Sequence[Candidate], result: Race, *, task: str, last_step: int
-) -> dict[str, Any]:
-    """The outcome as a JSON document, which the figures read too."""
-    return {
-        "task": task,
-        "last_step": last_step,
-        "num_problems": len(result.baseline.values),
-        "baseline": {
-            "accuracy": result.baseline.accuracy,
-            "interval": list(result.baseline.interval),
-        },
-        "candidates": [
-            {
-                "name": c.name,
-                "method": c.method,
-                "target": c.target,
-                "scale": c.scale,
-                "rank": c.options.rank,
-                "fit": c.options.fit,
-                "window": c.options.window,
-                "num_problems": len(s.values),
-                "stopped": len(s.values) < len(result.baseline.values),
-                "tied": s.tied,
-                "accuracy": s.accuracy,
-                "interval": list(s.interval),
-                "difference": s.against.difference,
-                "difference_interval": list(s.against.interval),
-            }
-            for c, s in zip(candidates, result.standings, strict=True)
-        ],
-        "winner": candidates[result.winner].name,
-        "fresh": {
-            "difference": result.fresh.difference,
-            "interval": list(result.fresh.interval),
-            "num_problems": result.fresh.num_problems,
-            "verdict": result.fresh.verdict,
-        },
-        "answers": result.num_answers,
-        "answers_of_full_grid": result.full_answers,
-        "recommendation": recommendation(candidates, result, last_step),
-    }
+    @property
+    def winner(self) -> Candidate:
+        """The best candidate, surely better than the last step only if ``beats_it``."""
+        return self.candidates[self.race.winner]
+
+    @property
+    def beats_it(self) -> bool:
+        """Whether the winner is surely better than the last observed step, on fresh problems."""
+        return self.race.fresh.verdict == "above"
+
+    def recommendation(self) -> str:
+        """One sentence: what to use, on what evidence."""
+        fresh, best, last_step = self.race.fresh, self.winner.name, self.last_step
+        low, high = fresh.interval
+        evidence = (
+            f"({fresh.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, {fresh.num_problems} fresh"
+            " problems)"
+        )
+        if fresh.verdict == "above":
+            return f"Use {best}: it beats step {last_step} {evidence}."
+        if fresh.verdict == "below":
+            return f"Keep step {last_step}: the best prediction, {best}, is worse {evidence}."
+        return (
+            f"Keep step {last_step}: the best prediction, {best}, cannot be told from it"
+            f" {evidence}."
+        )
+
+    def document(self) -> dict[str, Any]:
+        """The outcome as a JSON document, which the figures read too."""
+        outcome = self.race
+        return {
+            "task": self.task,
+            "last_step": self.last_step,
+            "num_problems": len(outcome.baseline.values),
+            "baseline": {
+                "accuracy": outcome.baseline.accuracy,
+                "interval": list(outcome.baseline.interval),
+            },
+            "candidates": [
+                {
+                    "name": c.name,
+                    "method": c.method,
+                    "target": c.target,
+                    "scale": c.scale,
+                    "rank": c.options.rank,
+                    "fit": c.options.fit,
+                    "window": c.options.window,
+                    "num_problems": len(s.values),
+                    "stopped": len(s.values) < len(outcome.baseline.values),
+                    "tied": s.tied,
+                    "accuracy": s.accuracy,
+                    "interval": list(s.interval),
+                    "difference": s.against.difference,
+                    "difference_interval": list(s.against.interval),
+                }
+                for c, s in zip(self.candidates, outcome.standings, strict=True)
+            ],
+            "winner": self.winner.name,
+            "fresh": {
+                "difference": outcome.fresh.difference,
+                "interval": list(outcome.fresh.interval),
+                "num_problems": outcome.fresh.num_problems,
+                "verdict": outcome.fresh.verdict,
+            },
+            "answers": outcome.num_answers,
+            "answers_of_full_grid": outcome.full_answers,
+            "recommendation": self.recommendation(),
+        }

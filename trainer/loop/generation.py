@@ -112,6 +112,7 @@ def roll_out(
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
+        batch_size=config.generation_rows,
     )
     states = open_watcher(config, policy.model)
     sampled = None
@@ -124,7 +125,6 @@ def roll_out(
             prompts,
             keys,
             sampling,
-            batch_size=config.generation_rows,
             watcher=states,
         )
     right, rewards, parts = policy.processes.agree(lambda: _scores(config, task, rows, completions))

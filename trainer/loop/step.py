@@ -10,7 +10,7 @@ from relexkit import RelexkitError
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.credit.assignment import informativeness
 from relexkit.trainer.credit.gradient_noise import GradientParts
-from relexkit.trainer.credit.loss import Denominators, policy_loss
+from relexkit.trainer.credit.loss import Denominators, LossInputs, policy_loss
 from relexkit.trainer.loop.generation import Generation
 from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
 from relexkit.trainer.policy.log_probabilities import (
@@ -138,17 +138,16 @@ def _accumulate(
             None if values is None else padded([values[rows[index]] for index in group], logp_BT)
             for values in (generation.old_logp, generation.ref_logp, token_weights)
         )
-        outputs = policy_loss(
-            logp_BT,
-            advantage_B[group],
-            mask_BT,
-            denominators,
-            config,
+        inputs = LossInputs(
+            logp_BT=logp_BT,
+            mask_BT=mask_BT,
+            advantage_B=advantage_B[group],
             old_logp_BT=old,
             ref_logp_BT=ref,
             weight_BT=weight,
             entropy_BT=entropy_BT,
         )
+        outputs = policy_loss(inputs, denominators, config)
         if outputs.loss.requires_grad:
             (outputs.loss * policy.processes.size).backward()  # FSDP averages over processes
         sums["loss"] += float(outputs.loss.detach())

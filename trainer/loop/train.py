@@ -24,7 +24,7 @@ from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import LiveAdvice, NotAStoreError, Processes
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
-from relexkit.trainer.evaluation.settings import kept_files
+from relexkit.trainer.evaluation.settings import EvaluationSettings, kept_files
 from relexkit.trainer.loop.engine import open_engine
 from relexkit.trainer.loop.folder import claim_folder, save_model
 from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
@@ -41,7 +41,7 @@ from relexkit.trainer.policy.setup import (
     own_dropout,
     process_group,
 )
-from relexkit.trainer.tasks import Task, load_task
+from relexkit.trainer.tasks import Task, load_task, task_name
 
 _WARN_STEPS = 10  # without any difference between the rewards of a group
 
@@ -193,7 +193,7 @@ def _resume(
         mantissa_bits=config.mantissa_bits,
         tokenizer=policy.tokenizer,
         files=kept_files(config),
-        source=f"GRPO of {config.model}",
+        source=f"GRPO of {config.model} on {task_name(config.task)}",
         sketch=config.regrounding is None,  # jumps are no part of a trajectory
     )
     with own_dropout(policy.model):
@@ -278,10 +278,12 @@ def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float
         policy.model,
         policy.tokenizer,
         task,
-        num_problems=config.eval_num_problems,
-        max_completion_length=config.max_completion_length,
-        seed=config.seed,
-        batch_size=config.generation_rows,
+        EvaluationSettings(
+            num_problems=config.eval_num_problems,
+            max_completion_length=config.max_completion_length,
+            seed=config.seed,
+            batch_size=config.generation_rows,
+        ),
     )
     return {"eval/accuracy": found.accuracy}
 

@@ -18,13 +18,22 @@ same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from relexkit.extension import random_bits
 
 _BLOCK = 2**18  # elements whose float32 values are held at a time: they stay in the cache
+
+
+class AdamWOptions(TypedDict):
+    """What AdamW is told."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
@@ -36,18 +45,16 @@ class BFloat16AdamW(torch.optim.Optimizer):
         named_parameters: names belong to the random streams of ``stochastic``.
         rounding: a key of ``ROUNDINGS``.
         seed: of the random streams.
+        options: as of ``torch.optim.AdamW``.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
         rounding: str,
         seed: int,
+        **options: Unpack[AdamWOptions],
     ):
         self._names = {parameter: name for name, parameter in named_parameters}
         self._round, self._seed = ROUNDINGS[rounding], seed
@@ -55,8 +62,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         if rounding == "compensated":
             self._kept.append("compensation")
         self._counts: list[torch.Tensor] = []
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(list(self._names), defaults)
+        super().__init__(list(self._names), dict(options))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -40,6 +40,7 @@ class Sampling:
         temperature: of the softmax; 0 is greedy.
         top_k, top_p: keep only the most likely tokens; None keeps all.
         seed: of the random streams, together with each row's key.
+        batch_size: rows that are generated at once.
     """
 
     max_completion_length: int
@@ -47,6 +48,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    batch_size: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,9 @@ def generate(
     keys: Sequence[Any],
     sampling: Sampling,
     *,
-    batch_size: int,
     watcher: Watcher | None = None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; left-padded batches of ``batch_size`` rows with a
-    key-value cache.
+    """One completion for every prompt, in order; left-padded batches with a key-value cache.
 
     Args:
         model: a transformers model for causal language modelling; its mode and generation settings
@@ -104,11 +104,11 @@ def generate(
     _check_lengths(model, encoded, sampling)
     prompt_ids = [encoded[prompt] for prompt in prompts]
     completions: list[Completion] = []
-    with _inference(model, tokenizer, sampling) as config:
-        for begin in range(0, len(prompts), batch_size):
-            rows = slice(begin, begin + batch_size)
+    with _inference(model, tokenizer, sampling):
+        for begin in range(0, len(prompts), sampling.batch_size):
+            rows = slice(begin, begin + sampling.batch_size)
             completions += _generate_batch(
-                model, tokenizer, prompt_ids[rows], keys[rows], sampling, config, watcher
+                model, tokenizer, prompt_ids[rows], keys[rows], sampling, watcher
             )
     return completions
 
@@ -217,7 +217,6 @@ def _generate_batch(
     prompts: list[list[int]],
     keys: Sequence[Any],
     sampling: Sampling,
-    config: GenerationConfig,
     watcher: Watcher | None,
 ) -> list[Completion]:
     tokens, mask = left_padded(prompts, pad_token(tokenizer), model.device)
@@ -235,11 +234,11 @@ def _generate_batch(
         output = model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            generation_config=config,
+            generation_config=model.generation_config,
             logits_processor=processors,
             past_key_values=shared,
         )
-    ends = set(config.eos_token_id)
+    ends = set(model.generation_config.eos_token_id)
     completions = []
     for prompt, row in zip(prompts, output[:, tokens.shape[1] :].tolist(), strict=True):
         stop = next((index for index, token in enumerate(row) if token in ends), None)
@@ -288,7 +287,7 @@ def _shared_prefix(
 
 
 @contextmanager
-def _inference(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[GenerationConfig]:
+def _inference(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[None]:
     """No gradients, no dropout, a cache, and none of the sampling settings that a model brings
     along.
     """
@@ -304,7 +303,7 @@ def _inference(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[Gener
     model.generation_config = config  # generate() fills gaps from here: a repetition penalty, say
     try:
         with torch.no_grad():
-            yield config
+            yield
     finally:
         model.generation_config = own
         model.train(training)

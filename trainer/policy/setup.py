@@ -21,6 +21,7 @@ from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
     from relexkit.trainer.config import G2DConfig, GRPOConfig
+    from relexkit.trainer.policy.loading import Loading
 
 
 PRECISIONS: dict[str, str | None] = {
@@ -82,7 +83,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         ) from error
 
 
-def choose_device(config: GRPOConfig | G2DConfig) -> torch.device:
+def choose_device(config: GRPOConfig | G2DConfig | Loading) -> torch.device:
     """``config.device``; each process takes the GPU of its local rank.
 
     Raises:

@@ -6,54 +6,46 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from relexkit import TrajectoryStore, apply, checkout
 from relexkit.extension import apply_step
-from relexkit.trainer.policy.setup import load_model
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from relexkit.trainer.policy.loading import IN_FLOAT32, Loading
+from relexkit.trainer.policy.setup import choose_device, load_model
 
 
 class StoredModel:
     """The model of a store, in float32 whatever precision its weights are rounded to.
 
-    ``dtype`` and ``rounding`` say what a written checkpoint would be rounded to: its values are
-    what is computed with, so that models in different precisions differ by their weights alone.
-    Memory: one model, and a second one in ``dtype``. Code that the store carries for its model runs
-    only with ``trust_remote_code``.
+    The values of a checkpoint as ``loading`` would have it rounded are what is computed with, so
+    that models in different precisions differ by their weights alone. Memory: one model, and a
+    second one in ``loading.dtype`` if that is not float32. Code that the store carries for its
+    model runs only with ``loading.trust_remote_code``.
 
     Attributes:
         model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at
             first the base.
     """
 
-    def __init__(
-        self,
-        store: TrajectoryStore,
-        *,
-        dtype: Dtype = "float32",
-        rounding: Literal["stochastic", "nearest"] = "stochastic",
-        seed: int = 0,
-        device: torch.device | None = None,
-        disable_dropout: bool = True,
-        trust_remote_code: bool = False,
-    ):
-        self.store = store
-        self._rounding, self._seed = rounding, seed
+    def __init__(self, store: TrajectoryStore, loading: Loading = IN_FLOAT32):
+        self.store, self._loading = store, loading
+        trusted = loading.trust_remote_code
         with tempfile.TemporaryDirectory(prefix="relexkit-") as folder:
             base = str(checkout(store, 0, Path(folder) / "base"))
-            where = device or torch.device("cpu")
+            where = choose_device(loading)
             self.model, self.tokenizer = load_model(
-                base, where, disable_dropout=disable_dropout, trust_remote_code=trust_remote_code
+                base,
+                where,
+                disable_dropout=loading.disable_dropout,
+                trust_remote_code=trusted,
             )
             self._rounded: Any = None
-            if dtype != "float32":
-                rounded, _ = load_model(base, where, trust_remote_code=trust_remote_code)
-                self._rounded = rounded.to(dtype=getattr(torch, dtype))
+            if loading.dtype != "float32":
+                rounded, _ = load_model(base, where, trust_remote_code=trusted)
+                self._rounded = rounded.to(dtype=getattr(torch, loading.dtype))
 
     def put(self, weights: np.ndarray) -> None:
         """Put ``theta_0 + M^T a`` into the model, ``a`` as ``relexkit.apply`` takes it. One pass
@@ -62,7 +54,8 @@ class StoredModel:
         if self._rounded is None:
             apply(self.store, self.model, weights)
             return
-        apply(self.store, self._rounded, weights, rounding=self._rounding, seed=self._seed)
+        how = self._loading
+        apply(self.store, self._rounded, weights, rounding=how.rounding, seed=how.seed)
         self._take_over()
 
     def put_step(self, step: int) -> None:
@@ -74,7 +67,8 @@ class StoredModel:
         if self._rounded is None:
             apply_step(self.store, self.model, step)
             return
-        apply_step(self.store, self._rounded, step, rounding=self._rounding, seed=self._seed)
+        how = self._loading
+        apply_step(self.store, self._rounded, step, rounding=how.rounding, seed=how.seed)
         self._take_over()
 
     def _take_over(self) -> None:

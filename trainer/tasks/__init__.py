@@ -55,6 +55,11 @@ TASKS = {
 """Families by name: a module with ``make(**options)``."""
 
 
+def task_name(settings: str | Mapping[str, Any]) -> str:
+    """The name in what ``load_task`` takes."""
+    return settings if isinstance(settings, str) else str(settings.get("name", ""))
+
+
 def code_named(settings: str | Mapping[str, Any]) -> str | None:
     """The first function that ``load_task`` would load by its place; None if it needs none."""
     options = {"name": settings} if isinstance(settings, str) else settings

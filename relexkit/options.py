@@ -13,7 +13,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -38,6 +38,11 @@ def group(kind: type, *names: str, heading: str | None = None) -> Any:
     return field(default_factory=kind, metadata={"names": names, "heading": heading})
 
 
+def custom(add: Callable[[Any], None], read: Callable[[argparse.Namespace], Any]) -> Any:
+    """A field whose options are added to a parser, and read from what was parsed, by functions."""
+    return field(metadata={"add": add, "read": read})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Json:
     """Every command that prints results has this option."""
@@ -58,7 +63,9 @@ def add_options(parser: Any, kind: type, names: Sequence[str] = ()) -> None:
     """Add the options of the dataclass ``kind``, or those of its fields ``names``."""
     types, meanings = get_type_hints(kind), docstrings(kind)
     for one in _chosen(kind, names):
-        if is_dataclass(types[one.name]):
+        if "add" in one.metadata:
+            one.metadata["add"](parser)
+        elif is_dataclass(types[one.name]):
             heading = one.metadata.get("heading")
             where = parser.add_argument_group(heading) if heading else parser
             add_options(where, types[one.name], one.metadata.get("names", ()))
@@ -70,7 +77,9 @@ def read_options(parsed: argparse.Namespace, kind: type[_T], names: Sequence[str
     """The value of ``kind`` that the options of ``add_options`` come to."""
     types, values = get_type_hints(kind), dict[str, Any]()
     for one in _chosen(kind, names):
-        if is_dataclass(types[one.name]):
+        if "read" in one.metadata:
+            values[one.name] = one.metadata["read"](parsed)
+        elif is_dataclass(types[one.name]):
             values[one.name] = read_options(parsed, types[one.name], one.metadata.get("names", ()))
         elif one.name in parsed:
             value = getattr(parsed, one.name)
@@ -128,7 +137,7 @@ def _reading(kind: Any, default: Any) -> dict[str, Any]:
     """How ``argparse`` reads a type, which may also be None."""
     if kind is bool:
         return {"action": "store_false" if default is True else "store_true"}
-    inner = [k for k in _alternatives(kind) if k is not NoneType]
+    inner = [k for k in _alternatives(kind) if k is not NoneType and get_origin(k) is not Callable]
     if get_origin(inner[0]) is tuple:
         return {**_reading(get_args(inner[0])[0], None), "nargs": "+"}
     if get_origin(inner[0]) is Literal:
