@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # Everything that is ours and Python, also before the first commit of a file.
 SOURCES := relexkit trainer analysis tests docs
 
-.PHONY: help demo test test-all test-kernels test-browser check bench clean
+.PHONY: help demo test test-all test-kernels test-browser check docs bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-kernels  the numerical tests with other kernels of the linear algebra library"
 	@echo "make test-browser  the report in a headless Chromium, installed by apt when missing"
 	@echo "make check     lint, format, types and the default tests: what continuous integration runs"
+	@echo "make docs      the documentation as a site in docs/_build, every warning an error"
 	@echo "make bench     speed, memory and disk against the budgets (ARGS='--reference CLONE ...')"
 	@echo "make clean     remove the environment, caches and the demo's results"
 
@@ -54,9 +55,12 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(PYTEST)
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist demo-run
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist demo-run docs/_build docs/reference
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,4 +16,5 @@ EXTENSION = Extension(
         "backtest": "relexkit.analysis.backtest_figures:plot_backtest",
         "demo": "relexkit.analysis.demo_figure:plot_demo",
     },
+    drawings="relexkit.analysis.drawings:DRAWINGS",
 )

@@ -20,7 +20,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from relexkit import RelexkitError
 from relexkit.analysis import style
-from relexkit.extension import Backtest, Forecast, Gram, decompose, forecast, single_threaded_blas
+from relexkit.extension import (
+    BASELINE,
+    Backtest,
+    Forecast,
+    Gram,
+    decompose,
+    forecast,
+    single_threaded_blas,
+)
 
 MAP_METHODS = ("model", "relex", "two-point", "least-squares")
 """Methods of the map, as far as the backtest has them."""
@@ -87,7 +95,7 @@ def map_figure(result: Backtest) -> Figure:
 def mapped_methods(result: Backtest) -> list[str]:
     """Methods that get a map."""
     return [m for m in MAP_METHODS if m in result.methods] or [
-        m for m in result.methods if m != "hold"
+        m for m in result.methods if m != BASELINE
     ][:4]
 
 
@@ -135,7 +143,7 @@ def skill_panel(axes: Axes, result: Backtest) -> None:
         1.02, max(1.3, float(result.steps[-1] / result.steps[result.prefixes[0] - 1])), 11
     )
     lowest = 0.0
-    for index, method in enumerate(m for m in result.methods if m != "hold"):
+    for index, method in enumerate(m for m in result.methods if m != BASELINE):
         ratios, skills = _cells(result, method)
         places, medians = [], []
         for low, high in pairwise(edges):
@@ -209,7 +217,9 @@ def forecast_panel(axes: Axes, gram: Gram, count: int | None = None) -> None:
         parts.left[:, :num_directions] / parts.singular_values[:num_directions]
     ).T @ matrix[:count]
     for k, color in zip(range(num_directions), (style.RUN, style.SECOND), strict=False):
-        _coefficient(axes, steps, projected[k], count, ahead, k, color)
+        name = f"direction {k + 1}"
+        _observed(axes, steps, projected[k], count, color=color, label=name)
+        _continued(axes, ahead, k, color=color, label=name)
     axes.axvline(last, color=style.MUTED, linewidth=0.7)
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
@@ -218,16 +228,10 @@ def forecast_panel(axes: Axes, gram: Gram, count: int | None = None) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _coefficient(
-    axes: Axes,
-    steps: np.ndarray,
-    projected: np.ndarray,
-    count: int,
-    ahead: Forecast,
-    k: int,
-    color: str,
+def _observed(
+    axes: Axes, steps: np.ndarray, projected: np.ndarray, count: int, *, color: str, label: str
 ) -> None:
-    axes.plot(steps[:count], projected[:count], color=color, label=f"direction {k + 1}, observed")
+    axes.plot(steps[:count], projected[:count], color=color, label=f"{label}, observed")
     if count < len(steps):
         axes.plot(
             steps[count - 1 :],
@@ -235,15 +239,18 @@ def _coefficient(
             color=color,
             linestyle=(0, (1, 1.2)),
             linewidth=1.0,
-            label=f"direction {k + 1}, what came",
+            label=f"{label}, what came",
         )
+
+
+def _continued(axes: Axes, ahead: Forecast, k: int, *, color: str, label: str) -> None:
     axes.plot(
         ahead.targets,
         ahead.coefficients[:, k],
         color=color,
         linewidth=0.8,
         linestyle=(0, (5, 2)),
-        label=f"direction {k + 1}, model with 90 % interval",
+        label=f"{label}, model with 90 % interval",
     )
     axes.fill_between(
         ahead.targets, ahead.low[:, k], ahead.high[:, k], color=color, alpha=0.18, linewidth=0

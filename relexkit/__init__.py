@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         checkout,
         extrapolate,
         info,
+        mergekit_config,
         project,
         verify,
     )
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from relexkit.materialize import Output, WeightSync
     from relexkit.materialize import round_checkpoint as round
     from relexkit.materialize.directions import Directions
+    from relexkit.materialize.sharing import push
     from relexkit.predict.extrapolators import METHODS
     from relexkit.predict.fits import Options
     from relexkit.predict.prediction import Extrapolator, Prediction
@@ -111,10 +113,12 @@ _HOMES = {
     "import_checkpoints": "relexkit.ingest.importer",
     "info": "relexkit.calls.actions",
     "linearity": "relexkit.calls.questions",
+    "mergekit_config": "relexkit.calls.actions",
     "observe": "relexkit.calls.questions",
     "open": "relexkit.calls.source:open_run",
     "predict_weights": "relexkit.calls.questions",
     "project": "relexkit.calls.actions",
+    "push": "relexkit.materialize.sharing",
     "round": "relexkit.materialize:round_checkpoint",
     "spectrum": "relexkit.calls.questions",
     "update_cosines": "relexkit.calls.questions",
@@ -167,11 +171,13 @@ __all__ = [
     "import_checkpoints",
     "info",
     "linearity",
+    "mergekit_config",
     "observe",
     "open",
     "predict_weights",
     "probe",
     "project",
+    "push",
     "report",
     "round",
     "spectrum",

@@ -10,6 +10,7 @@ from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.forecast import Forecast, forecast
 from relexkit.assess.metrics import informative_steps
 from relexkit.assess.observed import Observed, observe
+from relexkit.calls.source import OpenRun
 from relexkit.commands.console import (
     console,
     number,
@@ -21,6 +22,7 @@ from relexkit.commands.console import (
     show,
 )
 from relexkit.errors import printable
+from relexkit.geometry.linearity import Linearity
 from relexkit.geometry.null import STATISTICS
 from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squared, walk_gram
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
@@ -29,7 +31,9 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
-from relexkit.predict.extrapolators import METHODS, check_request, step_text
+from relexkit.materialize.alignment import Alignment, Projection
+from relexkit.materialize.directions import Directions
+from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, step_text
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes, joined
@@ -43,24 +47,30 @@ from relexkit.weights.dtypes import random_bits
 from relexkit.weights.layout import layer_of, module_of
 
 __all__ = [
+    "BASELINE",
     "CHEAP",
     "JUMP_METRIC",
     "METHODS",
     "STATISTICS",
     "Advice",
+    "Alignment",
     "Backtest",
     "Command",
+    "Directions",
     "Extension",
     "FitName",
     "Forecast",
     "Gram",
+    "Linearity",
     "LiveAdvice",
     "NotAStoreError",
     "Observed",
+    "OpenRun",
     "Options",
     "Prediction",
     "Processes",
     "ProgressCallback",
+    "Projection",
     "ScopeSpectrum",
     "Spectrum",
     "TrajectoryStore",

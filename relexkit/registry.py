@@ -58,13 +58,13 @@ class Extension:
     Attributes:
         commands: by name.
         plots: ``module:function`` that draws what ``--plot`` of the command of that name asks for.
-        drawings: ``module:function`` that draws an answer of the type of that name, ``(answer,
-            axes or None) -> axes``.
+        drawings: ``module:table`` of functions ``(answer, axes or None) -> axes`` by the name of
+            the type of the answer.
     """
 
     commands: Mapping[str, Command]
     plots: Mapping[str, str] = field(default_factory=dict)
-    drawings: Mapping[str, str] = field(default_factory=dict)
+    drawings: str | None = None
 
 
 @functools.cache
@@ -158,22 +158,30 @@ def plot(name: str) -> Callable[..., Any]:
     Raises:
         RelexkitError: no installed package draws it.
     """
-    return _found("plots", name, f"--plot: no installed package draws the figures of {name}")
+    for extension in extensions():
+        if name in extension.plots:
+            return _at(extension.plots[name])
+    raise RelexkitError(
+        f"--plot: no installed package draws the figures of {name}; install relexkit again"
+    )
 
 
-def drawing(name: str) -> Callable[..., Any]:
-    """The function that draws an answer of the type ``name``.
+def drawing(kind: type) -> Callable[..., Any]:
+    """The function that draws an answer of a type, or of one that it builds on.
 
     Raises:
         RelexkitError: no installed package draws it.
     """
-    return _found("drawings", name, f"no installed package draws an answer of type {name}")
+    tables = [_at(e.drawings) for e in extensions() if e.drawings is not None]
+    for base in kind.__mro__:
+        for table in tables:
+            if base.__name__ in table:
+                return table[base.__name__]
+    raise RelexkitError(
+        f"no installed package draws an answer of type {kind.__name__}; install relexkit again"
+    )
 
 
-def _found(table: str, name: str, lacking: str) -> Callable[..., Any]:
-    for extension in extensions():
-        place = getattr(extension, table).get(name)
-        if place is not None:
-            module, _, function = place.partition(":")
-            return getattr(import_module(module), function)
-    raise RelexkitError(f"{lacking}; install relexkit again")
+def _at(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

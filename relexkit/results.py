@@ -45,7 +45,7 @@ class Result:
         Raises:
             RelexkitError: no installed package draws it.
         """
-        return drawing(type(self).__name__)(self, axes)
+        return drawing(type(self))(self, axes)
 
     def __repr__(self) -> str:
         rows = self.rows()

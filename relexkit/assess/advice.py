@@ -23,6 +23,7 @@ from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
+from relexkit.predict.extrapolators import METHODS
 from relexkit.results import Result
 
 Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-precision"]
@@ -50,6 +51,10 @@ _NEXT: dict[Verdict, str | None] = {
 RATIOS = (1.1, 1.25, 1.5, 2.0)
 """Distances at which the record is read, as target over last step of the prefix."""
 
+_ASKED = (
+    *CHEAP,
+    *(n for n, m in METHODS.items() if m.goes_on and not m.cheap and m.judged_by is None),
+)
 _CHANCE = 0.05  # p-value of the drift above which there is no evidence of one
 _FEWEST_STEPS = 8  # below, saving less often would change the verdict
 _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE = 8, 0.3
@@ -58,7 +63,6 @@ _LEAST_SKILL, _LEAST_WINS = 0.1, 0.75
 _LITTLE_DRIFT = 0.5  # of the noise; walks stay below 0.2, from a dozen steps on
 _SHORT_LIFE = 0.1  # of the run: a drift that turns faster is a walk for whoever extrapolates
 _HIDDEN_CHANGED, _HIDDEN_UNITS = 0.5, 0.3
-_GOES_NOWHERE = ("hold", "average", "reconstruct")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,21 @@ class Check:
     def passed(self) -> bool:
         """Whether this distance may be trusted."""
         return self.made >= 2 and self.skill >= _LEAST_SKILL and self.won >= _LEAST_WINS * self.made
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What advice rests on.
+
+    Attributes:
+        record: checks of every method by distance, those that could be made.
+        fit: the trajectory model of the run; None where it could not be fitted.
+        last_step: of the run.
+    """
+
+    record: dict[str, tuple[Check, ...]]
+    fit: TrajectoryFit | None
+    last_step: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,13 +172,14 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
         return _too_early(gram)
     with single_threaded_blas():
-        result = backtest(gram, (*CHEAP, "drift"))
+        result = backtest(gram, _ASKED)
         fit = _fit(whole, gram)
-    record = {m: _record(result, m) for m in result.methods if m != "hold"}
+    record = {m: _record(result, m) for m in result.methods if METHODS[m].moves}
+    findings = Findings(record, fit, last_step)
     drift = _drift_reasons(fit)
     hidden = _hidden(gram)
     if hidden:
-        return _advice("hidden-by-precision", [hidden, *drift], record, fit, last_step)
+        return _advice("hidden-by-precision", [hidden, *drift], findings)
     informative = informative_steps(metrics)
     if informative and _is_sparse(informative):
         sparse = (
@@ -167,16 +187,16 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
             f" ({informative.metric}); the motion between them is the optimizer coasting on its"
             " momentum."
         )
-        return _advice("keep-training", [sparse, *drift], record, fit, last_step)
+        return _advice("keep-training", [sparse, *drift], findings)
     doubt = _doubt(fit)
     if doubt is not None:
-        return _advice("keep-training", [doubt, *drift], record, fit, last_step)
+        return _advice("keep-training", [doubt, *drift], findings)
     if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
-        return _advice("not-a-line", [*drift, *_in_vain(record)], record, fit, last_step)
+        return _advice("not-a-line", [*drift, *_in_vain(record)], findings)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
     if farthest == 1.0:
-        return _advice("keep-training", [*_too_little(record), *drift], record, fit, last_step)
+        return _advice("keep-training", [*_too_little(record), *drift], findings)
     rivals = {
         m: checks[-1] for m, checks in trusted.items() if checks and checks[-1].ratio == farthest
     }
@@ -187,7 +207,7 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         f" {best.made} checks of this run's own past, with {100 * best.skill:.0f} % less squared"
         " error on average; that is what to expect, not more."
     )
-    return _advice("extrapolate", [reached, *drift], record, fit, last_step, method, target)
+    return _advice("extrapolate", [reached, *drift], findings, method, target)
 
 
 def objection(
@@ -199,13 +219,14 @@ def objection(
     Standing still, averages and what lies before the last step need no advice.
     """
     farthest = max(targets)
-    if method in _GOES_NOWHERE or farthest <= last_step:
+    row = METHODS.get(method)
+    if (row is not None and not row.goes_on) or farthest <= last_step:
         return None
     asked = f"{farthest / last_step:.3g} times the last step"
     why = f"`relexkit advise {store}` says why"
     if advice.verdict != "extrapolate" or advice.target is None:
         return f"{advice.headline} {method} was asked for {asked}; {why}"
-    record = advice.record.get("drift" if method == "model" else method, ())
+    record = advice.record.get((row and row.judged_by) or method, ())
     lost = next(
         (c for c in record if c.made >= 2 and not c.passed and c.ratio * last_step <= farthest),
         None,
@@ -228,9 +249,7 @@ def objection(
 def _advice(
     verdict: Verdict,
     reasons: list[str],
-    record: dict[str, tuple[Check, ...]],
-    fit: TrajectoryFit | None,
-    last_step: int,
+    findings: Findings,
     method: str | None = None,
     target: int | None = None,
 ) -> Advice:
@@ -268,7 +287,7 @@ def _advice(
             ),
         ),
     }
-    named = {"target": target, "method": method, "last": last_step, "store": "{store}"}
+    named = {"target": target, "method": method, "last": findings.last_step, "store": "{store}"}
     headline, command = HEADLINES[verdict].format_map(named), _NEXT[verdict]
     return Advice(
         verdict,
@@ -278,8 +297,8 @@ def _advice(
         tuple(reasons),
         command and command.format_map(named),
         changes[verdict],
-        record,
-        fit,
+        findings.record,
+        findings.fit,
     )
 
 

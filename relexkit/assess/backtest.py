@@ -25,7 +25,7 @@ import numpy as np
 from relexkit.errors import ExtrapolationError
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.predict.extrapolators import METHODS, fit_method, method_of, name_of
+from relexkit.predict.extrapolators import BASELINE, METHODS, fit_method, method_of, name_of
 from relexkit.predict.fits import Options
 from relexkit.predict.prediction import Extrapolator
 from relexkit.results import Result
@@ -37,8 +37,8 @@ each.
 """
 
 CHEAP = (
-    "hold",
-    *(name for name, m in METHODS.items() if m.cheap and m.moves and m.reaches_later),
+    BASELINE,
+    *(name for name, m in METHODS.items() if m.cheap and m.goes_on),
 )
 """Methods of the default grid: hold, and those that go to later steps and are quickly fitted."""
 
@@ -171,7 +171,7 @@ class Backtest(Result):
         """Trust horizon of every method except hold, on the whole model."""
         skill = self._scores(np.arange(len(self.names)))[2]
         return [
-            self._horizon(name, skill[k]) for k, name in enumerate(self.methods) if name != "hold"
+            self._horizon(name, skill[k]) for k, name in enumerate(self.methods) if name != BASELINE
         ]
 
     def skill(self, method: str) -> np.ndarray:
@@ -191,7 +191,7 @@ class Backtest(Result):
             norm - 2 * overlap + truth, 0.0
         )  # cancellation, where a prediction is exact
         with np.errstate(invalid="ignore", divide="ignore"):
-            skill = 1 - error / error[self.methods.index("hold")]
+            skill = 1 - error / error[self.methods.index(BASELINE)]
             skill[~np.isfinite(skill)] = np.nan
             return np.sqrt(error / truth), overlap / np.sqrt(norm * truth), skill
 
@@ -266,7 +266,7 @@ def backtest(
             that is not a recorded step with a later one, or fewer than two recorded steps.
     """
     options = options or Options()
-    chosen = tuple(dict.fromkeys(("hold", *(CHEAP if methods is None else methods))))
+    chosen = tuple(dict.fromkeys((BASELINE, *(CHEAP if methods is None else methods))))
     taken = {method: _options_of(method, options) for method in chosen}
     names = tuple(name_of(method) for method in chosen)
     _check_options(dict(zip(names, taken.values(), strict=True)), options)

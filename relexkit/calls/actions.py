@@ -9,7 +9,7 @@ from typing import Any
 from relexkit.calls.questions import directions
 from relexkit.calls.source import Source, of_run, store_of
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
-from relexkit.materialize import alignment, in_place, predicted, recorded
+from relexkit.materialize import alignment, in_place, predicted, recorded, sharing
 from relexkit.materialize.directions import Directions
 from relexkit.results import Table
 from relexkit.store import ProgressCallback
@@ -19,6 +19,7 @@ apply = of_run(in_place.apply)
 apply_step = of_run(in_place.apply_step)
 checkout = of_run(recorded.checkout)
 extrapolate = of_run(predicted.extrapolate)
+mergekit_config = of_run(sharing.mergekit_config)
 
 
 def info(source: Source) -> Table:

@@ -16,6 +16,7 @@ from relexkit.assess.backtest import CHEAP
 from relexkit.commands.console import console, number, print_json, say, show
 from relexkit.commands.observer import OfGram, observer
 from relexkit.options import option
+from relexkit.predict.extrapolators import BASELINE
 from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 
@@ -132,13 +133,13 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
 
 def _print_groups(result: Backtest, scope: str) -> None:
     """Each group's skill against hold, averaged over prefixes and later steps."""
-    others = [method for method in result.methods if method != "hold"]
+    others = [method for method in result.methods if method != BASELINE]
     table = _table(
         "Mean skill against hold over all prefixes and later steps",
         (scope, "hold's error", *others),
     )
     for name, rows in list(result.by_group(scope).items())[:_SHOWN_GROUPS]:
-        held = _mean([row.relative_error for row in rows if row.method == "hold"])
+        held = _mean([row.relative_error for row in rows if row.method == BASELINE])
         skills = [_mean([row.skill for row in rows if row.method == method]) for method in others]
         table.add_row(name, number(held), *(number(s) for s in skills))
     console().print(table)

@@ -48,6 +48,8 @@ class Options(OfGram):
     adapter: int | None = option(default=None, type=_rank, nargs="?", const=0, metavar="RANK")
     """from a store of PEFT adapters: write an adapter, of this rank or one that fits"""
     sync: Sync = group(Sync)
+    push: str | None = option(default=None, metavar="ORG/NAME")
+    """also upload it to the hub; several targets to ORG/NAME-step-STEP"""
 
 
 EPILOG = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
@@ -71,6 +73,12 @@ def run(options: Options) -> None:
         _warn(observed, store, prediction, options.to)
     if observed.silent:
         return
+    if options.push is not None:
+        from relexkit.materialize.sharing import push
+
+        for w in written:
+            several = f"-step-{step_text(w.target)}" if len(written) > 1 else ""
+            say(f"pushed to {push(w.folder, options.push + several)}")
     first, last = _window(store, prediction)
     if options.json:
         how = {"method": prediction.method, "steps": [first, last]}

@@ -29,7 +29,6 @@ def run(options: Options) -> None:
     from relexkit.geometry.linearity import quantiles_of, weight_linearity
     from relexkit.geometry.null import calibrate
     from relexkit.store import TrajectoryStore
-    from relexkit.weights.layout import scope_of
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
@@ -40,15 +39,8 @@ def run(options: Options) -> None:
     with progress_bar() as progress:
         walk = None if fit is None else fit.walk_covariance()
         found = weight_linearity(store, until=options.until, covariance=walk, progress=progress)
-    groups: dict[str, list[int]] = {}
-    for row, name in enumerate(found.names):
-        groups.setdefault(
-            "global" if options.scope == "global" else scope_of(name, options.scope), []
-        ).append(row)
-    rows = [
-        (name, found.counts[members].sum(axis=0), int(found.still[members].sum()))
-        for name, members in groups.items()
-    ]
+    found = found.scoped(options.scope)
+    rows = [*zip(found.names, found.counts, found.still.tolist(), strict=True)]
     if options.json:
         print_json(
             {

@@ -9,7 +9,7 @@ direction). *Uncentered* is energy about the base model, as RELEX (arXiv 2605.21
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -208,13 +208,9 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
         size = int(chosen.num_parameters[row])
         unit, changes = chosen.unit_moves[row], chosen.changed[row].sum()
         scopes.append(
-            _scope_spectrum(
-                name,
-                size,
-                chosen.matrices[row],
-                chosen.steps,
-                parts[row],
-                drifts[row],
+            replace(
+                _shape(name, chosen.matrices[row], chosen.steps, parts[row], drifts[row]),
+                num_parameters=size,
                 energy_share=float(energy[row] / total) if total else float("nan"),
                 changed=chosen.changed[row] / max(1, size),
                 moved=chosen.moved[row] / max(1, size),
@@ -222,49 +218,44 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
                     float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan")
                 ),
                 null=nulls.groups[row],
-                uncertainty=float(chosen.uncertainty[row, -1]),
+                **_errors(parts[row], float(chosen.uncertainty[row, -1])),
             )
         )
     walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
     walk_parts = decompose(center(walk) if centered else walk)
     walk_drift = _drifts(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
-    null = _scope_spectrum("walk without direction", 0, walk, chosen.steps, walk_parts, walk_drift)
+    null = _shape("walk without direction", walk, chosen.steps, walk_parts, walk_drift)
     return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.fitted)
 
 
-def _scope_spectrum(
-    name: str,
-    size: int,
-    matrix: np.ndarray,
-    steps: np.ndarray,
-    parts: Decomposition,
-    drift: np.ndarray,
-    *,
-    energy_share: float = float("nan"),
-    changed: np.ndarray | None = None,
-    moved: np.ndarray | None = None,
-    unit_moves: float = float("nan"),
-    null: WalkNull | None = None,
-    uncertainty: float = 0.0,
+def _shape(
+    name: str, matrix: np.ndarray, steps: np.ndarray, parts: Decomposition, drift: np.ndarray
 ) -> ScopeSpectrum:
-    empty = np.full(len(steps), np.nan)
+    """What the matrix of a group says, whatever else is known of it."""
+    unknown = np.full(len(steps), np.nan)
     return ScopeSpectrum(
         name=name,
-        num_parameters=size,
-        energy_share=energy_share,
+        num_parameters=0,
+        energy_share=float("nan"),
         singular_values=parts.singular_values,
         explained_variance_ratio=parts.explained_variance_ratio,
         coefficients=parts.coefficients,
         r2=r_squared(parts.coefficients, steps),
         drift=drift,
         update_cosines=update_cosines(matrix),
-        changed=empty if changed is None else changed,
-        moved=empty if moved is None else moved,
-        unit_moves=unit_moves,
-        null=null,
-        ratio_error=uncertainty / parts.total if len(parts.singular_values) else float("nan"),
-        angle_error=_angle_error(parts.singular_values, uncertainty),
+        changed=unknown,
+        moved=unknown,
+        unit_moves=float("nan"),
+        **_errors(parts, 0.0),
     )
+
+
+def _errors(parts: Decomposition, uncertainty: float) -> dict[str, float]:
+    moved = len(parts.singular_values) > 0
+    return {
+        "ratio_error": uncertainty / parts.total if moved else float("nan"),
+        "angle_error": _angle_error(parts.singular_values, uncertainty),
+    }
 
 
 def _angle_error(singular_values: np.ndarray, uncertainty: float) -> float:

@@ -170,7 +170,7 @@ def align(first: Directions, second: Directions) -> Alignment:
     for group, name in enumerate(groups):
         cosines[group, len(first.groups[name].singular_values) :] = np.nan
         cosines[group, :, len(second.groups[name].singular_values) :] = np.nan
-    return Alignment(groups, cosines, 1 / np.sqrt(sizes))
+    return Alignment(groups, cosines, 1 / np.sqrt(np.maximum(sizes, 1)))
 
 
 def _project(directions: Directions, piece: Piece) -> Projection:

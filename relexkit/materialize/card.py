@@ -10,8 +10,10 @@ from relexkit.predict.extrapolators import step_text
 from relexkit.predict.fits import Options
 
 
-def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
-    """README.md of a predicted checkpoint: what it is and how it was made."""
+def model_card(provenance: Mapping[str, Any], variance: float | None, metadata: str) -> str:
+    """README.md of a predicted checkpoint: what it is and how it was made, below the front matter
+    ``metadata``.
+    """
     steps, base = provenance["steps"], provenance["base"]
     options = [f.name for f in fields(Options) if provenance.get(f.name) is not None]
     said = ", ".join(
@@ -35,9 +37,9 @@ def model_card(provenance: Mapping[str, Any], variance: float | None) -> str:
     if variance is not None and variance == variance:  # NaN: nothing moved
         rows["variance on each tensor's first direction"] = f"{100 * variance:.1f} %"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    target = step_text(provenance["target"])
     return (
-        "---\ntags:\n- relexkit\n- extrapolated\nlibrary_name: transformers\n---\n\n# Extrapolated"
-        f" checkpoint, step {step_text(provenance['target'])}\n\nThese weights were not trained:"
-        f" they were predicted from the updates of steps {steps[0]} to {steps[-1]}. Evaluate them"
-        f" before use.\n\n| | |\n|---|---|\n{table}\n"
+        f"---\n{metadata}---\n\n# Extrapolated checkpoint, step {target}\n\n"
+        f"These weights were not trained: they were predicted from the updates of steps {steps[0]}"
+        f" to {steps[-1]}. Evaluate them before use.\n\n| | |\n|---|---|\n{table}\n"
     )

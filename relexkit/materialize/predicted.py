@@ -16,6 +16,7 @@ from relexkit.materialize.folders import FolderJob, PendingFolders, check_output
 from relexkit.materialize.output import AS_RECORDED, Output, Written
 from relexkit.materialize.planning import plan
 from relexkit.materialize.recorded import checkout
+from relexkit.materialize.sharing import card_metadata
 from relexkit.materialize.sums import stream_sums
 from relexkit.materialize.versions import write_versions
 from relexkit.predict.extrapolators import step_text
@@ -68,6 +69,7 @@ def extrapolate(
         return [Written(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)]
     plans = plan(store, to, prediction, compute)
     dtype, rounding, seed = output.dtype, output.rounding, output.seed
+    metadata = card_metadata(store, "finetune", ("relexkit", "extrapolated"))
     weights, jobs, written = [], [], []
     for planned in plans:
         provenance = {
@@ -81,7 +83,9 @@ def extrapolate(
         written.append(Written(planned.target, folder, already))
         if not already:
             weights.append(planned.weights)
-            jobs.append(FolderJob(folder, provenance, model_card(provenance, planned.variance)))
+            jobs.append(
+                FolderJob(folder, provenance, model_card(provenance, planned.variance, metadata))
+            )
     if jobs:
         with PendingFolders(store, jobs, dtype) as writers:
 

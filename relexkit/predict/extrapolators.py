@@ -49,6 +49,7 @@ class Method:
         reaches_later: whether it predicts steps that were not recorded.
         moves: whether the prediction depends on the target.
         cheap: whether a fit takes less than milliseconds.
+        judged_by: the method whose past record speaks for it, where that is another one.
     """
 
     fit: Callable[[Gram, Options], Predict]
@@ -59,6 +60,12 @@ class Method:
     reaches_later: bool = True
     moves: bool = True
     cheap: bool = True
+    judged_by: str | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it predicts something else than what was recorded."""
+        return self.moves and self.reaches_later
 
 
 def relex(gram: Gram, options: Options) -> Predict:
@@ -190,6 +197,9 @@ def _trajectory_model(
     return fit
 
 
+BASELINE = "hold"
+"""The method that every other one is held against."""
+
 METHODS: dict[str, Method] = {
     "relex": Method(
         relex,
@@ -212,7 +222,7 @@ METHODS: dict[str, Method] = {
         from_steps(two_point), "the line through the last step and an earlier one", ("anchor",)
     ),
     "first-update": Method(from_steps(first_update), "a multiple of the first delta", ("alpha",)),
-    "hold": Method(from_steps(hold), "the last recorded step", moves=False),
+    BASELINE: Method(from_steps(hold), "the last recorded step", moves=False),
     "average": Method(
         from_steps(average), "the mean of the last recorded steps", ("window",), moves=False
     ),
@@ -222,6 +232,7 @@ METHODS: dict[str, Method] = {
         needs_gram=True,
         scope="global",
         cheap=False,
+        judged_by="drift",
     ),
     "drift": Method(
         _trajectory_model(lambda fit, targets: fit.drift_weights(targets)),

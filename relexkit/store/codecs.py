@@ -42,8 +42,8 @@ def create_array(
     codecs: Iterable[Any] = LOG_CODECS,
     fill_value: float = 0,
 ) -> zarr.Array:
-    """Create an array whose every chunk is written and carries a checksum; replaces what is
-    there.
+    """Create an array whose every chunk is written and carries a checksum, with the names of its
+    dimensions; replaces what is there.
     """
     return group.create_array(
         name,
@@ -53,6 +53,32 @@ def create_array(
         shards=grid.shards,
         compressors=list(codecs),
         fill_value=fill_value,
+        dimension_names=_dimension_names(name, len(grid.shape)),
         config=WRITE_ALL,
         overwrite=True,
     )
+
+
+_DIMENSIONS = {
+    "steps": ("step",),
+    "checksums": ("step", "part"),
+    "metrics": ("step",),
+    "base": ("element {}",),
+    "deltas": ("step", "element {}"),
+    "factors": ("step", "factor element {}"),
+    "updates": ("step", "entry"),
+    "indptr": ("step", "block"),
+    "sketches": ("step", "sketch"),
+    "recent-metrics": ("recent entry",),
+    "files": ("byte of {}",),
+}
+"""Names of the dimensions by the group of an array, or its own name; ``{}`` is the part or file:
+arrays that lie beside each other with different lengths have different dimensions.
+"""
+
+
+def _dimension_names(name: str, num_dimensions: int) -> tuple[str, ...] | None:
+    """None for derived arrays, which only relexkit reads."""
+    top, _, rest = name.partition("/")
+    names = _DIMENSIONS.get(rest.rpartition("/")[2], _DIMENSIONS.get(top, ()))
+    return tuple(n.format(rest) for n in names) if len(names) == num_dimensions else None

@@ -75,11 +75,14 @@ def _description(group: zarr.Group, name: str) -> dict[str, Any]:
 
 
 def _fixed(document: Any) -> Any:
-    """A description without the numbers that differ between stores of one layout."""
+    """A description without the numbers that differ between stores of one layout, and without the
+    names of dimensions, which nothing is read by and earlier releases did not write.
+    """
     if isinstance(document, dict):
         return {
             key: len(value) if key in ("shape", "chunk_shape") else _fixed(value)
             for key, value in document.items()
+            if key != "dimension_names"
         }
     return [_fixed(value) for value in document] if isinstance(document, list) else document
 

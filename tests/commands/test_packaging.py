@@ -234,6 +234,7 @@ def test_make_targets_run_what_they_say():
         "test": f"{pytest_command} -o x",
         "test-all": f"{pytest_command} -m 'slow or not slow' -o x",
         "check": pytest_command,
+        "docs": ".venv/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build -o x",
         "bench": ".venv/bin/python tests/benchmarks/run.py -o x",
     }
     make = shutil.which("make")
@@ -250,4 +251,4 @@ def test_ci_calls_make_check():
     assert os.access(script, os.X_OK)
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "set -euo pipefail"
-    assert lines[-2:] == ["make check", "make test-kernels"]
+    assert lines[-3:] == ["make check", "make test-kernels", "make docs"]

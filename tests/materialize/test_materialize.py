@@ -38,8 +38,8 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
-    round_checkpoint,
 )
+from relexkit.materialize import round_checkpoint
 from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter
 
@@ -761,7 +761,8 @@ def test_model_card(tmp_path: Path) -> None:
         str(run.base),
         store.attributes["base"]["sha256"],
         f"| variance on each tensor's first direction | {100 * shares / total:.1f} % |",
-        "library_name: transformers",
+        'library_name: "transformers"',
+        'tags: ["relexkit", "extrapolated"]',
     ):
         assert said in card, said
     provenance = json.loads((p.folder / "relexkit.json").read_text())

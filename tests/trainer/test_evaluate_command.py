@@ -152,3 +152,13 @@ def test_a_folder_has_no_steps(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
     assert main(["evaluate", str(folder), "--task", TASK, "--step", "3"]) == 1
     assert "is not a store; --step, --to and --dtype need one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "'gpu' is unknown; expected auto, cpu, cuda or cuda:N"), ("cuda:1", "sees no GPU")],
+)
+def test_a_device_that_is_not_there_is_a_stated_error(store, device, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["evaluate", store.path, *COMMON, "--step", "1", "--device", device]) == 1
+    assert message in capsys.readouterr().err

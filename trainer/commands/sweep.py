@@ -37,11 +37,7 @@ def answer(options: Options) -> Table:
     """Race, and write what was asked for; ``plot`` draws the candidates."""
     swept, found = race_candidates(options)
     _write(options, swept)
-    return Swept(found, found["candidates"], [found["recommendation"]])
-
-
-class Swept(Table):
-    """The candidates of a sweep; the document is what ``--json`` prints."""
+    return Table(found, found["candidates"], [found["recommendation"]])
 
 
 def run(options: Options) -> None:

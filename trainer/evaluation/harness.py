@@ -13,14 +13,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 
 from relexkit import Prediction, RelexkitError, TrajectoryStore, gram, predict_weights
 from relexkit.extension import say
 from relexkit.trainer.evaluation.intervals import Difference, mean_interval, paired_difference
-from relexkit.trainer.policy.stored_model import Dtype, StoredModel
+from relexkit.trainer.policy.loading import Loading
+from relexkit.trainer.policy.stored_model import StoredModel
 
 try:
     from lm_eval import simple_evaluate
@@ -33,6 +34,7 @@ except ImportError as error:
         f"lm-evaluation-harness cannot be loaded ({error}); install relexkit[harness]"
     ) from error
 
+_T = TypeVar("_T")
 _Z95 = 1.959963984540054
 
 
@@ -50,7 +52,7 @@ class StoreLM(HFLM):
             displacement multiplied by ``scale``, as ``relexkit extrapolate`` does.
         dtype, rounding, seed: round the weights as a written checkpoint would be; they compute in
             float32.
-        trust_remote_code: run the model's own code; not unless asked.
+        device, trust_remote_code: where they compute; run the model's own code, not unless asked.
         options: those of ``hf``, such as ``batch_size``, ``max_length`` or ``add_bos_token``.
 
     Raises:
@@ -59,40 +61,21 @@ class StoreLM(HFLM):
     """
 
     def __init__(
-        self,
-        store: str,
-        step: int | None = None,
-        predict: float | None = None,
-        until: int | None = None,
-        method: str = "relex",
-        scale: float = 1.0,
-        dtype: Dtype = "float32",
-        rounding: Literal["stochastic", "nearest"] = "stochastic",
-        seed: int = 0,
-        device: str | None = None,
-        trust_remote_code: bool = False,
-        **options: Any,
+        self, store: str, step: int | None = None, predict: float | None = None, **options: Any
     ):
         if (step is None) == (predict is None):
             raise RelexkitError(
                 f"model_args: step {step} and predict {predict}; expected one of them, as"
                 " store=run.zarr,step=50 or store=run.zarr,predict=200,method=relex"
             )
-        import torch
-
+        prediction = _taken(options, Prediction, ("method", "until", "scale"))
+        loading = _taken(
+            options, Loading, ("dtype", "rounding", "seed", "device", "trust_remote_code")
+        )
         trajectory = TrajectoryStore(store)
         if predict is not None:
-            observed = gram(trajectory).until(until)
-            weights = scale * predict_weights(observed, [predict], Prediction(method=method))[0]
-        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        stored = StoredModel(
-            trajectory,
-            dtype=dtype,
-            rounding=rounding,
-            seed=int(seed),
-            device=torch.device(found),
-            trust_remote_code=trust_remote_code,
-        )
+            weights = predict_weights(gram(trajectory), [predict], prediction)[0]
+        stored = StoredModel(trajectory, loading)
         if step is not None:
             stored.put_step(int(step))
         else:
@@ -104,6 +87,11 @@ class StoreLM(HFLM):
     def tokenizer_name(self) -> str:
         """Names the harness's caches; the tokenizer itself was loaded from a temporary folder."""
         return str(self._store.path).replace("/", "__")
+
+
+def _taken(options: dict[str, Any], kind: type[_T], names: Sequence[str]) -> _T:
+    """The ``kind`` whose fields are among the options, which no longer have them."""
+    return kind(**{name: options.pop(name) for name in names if options.get(name) is not None})
 
 
 @dataclass(frozen=True)

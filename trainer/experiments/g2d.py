@@ -211,12 +211,7 @@ class _Run:
         states = TokenStates(model, self.trained.temperature, keep_states=False)
         keys = [("g2d", step, problem.key, sample) for problem, sample in rows]
         completions = generate(
-            model,
-            self.stored.tokenizer,
-            prompts,
-            keys,
-            sampling,
-            watcher=states,
+            model, self.stored.tokenizer, prompts, keys, sampling, watcher=states
         )
         scores = score_all(self.task, [p for p, _ in rows], [c.text for c in completions])
         return as_table(

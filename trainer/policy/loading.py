@@ -26,8 +26,8 @@ class Loading(Trust):
     """to 16 bits"""
     seed: int = 0
     """of the stochastic rounding"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the model computes; auto takes a GPU if there is one"""
+    device: str = "auto"
+    """where the model computes: cpu, cuda or cuda:N; auto takes a GPU if there is one"""
     disable_dropout: bool = True
     """no dropout, whatever the model's configuration says"""
 

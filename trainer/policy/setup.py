@@ -84,18 +84,24 @@ def process_group(device: torch.device) -> Iterator[Processes]:
 
 
 def choose_device(config: GRPOConfig | G2DConfig | Loading) -> torch.device:
-    """``config.device``; each process takes the GPU of its local rank.
+    """``config.device``; of ``cuda`` each process takes the GPU of its local rank.
 
     Raises:
-        RelexkitError: ``cuda`` was asked for and there is none.
+        RelexkitError: it is unknown, or ``cuda`` was asked for and there is none.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise RelexkitError(
+            f"device: {config.device!r} is unknown; expected auto, cpu, cuda or cuda:N"
+        )
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise RelexkitError(
             "device: cuda was asked for but PyTorch sees no GPU; give --device cpu, or install a"
             " CUDA build"
         )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if ":" in config.device:
+        return torch.device(config.device)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
