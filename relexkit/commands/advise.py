@@ -24,7 +24,7 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        run_so_far = observed.observe(store).until(options.until)
+        run_so_far = observed.observe(store, options.until)
     if observed.silent:
         return
     advice = advise(run_so_far.gram, run_so_far.metrics)

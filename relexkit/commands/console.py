@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from relexkit.errors import printable
 
@@ -54,6 +56,37 @@ def progress_bar() -> Iterator[ProgressCallback]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def print_table(table: Any, *, least: Sequence[str] = (), wide: bool = False) -> None:
+    """Print a table in the width of the terminal: names never shrink, columns go.
+
+    Args:
+        table: a ``rich`` table; its first column holds names, which wrap if need be.
+        least: headings of the columns that may go, the least important first.
+        wide: keep all of them, however wide that is; so does output that is no terminal.
+    """
+    from rich.measure import Measurement
+
+    terminal = console()
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+
+    def width() -> int:
+        return Measurement.get(terminal, terminal.options.update(width=10_000), table).maximum
+
+    gone: list[str] = []
+    if wide or not terminal.is_terminal:
+        terminal.width = max(terminal.width, width())
+    for heading in least:
+        if width() <= terminal.width:
+            break
+        table.columns = [c for c in table.columns if c.header != heading]
+        gone.append(heading)
+    terminal.print(table)
+    if gone:
+        show(f"(too narrow for {', '.join(gone)}: --wide shows all)")
 
 
 def console() -> Any:
@@ -102,13 +135,39 @@ def _without_nan(value: Any) -> Any:
 
 
 def show(text: str) -> None:
-    """A result in words, on standard output."""
-    print(printable(text))
+    """A result in words, on standard output; on a terminal broken between words."""
+    print(_between_words(printable(text), sys.stdout))
 
 
 def say(message: str) -> None:
-    """A message, on standard error."""
-    print(printable(message), file=sys.stderr)
+    """A message, on standard error; on a terminal broken between words."""
+    print(_between_words(printable(message), sys.stderr), file=sys.stderr)
+
+
+def _between_words(text: str, stream: TextIO) -> str:
+    """``text`` in lines of the terminal's width, with the indentation of the line that they go on
+    from; a command goes on after a backslash, so that it can be copied.
+    """
+    if not stream.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    words = line.lstrip()
+    indent = " " * (len(line) - len(words))
+    command = words.startswith("relexkit ")
+    further = indent + ("    " if command else "  " if words.startswith("- ") else "")
+    lines = textwrap.wrap(
+        words,
+        width - 2 * command,
+        initial_indent=indent,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if command else "\n").join(lines)
 
 
 def percent(value: float) -> str:
