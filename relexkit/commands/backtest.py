@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.assess.backtest import CHEAP
-from relexkit.commands.console import number, print_json, print_table, say, show
+from relexkit.commands.console import number, print_json, print_table, progress_bar, say, show
 from relexkit.commands.observer import OfGram, observer
 from relexkit.options import Wide, option
 from relexkit.predict.extrapolators import BASELINE
@@ -55,11 +55,12 @@ def run(options: Options) -> None:
         matrices = observed.observe(store).gram
     if observed.silent:
         return
-    result = backtest(matrices, options.method, options.until)
     ahead = None
-    if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
-        targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
-        ahead = forecast(matrices, targets)
+    with progress_bar():
+        result = backtest(matrices, options.method, options.until)
+        if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
+            targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
+            ahead = forecast(matrices, targets)
     if options.json:
         print_json(_document(result, ahead, options.scope))
     else:

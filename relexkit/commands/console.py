@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import textwrap
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,39 +21,44 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error that appears after two seconds of work, on a terminal
-    only.
+def progress_bar(after: float = 2.0) -> Iterator[ProgressCallback]:
+    """Progress on standard error, on a terminal only, from ``after`` seconds on.
+
+    What is done counts up in bars that go when they are full; while nothing counts, such as during
+    the start of a model, a line says that work goes on and for how long.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
 
     columns = (
+        SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        Elapsed(),
     )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    working = bar.add_task("working", total=None)
     tasks: dict[str, Any] = {}
-    began = time.monotonic()
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - began > 2 and bar.console.is_terminal:
-            bar.start()
+        bar.update(tasks[what], completed=done, total=total, visible=done < total)
+        counting = any(not task.finished for task in bar.tasks if task.id != working)
+        bar.update(working, visible=not counting)
 
+    begin = threading.Timer(after, bar.start)
+    begin.daemon = True
+    if bar.console.is_terminal:
+        begin.start()
     try:
         yield progress
     finally:
+        begin.cancel()
+        if begin.is_alive():
+            begin.join()  # it is starting the bar at this moment
         if bar.live.is_started:
             bar.stop()
 

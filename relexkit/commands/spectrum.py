@@ -79,12 +79,13 @@ def run(options: Options) -> None:
     if observed.silent:
         return
     matrices, informative = run_so_far.gram, run_so_far.informative
-    result = spectrum(
-        matrices,
-        scope=options.scope,
-        centered=options.centered,
-        momentum=options.momentum,
-    )
+    with progress_bar():
+        result = spectrum(
+            matrices,
+            scope=options.scope,
+            centered=options.centered,
+            momentum=options.momentum,
+        )
     if options.json:
         print_json(_spectrum_document(result, informative))
     else:

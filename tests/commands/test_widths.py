@@ -132,3 +132,31 @@ def test_what_means_less_than_it_seems_is_said(
     assert "--until" not in capsys.readouterr().err
     assert main(["spectrum", run[0], "--until", "13"]) == 0
     assert "--until 13: the run ends with step 12" in capsys.readouterr().err
+
+
+def test_work_that_counts_nothing_is_told_and_full_bars_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from relexkit.commands.console import progress_bar
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress_bar(after=0) as progress:
+        while "working" not in terminal.getvalue():  # the bar starts in a thread of its own
+            pass
+        progress("pass", 1, 3)
+        while "1/3" not in terminal.getvalue():
+            pass
+        progress("pass", 3, 3)
+        seen = len(terminal.getvalue())
+    last = terminal.getvalue()[seen:]
+    assert "working" in last
+    assert "3/3" not in last
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from relexkit.commands.console import progress_bar
+
+    with progress_bar(after=0) as progress:
+        progress("pass", 1, 3)
+    assert capsys.readouterr().err == ""
