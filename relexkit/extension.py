@@ -36,7 +36,7 @@ from relexkit.materialize.directions import Directions
 from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, step_text
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
-from relexkit.processes import Processes
+from relexkit.processes import Processes, joined
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.registry import Command, Extension, plot
@@ -89,6 +89,7 @@ __all__ = [
     "from_segment",
     "gram",
     "informative_steps",
+    "joined",
     "jumps",
     "layer_of",
     "module_of",

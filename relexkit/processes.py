@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from relexkit.errors import RelexkitError
@@ -30,6 +33,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def sum(self, tensor: Any) -> Any:
+        """A tensor summed over the processes, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
     def agree(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` (without collective calls in it) on every process; if it fails on one,
         every one raises.
@@ -47,3 +58,24 @@ class Processes:
     def lead(self, action: Callable[[], _T]) -> _T | None:
         """``agree`` on what only the first process does; None on the others."""
         return self.agree(lambda: action() if self.rank == 0 else None)
+
+
+@contextmanager
+def joined(backend: str, timeout: timedelta | None = None) -> Iterator[Processes]:
+    """The processes that ``torchrun`` has started, joined for the time of the block; this one alone
+    otherwise.
+
+    Args:
+        backend: of ``torch.distributed``, such as ``gloo`` or ``nccl``.
+        timeout: how long one waits for the others; PyTorch's if not given.
+    """
+    import torch.distributed as dist
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if several:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield Processes()
+    finally:
+        if several:
+            dist.destroy_process_group()

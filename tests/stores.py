@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from relexkit import TrajectoryStore
-from relexkit.store import StoreWriter, create_store
+from relexkit.store import About, StoreWriter, build_layout, create_store
 from relexkit.store.encodings.bits import block_checksums, content_checksum
-from relexkit.weights.layout import build_layout
 
 
 def store_of(
@@ -28,16 +27,12 @@ def store_of(
     ``metrics``: name -> ``[T]``, NaN where nothing is logged.
     """
     specs = [(name, (delta.shape[1],), "float32") for name, delta in deltas.items()]
-    layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})  # type: ignore[dict-item]
+    layout = build_layout(specs, {"float32": "float"}, part_numel={"float": part_numel})
     create_store(
         path,
         layout,
         lambda part, begin, end: np.zeros(end - begin, np.uint32),
-        files={},
-        source="test",
-        base="zeros",
-        mantissa_bits=23,
-        version="test",
+        About(source="test", base="zeros", mantissa_bits=23),
     )
     with StoreWriter(path) as writer:
         for row, step in enumerate(steps):

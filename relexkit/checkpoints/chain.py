@@ -21,7 +21,7 @@ import numpy as np
 
 from relexkit.checkpoints.formats.huggingface import HuggingFaceCheckpoint
 from relexkit.checkpoints.formats.weight_sync import DeltaFiles, TensorDelta
-from relexkit.checkpoints.protocol import Checkpoint
+from relexkit.checkpoints.protocol import Checkpoint, WholeTensors
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import stored_pieces
 from relexkit.checkpoints.version_run import WeightSyncRun
@@ -72,7 +72,7 @@ class ChainedRun:
             raise CheckpointError(f"step {step}: {error}") from None
 
 
-class ChainedCheckpoint:
+class ChainedCheckpoint(WholeTensors):
     """The weights of one version; see ``relexkit.checkpoints.ChangingCheckpoint``."""
 
     def __init__(self, chain: _Chain, run: WeightSyncRun, step: int):

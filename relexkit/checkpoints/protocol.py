@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from relexkit.weights.layout import Factors
 from relexkit.weights.safetensors_io import TensorInfo
 
 
@@ -27,6 +29,30 @@ class Checkpoint(Protocol):
         that are not float).
         """
 
+    @property
+    def factors(self) -> Mapping[str, Factors]:
+        """Tensors of which it holds the change of the base as a product of two factors, and not the
+        values: ``factor_bits`` reads them, ``read_into`` does not. Empty for whole weights.
+        """
+
+    def factor_bits(self, name: str) -> np.ndarray:
+        """Raw bits of the factors of a tensor, ``left`` before ``right``, flat."""
+
+    @property
+    def still(self) -> Collection[str]:
+        """Float tensors that are known to be the base's."""
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter that this is, without the base that it is to be seen over; else None."""
+
+    def check_trained(self) -> None:
+        """Refuse a step that says by itself that it was not trained.
+
+        Raises:
+            CheckpointError: it says so.
+        """
+
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""
 
@@ -37,6 +63,25 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Release files."""
+
+
+class WholeTensors:
+    """What a checkpoint that is no adapter says of adapters; the base class of readers."""
+
+    factors: Mapping[str, Factors] = MappingProxyType({})
+    still: Collection[str] = frozenset()
+
+    @property
+    def adapter(self) -> Any:
+        """None."""
+        return None
+
+    def factor_bits(self, name: str) -> np.ndarray:
+        """Nothing has factors."""
+        raise KeyError(name)
+
+    def check_trained(self) -> None:
+        """Nothing to see."""
 
 
 @runtime_checkable

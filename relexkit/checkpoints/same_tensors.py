@@ -117,7 +117,7 @@ def factors_in(layout: Layout) -> dict[str, Factors]:
 
 def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str) -> None:
     """The adapter of a step has the store's targets, ranks, scales and dtypes."""
-    held: Mapping[str, Factors] = getattr(found, "factors", {})
+    held = found.factors
     if held.keys() != expected.keys():
         raise CheckpointError(
             f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them"

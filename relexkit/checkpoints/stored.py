@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from relexkit.store import READ_WINDOW, TrajectoryStore, blocks
+from relexkit.checkpoints.protocol import WholeTensors
+from relexkit.store import TrajectoryStore
 from relexkit.weights.safetensors_io import TensorInfo
 
 
-class StoredBase:
+class StoredBase(WholeTensors):
     """See ``relexkit.checkpoints.Checkpoint``; tied tensors have the elements of the tensor that
     they share.
     """
@@ -55,8 +56,8 @@ def stored_pieces(store: TrajectoryStore, row: int) -> Iterator[tuple[str, int, 
     the log up to the row.
     """
     aliases = store.layout.aliases()
-    for part, spec in enumerate(store.layout.parts):
-        for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
+    for part in range(len(store.layout.parts)):
+        for begin, end in store.windows(part):
             state = store.read_state(part, row, begin, end)
             for segment in store.layout.segments_in(part, begin, end):
                 low = segment.offset - begin

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.protocol import Checkpoint, Run, WholeTensors
 from relexkit.weights.safetensors_io import TensorInfo
 
 
-class CheckpointView:
+class CheckpointView(WholeTensors):
     """``checkpoint`` with further metrics, and with the tensors that ``stored`` names.
 
     Args:
@@ -31,6 +32,11 @@ class CheckpointView:
         self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
         if stored is not None:
             self.tensors = {name: checkpoint.tensors[inner] for name, inner in stored.items()}
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter that this is a view of."""
+        return self.inner.adapter
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See ``relexkit.checkpoints.Checkpoint``."""

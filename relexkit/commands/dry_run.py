@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
 from relexkit.commands.console import print_json, print_pairs, size_text
 from relexkit.ingest.estimate import estimate_import
+from relexkit.ingest.reading import Reading
 from relexkit.store import describe_steps
 
 
-def print_estimate(source: str, reading: dict[str, Any], as_json: bool) -> None:
-    """Print the estimate for an import of ``source``; ``reading``: see ``estimate_import``."""
-    estimate = estimate_import(source, **reading)
+def print_estimate(source: str, steps: str | None, reading: Reading, as_json: bool) -> None:
+    """Print the estimate for an import of ``source``; see ``estimate_import``."""
+    estimate = estimate_import(source, steps=steps, reading=reading)
     if as_json:
         print_json(asdict(estimate))
         return

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from relexkit.commands.console import progress_bar, say
 from relexkit.commands.info import print_info
 from relexkit.options import Json, option
+
+if TYPE_CHECKING:
+    from relexkit.ingest.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +37,18 @@ class SourceOptions(Json):
     mantissa_bits: int | None = None
     """precision of float deltas, 1 to 23 (default: 10)"""
 
-    def reading(self) -> dict[str, Any]:
-        """How the checkpoints are read and recorded, as ``import_checkpoints`` takes it."""
-        return {
-            "base": self.base,
-            "encoding": self.encoding,
-            "mantissa_bits": self.mantissa_bits,
-            "source_format": self.format,
-            "step_map": self.step_map,
-            "exclude": self.exclude,
-        }
+    def reading(self) -> Reading:
+        """How the checkpoints are read and recorded."""
+        from relexkit.ingest.reading import Reading
+
+        return Reading(
+            base=self.base,
+            encoding=self.encoding,
+            mantissa_bits=self.mantissa_bits,
+            source_format=self.format,
+            step_map=self.step_map,
+            exclude=tuple(self.exclude),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +72,13 @@ def run(options: Options) -> None:
     if options.dry_run:
         from relexkit.commands.dry_run import print_estimate
 
-        reading = options.reading() | {"steps": options.steps}
-        print_estimate(options.source, reading, options.json)
+        print_estimate(options.source, options.steps, options.reading(), options.json)
         return
     with progress_bar() as progress:
         result = import_checkpoints(
             options.source,
             options.out,
-            **options.reading(),
+            **vars(options.reading()),
             steps=options.steps,
             rewind=options.rewind,
             continues=options.continues,

@@ -33,7 +33,7 @@ def run(options: Options) -> None:
     store = watch(
         options.source,
         options.out,
-        **options.reading(),
+        **vars(options.reading()),
         every=options.every,
         continues=options.continues,
         delete_after=options.delete_after,

@@ -139,7 +139,7 @@ def weight_linearity(
     row_of = {t.name: row for row, t in enumerate(tensors)}
     counts, still = np.zeros((len(tensors), NUM_BINS), np.int64), np.zeros(len(tensors), np.int64)
     for part, spec in enumerate(store.layout.parts):
-        if spec.encoding == "fixed":
+        if not spec.moves:
             continue
         for begin, end, r2 in _windows(store, part, steps, memory_budget_bytes):
             for segment in store.layout.segments_in(part, begin, end):
@@ -168,7 +168,7 @@ def _windows(
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """``(begin, end, R^2 [end - begin])`` over a part; NaN where a weight has none."""
     spec = store.layout.parts[part]
-    if spec.encoding != "sparse":
+    if not store.encoding(part).is_log:
         for begin, end in blocks(spec.numel, _WINDOW):
             base = store.read_base(part, begin, end)
             sums = _Sums(end - begin, steps)

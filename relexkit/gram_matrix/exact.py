@@ -118,14 +118,14 @@ def _part_gram(work: Work, part: int, tick: Tick) -> _PartGram:
     if known is not None and old == num_steps:
         tick(store.layout.parts[part].numel)
         return known
-    encoding = store.layout.parts[part].encoding
-    if encoding == "factors":
+    if store.layout.parts[part].factors is not None:
         result = _from_factors(work, part, old)
         tick(store.layout.parts[part].numel)
     else:
         kernel = _OuterProducts(num_steps, old)
         sums = run_shared(work, part, kernel, num_steps, old, tick)
-        result = _from_sparse(sums, known, old) if encoding == "sparse" else _from_dense(sums, old)
+        is_log = store.encoding(part).is_log
+        result = _from_sparse(sums, known, old) if is_log else _from_dense(sums, old)
     mirror(result.matrices)
     if known is not None:
         result.matrices[:, :old, :old] = known.matrices

@@ -21,7 +21,7 @@ import numpy as np
 
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.compute.device import PIECE, WORKERS, CpuEngine, Engine, Kernel, Pending
-from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, column_windows
+from relexkit.store import ProgressCallback, TrajectoryStore, column_windows
 from relexkit.store.encodings.bits import BLOCK, Update, apply_update, clip_update, num_blocks
 from relexkit.weights.dtypes import bits_dtype, to_float32
 
@@ -88,10 +88,12 @@ class Pass:
             [np.zeros((len(self._segments), *s)) for s in self.kernel.shapes],
             np.zeros(shape, np.int64),
         )
-        sparse = self.store.layout.parts[self.part].encoding == "sparse"
         with single_threaded_blas(), ThreadPoolExecutor(WORKERS) as pool:
             for span in self.spans:
-                (self._sparse if sparse else self._dense)(span, sums, pool)
+                if self.store.encoding(self.part).is_log:
+                    self._sparse(span, sums, pool)
+                else:
+                    self._dense(span, sums, pool)
         return sums
 
     # -- dense rows --------------------------------------------------------------------------------
@@ -116,8 +118,8 @@ class Pass:
     def _fill(self, window: Span, buffer: np.ndarray, pool: ThreadPoolExecutor) -> list[Future]:
         """Decode all steps of a window into ``buffer``, in groups of rows."""
         begin, end = window
-        exact = self.store.layout.parts[self.part].encoding == "exact"
-        base = self.store.read_base(self.part, begin, end) if exact else np.empty(0, np.uint16)
+        needed = self.store.encoding(self.part).needs_base
+        base = self.store.read_base(self.part, begin, end) if needed else np.empty(0, np.uint16)
 
         def read(rows: range) -> None:
             for row in rows:
@@ -177,7 +179,7 @@ class Pass:
                 inner,
                 end - begin,
                 share // _WORK_BYTES,
-                min(share // per_column, READ_WINDOW["sparse"]),
+                min(share // per_column, store.encoding(part).window),
             )
             spans = [(begin + low, begin + high) for low, high in windows]
             results = pool.map(

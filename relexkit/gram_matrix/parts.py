@@ -24,9 +24,7 @@ def moving_parts(store: TrajectoryStore) -> list[int]:
     """
     if not len(store.steps):
         raise StoreError(f"{store.path}: holds no steps; import or record some first")
-    return [
-        p for p, part in enumerate(store.layout.parts) if part.encoding != "fixed" and part.numel
-    ]
+    return [p for p, part in enumerate(store.layout.parts) if part.moves and part.numel]
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,6 @@ def assemble(
         for total, array in zip(totals, found, strict=True):
             total[rows] += array  # a tensor has at most one segment in a part
         total_counts[:, rows] += counts[part].transpose(1, 0, 2)
-    dense = [
-        row for row, t in enumerate(tensors) if store.layout.parts[t.part].encoding != "sparse"
-    ]
+    dense = [row for row, t in enumerate(tensors) if not store.encoding(t.part).is_log]
     total_counts[2, dense] = -1
     return totals, total_counts

@@ -102,9 +102,9 @@ def estimated_seconds(
     exact = randomized = 0.0
     all_rows, width = len(store.steps), min(num_rows, components + oversampling)
     for part, spec in enumerate(store.layout.parts):
-        if spec.encoding == "fixed" or not spec.numel:
+        if not spec.moves or not spec.numel:
             continue
-        if spec.encoding == "sparse":
+        if store.encoding(part).is_log:
             columns = float(
                 np.minimum(store.entries(part, all_rows), BLOCK).sum()
             )  # that ever change, at most
@@ -140,4 +140,4 @@ def pca_gram(
             progress=c.progress,
         )
         return whole.until(until)
-    return randomized_gram(store, until=until, components=c.components, compute=c)
+    return randomized_gram(store, until=until, compute=c)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
-from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.protocol import Run
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.errors import CheckpointError
-from relexkit.ingest.append import read_columns
-from relexkit.store import TrajectoryStore
-from relexkit.store.encodings.bits import BLOCK, apply_update, float_row
+from relexkit.ingest.columns import Columns, Replay
+from relexkit.store import TrajectoryStore, blocks
+from relexkit.store.encodings.bits import BLOCK
+from relexkit.store.encodings.protocol import Place
 
 _MOST_CHANGED, _SPREAD = 4, 3
 """Blocks of ``BLOCK`` elements of a part that are compared: those that the run changes most, and
@@ -37,38 +37,29 @@ class Comparison:
         return max((step for step in self.equal if step < end), default=0)
 
 
-def compare_steps(store: TrajectoryStore, run: Run, base: Checkpoint, after: int = 0) -> Comparison:
+def compare_steps(store: TrajectoryStore, run: Run, after: int = 0) -> Comparison:
     """Compare every step after ``after`` that both have.
 
     Reads headers and a few blocks of every part of each such checkpoint, and the same of the store.
     """
     common = [int(s) for s in store.steps if int(s) in run.steps and s > after]
-    blocks = {part: _sample(store, part) for part in range(len(store.layout.parts))}
-    states = {
-        (part, begin): store.read_base(part, begin, end)
-        for part, spans in blocks.items()
-        if store.layout.parts[part].encoding == "sparse" and common
-        for begin, end in spans
-    }
+    spans = {part: _sample(store, part) for part in range(len(store.layout.parts)) if common}
+    replay = Replay(store, spans)
     expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
-    found = Comparison([], [])
-    for row, step in enumerate(int(s) for s in store.steps):
-        if step > max(common, default=0):
-            break
-        for (part, begin), state in states.items():
-            columns, differences = store.read_update(part, row, begin, begin + len(state))
-            apply_update(state, columns - begin, differences)
-        if step not in common:
-            continue
+    compared = Comparison([], [])
+    for step in common:
+        replay.advance(store.row_of(step))
+        where = f"step {step}"
         with closing(run.checkpoint(step)) as checkpoint:
-            check_tensors(expected, checkpoint, f"the store {store.path}", f"step {step}")
+            check_tensors(expected, checkpoint, f"the store {store.path}", where)
+            columns = Columns(checkpoint, store.layout, where)
             same = all(
-                _same(store, part, row, span, states, checkpoint, base)
-                for part, spans in blocks.items()
-                for span in spans
+                replay.equals(part, span, columns)
+                for part, pieces in spans.items()
+                for span in pieces
             )
-        (found.equal if same else found.different).append(step)
-    return found
+        (compared.equal if same else compared.different).append(step)
+    return compared
 
 
 def check_branch(
@@ -116,58 +107,34 @@ def check_branch(
 
 def is_base_throughout(store: TrajectoryStore) -> bool:
     """True if every recorded step equals the base bit for bit. Stops at the first difference."""
-    last = len(store.steps)
-    for part, spec in enumerate(store.layout.parts):
-        if spec.encoding == "factors":
-            return False  # a step without effect is refused
-        if spec.encoding == "sparse" and store.entries(part, last).any():
+    touched = [
+        part for part in range(len(store.layout.parts)) if store.encoding(part).touched(store, part)
+    ]
+    for part in touched:  # a log has no empty entries, and an adapter without effect is refused
+        if store.encoding(part).is_log or store.layout.parts[part].factors is not None:
             return False
-    dense = [p for p, s in enumerate(store.layout.parts) if s.encoding in ("exact", "float")]
-    for row in reversed(range(last)):
-        for part in dense:
-            numel = store.layout.parts[part].numel
-            for begin in range(0, numel, BLOCK):
-                if store.read_row(part, row, begin, min(begin + BLOCK, numel)).any():
+    for row in reversed(range(len(store.steps))):
+        for part in touched:
+            for begin, end in blocks(store.layout.parts[part].numel, BLOCK):
+                base = store.read_base(part, begin, end)
+                place = Place(part, row, begin, end)
+                if not store.encoding(part).equals(store, place, base):
                     return False
     return True
 
 
 def _sample(store: TrajectoryStore, part: int) -> list[tuple[int, int]]:
     spec = store.layout.parts[part]
-    if spec.encoding == "fixed" or not spec.numel:
+    if not spec.moves or not spec.numel:
         return []
-    if spec.encoding == "factors":
+    if spec.factors is not None:
         return [(0, spec.numel)]
     count = -(-spec.numel // BLOCK)
     chosen = set(np.linspace(0, count - 1, min(count, _SPREAD)).round().astype(int).tolist())
-    if spec.encoding == "sparse" and len(store.steps):
+    if store.encoding(part).is_log and len(store.steps):
         entries = store.entries(part, len(store.steps))
         chosen |= set(np.argsort(-entries, kind="stable")[:_MOST_CHANGED].tolist())
     return [(b * BLOCK, min((b + 1) * BLOCK, spec.numel)) for b in sorted(chosen)]
-
-
-def _same(
-    store: TrajectoryStore,
-    part: int,
-    row: int,
-    span: tuple[int, int],
-    states: dict[tuple[int, int], np.ndarray],
-    checkpoint: Checkpoint,
-    base: Checkpoint,
-) -> bool:
-    (begin, end), spec = span, store.layout.parts[part]
-    if isinstance(checkpoint, AdaptedCheckpoint) and spec.encoding == "factors":
-        bits = checkpoint.factor_bits(store.layout.segments_in(part)[0].tensor.name)
-        return np.array_equal(bits, store.read_factor_bits(part, row))
-    where = f"step {store.steps[row]}"
-    current = read_columns(checkpoint, store.layout, part, begin, end, where)
-    if spec.encoding == "sparse":
-        return np.array_equal(current, states[part, begin])
-    if spec.encoding == "float":
-        original = read_columns(base, store.layout, part, begin, end, "the base")
-        delta = float_row(original, current, spec.dtype, store.mantissa_bits or 23)
-        return np.array_equal(delta, store.read_row(part, row, begin, end))
-    return np.array_equal(current, store.read_state(part, row, begin, end))
 
 
 def _steps(steps: Sequence[int]) -> str:

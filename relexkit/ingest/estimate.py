@@ -7,20 +7,22 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import is_hub
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base
+from relexkit.checkpoints.formats.peft import named_base
+from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.errors import CheckpointError
-from relexkit.ingest.importer import append_all, create_for, seen_alike, select_steps
+from relexkit.ingest.creation import Base, create_for
+from relexkit.ingest.importer import append_all, seen_alike, select_steps
+from relexkit.ingest.reading import PLAIN, Reading
 from relexkit.store import StoreWriter, TrajectoryStore
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
@@ -57,15 +59,7 @@ class Estimate:
 
 
 def estimate_import(
-    source: str | Path,
-    *,
-    base: str | Path | None = None,
-    steps: str | None = None,
-    encoding: Literal["auto", "exact", "float"] = "auto",
-    mantissa_bits: int | None = None,
-    source_format: str | None = None,
-    step_map: str | None = None,
-    exclude: Sequence[str] = (),
+    source: str | Path, *, steps: str | None = None, reading: Reading = PLAIN
 ) -> Estimate:
     """Estimate an import with the same arguments. Reads ``2**16`` elements of every tensor in up to
     four steps; writes nothing.
@@ -78,12 +72,13 @@ def estimate_import(
         CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can
             be read without a download.
     """
+    base = reading.base
     if is_hub(source) or (base is not None and is_hub(base)):
         raise CheckpointError(
             f"{source}: --dry-run reads from a sample of the weights; expected folders, not a hub"
             " repository"
         )
-    run = open_run(source, source_format=source_format, step_map=step_map)
+    run = open_run(source, source_format=reading.source_format, step_map=reading.step_map)
     wanted = [s for s in select_steps(run.steps, steps) if s > 0]
     if not wanted:
         raise CheckpointError(
@@ -95,15 +90,15 @@ def estimate_import(
             f"{source}: has no step 0, so the base is unknown; give the base model with --base DIR"
         )
     with closing(run.checkpoint(0) if base is None else open_checkpoint(Path(base))) as original:
-        view, over, said = seen_alike(run, original, wanted[0], exclude)
+        view, over, said = seen_alike(run, original, wanted[0], reading.exclude)
         with closing(view.checkpoint(wanted[0])) as first:
-            if isinstance(first, AdaptedCheckpoint):
+            if first.factors:
                 return _of_adapters(first, run, wanted)
-            found = _of_miniature(view, over, first, run, wanted, encoding, mantissa_bits)
+            found = _of_miniature(view, over, first, run, wanted, reading)
             return replace(found, notes=[*found.notes, *said])
 
 
-def _of_adapters(first: AdaptedCheckpoint, run: Run, wanted: list[int]) -> Estimate:
+def _of_adapters(first: Checkpoint, run: Run, wanted: list[int]) -> Estimate:
     """Factors are stored as they are, whole tensors about so."""
     factors = sum(spec.numel * bits_dtype(spec.dtype).itemsize for spec in first.factors.values())
     touched = [n for n in first.tensors if n not in first.still and n not in first.factors]
@@ -132,8 +127,7 @@ def _of_miniature(
     first: Checkpoint,
     run: Run,
     wanted: list[int],
-    encoding: str,
-    mantissa_bits: int | None,
+    reading: Reading,
 ) -> Estimate:
     # neighbours at the beginning and at the end, so that two of the differences are those of single
     # steps
@@ -149,7 +143,7 @@ def _of_miniature(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "miniature.zarr"
         small, small_base = _SlicedRun(view), _Slice(base)
-        create_for(out, small, sample, small_base, "the base", encoding, mantissa_bits, None)
+        create_for(out, small, sample, Base(small_base, "the base"), reading, None)
         times: list[float] = []
         with StoreWriter(out) as writer:
             began, small.opening_seconds = time.perf_counter(), 0.0
@@ -164,9 +158,9 @@ def _of_miniature(
             opening = small.opening_seconds
             working = time.perf_counter() - began - opening
         store = TrajectoryStore(out)
-        step_bytes = np.mean([_row_bytes(out, row) for row in single]) * whole / held
+        step_bytes = np.mean([_row_bytes(store, row) for row in single]) * whole / held
         base_bytes = store.num_bytes()["base"] * whole / held
-    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    moving = [part for part in store.layout.parts if part.moves]
     return Estimate(
         wanted,
         len(first.tensors),
@@ -183,15 +177,14 @@ def _of_miniature(
     )
 
 
-def _row_bytes(store: Path, row: int) -> int:
+def _row_bytes(store: TrajectoryStore, row: int) -> int:
     """Bytes of one step in a local store."""
-    found = [
-        p for top in ("updates", "deltas") for p in (store / top).rglob(f"c/{row}/*") if p.is_file()
-    ]
-    return sum(os.path.getsize(p) for p in found)
+    names = [n for p in range(len(store.layout.parts)) for n in store.encoding(p).arrays(p)]
+    files = [path for name in names for path in Path(store.path, name).glob(f"c/{row}/*")]
+    return sum(os.path.getsize(path) for path in files)
 
 
-class _Slice:
+class _Slice(WholeTensors):
     """The middle of every tensor of a checkpoint, flat."""
 
     def __init__(self, inner: Checkpoint):

@@ -5,48 +5,39 @@ and differenced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from relexkit.checkpoints import ChangingCheckpoint, Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint, named_base, over_base
+from relexkit.checkpoints.formats.peft import named_base, over_base
 from relexkit.checkpoints.model_names import named_alike
 from relexkit.checkpoints.one_sided import KeptFromBase, refuse_exclude, sides
-from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
-from relexkit.checkpoints.small_files import merged_files
+from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
-from relexkit.checkpoints.tied import heads_on_one_side, tied_tensors, with_heads
+from relexkit.checkpoints.tied import heads_on_one_side, with_heads
 from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
-from relexkit.ingest.append import Appender, base_reader
+from relexkit.ingest.append import Appender
 from relexkit.ingest.branches import check_branch, compare_steps, is_base_throughout
+from relexkit.ingest.columns import base_reader
+from relexkit.ingest.creation import Base, create_for, sampled_density
+from relexkit.ingest.reading import Reading
 from relexkit.store import (
     NotAStoreError,
     ProgressCallback,
     StoreWriter,
     TrajectoryStore,
     base_sha256,
-    create_store,
     describe_steps,
 )
-from relexkit.version import __version__
-from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
-from relexkit.weights.layout import Encoding, build_layout
-
-DEFAULT_MANTISSA_BITS = 10
-SPARSE_BELOW = 1 / 8
-"""A dtype whose neighbouring checkpoints differ in a smaller share of the weights is stored as a
-sparse log.
-"""
-
-_SAMPLE_ELEMENTS = 2**14
+from relexkit.weights.dtypes import FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,14 @@ def import_checkpoints(
         StoreError: ``out`` is something else, belongs to another run, is being written, or the disk
             is full.
     """
-    _check_encoding(encoding, mantissa_bits)
+    reading = Reading(
+        base=base,
+        encoding=encoding,
+        mantissa_bits=mantissa_bits,
+        source_format=source_format,
+        step_map=step_map,
+        exclude=tuple(exclude),
+    )
     with closing(Hub(Path(f"{out}.download"))) as hub:
         run: Run
         if is_hub(source):
@@ -156,20 +154,18 @@ def import_checkpoints(
             created = not _is_store(out)
             if created:
                 sampled = wanted[:1] if is_hub(source) else wanted
-                notes += create_for(
-                    out, view, sampled, over, base_words, encoding, mantissa_bits, progress
-                )
+                notes += create_for(out, view, sampled, Base(over, base_words), reading, progress)
             left_out = {**run.left_out, **_step_zero(run, base, view, over)}
             with StoreWriter(out) as writer:
                 if not created:
-                    _check_same_base(writer.store, over, encoding, mantissa_bits)
+                    _check_same_base(writer.store, over, reading)
                     if isinstance(run, HubRun):
                         run.check_commits(
                             writer.store.files(), [int(s) for s in writer.store.steps]
                         )
                     else:
                         linked = continues or isinstance(run, WeightSyncRun)  # by its versions
-                        notes += _join(writer, view, over, wanted, rewind, linked, known_until)
+                        notes += _join(writer, view, wanted, rewind, linked, known_until)
                 if is_hub(base_words):  # the store has it by now, and the disk needs the room
                     base_checkpoint.close()
                     view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], exclude)
@@ -189,7 +185,6 @@ def import_checkpoints(
 def _join(
     writer: StoreWriter,
     run: Run,
-    base: Checkpoint,
     wanted: list[int],
     rewind: bool,
     continues: bool,
@@ -199,7 +194,7 @@ def _join(
     returns what a person should know.
     """
     store = writer.store
-    found = compare_steps(store, run, base, known_until)
+    found = compare_steps(store, run, known_until)
     recorded = {int(s) for s in store.steps}
     new = [s for s in wanted if s not in recorded]
     notes = check_branch(
@@ -218,7 +213,7 @@ def _step_zero(run: Run, base: str | Path | None, view: Run, over: Checkpoint) -
     if base is None or 0 not in run.steps or isinstance(run, HubRun):
         return {}
     with closing(view.checkpoint(0)) as first:
-        if isinstance(first, AdaptedCheckpoint):
+        if first.factors:
             return {"step 0": "is before the first step; the base is what --base gives"}
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         if _sampled_equal(first, over, names):
@@ -235,7 +230,7 @@ def _sampled_equal(
     first: Checkpoint, base: Checkpoint, names: dict[str, tuple[tuple[int, ...], str]]
 ) -> bool:
     floats = [(n, shape, dtype) for n, (shape, dtype) in names.items() if dtype in FLOAT_DTYPES]
-    density = _sampled_density(floats, base, first)
+    density = sampled_density(floats, base, first)
     return bool(density) and not any(density.values())
 
 
@@ -250,7 +245,7 @@ def seen_alike(
         return ChainedRun(run, base), base, []  # its tensors are the base's
     run, base = over_base(run, base, first_step)
     with closing(run.checkpoint(first_step)) as first:
-        if isinstance(first, AdaptedCheckpoint):
+        if first.factors:
             refuse_exclude(exclude, "adapters")
             return run, base, []
         run, base = named_alike(run, base, first)
@@ -307,17 +302,6 @@ def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
     return chosen
 
 
-def _check_encoding(encoding: str, mantissa_bits: int | None) -> None:
-    if encoding not in ("auto", "exact", "float"):
-        raise RelexkitError(f"--encoding {encoding} is unknown; choose auto, exact or float")
-    if mantissa_bits is not None and not 1 <= mantissa_bits <= 23:
-        raise RelexkitError(f"--mantissa-bits {mantissa_bits} is out of range; expected 1 to 23")
-    if mantissa_bits is not None and encoding == "exact":
-        raise RelexkitError(
-            "--mantissa-bits has no effect with --encoding exact; leave one of them out"
-        )
-
-
 def _open_base(
     run: Run, base: str | Path | None, wanted: list[int], source: str | Path, hub: Hub
 ) -> tuple[Checkpoint, str, list[int]]:
@@ -358,115 +342,10 @@ def _is_store(path: str | Path) -> bool:
     return True
 
 
-# -- creating --------------------------------------------------------------------------------------
-
-
-def create_for(
-    out: str | Path,
-    run: Run,
-    steps: list[int],
-    base: Checkpoint,
-    base_words: str,
-    encoding: str,
-    mantissa_bits: int | None,
-    progress: ProgressCallback | None,
-) -> list[str]:
-    """Create the store; returns what is odd about tied weights, in words."""
-    with closing(run.checkpoint(steps[0])) as first:
-        names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
-        check_tensors(names, base, f"step {steps[0]}", base_words, widen=True)
-        files = merged_files(base.files(), first.files())
-        order = [(name, *names[name]) for name in first.tensors]
-        adapted = first if isinstance(first, AdaptedCheckpoint) else None
-        factors = adapted.factors if adapted else {}
-        still = getattr(first, "still", frozenset[str]())
-    tied, notes = tied_tensors(run, [] if adapted else steps, base)
-    if adapted:  # what an adapter leaves alone needs no look at the steps
-        tied = {head: embedding for head, embedding in tied.items() if {head, embedding} <= still}
-    moving = [t for t in order if t[0] not in factors and t[0] not in still]
-    encodings = _choose_encodings(moving, run, steps, base, encoding)
-    layout = build_layout(order, encodings, tied, factors=factors, still=still)
-    bits = (mantissa_bits or DEFAULT_MANTISSA_BITS) if "float" in encodings.values() else None
-    create_store(
-        out,
-        layout,
-        base_reader(base, layout),
-        files=files,
-        source=run.description,
-        base=base_words,
-        mantissa_bits=bits,
-        version=__version__,
-        progress=progress,
-    )
-    return notes
-
-
-def _choose_encodings(
-    order: list[tuple[str, tuple[int, ...], str]],
-    run: Run,
-    steps: list[int],
-    base: Checkpoint,
-    encoding: str,
-) -> dict[str, Encoding]:
-    """Encoding of each float dtype, from a sample of what changed between the last two
-    checkpoints.
-    """
-    dtypes = sorted({dtype for _, _, dtype in order if dtype in FLOAT_DTYPES})
-    if encoding == "float":
-        return dict.fromkeys(dtypes, "float")
-    try:
-        if isinstance(run, ChainedRun):  # its last step costs as much as all of them
-            steps = steps[:1]
-        with ExitStack() as stack:
-            last = stack.enter_context(closing(run.checkpoint(steps[-1])))
-            earlier = (
-                stack.enter_context(closing(run.checkpoint(steps[-2]))) if len(steps) > 1 else base
-            )
-            density = _sampled_density(order, earlier, last)
-    except CheckpointError:  # damaged: the import reports it when it comes to that step
-        with closing(run.checkpoint(steps[0])) as first:
-            density = _sampled_density(order, base, first)
-    chosen: dict[str, Encoding] = {}
-    for dtype in dtypes:
-        if density.get(dtype, 0.0) < SPARSE_BELOW:
-            chosen[dtype] = "sparse"
-        else:
-            chosen[dtype] = "exact" if encoding == "exact" or dtype != "float32" else "float"
-    return chosen
-
-
-def _sampled_density(
-    order: list[tuple[str, tuple[int, ...], str]], earlier: Checkpoint, later: Checkpoint
-) -> dict[str, float]:
-    changed: dict[str, int] = {}
-    seen: dict[str, int] = {}
-    for name, shape, dtype in order:
-        shapes = [c.tensors[name].shape for c in (earlier, later) if name in c.tensors]
-        dtypes = {c.tensors[name].dtype for c in (earlier, later) if name in c.tensors}
-        if (
-            dtype not in FLOAT_DTYPES
-            or shapes != [shape, shape]
-            or not dtypes <= {dtype, *WIDENED.get(dtype, ())}
-        ):
-            continue  # not float, or not as in the first step, which the import reports
-        count = min(_SAMPLE_ELEMENTS, later.tensors[name].numel)
-        start = (later.tensors[name].numel - count) // 2
-        pair = []
-        for checkpoint in (earlier, later):
-            raw = np.empty(count, bits_dtype(checkpoint.tensors[name].dtype))
-            checkpoint.read_into(name, start, raw)
-            pair.append(widen_bits(raw, checkpoint.tensors[name].dtype, dtype))
-        changed[dtype] = changed.get(dtype, 0) + int(np.count_nonzero(pair[0] != pair[1]))
-        seen[dtype] = seen.get(dtype, 0) + count
-    return {dtype: count / max(1, seen[dtype]) for dtype, count in changed.items()}
-
-
 # -- checking --------------------------------------------------------------------------------------
 
 
-def _check_same_base(
-    store: TrajectoryStore, base: Checkpoint, encoding: str, mantissa_bits: int | None
-) -> None:
+def _check_same_base(store: TrajectoryStore, base: Checkpoint, reading: Reading) -> None:
     """The store has this base and these options (it may have been created by an earlier,
     interrupted call).
     """
@@ -480,13 +359,13 @@ def _check_same_base(
             f"the base differs from the one in {store.path}"
             f" ({store.attributes['base']['description']}); give the same --base, or another -o"
         )
-    if mantissa_bits is not None and mantissa_bits != store.mantissa_bits:
+    if reading.mantissa_bits not in (None, store.mantissa_bits):
         raise CheckpointError(
             f"{store.path} holds deltas with {store.mantissa_bits} mantissa bits, not"
-            f" {mantissa_bits}; leave --mantissa-bits out, or choose another -o"
+            f" {reading.mantissa_bits}; leave --mantissa-bits out, or choose another -o"
         )
-    kinds = {p.encoding for p in store.layout.parts} - {"fixed"} if not store.has_factors else set()
-    if (encoding == "exact" and "float" in kinds) or (encoding == "float" and kinds - {"float"}):
+    kinds = {part.encoding for part in store.layout.parts if part.moves}
+    if not store.has_factors and not reading.fits(kinds):
         raise CheckpointError(
             f"{store.path} is encoded as {', '.join(sorted(kinds))}; leave --encoding out, or"
             " choose another -o"
@@ -506,11 +385,8 @@ def append_all(
 ) -> None:
     """Append steps of a run that fits the store, in order."""
     with closing(run.checkpoint(steps[0])) as first:
-        still = getattr(first, "still", ())
-        changing = isinstance(first, ChangingCheckpoint)
-    with closing(
-        Appender(writer, base, memory_budget_bytes, still=still, changing=changing)
-    ) as appender:
+        still = first.still
+    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
 from relexkit.checkpoints.protocol import Checkpoint
-from relexkit.ingest.append import read_columns
-from relexkit.store import READ_WINDOW, TrajectoryStore, blocks
-from relexkit.store.encodings.bits import apply_update, float_row
+from relexkit.ingest.columns import Columns, Replay
+from relexkit.store import TrajectoryStore
 
 
 class ReadBack:
@@ -25,13 +23,14 @@ class ReadBack:
     """
 
     def __init__(self, store: TrajectoryStore):
-        self._store = store
-        self.row = -1  # of the last step that was compared
         self._checksums = store.checksums()
-        parts = enumerate(store.layout.parts)
-        self._states = {
-            p: store.read_base(p, 0, spec.numel) for p, spec in parts if spec.encoding == "sparse"
-        }
+        self._spans = {part: list(store.windows(part)) for part in range(len(store.layout.parts))}
+        self._replay = Replay(store, self._spans)
+
+    @property
+    def row(self) -> int:
+        """Of the last step that was compared; -1 before."""
+        return self._replay.row
 
     def follow(self, store: TrajectoryStore) -> bool:
         """The same store, opened again; False if a step that was passed has other content now."""
@@ -39,7 +38,7 @@ class ReadBack:
         now = store.checksums()
         if len(now) < passed or not np.array_equal(now[:passed], self._checksums[:passed]):
             return False
-        self._store, self._checksums = store, now
+        self._replay.store, self._checksums = store, now
         return True
 
     def difference(self, row: int, checkpoint: Checkpoint) -> str | None:
@@ -51,50 +50,14 @@ class ReadBack:
             CheckpointError: the checkpoint cannot be read.
         """
         assert row > self.row, "steps are read back in order"
-        for between in range(self.row + 1, row):
-            for part in self._states:
-                self._advance(part, between)
-        self.row = row
-        where = f"step {self._store.steps[row]}"
-        found: str | None = None
-        for part, spec in enumerate(self._store.layout.parts):
-            if spec.encoding == "sparse":
-                self._advance(part, row)
-            if found is not None:
-                continue
-            if spec.encoding == "factors":
-                assert isinstance(checkpoint, AdaptedCheckpoint)
-                name = self._tensor(part, 0)
-                kept = self._store.read_factor_bits(part, row)
-                found = None if np.array_equal(checkpoint.factor_bits(name), kept) else name
-                continue
-            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-                current = read_columns(checkpoint, self._store.layout, part, begin, end, where)
-                if not self._same(part, row, begin, end, current):
-                    found = self._tensor(part, begin)
-                    break
-        return found
-
-    def _advance(self, part: int, row: int) -> None:
-        spec = self._store.layout.parts[part]
-        for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-            columns, differences = self._store.read_update(part, row, begin, end)
-            apply_update(self._states[part][begin:end], columns - begin, differences)
-
-    def _same(self, part: int, row: int, begin: int, end: int, current: np.ndarray) -> bool:
-        store, spec = self._store, self._store.layout.parts[part]
-        if spec.encoding == "sparse":
-            return np.array_equal(self._states[part][begin:end], current)
-        base = store.read_base(part, begin, end)
-        if spec.encoding == "fixed":
-            return np.array_equal(base, current)
-        kept = store.read_row(part, row, begin, end)
-        if spec.encoding == "exact":
-            return np.array_equal(base + kept.view(base.dtype), current)
-        return np.array_equal(float_row(base, current, spec.dtype, store.mantissa_bits or 23), kept)
-
-    def _tensor(self, part: int, begin: int) -> str:
-        return self._store.layout.segments_in(part, begin)[0].tensor.name
+        store = self._replay.store
+        self._replay.advance(row)
+        columns = Columns(checkpoint, store.layout, f"step {store.steps[row]}")
+        for part, spec in enumerate(store.layout.parts):
+            for begin, end in self._spans[part] if spec.factors is None else [(0, spec.numel)]:
+                if not self._replay.equals(part, (begin, end), columns):
+                    return store.layout.segments_in(part, begin)[0].tensor.name
+        return None
 
 
 class DroppedFromMemory:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from relexkit.checkpoints import Run, SavedRun, open_run
 from relexkit.checkpoints.formats.hub import is_hub
@@ -18,25 +19,51 @@ from relexkit.checkpoints.stored import StoredBase
 from relexkit.errors import CheckpointError, RelexkitError
 from relexkit.ingest.importer import import_checkpoints, seen_alike
 from relexkit.ingest.readback import DroppedFromMemory, ReadBack
+from relexkit.ingest.reading import Reading
 from relexkit.store import NotAStoreError, TrajectoryStore, durable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """What ``watch`` waits for, and what it deletes.
+
+    Attributes:
+        every: only steps that are multiples of this; the others are not deleted either.
+        continues: the run goes on from the store although no step is in both.
+        delete_after: delete a checkpoint's folder once a later one is stored as well: the newest
+            stays, to resume from. Right before, the whole checkpoint is compared with what the
+            disk holds of the store; one that the trainer has written again since stays, and is
+            reported. So are links, and what another checkpoint or the base links to. Started again
+            after a kill, it goes on with what is still to be deleted. Needs an exact store, or
+            ``encoding="float"`` to say that rounded deltas are enough. Holds one more copy of
+            16-bit weights.
+        poll_seconds: between two looks at the folder.
+        idle_seconds: stop when nothing came for so long; None to go on until interrupted.
+
+    Raises:
+        RelexkitError: ``every`` or ``poll_seconds`` is not positive.
+    """
+
+    every: int = 1
+    continues: bool = False
+    delete_after: bool = False
+    poll_seconds: float = 5.0
+    idle_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.poll_seconds <= 0:
+            raise RelexkitError(
+                f"every {self.every} and poll {self.poll_seconds:g} s; expected at least 1 step and"
+                " more than 0 s"
+            )
 
 
 def watch(
     source: str | Path,
     out: str | Path,
     *,
-    base: str | Path | None = None,
-    every: int = 1,
-    encoding: Literal["auto", "exact", "float"] = "auto",
-    mantissa_bits: int | None = None,
-    source_format: str | None = None,
-    step_map: str | None = None,
-    exclude: Sequence[str] = (),
-    continues: bool = False,
-    delete_after: bool = False,
-    poll_seconds: float = 5.0,
-    idle_seconds: float | None = None,
     say: Callable[[str], None] = lambda message: None,
+    **settings: Any,
 ) -> TrajectoryStore:
     """Import every checkpoint of ``source`` into ``out`` as soon as it is whole, until nothing came
     for ``idle_seconds``.
@@ -46,18 +73,9 @@ def watch(
     are reported and left out.
 
     Args:
-        base, encoding, mantissa_bits, source_format, step_map, exclude, continues: see
-            ``import_checkpoints``.
-        every: only steps that are multiples of this; the others are not deleted either.
-        delete_after: delete a checkpoint's folder once a later one is stored as well: the newest
-            stays, to resume from. Right before, the whole checkpoint is compared with what the
-            disk holds of the store; one that the trainer has written again since stays, and is
-            reported. So are links, and what another checkpoint or the base links to. Started again
-            after a kill, it goes on with what is still to be deleted. Needs an exact store, or
-            ``encoding="float"`` to say that rounded deltas are enough. Holds one more copy of
-            16-bit weights.
-        poll_seconds: between two looks at the folder.
-        idle_seconds: None to go on until interrupted.
+        say: told what happens, a line at a time.
+        settings: fields of ``Watching``; and ``base``, ``encoding``, ``mantissa_bits``,
+            ``source_format``, ``step_map`` and ``exclude`` as for ``import_checkpoints``.
 
     Raises:
         CheckpointError: a checkpoint does not belong to the run, or is not finite.
@@ -65,37 +83,20 @@ def watch(
             deleted.
         RelexkitError: the store, the base and the checkpoints lie inside each other.
     """
-    if every < 1 or poll_seconds <= 0:
-        raise RelexkitError(
-            f"every {every} and poll {poll_seconds:g} s; expected at least 1 step and more than 0 s"
-        )
-    watcher = _Watcher(
-        source,
-        Path(out),
-        every,
-        source_format,
-        step_map,
-        delete_after,
-        encoding == "float",
-        _local(base),
-        say,
-        exclude,
-    )
-    options = {
-        "exclude": exclude,
-        "continues": continues,
-        "base": base,
-        "encoding": encoding,
-        "mantissa_bits": mantissa_bits,
-        "step_map": step_map,
-    }
+    names = {field.name for field in fields(Watching)}
+    watching = Watching(**{name: value for name, value in settings.items() if name in names})
+    reading = Reading(**{name: value for name, value in settings.items() if name not in names})
+    watcher = _Watcher(source, Path(out), reading, watching, say)
     quiet_since = time.monotonic()
     while True:
-        if watcher.look(options):
+        if watcher.look():
             quiet_since = time.monotonic()
-        elif idle_seconds is not None and time.monotonic() - quiet_since >= idle_seconds:
+        elif (
+            watching.idle_seconds is not None
+            and time.monotonic() - quiet_since >= watching.idle_seconds
+        ):
             return TrajectoryStore(out)
-        time.sleep(poll_seconds)
+        time.sleep(watching.poll_seconds)
 
 
 class _Watcher:
@@ -103,21 +104,15 @@ class _Watcher:
         self,
         source: str | Path,
         out: Path,
-        every: int,
-        source_format: str | None,
-        step_map: str | None,
-        delete_after: bool,
-        rounded_is_enough: bool,
-        base: Path | None,
+        reading: Reading,
+        watching: Watching,
         say: Callable[[str], None],
-        exclude: Sequence[str],
     ):
-        self._exclude = exclude
+        self._source, self._out, self._say = source, out, say
+        self._reading, self._format = reading, reading.source_format
+        self._every, self._continues = watching.every, watching.continues
+        self._delete_after, self._base = watching.delete_after, _local(reading.base)
         self._known_until = 0
-        self._source, self._out, self._every, self._format = source, out, every, source_format
-        self._step_map = step_map
-        self._delete_after, self._rounded_is_enough = delete_after, rounded_is_enough
-        self._base, self._say = base, say
         self._seen: dict[int, Any] = {}
         self._kept: dict[int, Any] = {}
         self._told: set[str] = set()
@@ -125,12 +120,12 @@ class _Watcher:
         self._view: tuple[SavedRun, Run] | None = None
         self._memory = DroppedFromMemory(str(out))
 
-    def look(self, options: dict[str, Any]) -> bool:
+    def look(self) -> bool:
         """Import what is whole by now, delete what is owed; True if there was anything."""
         run = self._run()
         if run is None:
             return False
-        if options["base"] is None and self._base is None and run.format == "peft":
+        if self._reading.base is None and self._base is None and run.format == "peft":
             self._base = _local(named_base(run, run.steps[-1]))
         self._check_places(run)
         last = self._last_recorded()
@@ -148,10 +143,10 @@ class _Watcher:
                 import_checkpoints(
                     self._source,
                     self._out,
+                    **vars(replace(self._reading, source_format=run.format)),
                     steps=f"{step}:{step}",
-                    source_format=run.format,
+                    continues=self._continues,
                     known_until=self._known_until,
-                    **options,
                 )
             except (RelexkitError, OSError):
                 if run.stamp(step) == self._seen[step]:
@@ -181,7 +176,10 @@ class _Watcher:
             kept = None
         try:
             return open_run(
-                self._source, source_format=self._format, step_map=self._step_map, kept=kept
+                self._source,
+                source_format=self._format,
+                step_map=self._reading.step_map,
+                kept=kept,
             )
         except CheckpointError as error:
             self._tell(f"waiting: {error}")
@@ -257,7 +255,7 @@ class _Watcher:
             store = TrajectoryStore(self._out)
         except NotAStoreError:
             return False
-        if not store.exact and not self._rounded_is_enough:
+        if not store.exact and not self._reading.rounds:
             raise RelexkitError(
                 f"{self._out}: holds deltas rounded to {store.mantissa_bits} mantissa bits, so"
                 " nothing was deleted; expected --encoding exact, or --encoding float to say that"
@@ -316,7 +314,7 @@ class _Watcher:
         try:
             if self._view is None or self._view[0] is not run:
                 # one for all steps of a look: of a chain of deltas it goes on where it was
-                self._view = run, seen_alike(run, StoredBase(store), step, self._exclude)[0]
+                self._view = run, seen_alike(run, StoredBase(store), step, self._reading.exclude)[0]
             with closing(self._view[1].checkpoint(step)) as checkpoint:
                 expected = {t.name: (t.shape, t.dtype) for t in store.layout.tensors}
                 check_tensors(expected, checkpoint, f"the store {store.path}", f"step {step}")

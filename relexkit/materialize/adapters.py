@@ -229,13 +229,11 @@ def _adapted(store: TrajectoryStore) -> list[tuple[TensorSpec, Factors]]:
 def _whole_tensors(store: TrajectoryStore) -> list[TensorSpec]:
     """Tensors that the adapters hold whole: those that are not factors and that some step moved."""
 
-    def moved(part: int) -> bool:
-        encoding = store.layout.parts[part].encoding
-        return encoding in ("exact", "float") or (
-            encoding == "sparse" and bool(store.entries(part, len(store.steps)).any())
-        )
-
-    touched = {part for part in range(len(store.layout.parts)) if moved(part)}
+    touched = {
+        part
+        for part, spec in enumerate(store.layout.parts)
+        if spec.factors is None and store.encoding(part).touched(store, part)
+    }
     return [
         t
         for t in store.layout.moving_tensors

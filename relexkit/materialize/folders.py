@@ -54,7 +54,7 @@ class PendingFolders:
         self._tied = {t.name: t.tied_to for t in store.layout.tensors if t.tied_to}
         sizes = Counter[str]()
         for part in store.layout.parts:
-            sizes[part.dtype] += part.numel if part.encoding != "fixed" else 0
+            sizes[part.dtype] += part.numel if part.moves else 0
         self._dtypes = [dtype] if dtype else [name for name, _ in sizes.most_common()]
 
     def __enter__(self) -> PendingFolders:
@@ -83,7 +83,7 @@ class PendingFolders:
     def write_fixed(self) -> None:
         """Write the tensors that are not float into every folder."""
         for part, spec in enumerate(self._store.layout.parts):
-            if spec.encoding != "fixed":
+            if spec.moves:
                 continue
             for begin, end in blocks(spec.numel):
                 raw = self._store.read_base(part, begin, end)

@@ -172,11 +172,7 @@ def _flat_tensors(
 def _is_still(store: TrajectoryStore, tensor: TensorSpec) -> bool:
     """True if no step moves the part that a tensor lies in."""
     parts = {segment.part for segment in store.layout.segments_of(tensor)}
-    return all(
-        store.layout.parts[part].encoding == "sparse"
-        and not store.entries(part, len(store.steps)).any()
-        for part in parts
-    )
+    return not any(store.encoding(part).touched(store, part) for part in parts)
 
 
 def _refuse_shared(flat: dict[str, list[torch.Tensor]]) -> None:

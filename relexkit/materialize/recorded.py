@@ -10,10 +10,9 @@ import numpy as np
 
 from relexkit.materialize.folders import FolderJob, PendingFolders, is_finished
 from relexkit.materialize.versions import WeightSync, write_versions
-from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.store.encodings.bits import content_checksum
 from relexkit.version import __version__
-from relexkit.weights.dtypes import round_bits, to_float32
 from relexkit.weights.layout import Segment
 
 
@@ -81,24 +80,12 @@ def recorded_bits(
     """
     row = -1 if step == 0 else store.row_of(step)
     for part, spec in enumerate(store.layout.parts):
-        if spec.encoding == "fixed":
+        if not spec.moves:
             continue
-        for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-            if spec.encoding == "factors" and row >= 0:
-                state = merged_bits(store, part, row, begin, end)
-            else:
-                state = store.read_state(part, row, begin, end)
+        for begin, end in store.windows(part):
+            state = store.read_state(part, row, begin, end)
             for segment in store.layout.segments_in(part, begin, end):
                 low = segment.offset - begin
                 yield segment, state[low : low + segment.numel]
             if progress:
                 progress("writing", end, spec.numel)
-
-
-def merged_bits(store: TrajectoryStore, part: int, row: int, begin: int, end: int) -> np.ndarray:
-    """Bits of base plus delta of a part with factors; such a part is one tensor."""
-    dtype, name = store.layout.parts[part].dtype, store.layout.segments_in(part)[0].tensor.name
-    values = to_float32(store.read_base(part, begin, end), dtype) + store.read_row(
-        part, row, begin, end
-    )
-    return round_bits(values, dtype, "stochastic", tensor=name, start=begin)

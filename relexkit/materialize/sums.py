@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 
 from relexkit.gram_matrix.factors import FactorSums
-from relexkit.store import READ_WINDOW, ProgressCallback, TrajectoryStore, blocks
+from relexkit.store import ProgressCallback, TrajectoryStore, blocks
 from relexkit.store.encodings.bits import BLOCK, Update, apply_update, clip_update
 from relexkit.weights.dtypes import to_float32
 from relexkit.weights.layout import Layout, Segment, TensorSpec
 
 _WORKERS = min(2, os.cpu_count() or 1)
+_WINDOW = 2**22  # columns at most
 
 Consume = Callable[[int, Segment, np.ndarray], None]
 """Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from
@@ -51,55 +53,49 @@ def stream_sums(
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
     used = np.flatnonzero(weights.any(axis=(0, 1)))
     num_rows = int(used[-1]) + 1 if len(used) else 0
-    width = max(
-        2**18,
-        min(
-            READ_WINDOW["float"], budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16
-        ),
-    )
+    fits = budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16
+    width = max(2**18, min(_WINDOW, fits))
 
-    def predict(part: int, begin: int, end: int, updates: list[Update] | FactorSums | None) -> None:
-        segments = layout.segments_in(part, begin, end)
+    def predict(window: _Window, updates: list[Update] | FactorSums | None) -> None:
+        segments = window.segments
         weight = weights[:, [row_of[s.tensor.name] for s in segments], :num_rows]
-        base = store.read_base(part, begin, end)
+        base = store.read_base(window.part, window.begin, window.end)
         if isinstance(updates, FactorSums):
-            sums = updates.columns(begin, end)
+            sums = updates.columns(window.begin, window.end)
         elif updates is None:
-            sums = _dense_sums(store, part, begin, end, base, segments, weight)
+            sums = _dense_sums(store, window, base, weight)
         else:
-            sums = _sparse_sums(
-                layout.parts[part].dtype, begin, end, base, updates, segments, weight
-            )
-        original = to_float32(base, layout.parts[part].dtype)
+            sums = _sparse_sums(window, base, updates, weight)
+        original = to_float32(base, window.dtype)
         for index, values in enumerate(sums):
             if onto_base:
                 values = np.where(
                     values == 0, original, values + original
                 )  # a -0.0 that does not move stays one
             for segment in segments:
-                low = segment.offset - begin
+                low = segment.offset - window.begin
                 if only is None or segment.tensor.name == only.name:
                     consume(index, segment, values[low : low + segment.numel])
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for part, spec in enumerate(layout.parts):
             first, last = (0, spec.numel) if only is None else _span(layout, part, only)
-            if spec.encoding == "fixed" or first == last:
+            if not spec.moves or first == last:
                 continue
             stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [
                 (first, last, None)
             ]
-            if spec.encoding == "sparse":
-                stretches = store.read_log(part, num_rows, budget // 2, pool, (first, last))
-            elif spec.encoding == "factors":
+            if spec.factors is not None:
                 weight = weights[:, row_of[layout.segments_in(part)[0].tensor.name]]
                 stretches = [(0, spec.numel, FactorSums(store, part, weight, budget // 2))]
+            elif store.encoding(part).is_log:
+                stretches = store.read_log(part, num_rows, budget // 2, pool, (first, last))
             for begin, end, updates in stretches:
-                spans = [
-                    (part, begin + low, begin + high, updates)
+                windows = [
+                    _Window(layout, part, begin + low, begin + high)
                     for low, high in blocks(end - begin, width)
                 ]
-                list(pool.map(lambda span: predict(*span), spans))
+                list(pool.map(predict, windows, repeat(updates)))
                 if progress:
                     progress(
                         "predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
@@ -116,26 +112,28 @@ def _span(layout: Layout, part: int, tensor: TensorSpec) -> tuple[int, int]:
     return first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, layout.parts[part].numel)
 
 
+class _Window:
+    """Columns ``begin:end`` of a part."""
+
+    def __init__(self, layout: Layout, part: int, begin: int, end: int):
+        self.part, self.begin, self.end = part, begin, end
+        self.segments = layout.segments_in(part, begin, end)
+        self.dtype = layout.parts[part].dtype
+
+
 def _sparse_sums(
-    dtype: str,
-    begin: int,
-    end: int,
-    base: np.ndarray,
-    updates: list[Update],
-    segments: list[Segment],
-    weights: np.ndarray,
+    window: _Window, base: np.ndarray, updates: list[Update], weights: np.ndarray
 ) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a sparse part; ``weights [P, S,
-    T]``.
-    """
+    """``M^T a``, ``float32 [P, n]``, in a sparse part; ``weights [P, S, T]``."""
+    begin, end = window.begin, window.end
     suffix = weights[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].astype(np.float32)
     state = base.copy()
     sums = np.zeros((len(weights), end - begin), np.float32)
-    edges = np.array([*(s.offset - begin for s in segments), end - begin], np.int32)
+    edges = np.array([*(s.offset - begin for s in window.segments), end - begin], np.int32)
     for row, update in enumerate(updates):
         local, differences = clip_update(update, begin, end)
         before, after = apply_update(state, local, differences)
-        values = to_float32(after, dtype) - to_float32(before, dtype)
+        values = to_float32(after, window.dtype) - to_float32(before, window.dtype)
         counts = np.diff(np.searchsorted(local, edges))
         for target, total in enumerate(sums):
             total[local] += np.repeat(suffix[target, :, row], counts) * values
@@ -143,22 +141,14 @@ def _sparse_sums(
 
 
 def _dense_sums(
-    store: TrajectoryStore,
-    part: int,
-    begin: int,
-    end: int,
-    base: np.ndarray,
-    segments: list[Segment],
-    weights: np.ndarray,
+    store: TrajectoryStore, window: _Window, base: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, of columns ``begin:end`` of a dense part; ``weights [P, S,
-    T]``.
-    """
-    sums = np.zeros((len(weights), end - begin), np.float32)
+    """``M^T a``, ``float32 [P, n]``, in a part of dense rows; ``weights [P, S, T]``."""
+    sums = np.zeros((len(weights), window.end - window.begin), np.float32)
     for row in np.flatnonzero(weights.any(axis=(0, 1))):
-        delta = store.read_delta(part, int(row), begin, end, base)
-        for index, segment in enumerate(segments):
-            low = segment.offset - begin
+        delta = store.read_delta(window.part, int(row), window.begin, window.end, base)
+        for index, segment in enumerate(window.segments):
+            low = segment.offset - window.begin
             for target, total in enumerate(sums):
                 total[low : low + segment.numel] += (
                     np.float32(weights[target, index, row]) * delta[low : low + segment.numel]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from relexkit.errors import RelexkitError
-from relexkit.materialize.recorded import merged_bits
 from relexkit.materialize.sums import stream_sums
-from relexkit.store import READ_WINDOW, TrajectoryStore
+from relexkit.store import TrajectoryStore, stretches
 from relexkit.store.encodings.bits import BLOCK
 from relexkit.weights.dtypes import to_float32
 from relexkit.weights.layout import Segment, TensorSpec
@@ -51,14 +50,8 @@ def tensor_delta(store: TrajectoryStore, name: str, step: int) -> np.ndarray:
     row = _row(store, step)
     values = np.zeros(tensor.numel, np.float32)
     for piece, begin, end in _windows(store, tensor) if row >= 0 else ():
-        part, dtype = piece.part, tensor.dtype
-        base = store.read_base(part, begin, end)
-        if store.layout.parts[part].encoding == "sparse":
-            state = store.read_state(part, row, begin, end)
-            found = to_float32(state, dtype) - to_float32(base, dtype)
-        else:
-            found = store.read_delta(part, row, begin, end, base)
-        _put(values, piece, begin, found)
+        base = store.read_base(piece.part, begin, end)
+        _put(values, piece, begin, store.read_delta(piece.part, row, begin, end, base))
     store.check_unchanged()
     return values.reshape(tensor.shape)
 
@@ -75,11 +68,8 @@ def tensor_weights(store: TrajectoryStore, name: str, step: int) -> np.ndarray:
     row = _row(store, step)
     values = np.empty(tensor.numel, np.float32)
     for piece, begin, end in _windows(store, tensor):
-        has_factors = store.layout.parts[piece.part].encoding == "factors"
-        read = merged_bits if has_factors and row >= 0 else TrajectoryStore.read_state
-        _put(
-            values, piece, begin, to_float32(read(store, piece.part, row, begin, end), tensor.dtype)
-        )
+        state = store.read_state(piece.part, row, begin, end)
+        _put(values, piece, begin, to_float32(state, tensor.dtype))
     store.check_unchanged()
     return values.reshape(tensor.shape)
 
@@ -114,9 +104,9 @@ def _windows(store: TrajectoryStore, tensor: TensorSpec) -> Iterator[tuple[Segme
     for segment in store.layout.segments_of(tensor):
         spec = store.layout.parts[segment.part]
         end = segment.offset + segment.numel
-        for begin in range(segment.offset // BLOCK * BLOCK, end, READ_WINDOW[spec.encoding]):
-            last = -(-end // BLOCK) * BLOCK
-            yield segment, begin, min(begin + READ_WINDOW[spec.encoding], last, spec.numel)
+        span = segment.offset // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, spec.numel)
+        for begin, last in stretches(span, store.encoding(segment.part).window):
+            yield segment, begin, last
 
 
 def _put(out: np.ndarray, piece: Segment, begin: int, values: np.ndarray) -> None:

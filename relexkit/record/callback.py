@@ -13,9 +13,9 @@ commits. Of a PEFT model (LoRA) the factors are recorded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -27,6 +27,8 @@ SKIPPED, ACCUMULATED = "optimizer_step_skipped", "gradient_accumulation_steps"
 """Metrics: 1 where a gradient scaler skipped the optimizer step; batches that were accumulated into
 a step.
 """
+
+_OPTIONS = ("include", "exclude", "encoding", "mantissa_bits", "sketch")
 
 
 class RecorderCallback(TrainerCallback):
@@ -40,29 +42,16 @@ class RecorderCallback(TrainerCallback):
     store, whose steps after the checkpoint are removed.
 
     Args:
-        every, include, exclude, encoding, mantissa_bits, sketch: see ``Recorder``.
+        every: record only the steps that are multiples of this.
+        options: ``include``, ``exclude``, ``encoding``, ``mantissa_bits``, ``sketch``: see
+            ``Recorder``.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        every: int = 1,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        encoding: Literal["float", "exact"] = "float",
-        mantissa_bits: int = 10,
-        sketch: bool = True,
-    ):
-        self._path = path
-        self._options: dict[str, Any] = {
-            "every": every,
-            "include": include,
-            "exclude": exclude,
-            "encoding": encoding,
-            "mantissa_bits": mantissa_bits,
-            "sketch": sketch,
-        }
+    def __init__(self, path: str | Path, *, every: int = 1, **options: Any):
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(f"{sorted(unknown)[0]!r} is no option; expected one of {_OPTIONS}")
+        self._path, self._every, self._options = path, every, {"every": every, **options}
         self._recorder: Recorder | None = None
         self._logged: dict[str, float] = {}
 
@@ -85,8 +74,8 @@ class RecorderCallback(TrainerCallback):
         store = TrajectoryStore(self._path)
         earlier = [int(s) for s in store.steps if s <= step]
         last = earlier[-1] if earlier else 0
-        due = step // self._options["every"] * self._options["every"]
-        if last < due - self._options["every"] or (last < due != step):
+        due = step // self._every * self._every
+        if last < due - self._every or (last < due != step):
             raise StoreError(
                 f"{self._path}: holds {describe_steps(store.steps)}; expected step {due} in it,"
                 f" because training resumes from step {step}: resume from an earlier checkpoint, or"

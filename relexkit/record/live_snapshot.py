@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relexkit.checkpoints.formats.peft import AdaptedCheckpoint
+from relexkit.checkpoints.protocol import Checkpoint, WholeTensors
 from relexkit.errors import RelexkitError
-from relexkit.ingest.append import base_reader
+from relexkit.ingest.columns import Columns, equals
 from relexkit.record.live_weights import are_whole, describe_weights, whole_weights
-from relexkit.store import TrajectoryStore
-from relexkit.store.encodings.bits import BLOCK, float_row
+from relexkit.store import TrajectoryStore, build_layout
+from relexkit.store.encodings.bits import BLOCK
+from relexkit.store.encodings.protocol import Place
 from relexkit.weights.dtypes import FLOAT_DTYPES
-from relexkit.weights.layout import Encoding, Factors, Layout, build_layout
+from relexkit.weights.layout import Layout
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 
-class Snapshot:
+class Snapshot(WholeTensors):
     """A copy of the owned parts of a model's weights, readable as a checkpoint."""
 
     description = "the model"
@@ -37,15 +38,14 @@ class Snapshot:
         moving = [
             part
             for part, spec in enumerate(layout.parts)
-            if spec.encoding == "fixed"
-            or not all(s.tensor.name in still for s in layout.segments_in(part))
+            if not spec.moves or not all(s.tensor.name in still for s in layout.segments_in(part))
         ]
         self._wanted = {
             s.tensor.name for part in moving for s in layout.segments_in(part)
         }  # the same on every process
         for part in set(owned).intersection(moving):
             spec = layout.parts[part]
-            dtype = getattr(torch, spec.dtype) if spec.encoding != "fixed" else torch.uint8
+            dtype = getattr(torch, spec.dtype) if spec.moves else torch.uint8
             buffer = torch.empty(spec.numel, dtype=dtype, pin_memory=torch.cuda.is_available())
             for segment in layout.segments_in(part):
                 piece = buffer[segment.offset : segment.offset + segment.numel]
@@ -75,7 +75,7 @@ class Snapshot:
                 floats = described.tensors[name].dtype in FLOAT_DTYPES
                 described._pieces[name] = [(0, flat if floats else flat.view(torch.uint8))]
             return described
-        layout = layout_of(described.tensors, "exact")
+        layout = layout_of(described, "exact")
         snapshot = cls(layout, list(range(len(layout.parts))) if keep else [])
         snapshot.copy(model)
         return snapshot
@@ -140,20 +140,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def _encodings(float32: Encoding) -> dict[str, Encoding]:
+def _encodings(float32: str) -> dict[str, str]:
     return {dtype: float32 if dtype == "float32" else "sparse" for dtype in FLOAT_DTYPES}
 
 
-def layout_of(
-    tensors: Mapping[str, TensorInfo],
-    float32: Encoding,
-    still: Collection[str] = (),
-    factors: Mapping[str, Factors] | None = None,
-) -> Layout:
-    """The layout of a store for these tensors: float32 ones in the encoding that is wanted, 16-bit
-    ones sparse.
+def layout_of(described: Checkpoint, float32: str, still: Collection[str] = ()) -> Layout:
+    """The layout of a store for such checkpoints: float32 tensors in the encoding that is wanted,
+    16-bit ones sparse, and what has factors as these.
     """
-    weights = [(name, info.shape, info.dtype) for name, info in tensors.items()]
+    weights = [(name, info.shape, info.dtype) for name, info in described.tensors.items()]
+    factors = described.factors
     return build_layout(weights, _encodings(float32), still=still, factors=factors)
 
 
@@ -175,18 +171,5 @@ def check_equals(snapshot: Any, store: TrajectoryStore, step: int) -> None:
 
 
 def _same(snapshot: Any, store: TrajectoryStore, part: int, row: int) -> bool:
-    spec = store.layout.parts[part]
-    if isinstance(snapshot, AdaptedCheckpoint) and spec.factors is not None:
-        bits = snapshot.factor_bits(store.layout.segments_in(part)[0].tensor.name)
-        if row >= 0:
-            return np.array_equal(bits, store.read_factor_bits(part, row))
-        cut = spec.factors.rows * spec.factors.rank
-        return not (bits[:cut].any() and bits[cut:].any())
-    end = min(spec.numel, BLOCK)
-    current = base_reader(snapshot, store.layout)(part, 0, end)
-    if row >= 0 and spec.encoding == "float":
-        delta = float_row(
-            store.read_base(part, 0, end), current, spec.dtype, store.mantissa_bits or 23
-        )
-        return np.array_equal(delta, store.read_row(part, row, 0, end))
-    return np.array_equal(current, store.read_state(part, row, 0, end))
+    place = Place(part, row, 0, min(store.layout.parts[part].numel, BLOCK))
+    return equals(store, place, Columns(snapshot, store.layout, "the model"))

@@ -14,11 +14,9 @@ model the factors of its adapter are recorded, over the base as it is.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import re
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,24 +24,26 @@ import numpy as np
 
 from relexkit.checkpoints import Checkpoint
 from relexkit.checkpoints.same_tensors import check_factors, check_tensors, factors_in
-from relexkit.checkpoints.small_files import model_files
-from relexkit.errors import RelexkitError, StoreError
+from relexkit.errors import RelexkitError
 from relexkit.geometry.sketch import Sketch
-from relexkit.ingest.append import Appender, base_reader, read_columns
+from relexkit.ingest.append import Appender
+from relexkit.ingest.columns import Columns, base_reader
 from relexkit.processes import Processes
 from relexkit.record.live_adapter import AdapterSnapshot, LiveAdapter, peft_model
 from relexkit.record.live_snapshot import Snapshot, check_equals, layout_of
 from relexkit.record.live_weights import frozen_names
-from relexkit.store import (
-    StoreWriter,
-    TrajectoryStore,
-    blocks,
-    create_store,
-    describe_steps,
+from relexkit.record.opening import (
+    check_still,
+    files_of,
+    give_back_memory,
+    owned_parts,
+    refuse_existing,
+    refuse_other_base,
+    still_names,
 )
-from relexkit.version import __version__
+from relexkit.store import About, StoreWriter, TrajectoryStore, blocks, create_store
 from relexkit.weights.dtypes import bits_dtype, to_float32
-from relexkit.weights.layout import Encoding, Layout
+from relexkit.weights.layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -119,15 +119,20 @@ class Recorder:
         )
         frozen = frozen_names(model)
         if self._adapter is not None:
-            adapted = self._adapter.over(self._adapter.base(described, _model_files(model, None)))
+            adapted = self._adapter.over(self._adapter.base(described, files_of(model, None)))
             described, frozen = adapted, set(adapted.still)
-        still = _still_names(list(described.tensors), frozen, include, exclude)
+        still = still_names(list(described.tensors), frozen, include, exclude)
         if self._adapter is not None:
             self._adapter.leave_out(still)
         if resume_from is None:
-            kept = _model_files(model, tokenizer) | dict(files or {})
-            self._create(path, described, encoding, still, mantissa_bits, kept, source)
-            _give_back_memory()
+            about = About(
+                source=source,
+                base="the weights at the start of training",
+                files=files_of(model, tokenizer) | dict(files or {}),
+                mantissa_bits=mantissa_bits,
+            )
+            self._create(path, described, layout_of(described, encoding, still), about)
+            give_back_memory()
         writer = self._processes.lead(lambda: StoreWriter(path))
         self._writer = self._processes.agree(lambda: writer or StoreWriter(path, member=True))
         try:
@@ -137,7 +142,9 @@ class Recorder:
             raise
         layout = self._writer.store.layout
         previous = sum(
-            p.numel * bits_dtype(p.dtype).itemsize for p in layout.parts if p.encoding == "sparse"
+            spec.numel * bits_dtype(spec.dtype).itemsize
+            for part, spec in enumerate(layout.parts)
+            if self.store.encoding(part).is_log
         )
         self._sketch = Sketch() if sketch else None
         self._appender = Appender(
@@ -172,14 +179,7 @@ class Recorder:
         self._pool = ThreadPoolExecutor(1)
 
     def _create(
-        self,
-        path: str | Path,
-        described: Checkpoint,
-        encoding: Encoding,
-        still: Collection[str],
-        mantissa_bits: int,
-        files: dict[str, bytes],
-        source: str,
+        self, path: str | Path, described: Checkpoint, layout: Layout, about: About
     ) -> None:
         """The store, by the first process, with the weights as they are as its base."""
         whole = Snapshot.whole(self._model, keep=self._processes.rank == 0)
@@ -187,13 +187,15 @@ class Recorder:
         base: Checkpoint = whole
         if adapter is not None:
             adapter.copy(self._model, described.tensors)
-            files |= adapter.files()
-            base = adapter.base(whole, files)
+            about = replace(about, files={**about.files, **adapter.files()})
+            base = adapter.base(whole, about.files)
             self._processes.lead(lambda: adapter.refuse_if_begun(base))
-        layout = layout_of(described.tensors, encoding, still, adapter.factors if adapter else None)
-        self._processes.lead(
-            lambda: _create_store(path, layout, base, files, mantissa_bits, source)
-        )
+
+        def create() -> None:
+            refuse_existing(path)
+            create_store(path, layout, base_reader(base, layout), about)
+
+        self._processes.lead(create)
 
     def _position(
         self, described: Checkpoint, resume_from: int | None, compare: bool, still: Collection[str]
@@ -209,8 +211,8 @@ class Recorder:
         self._processes.agree(
             lambda: check_factors(factors_in(store.layout), described, "the model")
         )
-        self._processes.agree(lambda: _check_still(store, still))
-        owned = _owned_parts(store.layout, self._processes.rank, self._processes.size)
+        self._processes.agree(lambda: check_still(store, still))
+        owned = owned_parts(store.layout, self._processes.rank, self._processes.size)
         snapshot = (
             AdapterSnapshot(self._adapter, store, owned)
             if self._adapter
@@ -220,7 +222,7 @@ class Recorder:
             snapshot.copy(self._model)
             if self._adapter is not None:
                 different = self._adapter.differs_from(self._model, store)
-                self._processes.agree(lambda: _refuse_other_base(different, store))
+                self._processes.agree(lambda: refuse_other_base(different, store))
             if compare and resume_from % self._every == 0:
                 self._processes.agree(lambda: check_equals(snapshot, store, resume_from))
             self._processes.lead(lambda: self._writer.truncate(resume_from))
@@ -337,14 +339,14 @@ class Recorder:
         sketch takes them.
         """
         store = self._writer.store
+        columns = Columns(self._snapshot, store.layout, "the model")
         for part in self._snapshot.owned:
             spec = store.layout.parts[part]
-            if spec.encoding in ("fixed", "float", "factors") or not self._snapshot.holds(
-                part, store.layout
-            ):
+            done = part in self._appender.sketched or spec.factors is not None
+            if done or not spec.moves or not self._snapshot.holds(part, store.layout):
                 continue
             for begin, end in blocks(spec.numel, _SKETCH_BLOCK):
-                current = read_columns(self._snapshot, store.layout, part, begin, end, "the model")
+                current = columns.read(part, begin, end)
                 delta = to_float32(current, spec.dtype) - to_float32(
                     store.read_base(part, begin, end), spec.dtype
                 )
@@ -357,8 +359,6 @@ class Recorder:
         ``right [r, columns]``.
         """
         layout = self._writer.store.layout
-        if not isinstance(self._snapshot, AdapterSnapshot):
-            return
         for part in self._snapshot.owned:
             spec = layout.parts[part].factors
             if spec is not None:
@@ -396,123 +396,3 @@ class Recorder:
         self._processes.lead(commit)
         if self._processes.rank:
             self._writer.follow()
-
-
-# -- opening ---------------------------------------------------------------------------------------
-
-
-def _create_store(
-    path: str | Path,
-    layout: Layout,
-    base: Checkpoint,
-    files: dict[str, bytes],
-    mantissa_bits: int,
-    source: str,
-) -> None:
-    with contextlib.suppress(StoreError):  # none there, or one whose creation was interrupted
-        there = TrajectoryStore(path)
-        raise RelexkitError(
-            f"{path}: a store with {describe_steps(there.steps)} exists there; resume from one of"
-            " them or choose another path"
-        )
-    create_store(
-        path,
-        layout,
-        base_reader(base, layout),
-        files=files,
-        source=source,
-        base="the weights at the start of training",
-        mantissa_bits=mantissa_bits if any(p.encoding == "float" for p in layout.parts) else None,
-        version=__version__,
-    )
-
-
-def _give_back_memory() -> None:
-    """Return to the system what writing the base has freed; glibc would keep it, a fifth of a small
-    model.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _refuse_other_base(different: str | None, store: TrajectoryStore) -> None:
-    if different is not None:
-        raise RelexkitError(
-            f"{different!r} of the model's base differs from the base in {store.path}; expected the"
-            " same base: load it as it was when the store was made, with the adapter beside it and"
-            " not merged"
-        )
-
-
-def _model_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
-    """What transformers saves beside the weights: configuration, generation configuration,
-    tokenizer, and the code of a model that has its own.
-    """
-    config = getattr(model, "config", None)
-    with tempfile.TemporaryDirectory() as folder:
-        if config is not None and getattr(model, "_auto_class", None) is not None:
-            from transformers.dynamic_module_utils import custom_object_save
-
-            custom_object_save(model, folder, config=config)
-        for owner in (config, getattr(model, "generation_config", None), tokenizer):
-            if owner is not None and hasattr(owner, "save_pretrained"):
-                owner.save_pretrained(folder)
-        return model_files(Path(folder))
-
-
-def _still_names(
-    names: list[str], frozen: set[str], include: Sequence[str], exclude: Sequence[str]
-) -> frozenset[str]:
-    """The tensors that keep the base's values in the store."""
-    try:
-        wanted = [
-            n for n in names if not include or any(re.search(pattern, n) for pattern in include)
-        ]
-        wanted = [n for n in wanted if not any(re.search(pattern, n) for pattern in exclude)]
-    except re.error as error:
-        raise RelexkitError(
-            f"{error.pattern!r} is not a regular expression ({error}); expected one to search in"
-            " names"
-        ) from None
-    moving = frozenset(wanted) - frozen
-    if not moving:
-        raise RelexkitError(
-            f"include {list(include)} and exclude {list(exclude)} leave no trained tensor; the"
-            f" model has {', '.join(names[:3])}, ..."
-        )
-    return frozenset(names) - moving
-
-
-def _check_still(store: TrajectoryStore, still: Collection[str]) -> None:
-    """The parts of a continued store hold either tensors that move or tensors that do not."""
-    for part, spec in enumerate(store.layout.parts):
-        kinds = (
-            {segment.tensor.name in still for segment in store.layout.segments_in(part)}
-            if spec.encoding != "fixed"
-            else set()
-        )
-        dense_and_still = kinds == {True} and spec.encoding != "sparse"
-        moved = (
-            kinds == {True}
-            and spec.encoding == "sparse"
-            and store.entries(part, len(store.steps)).any()
-        )
-        if len(kinds) == 2 or dense_and_still or moved:
-            name = store.layout.segments_in(part)[0].tensor.name
-            raise RelexkitError(
-                f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same"
-                " include, exclude and frozen parameters as when it was made"
-            )
-
-
-def _owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
-    """The parts that a process writes: the largest first, each to the process that has the
-    least.
-    """
-    loads = [0] * size
-    owned: list[list[int]] = [[] for _ in range(size)]
-    for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):
-        least = loads.index(min(loads))
-        loads[least] += layout.parts[part].numel
-        owned[least].append(part)
-    return sorted(owned[rank])

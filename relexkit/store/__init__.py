@@ -9,29 +9,32 @@ uses those before it:
 
 - ``durable``: files written, flushed and renamed; ``lock``: the writer's lock; ``passes``: how
   columns are cut
-- ``format``: names, chunks and codecs of the arrays; ``opening``: is this a store, and one that we
-  read
-- ``shards``, ``chunk_files``: reads and writes past Zarr's pipeline; ``arrays``: with them, the
-  arrays of a group
+- ``codecs``: chunks and compression of arrays; ``fastpath``: reads and writes past Zarr's pipeline
+- ``encodings``: how the steps of a part are kept, a module each, and their table; ``packing``:
+  tensors into parts
+- ``format``: names of the arrays; ``opening``: is this a store, and one that we read
 - ``base``, ``create``: a new store with its base weights
 - ``descriptions``: what Zarr's descriptions must say; ``kept``: results derived from the steps
-- ``reader``: ``TrajectoryStore``; ``writer``: ``StoreWriter``, which appends steps
+- ``opened``: bound to the content of its steps; ``reader``: ``TrajectoryStore``, which reads them;
+  ``writer``: ``StoreWriter``, which appends some
 """
 
 from relexkit.store.base import base_sha256
-from relexkit.store.create import create_store
+from relexkit.store.create import About, create_store
 from relexkit.store.fastpath.chunk_files import Encoded
-from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME, create_array
+from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME
 from relexkit.store.lock import WriterLock
+from relexkit.store.opened import describe_steps
 from relexkit.store.opening import NotAStoreError
-from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows, stretches
-from relexkit.store.reader import TrajectoryStore, describe_steps
+from relexkit.store.packing import build_layout
+from relexkit.store.passes import ProgressCallback, blocks, column_windows, stretches
+from relexkit.store.reader import TrajectoryStore
 from relexkit.store.writer import StoreWriter
 
 __all__ = [
     "FORMAT_VERSION",
-    "READ_WINDOW",
     "SAFE_FILE_NAME",
+    "About",
     "Encoded",
     "NotAStoreError",
     "ProgressCallback",
@@ -40,8 +43,8 @@ __all__ = [
     "WriterLock",
     "base_sha256",
     "blocks",
+    "build_layout",
     "column_windows",
-    "create_array",
     "create_store",
     "describe_steps",
     "stretches",

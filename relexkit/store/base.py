@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import zarr
 
-from relexkit.store.format import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, create_array
+from relexkit.store.codecs import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, Grid, create_array
 from relexkit.store.passes import ProgressCallback, blocks
 from relexkit.weights.dtypes import bits_dtype
 from relexkit.weights.layout import Layout
@@ -46,15 +46,8 @@ def create_base_array(group: zarr.Group, layout: Layout, part: int) -> zarr.Arra
     spec = layout.parts[part]
     chunk = min(BASE_CHUNK, max(1, spec.numel))
     shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
-    return create_array(
-        group,
-        f"base/{part}",
-        (spec.numel,),
-        bits_dtype(spec.dtype),
-        (chunk,),
-        shards=(shard,),
-        codecs=DENSE_CODECS,
-    )
+    grid = Grid((spec.numel,), (chunk,), (shard,))
+    return create_array(group, f"base/{part}", grid, bits_dtype(spec.dtype), DENSE_CODECS)
 
 
 def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:

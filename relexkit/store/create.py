@@ -7,39 +7,48 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
 from relexkit.store.base import write_base
 from relexkit.store.durable import make_folder
+from relexkit.store.encodings.table import format_version, is_exact
+from relexkit.store.fastpath.keys import delete_below, delete_key
 from relexkit.store.fastpath.local import for_writing, unflushed_of
-from relexkit.store.format import (
-    create_file_array,
-    create_step_arrays,
-    format_version,
-    json_checksum,
-)
+from relexkit.store.format import create_file_array, create_step_arrays, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
 from relexkit.store.passes import ProgressCallback
+from relexkit.version import __version__
 from relexkit.weights.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a store says of its run.
+
+    Attributes:
+        source, base: where the checkpoints and the base came from, in words.
+        files: configuration and tokenizer, by name.
+        mantissa_bits: of float deltas; of no effect if there are none.
+    """
+
+    source: str
+    base: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    mantissa_bits: int | None = None
 
 
 def create_store(
     path: str | Path,
     layout: Layout,
     read_base: Callable[[int, int, int], np.ndarray],
-    *,
-    files: Mapping[str, bytes],
-    source: str,
-    base: str,
-    mantissa_bits: int | None,
-    version: str,
+    about: About,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Write a store without steps: layout, base weights, files. Killed half-way, the next call
@@ -47,7 +56,6 @@ def create_store(
 
     Args:
         read_base: ``(part, begin, end) -> bits`` of the base weights.
-        source, base: where the checkpoints and the base came from, in words.
 
     Raises:
         StoreError: something is at ``path`` already, another process writes it, or the disk is
@@ -59,11 +67,11 @@ def create_store(
         attributes: dict[str, Any] = {
             "format_version": format_version(layout),
             "state": "creating",
-            "relexkit_version": version,
-            "source": source,
-            "mantissa_bits": mantissa_bits,
+            "relexkit_version": __version__,
+            "source": about.source,
+            "mantissa_bits": None if is_exact(layout) else about.mantissa_bits,
             "layout": layout.to_json(),
-            "files": sorted(files),
+            "files": sorted(about.files),
         }
         place = for_writing(path)
         unflushed = unflushed_of(place)
@@ -73,10 +81,10 @@ def create_store(
             group = zarr.create_group(place, attributes={"relexkit": attributes})
             digest = write_base(group, layout, read_base, progress)
             create_step_arrays(group, layout)
-            for name, content in files.items():
+            for name, content in about.files.items():
                 data = np.frombuffer(content, np.uint8)
                 create_file_array(group, name, len(data))[:] = data
-            attributes |= {"state": "ready", "base": {"description": base, "sha256": digest}}
+            attributes |= {"state": "ready", "base": {"description": about.base, "sha256": digest}}
             if unflushed is not None:
                 unflushed.flush()
             group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
@@ -134,8 +142,8 @@ def _clear_remote(path: str) -> None:
     except CreationInterrupted:
         writable = zarr.open_group(path, mode="r+")
         for name in list(writable.keys()):
-            sync((writable.store_path / name).delete_dir())
-        sync((writable.store_path / "zarr.json").delete())  # last: it says what this is
+            delete_below(writable, name)
+        delete_key(writable, "zarr.json")  # last: it says what this is
         return
     except NotAStoreError:
         raise StoreError(

@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from relexkit.errors import StoreError
 from relexkit.store.base import create_base_array
+from relexkit.store.fastpath.keys import read_key
 from relexkit.store.format import (
     create_file_array,
     create_metric,
@@ -62,8 +61,7 @@ def verify_descriptions(
 
 def raw_description(group: zarr.Group, name: str) -> bytes | None:
     """The bytes of the ``zarr.json`` of a group or an array; None if there is none."""
-    found = sync((group.store_path / name / "zarr.json").get(default_buffer_prototype()))
-    return None if found is None else found.to_bytes()
+    return read_key(group, f"{name}/zarr.json")
 
 
 def _description(group: zarr.Group, name: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import zarr
 from zarr.storage import MemoryStore
 
 from relexkit.errors import StoreError
+from relexkit.store.codecs import Grid, create_array
 from relexkit.store.descriptions import raw_description
 from relexkit.store.encodings.bits import extend_checksum
 from relexkit.store.fastpath.local import for_writing, unflushed_of
-from relexkit.store.format import FORMAT_VERSION, create_array, json_checksum
+from relexkit.store.format import FORMAT_VERSION, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.weights.layout import Layout
 
@@ -113,8 +114,8 @@ def _keeping(path: str) -> contextlib.AbstractContextManager:
 
 def _create(group: zarr.Group, key: str, values: np.ndarray) -> zarr.Array:
     fill = _UNWRITTEN_COUNT if values.dtype == np.int64 else float("nan")
-    chunks, shape = (1, *values.shape[1:]), values.shape
-    return create_array(group, key, shape, values.dtype, chunks, shards=shape, fill_value=fill)
+    grid = Grid(values.shape, (1, *values.shape[1:]), values.shape)
+    return create_array(group, key, grid, values.dtype, fill_value=fill)
 
 
 def verify_kept(store: Content) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import zarr
 
 from relexkit.errors import StoreError
-from relexkit.store.format import FACTORS_FORMAT_VERSION, FORMAT_VERSION, json_checksum
+from relexkit.store.encodings.table import check_encodings, format_versions
+from relexkit.store.format import json_checksum
 from relexkit.weights.layout import Layout
 
 
@@ -76,11 +77,11 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
             f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit"
             " import`"
         )
-    if attributes["format_version"] not in (FORMAT_VERSION, FACTORS_FORMAT_VERSION):
+    if attributes["format_version"] not in format_versions():
+        known = " and ".join(map(str, format_versions()))
         raise StoreError(
             f"{path}: has format version {attributes['format_version']!r}; this relexkit reads"
-            f" versions {FORMAT_VERSION} and {FACTORS_FORMAT_VERSION}: install the release that"
-            " wrote it"
+            f" versions {known}: install the release that wrote it"
         )
     if attributes.get("state") != "ready":
         raise CreationInterrupted(
@@ -109,7 +110,9 @@ def layout_of(attributes: dict[str, Any], path: str) -> Layout:
         StoreError: it is not one: tensors overlap, a shape is negative, a name is missing.
     """
     try:
-        return Layout.from_json(attributes["layout"])
+        layout = Layout.from_json(attributes["layout"])
+        check_encodings(layout)
+        return layout
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"

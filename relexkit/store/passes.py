@@ -10,11 +10,6 @@ import numpy as np
 
 from relexkit.store.encodings.bits import BLOCK, CHECKSUM_BLOCK
 
-READ_WINDOW = {"sparse": 2**24, "exact": 2**22, "float": 2**22, "factors": 2**22, "fixed": 2**22}
-"""Columns that a pass over a part takes at a time, by encoding: the log is thin, dense rows are
-not.
-"""
-
 ProgressCallback = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
 

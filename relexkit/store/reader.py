@@ -7,42 +7,35 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
 from relexkit.store.descriptions import verify_descriptions
 from relexkit.store.encodings.bits import (
     BLOCK,
     Update,
-    apply_update,
     block_checksums,
     content_checksum,
     decode_columns,
-    factor_product,
     num_blocks,
 )
-from relexkit.store.fastpath.arrays import ReadableArrays
+from relexkit.store.encodings.protocol import Place
+from relexkit.store.encodings.table import FACTORS
+from relexkit.store.fastpath.keys import bytes_below
 from relexkit.store.format import SAFE_FILE_NAME, metric_keys
 from relexkit.store.kept import verify_kept
-from relexkit.store.opening import layout_of, open_group, read_attributes
-from relexkit.store.passes import READ_WINDOW, ProgressCallback, blocks, column_windows
-from relexkit.weights.dtypes import round_bits, to_float32
-from relexkit.weights.layout import Factors
-
-_T = TypeVar("_T")
+from relexkit.store.opened import OpenedStore
+from relexkit.store.passes import ProgressCallback, blocks, column_windows
 
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 
 
-class TrajectoryStore:
+class TrajectoryStore(OpenedStore):
     """A store opened for reading. ``TrajectoryStore(path)`` costs a few small reads, whatever the
     number of steps.
 
@@ -64,68 +57,6 @@ class TrajectoryStore:
             unknown; or, of any read, a chunk is damaged, or other steps were recorded in place of
             these.
     """
-
-    def __init__(self, path: str | Path, *, locked: bool = False):
-        self.path, self._locked = str(path), locked
-        self._lock = threading.RLock()
-        self._indptr: dict[int, np.ndarray] = {}
-        self._group = open_group(self.path)
-        self._arrays = ReadableArrays(self._group, self.path)
-        self.attributes = read_attributes(self._group, self.path)
-        self.layout = layout_of(self.attributes, self.path)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """See the steps that a writer has committed since."""
-        self._arrays.forget()
-        self._indptr.clear()
-        self._checksums: np.ndarray | None = None
-        self._seen = self._arrays.version("steps")
-        log = self._arrays.read_rows("the commit log", "steps", None)
-        self.steps: np.ndarray = log[: int((log >= 0).sum())]
-        if (log[len(self.steps) :] != -1).any() or (np.diff(self.steps, prepend=0) <= 0).any():
-            raise StoreError(
-                f"{self.path}: the commit log does not go upwards from 1 without a hole; restore"
-                " the store from a copy"
-            )
-
-    def add_step(self, step: int) -> None:
-        """Note a step that this process has just committed; ``refresh`` without reading
-        anything.
-        """
-        self._indptr.clear()
-        self._checksums = None
-        self.steps = np.append(self.steps, step)
-
-    @property
-    def mantissa_bits(self) -> int | None:
-        """Mantissa bits of float deltas; None if no part holds any."""
-        return self.attributes["mantissa_bits"]
-
-    @property
-    def exact(self) -> bool:
-        """True if every recorded step can be rebuilt bit for bit (of an adapter: its own
-        tensors).
-        """
-        return all(part.encoding != "float" for part in self.layout.parts)
-
-    @property
-    def has_factors(self) -> bool:
-        """True if the steps are low-rank adapters, kept as factors."""
-        return any(part.encoding == "factors" for part in self.layout.parts)
-
-    def row_of(self, step: int) -> int:
-        """Row of a recorded step.
-
-        Raises:
-            StoreError: the step is not recorded.
-        """
-        found = np.flatnonzero(self.steps == step)
-        if not len(found):
-            raise StoreError(
-                f"step {step} is not recorded in {self.path}; it holds {describe_steps(self.steps)}"
-            )
-        return int(found[0])
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -231,33 +162,29 @@ class TrajectoryStore:
         """
         return np.diff(self.indptr(part)[:num_rows].astype(np.int64), axis=1).sum(axis=0)
 
+    def windows(self, part: int) -> Iterator[tuple[int, int]]:
+        """Consecutive ``(begin, end)`` over a part, as many columns as a pass takes at a time."""
+        return blocks(self.layout.parts[part].numel, self.encoding(part).window)
+
     def row_chunk(self, part: int) -> int:
-        """Columns of a dense part that are compressed together: reading fewer decodes as many."""
-        if self.layout.parts[part].encoding == "factors":
-            return READ_WINDOW["factors"]
+        """Columns of a part that are compressed together: reading fewer decodes as many."""
+        return self.encoding(part).chunk(self.layout.parts[part])
+
+    def read_array(self, name: str, place: Place, out: np.ndarray | None = None) -> np.ndarray:
+        """Columns of the row of a step in an array ``[T, n]``, in ``out`` if given."""
+        part, row, begin, end = place
         return self._content(
-            f"the deltas of part {part}",
-            lambda: int(self._arrays.array(f"deltas/{part}").chunks[-1]),
+            partial(self._where, row, part, begin),
+            lambda: self._arrays.read(name, row, begin, end, out),
         )
 
     def read_row(
         self, part: int, row: int, begin: int, end: int, *, out: np.ndarray | None = None
     ) -> np.ndarray:
         """One step's dense row in columns ``begin:end``: float32 deltas, or integer differences
-        against the base.
-
-        From factors the float32 delta is computed. ``out``: an array of the row's dtype to decode
-        into.
+        against the base. ``out``: an array of the row's dtype to decode into.
         """
-        if self.layout.parts[part].encoding == "factors":
-            left, right = self.read_factors(part, row)
-            scale = np.float32(self._factors_of(part).scale)
-            return np.multiply(factor_product(left, right, begin, end), scale, out=out)
-        name = f"deltas/{part}"
-        return self._content(
-            partial(self._where, row, part, begin),
-            lambda: self._arrays.read(name, row, begin, end, out),
-        )
+        return self.read_array(f"deltas/{part}", Place(part, row, begin, end), out)
 
     def read_delta(
         self,
@@ -269,67 +196,32 @@ class TrajectoryStore:
         *,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Float32 delta ``theta_s - theta_0`` of a dense part in columns ``begin:end``; ``base``
-        are the bits there.
+        """Float32 delta ``theta_s - theta_0`` in columns ``begin:end``, with ``base`` the bits
+        there. From factors it is computed; of a sparse log all steps up to the row are replayed.
 
         ``out``: a float32 array ``[end - begin]`` to put it into.
         """
-        if self.layout.parts[part].encoding in ("float", "factors"):
-            return self.read_row(part, row, begin, end, out=out)
-        values, dtype = self.read_row(part, row, begin, end), self.layout.parts[part].dtype
-        return np.subtract(
-            to_float32(base + values.view(base.dtype), dtype), to_float32(base, dtype), out=out
-        )
+        return self.encoding(part).read_delta(self, Place(part, row, begin, end), base, out)
 
     def read_factors(self, part: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         """One step's factors as float32: ``left [rows, rank]`` and ``right [rank, columns]``,
         without the scale.
         """
-        spec = self._factors_of(part)
-        values = to_float32(self.read_factor_bits(part, row), spec.dtype)
-        cut = spec.rows * spec.rank
-        return values[:cut].reshape(spec.rows, spec.rank), values[cut:].reshape(
-            spec.rank, spec.columns
-        )
+        return FACTORS.read(self, part, row)
 
     def read_factor_bits(self, part: int, row: int) -> np.ndarray:
         """Raw bits of one step's factors, ``left`` before ``right``, flat."""
-        numel = self._factors_of(part).numel
-        return self._content(
-            self._where(row, part, 0), lambda: self._arrays.read(f"factors/{part}", row, 0, numel)
-        )
-
-    def _factors_of(self, part: int) -> Factors:
-        spec = self.layout.parts[part].factors
-        if spec is None:
-            raise StoreError(
-                f"{self.path}: part {part} has factors without a description; restore the store"
-                " from a copy"
-            )
-        return spec
+        return FACTORS.bits(self, part, row)
 
     def read_state(self, part: int, row: int, begin: int, end: int) -> np.ndarray:
         """Bits of the recorded weights at ``row`` (-1 for the base), in columns ``begin:end`` as
         for ``read_update``.
 
         From a sparse part this replays the log up to the row. From float deltas it is the base plus
-        the stored delta, rounded to nearest, which is exact only to the stated mantissa bits.
+        the stored delta, rounded to nearest, which is exact only to the stated mantissa bits; from
+        factors the merged weights, rounded stochastically (seed 0) to the base's dtype.
         """
-        encoding, dtype = self.layout.parts[part].encoding, self.layout.parts[part].dtype
-        state = self.read_base(part, begin, end)
-        if row < 0 or encoding == "fixed":
-            return state
-        if encoding == "sparse":
-            for earlier in range(row + 1):
-                columns, differences = self.read_update(part, earlier, begin, end)
-                apply_update(state, columns - begin, differences)
-            return state
-        values = self.read_row(part, row, begin, end)
-        if encoding == "exact":
-            return state + values.view(state.dtype)
-        return round_bits(
-            to_float32(state, dtype) + values, dtype, "nearest", tensor=self._tensor_at(part, begin)
-        )
+        return self.encoding(part).read_state(self, Place(part, row, begin, end))
 
     def sketches(self) -> np.ndarray | None:
         """Sketches that a recorder kept, ``float32 [T, width]``, NaN for a step without one; None
@@ -345,12 +237,6 @@ class TrajectoryStore:
 
     def _read_sketch(self, row: int) -> np.ndarray:
         return np.asarray(self._arrays.array("sketches")[row])
-
-    def checksums(self) -> np.ndarray:
-        """Content checksum of every step and part, ``uint32 [T, parts]``."""
-        self._bind()
-        assert self._checksums is not None
-        return self._checksums
 
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
@@ -412,25 +298,13 @@ class TrajectoryStore:
         self.sketches()
         checksums = self.checksums()
         digest = hashlib.sha256()
-        for part, spec in enumerate(self.layout.parts):
+        for part in range(len(self.layout.parts)):
             contents: list[list[int]] = [[] for _ in self.steps]
-            for begin, end in blocks(spec.numel, READ_WINDOW[spec.encoding]):
-                state = self.read_base(part, begin, end)
-                digest.update(state.data.cast("B"))
-                for row in range(
-                    len(self.steps) if spec.encoding not in ("fixed", "factors") else 0
-                ):
-                    if spec.encoding == "sparse":
-                        columns, differences = self.read_update(part, row, begin, end)
-                        apply_update(state, columns - begin, differences)
-                    else:
-                        state = self.read_row(part, row, begin, end)
-                    contents[row] += block_checksums(state)
-            if spec.encoding == "factors":
-                contents = [
-                    block_checksums(self.read_factor_bits(part, row))
-                    for row in range(len(self.steps))
-                ]
+            for begin, end in self.windows(part):
+                digest.update(self.read_base(part, begin, end).data.cast("B"))
+                kept = self.encoding(part).contents(self, part, begin, end)
+                for content, values in zip(contents, kept, strict=False):
+                    content += block_checksums(values)
             for row, content in enumerate(contents):
                 if content and content_checksum(content) != checksums[row, part]:
                     self._damaged(row, part, 0, "its content does not match its checksum")
@@ -443,106 +317,12 @@ class TrajectoryStore:
             )
         verify_kept(self)
 
-    def check_unchanged(self) -> None:
-        """Refuse results of a pass during which other steps were recorded in place of these, or the
-        store was replaced; steps that were added do not matter.
-
-        Raises:
-            StoreError: these steps are gone or have another content.
-        """
-        self._confirm(always=True)
-
-    def _content(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
-        """What ``read`` gives, if it is of the steps that this reader was opened with.
-
-        Raises:
-            StoreError: ``read`` failed, or what it gave may be of other steps.
-        """
-        if not self._locked:
-            self._bind()
-        try:
-            found = self._arrays.guard(where, read)
-        except StoreError:
-            self._confirm()  # a store that is being rewritten is not damaged
-            raise
-        self._confirm()
-        return found
-
-    def _bind(self) -> None:
-        """Take the content checksums of these steps, before anything is read of them."""
-        if self._checksums is not None:
-            return
-        with self._lock:
-            if self._locked:
-                self._checksums = self._read_checksums()
-            while self._checksums is None:
-                seen = self._arrays.version("steps")
-                try:
-                    found = self._read_checksums()
-                except StoreError:
-                    self._check_log()
-                    raise
-                if seen != self._seen:
-                    self._check_log()
-                if self._arrays.version("steps") == seen:  # else they may be of two states
-                    self._checksums, self._seen = found, seen
-
-    def _read_checksums(self) -> np.ndarray:
-        return self._arrays.read_rows("the checksums", "checksums", len(self.steps))
-
-    def _check_log(self) -> None:
-        """Refuse a log that names other steps now."""
-        if not self._is_prefix_of(self._reopened()):
-            self._refuse()
-
-    def _confirm(self, always: bool = False) -> None:
-        """Refuse to go on if the commit log was replaced and these steps have another content
-        now.
-        """
-        if self._locked:
-            return
-        now = self._arrays.version("steps")
-        if now == self._seen and not always:
-            return
-        with self._lock:
-            if now == self._seen and not always:
-                return
-            self._bind()
-            other = self._reopened()
-            if not self._is_prefix_of(other):
-                self._refuse()
-            if not np.array_equal(other.checksums()[: len(self.steps)], self.checksums()):
-                self._refuse()
-            self._seen = now
-
-    def _reopened(self) -> TrajectoryStore:
-        try:
-            return TrajectoryStore(self.path)
-        except StoreError as error:
-            raise self._changed() from error
-
-    def _is_prefix_of(self, other: TrajectoryStore) -> bool:
-        return other.attributes == self.attributes and np.array_equal(
-            other.steps[: len(self.steps)], self.steps
-        )
-
-    def _changed(self) -> StoreError:
-        return StoreError(
-            f"{self.path}: other steps were recorded in place of those that were read, or the store"
-            " was replaced; run the command again when nothing writes it"
-        )
-
-    def _refuse(self) -> None:
-        raise self._changed()
-
     def num_bytes(self) -> dict[str, int]:
         """Bytes by top-level group (``base``, ``updates``, ``deltas``, ``gram``, ...)."""
         sizes: dict[str, int] = {}
         if "://" in self.path:
             for name in self._group.keys():  # noqa: SIM118, a group is not a mapping
-                sizes[name] = sync(
-                    self._group.store.getsize_prefix((self._group.store_path / name).path)
-                )
+                sizes[name] = bytes_below(self._group, name)
             return sizes
         for folder, _, names in os.walk(self.path):
             top = Path(folder).relative_to(self.path).parts[:1]
@@ -551,27 +331,3 @@ class TrajectoryStore:
                 with contextlib.suppress(FileNotFoundError):  # a writer's temporary file
                     sizes[key] = sizes.get(key, 0) + os.path.getsize(os.path.join(folder, name))
         return sizes
-
-    # -- helpers -----------------------------------------------------------------------------------
-
-    def _tensor_at(self, part: int, column: int) -> str:
-        segments = self.layout.segments_in(part, column)
-        return segments[0].tensor.name if segments else f"part {part}"
-
-    def _where(self, row: int, part: int, begin: int) -> str:
-        return f"step {self.steps[row]}, tensor {self._tensor_at(part, begin)!r}"
-
-    def _damaged(self, row: int, part: int, begin: int, reason: str) -> None:
-        self._confirm()
-        raise StoreError(
-            f"{self.path}: {self._where(row, part, begin)}: {reason}; restore the store from a copy"
-        )
-
-
-def describe_steps(steps: np.ndarray) -> str:
-    """Steps in words: ``40 steps from 1 to 40``."""
-    if not len(steps):
-        return "no steps"
-    if len(steps) == 1:
-        return f"only step {steps[0]}"
-    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"

@@ -11,7 +11,7 @@ def summary(store: TrajectoryStore) -> dict[str, Any]:
     """What ``relexkit info --json`` prints; ``bytes`` by top-level group, ``checkpoint_bytes`` of
     one recorded step as a checkpoint.
     """
-    moving = [part for part in store.layout.parts if part.encoding != "fixed"]
+    moving = [part for part in store.layout.parts if part.moves]
     bits = {"float32": 4}
     checkpoint_bytes = sum(part.numel * bits.get(part.dtype, 2) for part in moving)
     return {

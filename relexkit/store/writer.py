@@ -7,15 +7,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
-from zarr.core.sync import sync
 
 from relexkit.errors import StoreError
-from relexkit.store.encodings.bits import encode_update, num_blocks
+from relexkit.store.encodings.bits import encode_update
+from relexkit.store.encodings.protocol import PartRow
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.store.fastpath.arrays import WritableArrays
-from relexkit.store.fastpath.chunk_files import Encoded, RowWriter
+from relexkit.store.fastpath.keys import delete_below
 from relexkit.store.fastpath.local import for_writing, unflushed_of
 from relexkit.store.format import (
     LOG_CHUNK,
@@ -31,19 +33,22 @@ from relexkit.store.reader import TrajectoryStore
 class StoreWriter:
     """Appends steps to a store. Use as a context manager: it holds the writer's lock.
 
-    A step is ``begin``, one ``write_sparse``, ``write_row`` or ``write_factors`` for every moving
-    part, then ``commit``. A large row may come in pieces: ``encode_row`` and ``append_row`` for
-    each, then ``finish_row``; so may an update: ``encode_update``, ``append_update``,
-    ``finish_update``. Several processes may write the parts of one step: the leader holds
-    the lock and calls ``begin`` first and ``commit`` last, with the others' ``checksums``; the
-    others are members, call ``begin`` after it, ``flush`` before they give their checksums and
-    ``follow`` once it has committed.
+    A step is ``begin``, for every moving part pieces as its encoding makes them (``append``) and
+    ``finish``, then ``commit``; ``write_sparse`` and ``write_row`` take a part in one piece.
+    Several processes may write the parts of one step: the leader holds the lock and calls ``begin``
+    first and ``commit`` last, with the others' ``checksums``; the others are members, call
+    ``begin`` after it, ``flush`` before they give their checksums and ``follow`` once it has
+    committed.
 
     A step is on the disk before the commit log names it. After a failed write the writer takes no
     more: what would be committed later may have been differenced against what was lost.
 
     Args:
         member: another process holds the lock and commits.
+
+    Attributes:
+        store: as it was when the last step was committed.
+        arrays: of the store, to be written.
 
     Raises:
         StoreError: another process is writing, or a step does not come after the recorded ones.
@@ -54,12 +59,11 @@ class StoreWriter:
         self._lock = None if member else WriterLock(str(path))
         try:
             self.store = TrajectoryStore(path, locked=True)
-            self._rows: dict[int, RowWriter] = {}
-            self._updates: dict[int, _UpdateRow] = {}
+            self._rows: dict[int, PartRow] = {}
             self._failure: BaseException | None = None
             self._group = zarr.open_group(for_writing(str(path)), mode="r+")
             self._unflushed = unflushed_of(self._group.store)
-            self._arrays = WritableArrays(self._group)
+            self.arrays = WritableArrays(self._group)
             self._row = len(self.store.steps)
         except BaseException:
             self.close()
@@ -81,10 +85,10 @@ class StoreWriter:
             self._lock.close()
 
     def _give_up_rows(self) -> None:
-        for rows in (getattr(self, "_rows", {}), getattr(self, "_updates", {})):
-            for row in rows.values():
-                row.discard()
-            rows.clear()
+        rows = getattr(self, "_rows", {})
+        for row in rows.values():
+            row.discard()
+        rows.clear()
 
     def begin(self, step: int) -> None:
         """Start a step; it must be larger than every recorded one.
@@ -101,12 +105,10 @@ class StoreWriter:
             )
         self._step = step
         self._checksums = np.zeros(len(self.store.layout.parts), np.uint32)
-        self._missing = {
-            p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"
-        }
+        self._missing = {p for p, part in enumerate(self.store.layout.parts) if part.moves}
         self._give_up_rows()
         if self._member:
-            self._arrays.forget()  # the leader may have made room for more rows
+            self.arrays.forget()  # the leader may have made room for more rows
         else:
             self._discard_unfinished()
             self._reserve()
@@ -114,7 +116,7 @@ class StoreWriter:
     @property
     def checksums(self) -> dict[int, int]:
         """Content checksums of the parts of the step that this process has written so far."""
-        moving = {p for p, part in enumerate(self.store.layout.parts) if part.encoding != "fixed"}
+        moving = {p for p, part in enumerate(self.store.layout.parts) if part.moves}
         return {part: int(self._checksums[part]) for part in sorted(moving - self._missing)}
 
     def follow(self) -> None:
@@ -134,12 +136,12 @@ class StoreWriter:
             return
         if not self._member:
             with self._writing():
-                log = np.full(self._arrays.array("steps").shape, -1, np.int64)
+                log = np.full(self.arrays.array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
                 self._check_lock()
-                self._arrays.array("steps")[:] = log
+                self.arrays.array("steps")[:] = log
                 self._flush()  # before anything is written over what the log named
-            self._arrays.forget()
+            self.arrays.forget()
         self.store.refresh()
         self._row = keep
 
@@ -150,52 +152,34 @@ class StoreWriter:
         after the update.
         """
         numel = self.store.layout.parts[part].numel
-        self.append_update(part, *encode_update(columns, differences, numel))
-        self.finish_update(part, checksum)
-
-    def append_update(
-        self, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
-    ) -> None:
-        """Write the next blocks of a sparse part, as ``encode_update`` gives them, in order."""
-        with self._writing():
-            if part not in self._updates:
-                self._updates[part] = _UpdateRow(self._arrays, part, self._row)
-            self._updates[part].append(gaps, differences, counts)
-
-    def finish_update(self, part: int, checksum: int) -> None:
-        """Complete a sparse part, whose bits after the update have this checksum."""
-        with self._writing():
-            row = self._updates.get(part) or _UpdateRow(self._arrays, part, self._row)
-            row.close(num_blocks(self.store.layout.parts[part].numel))
-        self._updates.pop(part, None)
-        self._written(part, checksum)
+        self.append(part, *encode_update(columns, differences, numel))
+        self.finish(part, checksum)
 
     def write_row(self, part: int, values: np.ndarray, checksum: int) -> None:
         """Record a dense part: float32 deltas or integer differences ``[numel]``, and the checksum
         of their bits.
         """
-        self.append_row(part, self.encode_row(part, values))
-        self.finish_row(part, checksum)
+        self.append(part, self.arrays.encode(f"deltas/{part}", values))
+        self.finish(part, checksum)
 
-    def encode_row(self, part: int, values: np.ndarray) -> Encoded:
-        """Encode the next values of a dense part, a multiple of ``store.row_chunk(part)`` or the
-        last ones; on any thread.
-        """
-        return self._arrays.encode(f"deltas/{part}", values)
-
-    def append_row(self, part: int, chunks: Encoded) -> None:
-        """Write values that ``encode_row`` has encoded, in order."""
+    def append(self, part: int, *piece: Any) -> None:
+        """Write the next piece of a part, as its encoding takes them."""
         with self._writing():
-            if part not in self._rows:
-                self._rows[part] = self._arrays.open_row(f"deltas/{part}", self._row)
-            self._rows[part].append(chunks)
+            self._open(part).append(*piece)
 
-    def finish_row(self, part: int, checksum: int) -> None:
-        """Complete a dense part, whose bits have this checksum."""
+    def finish(self, part: int, checksum: int) -> None:
+        """Complete a part, whose content has this checksum."""
         with self._writing():
-            self._rows[part].close()
+            self._open(part).close()
         del self._rows[part]
-        self._written(part, checksum)
+        self._checksums[part] = checksum
+        self._missing.discard(part)
+
+    def _open(self, part: int) -> PartRow:
+        if part not in self._rows:
+            encoding = ENCODINGS[self.store.layout.parts[part].encoding]
+            self._rows[part] = encoding.open(self.arrays, part, self._row)
+        return self._rows[part]
 
     def write_sketch(self, row: np.ndarray) -> None:
         """Keep the sketch of the step, ``[width]``, so that a recorder that resumes goes on with
@@ -203,17 +187,9 @@ class StoreWriter:
         """
         with self._writing():
             if "sketches" not in self._group:
-                create_sketches(self._group, self._arrays.array("steps").shape[0], len(row))
+                create_sketches(self._group, self.arrays.array("steps").shape[0], len(row))
                 self._flush()  # readers of the committed steps look at it
-            self._arrays.set_row("sketches", self._row, row.astype(np.float32))
-
-    def write_factors(self, part: int, bits: np.ndarray, checksum: int) -> None:
-        """Record a part with factors: the raw bits of ``left`` and ``right``, flat, and their
-        checksum.
-        """
-        with self._writing():
-            self._arrays.array(f"factors/{part}")[self._row, :] = bits
-        self._written(part, checksum)
+            self.arrays.set_row("sketches", self._row, row.astype(np.float32))
 
     def flush(self) -> None:
         """Put what was written on the disk, as a member does before the leader commits."""
@@ -223,10 +199,6 @@ class StoreWriter:
     def _flush(self) -> None:
         if self._unflushed is not None:
             self._unflushed.flush()
-
-    def _written(self, part: int, checksum: int) -> None:
-        self._checksums[part] = checksum
-        self._missing.discard(part)
 
     def commit(
         self, metrics: Mapping[str, float] | None = None, checksums: Mapping[int, int] | None = None
@@ -241,18 +213,19 @@ class StoreWriter:
             StoreError: a part of the step was not written, or the disk is full.
         """
         for part, checksum in (checksums or {}).items():
-            self._written(part, checksum)
+            self._checksums[part] = checksum
+            self._missing.discard(part)
         if self._missing:
             raise StoreError(
                 f"{self.store.path}: step {self._step} lacks parts {sorted(self._missing)}; write"
                 " every part first"
             )
         with self._writing():
-            self._arrays.set_row("checksums", self._row, self._checksums)
+            self.arrays.set_row("checksums", self._row, self._checksums)
             self._write_metrics(metrics or {})
             self._flush()
             self._check_lock()
-            self._arrays.set_entry("steps", self._row, self._step)
+            self.arrays.set_entry("steps", self._row, self._step)
             self._flush()
         self.store.add_step(self._step)
         self._row += 1
@@ -263,51 +236,45 @@ class StoreWriter:
         new = [name for name in metrics if name not in keys]
         for name in new:
             keys[name] = metric_key(name, keys.values())
-            array = create_metric(self._group, keys[name], self._arrays.array("steps").shape[0])
+            array = create_metric(self._group, keys[name], self.arrays.array("steps").shape[0])
             array[:] = float("nan")
         if new:
             self._flush()  # before the list names them
             group.update_attributes(metric_list(keys))
         for name, key in keys.items():
-            self._arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
+            self.arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
 
-    def _per_step_arrays(self) -> list[str]:
-        names = [f"metrics/{key}" for key in self.store.metric_keys().values()]
-        for part, spec in enumerate(self.store.layout.parts):
-            if spec.encoding == "sparse":
-                names += [f"updates/{part}/{leaf}" for leaf in ("indices", "data", "indptr")]
-            elif spec.encoding == "factors":
-                names.append(f"factors/{part}")
-            elif spec.encoding != "fixed":
-                names.append(f"deltas/{part}")
-        return [*names, *(["sketches"] if "sketches" in self._group else []), "checksums", "steps"]
+    def _arrays_of_parts(self) -> list[str]:
+        parts = enumerate(self.store.layout.parts)
+        names = [name for p, part in parts for name in ENCODINGS[part.encoding].arrays(p)]
+        return [*names, *(["sketches"] if "sketches" in self._group else [])]
 
     def _reserve(self) -> None:
         """Make room for one more row; ``steps`` grows last, so its length never exceeds the
         others'.
         """
-        if self._row < self._arrays.array("steps").shape[0]:
+        if self._row < self.arrays.array("steps").shape[0]:
             return
         if self._row >= LOG_CHUNK:
             raise StoreError(
                 f"{self.store.path}: is full with {self._row} steps; import into a new store"
             )
         with self._writing():
-            for name in self._per_step_arrays():
+            metrics = [f"metrics/{key}" for key in self.store.metric_keys().values()]
+            for name in [*metrics, *self._arrays_of_parts(), "checksums", "steps"]:
                 if name == "steps":
                     self._flush()
-                array = self._arrays.array(name)
+                array = self.arrays.array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
-        self._arrays.forget()
+        self.arrays.forget()
 
     def _discard_unfinished(self) -> None:
         """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite
         never merges with it.
         """
         with self._writing():
-            for name in self._per_step_arrays():
-                if name.startswith(("updates/", "deltas/", "factors/", "sketches")):
-                    sync((self._group.store_path / name / "c" / str(self._row)).delete_dir())
+            for name in self._arrays_of_parts():
+                delete_below(self._group, f"{name}/c/{self._row}")
 
     def _check_lock(self) -> None:
         if self._lock is not None:
@@ -341,52 +308,3 @@ class StoreWriter:
             return len(TrajectoryStore(self.store.path).steps)
         except StoreError:
             return len(self.store.steps)
-
-
-class _UpdateRow:
-    """One step of the sparse log of a part, in pieces that are compressed as soon as a chunk is
-    full.
-    """
-
-    def __init__(self, arrays: WritableArrays, part: int, row: int):
-        self._arrays, self._row, self._name = arrays, row, f"updates/{part}"
-        self._leaves: dict[str, RowWriter] = {}
-        self._pieces: list[tuple[np.ndarray, np.ndarray]] = []
-        self._waiting = 0
-        self._counts = [np.zeros(1, np.int64)]
-
-    def append(self, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray) -> None:
-        """Entries of the next blocks of columns, with their number in each block."""
-        self._counts.append(counts)
-        if len(gaps):
-            self._pieces.append((gaps, differences))
-            self._waiting += len(gaps)
-        chunk = self._arrays.array(f"{self._name}/data").chunks[-1]
-        if self._waiting >= chunk:
-            self._write(self._waiting // chunk * chunk)
-
-    def close(self, blocks: int) -> None:
-        """Write what is left, and the index of all ``blocks``, which makes the update complete."""
-        if self._waiting:
-            self._write(self._waiting)
-        for leaf in self._leaves.values():
-            leaf.close()
-        indptr = np.zeros(blocks + 1, np.int64)
-        counts = np.concatenate(self._counts)
-        indptr[: len(counts)] = counts.cumsum()
-        self._arrays.set_row(f"{self._name}/indptr", self._row, indptr.astype(np.uint32))
-
-    def discard(self) -> None:
-        """Nothing was written."""
-        for leaf in self._leaves.values():
-            leaf.discard()
-
-    def _write(self, count: int) -> None:
-        joined = [np.concatenate(column) for column in zip(*self._pieces, strict=True)]
-        for leaf, values in zip(("indices", "data"), joined, strict=True):
-            name = f"{self._name}/{leaf}"
-            if leaf not in self._leaves:
-                self._leaves[leaf] = self._arrays.open_row(name, self._row)
-            self._leaves[leaf].append(self._arrays.encode(name, values[:count]))
-        self._waiting -= count
-        self._pieces = [(joined[0][count:], joined[1][count:])] if self._waiting else []

@@ -10,22 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
-
-Encoding = Literal["sparse", "exact", "float", "factors", "fixed"]
-"""How a part is stored: sparse update log, dense integer differences, dense float deltas, factors
-of a low-rank delta, or base only.
-"""
-
-PART_NUMEL: dict[Encoding, int] = {"sparse": 2**28, "exact": 2**25, "float": 2**25, "fixed": 2**27}
-"""Largest part by encoding. A dense row of a part is compressed in one piece in memory, hence the
-smaller bound. A tensor with factors is a part of its own, whatever its size.
-"""
 
 Scope = Literal["tensor", "layer", "module", "global"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -75,14 +65,19 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One flat array of ``numel`` elements of ``dtype``, stored with ``encoding``; ``factors`` with
-    that encoding only.
+    """One flat array of ``numel`` elements of ``dtype``. ``encoding`` says how its steps are stored
+    (a name of ``relexkit.store.encodings``); ``factors``, what a low-rank delta is made of.
     """
 
     numel: int
     dtype: str
-    encoding: Encoding
+    encoding: str
     factors: Factors | None = None
+
+    @property
+    def moves(self) -> bool:
+        """True if there are deltas; what is not float is the base's in every step."""
+        return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class Layout:
     @property
     def num_parameters(self) -> int:
         """Number of float parameters that can move, each shared one counted once."""
-        return sum(part.numel for part in self.parts if part.encoding != "fixed")
+        return sum(part.numel for part in self.parts if part.moves)
 
     @property
     def moving_tensors(self) -> tuple[TensorSpec, ...]:
@@ -207,16 +202,12 @@ def _are_counts(*values: object) -> bool:
 
 
 def _check_part(number: int, part: Part) -> None:
-    known = part.encoding in get_args(Encoding) and isinstance(part.dtype, str)
-    if not known or not _are_counts(part.numel) or part.numel > 2**31 - 1:
+    words = isinstance(part.dtype, str) and isinstance(part.encoding, str)
+    if not words or not _are_counts(part.numel) or part.numel > 2**31 - 1:
         raise ValueError(
             f"part {number} is of {part.numel} elements, {part.dtype}, {part.encoding}"
         )
-    if part.encoding != "fixed" and part.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"part {number} has steps but the dtype {part.dtype}")
     factors = part.factors
-    if (factors is not None) != (part.encoding == "factors"):
-        raise ValueError(f"part {number} has factors or the encoding, but not both")
     if factors is not None and not (
         _are_counts(factors.rows, factors.columns, factors.rank)
         and factors.rows * factors.columns == part.numel
@@ -248,7 +239,7 @@ def _check_tensor(
     part, remaining, room = tensor.part, tensor.numel, parts[tensor.part].numel - tensor.offset
     while True:
         spec = parts[part]
-        if (spec.encoding == "fixed") == moves or (moves and spec.dtype != tensor.dtype):
+        if spec.moves != moves or (moves and spec.dtype != tensor.dtype):
             raise ValueError(f"{where} of dtype {tensor.dtype} lies in a part of {spec.dtype}")
         if room < 0:
             raise ValueError(f"{where} begins beyond the end of part {part}")
@@ -259,85 +250,6 @@ def _check_tensor(
         if part >= len(parts):
             raise ValueError(f"{where} goes on beyond the last part")
         room = parts[part].numel
-
-
-def build_layout(
-    tensors: Sequence[tuple[str, tuple[int, ...], str]],
-    encodings: dict[str, Encoding],
-    tied: dict[str, str] | None = None,
-    part_numel: dict[Encoding, int] | None = None,
-    factors: Mapping[str, Factors] | None = None,
-    still: Collection[str] = (),
-) -> Layout:
-    """Pack ``tensors`` (name, shape, dtype; in order) into parts.
-
-    Args:
-        encodings: encoding of each float dtype that occurs; other dtypes become ``fixed`` parts.
-        tied: alias name -> name of the tensor whose elements it shares.
-        part_numel: largest part by encoding; ``PART_NUMEL`` if not given.
-        factors: tensors whose deltas are kept as factors.
-        still: float tensors that no step moves; they get sparse parts of their own, whose log stays
-            empty.
-    """
-    tied, limits, factors = tied or {}, part_numel or PART_NUMEL, factors or {}
-    specs: list[TensorSpec] = []
-    sizes: list[list] = []  # [numel, dtype, encoding, factors], grown in place
-    open_part: dict[tuple[str, bool], int] = {}
-    for name, shape, dtype in tensors:
-        info = TensorInfo(shape, dtype)
-        numel = info.numel if dtype in FLOAT_DTYPES else info.num_bytes
-        if name in tied:
-            specs.append(
-                TensorSpec(
-                    name=name,
-                    shape=shape,
-                    dtype=dtype,
-                    part=-1,
-                    offset=-1,
-                    numel=numel,
-                    tied_to=tied[name],
-                )
-            )
-            continue
-        if name in factors:
-            specs.append(
-                TensorSpec(
-                    name=name, shape=shape, dtype=dtype, part=len(sizes), offset=0, numel=numel
-                )
-            )
-            sizes.append([numel, dtype, "factors", factors[name]])
-            continue
-        encoding: Encoding = (
-            "fixed"
-            if dtype not in FLOAT_DTYPES
-            else "sparse"
-            if name in still
-            else encodings[dtype]
-        )
-        limit = limits[encoding]
-        part = open_part.get((dtype, name in still))
-        # a tensor that has to be cut starts a part of its own, and its pieces are the parts that
-        # follow
-        if part is None or (
-            sizes[part][0] + numel > limit and (sizes[part][0] or part != len(sizes) - 1)
-        ):
-            part = len(sizes)
-            sizes.append([0, dtype, encoding, None])
-        specs.append(
-            TensorSpec(
-                name=name, shape=shape, dtype=dtype, part=part, offset=sizes[part][0], numel=numel
-            )
-        )
-        remaining = numel
-        while sizes[part][0] + remaining > limit:
-            remaining -= limit - sizes[part][0]
-            sizes[part][0] = limit
-            part = len(sizes)
-            sizes.append([0, dtype, encoding, None])
-        sizes[part][0] += remaining
-        open_part[dtype, name in still] = part
-    parts = tuple(Part(numel=n, dtype=d, encoding=e, factors=f) for n, d, e, f in sizes)
-    return Layout(tuple(specs), parts)
 
 
 _LAYER = re.compile(r"(?:^|\.)(layers|h|blocks|layer)\.(\d+)(?=\.|$)")

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit import TrajectoryStore, __version__
-from relexkit.store import StoreWriter, blocks, create_store
+from relexkit import TrajectoryStore
+from relexkit.store import About, StoreWriter, blocks, build_layout, create_store
 from relexkit.store.encodings.bits import block_checksums, content_checksum
 from relexkit.weights.dtypes import round_to_mantissa_bits
-from relexkit.weights.layout import build_layout
 
 _CUT = 2**18
 
@@ -53,11 +52,7 @@ def make_store(
         path,
         layout,
         base,
-        files={},
-        source="made up",
-        base="made up",
-        mantissa_bits=10 if encoding == "float" else None,
-        version=__version__,
+        About(source="made up", base="made up", mantissa_bits=10),
     )
     with StoreWriter(path) as writer:
         states = (

@@ -21,6 +21,7 @@ from relexkit.checkpoints.chain import ChainedRun
 from relexkit.cli import main
 from relexkit.errors import CheckpointError
 from relexkit.ingest.estimate import estimate_import
+from relexkit.ingest.reading import Reading
 from relexkit.ingest.watch import watch
 
 
@@ -262,7 +263,7 @@ def test_info_and_dry_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "compressed" in shown
     assert main(["info", str(source), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_elements"] is None
-    found = estimate_import(source, base=run.base)
+    found = estimate_import(source, reading=Reading(base=run.base))
     assert (found.steps, found.encodings) == (run.steps, ["sparse"])
     assert found.seconds is not None
     assert found.checkpoint_bytes == 5 * sum(
@@ -296,7 +297,7 @@ def test_object_storage(run: Run, from_folders: TrajectoryStore, tmp_path: Path)
     write_pull_version(source, 3, None, run.weights[3])
     fsspec.filesystem("memory").put(str(source), "/bucket/sync", recursive=True)
     url = "memory://bucket/sync"
-    assert estimate_import(url, base=run.base).steps == run.steps
+    assert estimate_import(url, reading=Reading(base=run.base)).steps == run.steps
     result = import_checkpoints(url, tmp_path / "s.zarr", base=run.base)
     assert np.array_equal(result.store.checksums(), from_folders.checksums())
     store = watch(url, tmp_path / "w.zarr", base=run.base, poll_seconds=0.02, idle_seconds=0.1)

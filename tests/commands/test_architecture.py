@@ -13,12 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import write_run
 from strategies import gram_of, trajectory
 
-from relexkit import METHODS, Prediction, import_checkpoints, predict_weights, registry
+from relexkit import (
+    METHODS,
+    Prediction,
+    RelexkitError,
+    checkout,
+    extrapolate,
+    gram,
+    import_checkpoints,
+    predict_weights,
+    registry,
+)
 from relexkit.assess.backtest import backtest
+from relexkit.checkpoints import open_checkpoint
 from relexkit.checkpoints.formats.table import FORMATS
+from relexkit.ingest.readback import ReadBack
 from relexkit.registry import Extension
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.trainer.credit.loss import AGGREGATIONS, Denominators, aggregate
 from relexkit.trainer.tasks import load_task, score
 
@@ -33,12 +47,13 @@ EXAMPLES = {
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """What an example adds is gone after its test."""
-    kept = dict(METHODS), list(FORMATS), dict(AGGREGATIONS)
+    tables: list[dict[str, Any]] = [METHODS, AGGREGATIONS, ENCODINGS]
+    kept, formats = [dict(table) for table in tables], list(FORMATS)
     yield
-    for table, before in zip((METHODS, AGGREGATIONS), (kept[0], kept[2]), strict=True):
+    for table, before in zip(tables, kept, strict=True):
         table.clear()
         table.update(before)
-    FORMATS[:] = kept[1]
+    FORMATS[:] = formats
 
 
 def example(name: str) -> dict[str, Any]:
@@ -56,6 +71,7 @@ def test_every_example_is_tested() -> None:
         "parity.py",
         "mine/__init__.py",
         "mine/hello.py",
+        "relexkit/store/encodings/xor.py",
     ]
 
 
@@ -113,6 +129,49 @@ def test_an_extension_adds_commands_and_plots(
     assert capsys.readouterr().out == "HELLO RUN.ZARR\n"
     with pytest.raises(ModuleNotFoundError, match=r"mine\.figures"):
         registry.plot("advise")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_encoding_is_one_module_and_one_line(tmp_path: Path, dtype: str) -> None:
+    """All that reads or writes steps takes it, with the results of ``exact``."""
+    run = write_run(
+        tmp_path, steps=(1, 2, 5), dtype=dtype, density=0.6, motion="drift", buffers=True
+    )
+    reference = import_checkpoints(
+        run.source, tmp_path / "exact.zarr", base=run.base, encoding="exact"
+    ).store
+    example("relexkit/store/encodings/xor.py")
+    place = tmp_path / "xor.zarr"
+    asked: dict[str, Any] = {"base": run.base, "encoding": "xor"}
+    import_checkpoints(run.source, place, steps=":2", **asked)
+    store = import_checkpoints(run.source, place, **asked).store  # compares what is there
+    assert {p.encoding for p in store.layout.parts} == {"xor", "fixed"}
+    assert (store.attributes["format_version"], store.exact) == (3, True)
+    store.verify()
+    for part, spec in enumerate(store.layout.parts):
+        for row in range(-1, 3):
+            states = [s.read_state(part, row, 0, spec.numel) for s in (store, reference)]
+            np.testing.assert_array_equal(*states)
+        if spec.moves:
+            base = store.read_base(part, 0, spec.numel)
+            deltas = [s.read_delta(part, 2, 0, spec.numel, base) for s in (store, reference)]
+            np.testing.assert_array_equal(*deltas)
+    for name in ("matrices", "changed", "moved"):
+        np.testing.assert_array_equal(*(getattr(gram(s), name) for s in (store, reference)))
+    for name, one in (("xor", store), ("exact", reference)):
+        extrapolate(one, [9], tmp_path / name, Prediction(method="two-point"))
+        checkout(one, 5, tmp_path / name / "step-5")
+    for step in (5, 9):
+        first, second = (
+            (tmp_path / name / f"step-{step}" / "model.safetensors").read_bytes()
+            for name in ("xor", "exact")
+        )
+        assert first == second
+    others = ReadBack(store).difference(2, open_checkpoint(tmp_path / "exact" / "step-5"))
+    assert others is None
+    del ENCODINGS["xor"]
+    with pytest.raises(RelexkitError, match="xor is unknown; choose"):
+        import_checkpoints(run.source, tmp_path / "other.zarr", **asked)
 
 
 # -- the documents and the tree --------------------------------------------------------------------

@@ -17,6 +17,7 @@ from runs import EMBEDDING, HEAD, Run, Weights, raw_bits, write_checkpoint, writ
 from relexkit import Gram, RelexkitError, StoreError, TrajectoryStore, gram, import_checkpoints
 from relexkit.gram_matrix.exact import _OuterProducts
 from relexkit.store import WriterLock
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.dtypes import round_to_mantissa_bits
 
 TOLERANCE = 1e-6
@@ -235,10 +236,8 @@ def test_parts_that_cut_tensors_and_budgets_that_cut_parts(
         seed=9,
     )
     whole = imported(run, tmp_path / "whole.zarr", encoding=asked)
-    monkeypatch.setattr(
-        "relexkit.weights.layout.PART_NUMEL",
-        dict.fromkeys(("sparse", "exact", "float", "fixed"), 70_001),
-    )
+    for kind in ENCODINGS.values():
+        monkeypatch.setattr(kind, "part_numel", 70_001)
     cut = imported(run, tmp_path / "cut.zarr", encoding=asked)
     assert encodings(whole) == encodings(cut) == {encoding}
     assert len(whole.layout.parts) == 1

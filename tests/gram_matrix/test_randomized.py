@@ -197,7 +197,8 @@ def test_any_shape_through_a_store(
     store = store_of(
         tmp_path_factory.mktemp("drawn") / "run.zarr", {"w": drawn.deltas}, drawn.steps
     )
-    [found] = randomized_gram(store, components=min(8, len(drawn.steps)), oversampling=40).matrices
+    compute = Compute(components=min(8, len(drawn.steps)))
+    [found] = randomized_gram(store, oversampling=40, compute=compute).matrices
     [expected] = gram(store).matrices
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(np.trace(expected), 1e-300))
 
@@ -222,7 +223,7 @@ def test_sparse_log_and_exact_rows(tmp_path: Path) -> None:
         ).store
         exact, found = (
             spectrum(gram(store)),
-            spectrum(randomized_gram(store, components=4, oversampling=4)),
+            spectrum(randomized_gram(store, oversampling=4, compute=Compute(components=4))),
         )
         for expected, scope in zip(exact.scopes, found.scopes, strict=True):
             pair = [np.pad(s.explained_variance_ratio, (0, 2))[:2] for s in (expected, scope)]
@@ -272,7 +273,7 @@ def test_more_components_than_steps(cases, components: int) -> None:
     with pytest.raises(
         RelexkitError, match=rf"--components {components} of 60 recorded steps; expected 1 to 60"
     ):
-        randomized_gram(cases[0], components=components)
+        randomized_gram(cases[0], compute=Compute(components=components))
 
 
 def test_the_result_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

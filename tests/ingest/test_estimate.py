@@ -9,6 +9,7 @@ from runs import write_run
 from relexkit import CheckpointError, import_checkpoints
 from relexkit.cli import main
 from relexkit.ingest.estimate import estimate_import
+from relexkit.ingest.reading import Reading
 
 SHAPES = {
     "model.embed_tokens.weight": (700, 400),
@@ -36,7 +37,7 @@ def test_the_size_is_that_of_the_store_that_an_import_writes(
         "extras": False,
     }
     run = write_run(tmp_path, steps=range(1, 9), **options)
-    found = estimate_import(run.source, base=run.base, encoding=encoding)
+    found = estimate_import(run.source, reading=Reading(base=run.base, encoding=encoding))
     assert not list(tmp_path.glob("*.zarr*"))
     assert (found.steps, found.encodings, found.dtypes) == (list(range(1, 9)), expected, [dtype])
     assert (found.num_tensors, found.num_parameters) == (3, 400_400)
@@ -58,7 +59,7 @@ def test_factors_are_estimated_as_they_are(tmp_path: Path) -> None:
     from test_peft import VARIANTS, llama
 
     made = llama(tmp_path, **VARIANTS["plain"])
-    found = estimate_import(made.source, base=made.base)
+    found = estimate_import(made.source, reading=Reading(base=made.base))
     store = import_checkpoints(made.source, tmp_path / "s.zarr", base=made.base).store
     assert (found.encodings, found.seconds) == (["factors"], None)
     assert found.step_bytes == 5 * 4 * sum(
@@ -68,7 +69,7 @@ def test_factors_are_estimated_as_they_are(tmp_path: Path) -> None:
 
 def test_a_single_step_and_buffers_are_estimated_too(tmp_path: Path) -> None:
     run = write_run(tmp_path, steps=[4], buffers=True)
-    assert estimate_import(run.source, base=run.base).steps == [4]
+    assert estimate_import(run.source, reading=Reading(base=run.base)).steps == [4]
 
 
 def test_what_an_import_would_refuse_is_refused(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_what_an_import_would_refuse_is_refused(tmp_path: Path) -> None:
         CheckpointError,
         match="hf://lab/run: --dry-run reads from a sample of the weights; expected folders",
     ):
-        estimate_import("hf://lab/run", base=run.base)
+        estimate_import("hf://lab/run", reading=Reading(base=run.base))
 
 
 def test_the_command_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,11 +33,11 @@ from runs import (
     write_run,
 )
 
-import relexkit.weights.layout
 from relexkit import TrajectoryStore, import_checkpoints
 from relexkit.errors import CheckpointError, RelexkitError, StoreError
 from relexkit.ingest.importer import select_steps
 from relexkit.store import WriterLock, durable
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.dtypes import to_float32
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -458,11 +458,8 @@ def test_small_parts_and_small_budgets_change_nothing(
     memory_budget_bytes: int,
 ) -> None:
     run = write_run(tmp_path, steps=(1, 3, 4), dtype=dtype, density=density, buffers=True)
-    monkeypatch.setattr(
-        relexkit.weights.layout,
-        "PART_NUMEL",
-        dict.fromkeys(relexkit.weights.layout.PART_NUMEL, 190),
-    )
+    for kind in ENCODINGS.values():
+        monkeypatch.setattr(kind, "part_numel", 190)
     arguments: dict[str, Any] = {"base": run.base, "encoding": "exact"}
     import_checkpoints(run.source, tmp_path / "whole.zarr", **arguments)
     import_checkpoints(

@@ -202,7 +202,7 @@ def test_a_step_that_was_stored_wrongly_is_not_deleted(
     run, folder = saved
     for step in run.steps:
         appear(run, folder, step)
-    write = StoreWriter.append_update
+    write = StoreWriter.append
 
     def wrong(
         self: StoreWriter, part: int, gaps: np.ndarray, differences: np.ndarray, counts: np.ndarray
@@ -213,7 +213,7 @@ def test_a_step_that_was_stored_wrongly_is_not_deleted(
         write(self, part, gaps, differences, counts)
 
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base, steps="1:1")
-    monkeypatch.setattr(StoreWriter, "append_update", wrong)
+    monkeypatch.setattr(StoreWriter, "append", wrong)
     import_checkpoints(folder, tmp_path / "s.zarr", base=run.base)
     with pytest.raises(StoreError, match=r"step 2"):
         watch(folder, tmp_path / "s.zarr", base=run.base, delete_after=True, **QUICK)

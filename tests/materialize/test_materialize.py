@@ -40,6 +40,7 @@ from relexkit import (
     predict_weights,
 )
 from relexkit.materialize import round_checkpoint
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.safetensors_io import SafetensorsFolderWriter
 
 BIG = {
@@ -229,10 +230,8 @@ def test_stochastic_rounding_does_not_depend_on_the_blocking(
             compute=Compute(memory_budget_bytes=budget),
         )
         results.append((p.folder / "model.safetensors").read_bytes())
-    monkeypatch.setattr(
-        "relexkit.weights.layout.PART_NUMEL",
-        dict.fromkeys(("sparse", "exact", "float", "fixed"), 70_001),
-    )
+    for kind in ENCODINGS.values():
+        monkeypatch.setattr(kind, "part_numel", 70_001)
     options: dict[str, Any] = {"encoding": "float", "mantissa_bits": 23} if case == "float" else {}
     if case == "exact bfloat16":
         options = {"encoding": "exact"}

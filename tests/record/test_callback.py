@@ -283,14 +283,14 @@ def test_a_store_that_cannot_be_written_stops_the_training(
     from relexkit.record.callback import RecorderCallback
     from relexkit.store import StoreWriter
 
-    write = StoreWriter.append_row
+    write = StoreWriter.append
 
     def full(self: StoreWriter, part: int, chunks: list[bytes]) -> None:
         if self._step == 3:
             raise StoreError("the disk is full")
         write(self, part, chunks)
 
-    monkeypatch.setattr(StoreWriter, "append_row", full)
+    monkeypatch.setattr(StoreWriter, "append", full)
     with pytest.raises(StoreError, match="the disk is full"):
         small_trainer(tmp_path / "run", RecorderCallback(tmp_path / "s.zarr")).train()
     assert TrajectoryStore(tmp_path / "s.zarr").steps.tolist() == [1, 2]

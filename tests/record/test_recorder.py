@@ -22,7 +22,7 @@ from relexkit import (
     import_checkpoints,
     spectrum,
 )
-from relexkit.weights.layout import PART_NUMEL
+from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.safetensors_io import SafetensorsFile
 
 SIZES = (7, 300, 1)
@@ -228,11 +228,11 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path[:0] = {tests!r}
-import relexkit.weights.layout
 from relexkit import Recorder, RelexkitError
+from relexkit.store.encodings.table import ENCODINGS
 from test_recorder import move, small_model
 
-relexkit.weights.layout.PART_NUMEL["float"] = 1000
+ENCODINGS["float"].part_numel = 1000
 dist.init_process_group("gloo")
 sharded = sys.argv[2] == "sharded"
 model = small_model()
@@ -295,7 +295,7 @@ def test_two_processes_write_the_store_of_one(tmp_path, monkeypatch, kind):
         assert "rank 0: process 1: step 2" in done.stdout
         assert "rank 1: step 2: tensor" in done.stdout
         return
-    monkeypatch.setitem(PART_NUMEL, "float", 1000)
+    monkeypatch.setattr(ENCODINGS["float"], "part_numel", 1000)
     model = small_model()
     with Recorder(model, tmp_path / "one.zarr") as recorder:
         for step in (1, 2, 3):

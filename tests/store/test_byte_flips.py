@@ -14,6 +14,7 @@ import torch
 from relexkit import Recorder, TrajectoryStore
 from relexkit.errors import RelexkitError
 from relexkit.gram_matrix import gram, randomized_gram
+from relexkit.gram_matrix.compute.settings import Compute
 
 KINDS = {
     "sparse": (torch.bfloat16, "exact"),
@@ -36,7 +37,7 @@ def make(folder: Path, kind: str) -> Path:
                     weight += torch.randn_like(weight) * 0.1 * (torch.rand_like(weight) < 0.3)
             recorder.record(step, {"reward": step / 7})
     gram(TrajectoryStore(path))
-    randomized_gram(TrajectoryStore(path), components=2)
+    randomized_gram(TrajectoryStore(path), compute=Compute(components=2))
     return path
 
 
@@ -48,7 +49,7 @@ def observe(path: Path) -> dict[str, np.ndarray]:
     assert sketches is not None
     found["sketches"] = sketches
     found["gram"] = gram(store).matrices
-    found["randomized"] = randomized_gram(store, components=2).matrices
+    found["randomized"] = randomized_gram(store, compute=Compute(components=2)).matrices
     for part, spec in enumerate(store.layout.parts):
         for row in range(-1, len(store.steps)):
             found[f"{part} at {row}"] = store.read_state(part, row, 0, spec.numel)

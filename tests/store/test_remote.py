@@ -115,18 +115,14 @@ def test_commands_take_urls(pair, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_there_is_not_overwritten(pair, bucket: str, tmp_path: Path) -> None:
     run, _, remote = pair
-    from relexkit.store import create_store
+    from relexkit.store import About, create_store
 
     with pytest.raises(StoreError, match=r"run\.zarr: a store exists there; choose another -o"):
         create_store(
             remote.path,
             remote.layout,
             remote.read_base,
-            files={},
-            source="",
-            base="",
-            mantissa_bits=None,
-            version="test",
+            About(source="", base=""),
         )
     import zarr
 

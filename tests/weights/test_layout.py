@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relexkit.store import build_layout
 from relexkit.weights.dtypes import FLOAT_DTYPES
-from relexkit.weights.layout import (
-    PART_NUMEL,
-    SCOPES,
-    Layout,
-    build_layout,
-    layer_of,
-    module_of,
-    scope_of,
-)
+from relexkit.weights.layout import SCOPES, Layout, layer_of, module_of, scope_of
 
 ENCODINGS = {"float32": "float", "bfloat16": "sparse", "float16": "exact"}
 
@@ -28,7 +21,9 @@ dtypes = st.sampled_from(["float32", "bfloat16", "float16", "int64", "bool"])
 tensor_lists = st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=12).map(
     lambda kinds: [(f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(kinds)]
 )
-limits = st.fixed_dictionaries({encoding: st.integers(1, 60) for encoding in PART_NUMEL})
+limits = st.fixed_dictionaries(
+    {encoding: st.integers(1, 60) for encoding in (*ENCODINGS.values(), "fixed")}
+)
 
 
 def units(shape: tuple[int, ...], dtype: str) -> int:
@@ -44,7 +39,7 @@ def units(shape: tuple[int, ...], dtype: str) -> int:
 def test_every_element_has_one_place_and_every_place_one_element(
     tensors: Tensors, part_numel: dict
 ) -> None:
-    layout = build_layout(tensors, ENCODINGS, part_numel=part_numel)  # type: ignore[arg-type]
+    layout = build_layout(tensors, ENCODINGS, part_numel=part_numel)
     owner: dict[tuple[int, int], tuple[str, int]] = {}
     for spec, (name, shape, dtype) in zip(layout.tensors, tensors, strict=True):
         assert (spec.name, spec.shape, spec.dtype, spec.numel) == (
@@ -79,7 +74,7 @@ def test_every_element_has_one_place_and_every_place_one_element(
 def test_segments_in_a_window_are_the_window_clipped(
     tensors: Tensors, part_numel: dict, data: st.DataObject
 ) -> None:
-    layout = build_layout(tensors, ENCODINGS, part_numel=part_numel)  # type: ignore[arg-type]
+    layout = build_layout(tensors, ENCODINGS, part_numel=part_numel)
     for number, part in enumerate(layout.parts):
         begin = data.draw(st.integers(0, part.numel))
         end = data.draw(st.integers(begin, part.numel))
@@ -101,7 +96,7 @@ def test_segments_in_a_window_are_the_window_clipped(
 def test_json_round_trip(tensors: Tensors, part_numel: dict) -> None:
     alike = len(tensors) > 1 and tensors[0][1:] == tensors[1][1:]
     tied = {"t1": "t0"} if alike else {}
-    layout = build_layout(tensors, ENCODINGS, tied, part_numel)  # type: ignore[arg-type]
+    layout = build_layout(tensors, ENCODINGS, tied, part_numel)
     again = Layout.from_json(json.loads(json.dumps(layout.to_json())))
     assert again == layout
     assert [again.segments_in(p) for p in range(len(again.parts))] == [
@@ -116,7 +111,7 @@ def test_a_tensor_larger_than_a_part_continues_in_the_next_ones() -> None:
         ENCODINGS,
         None,
         small,
-    )  # type: ignore[arg-type]
+    )
     assert [p.numel for p in layout.parts] == [3, 10, 10, 9]
     b = layout.tensors[1]
     assert [(s.part, s.offset, s.start, s.numel) for s in layout.segments_of(b)] == [
@@ -132,7 +127,7 @@ def test_a_tensor_larger_than_a_part_continues_in_the_next_ones() -> None:
 
 def test_tied_tensors_have_no_place_and_count_once() -> None:
     tensors = [("embed", (7, 3), "float32"), ("head", (7, 3), "float32"), ("mask", (5,), "bool")]
-    layout = build_layout(tensors, ENCODINGS, {"head": "embed"})  # type: ignore[arg-type]
+    layout = build_layout(tensors, ENCODINGS, {"head": "embed"})
     assert layout.num_parameters == 21
     assert [t.name for t in layout.moving_tensors] == ["embed"]
     assert list(layout.segments_of(layout.tensors[1])) == []
@@ -141,7 +136,7 @@ def test_tied_tensors_have_no_place_and_count_once() -> None:
 
 
 def test_scalars_and_empty_tensors_are_moving_tensors() -> None:
-    layout = build_layout([("empty", (0, 8), "bfloat16"), ("scalar", (), "bfloat16")], ENCODINGS)  # type: ignore[arg-type]
+    layout = build_layout([("empty", (0, 8), "bfloat16"), ("scalar", (), "bfloat16")], ENCODINGS)
     assert [t.numel for t in layout.moving_tensors] == [0, 1]
     assert [p.numel for p in layout.parts] == [1]
     assert [s.tensor.name for s in layout.segments_in(0)] == ["scalar"]

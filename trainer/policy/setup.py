@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from relexkit import RelexkitError
-from relexkit.extension import Processes
+from relexkit.extension import Processes, joined
 from relexkit.trainer.policy.bfloat16_adamw import BFloat16AdamW
 
 if TYPE_CHECKING:
@@ -34,6 +33,10 @@ PRECISIONS: dict[str, str | None] = {
 """How updates are rounded into bfloat16 weights, a key of ``bfloat16_adamw.ROUNDINGS``; None where
 the weights are float32.
 """
+
+
+_LOST = "gloo|nccl|connection|socket|process group"
+"""What PyTorch says when another process is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +69,18 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     Raises:
         RelexkitError: another process was lost while this one waited for it.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if several:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes()
+        with joined("nccl" if device.type == "cuda" else "gloo") as processes:
+            yield processes
     except RuntimeError as error:
-        if not several or not re.search(
-            "gloo|nccl|connection|socket|process group", str(error), re.IGNORECASE
-        ):
+        said = str(error)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        if alone or not re.search(_LOST, said, re.IGNORECASE):
             raise
         raise RelexkitError(
-            f"process {os.environ.get('RANK')} lost the others ({str(error).splitlines()[0]}); what"
+            f"process {os.environ['RANK']} lost the others ({said.splitlines()[0]}); what"
             " was recorded stays: start all of them again to go on from the last state"
         ) from error
-    finally:
-        if several:
-            dist.destroy_process_group()
 
 
 def choose_device(config: GRPOConfig | G2DConfig | Loading) -> torch.device:

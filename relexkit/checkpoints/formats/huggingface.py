@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from relexkit.checkpoints.formats.key_names import renamed
+from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.checkpoints.small_files import model_files, read_small
 from relexkit.checkpoints.torchfile.regions import PiecewiseTensor, PiecewiseTensors, ReadOnlyFile
 from relexkit.checkpoints.torchfile.torch_files import StoredTensor, TorchFile, tensors_in
@@ -75,7 +76,7 @@ def trainer_metrics(folder: Path) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(WholeTensors):
     """One folder with weights. Opening reads headers only; see
     ``relexkit.checkpoints.Checkpoint``.
     """

@@ -28,7 +28,7 @@ from relexkit.checkpoints.formats.huggingface import (
 )
 from relexkit.checkpoints.formats.key_names import without_wrappers
 from relexkit.checkpoints.model_names import in_memory
-from relexkit.checkpoints.protocol import Checkpoint, Run
+from relexkit.checkpoints.protocol import Checkpoint, Run, WholeTensors
 from relexkit.checkpoints.same_tensors import refuse_quantised
 from relexkit.checkpoints.small_files import model_files, read_small
 from relexkit.checkpoints.tied import split_heads, with_heads
@@ -216,7 +216,7 @@ def find(folder: Path) -> Path | None:
     )
 
 
-class Adapter(ABC):
+class Adapter(WholeTensors, ABC):
     """LoRA factors and whole tensors under the names that an adapter file gives them, wherever they
     lie.
 
@@ -234,11 +234,16 @@ class Adapter(ABC):
         self._settings = read_settings(config, f"{where}/{CONFIG}")
         self._sort_tensors()
 
+    @property
+    def adapter(self) -> Adapter:
+        """See ``relexkit.checkpoints.Checkpoint``."""
+        return self
+
     @abstractmethod
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Raw bits of elements ``start:start+len(out)`` of a stored tensor."""
 
-    def check_base(self, base: Checkpoint) -> None:  # noqa: B027, most hold nothing of it
+    def check_base(self, base: Checkpoint) -> None:
         """Refuse a base that the adapter was not trained on, as far as it holds some of it."""
 
     def _sort_tensors(self) -> None:
@@ -397,7 +402,7 @@ class AdapterCheckpoint(Adapter):
         return trainer_metrics(self.folder)
 
 
-class AdaptedCheckpoint:
+class AdaptedCheckpoint(WholeTensors):
     """An adapter over its base: the tensors of the merged model; see
     ``relexkit.checkpoints.Checkpoint``.
 
@@ -421,7 +426,7 @@ class AdaptedCheckpoint:
             opened.metrics,
             opened.close,
         )
-        self.factors, self.factor_bits = adapter.factors, adapter.factor_bits
+        self.factors = adapter.factors
         for name, shape in adapter.shapes.items():
             self._check_in_base(name, shape)
         adapter.check_base(base)
@@ -466,6 +471,10 @@ class AdaptedCheckpoint:
         else:
             self._base.read_into(name, start, out)
 
+    def factor_bits(self, name: str) -> np.ndarray:
+        """See ``Adapter``."""
+        return self._adapter.factor_bits(name)
+
     def is_zero(self) -> bool:
         """True if the delta is zero in every tensor; reads the factors and the whole tensors."""
         for name, spec in self.factors.items():
@@ -478,7 +487,7 @@ class AdaptedCheckpoint:
                 return False
         return all(self._equals_base(key, name) for name, key in self._adapter.saved.items())
 
-    def refuse_zero(self) -> None:
+    def check_trained(self) -> None:
         """Refuse an adapter without effect.
 
         Raises:
@@ -523,24 +532,13 @@ class AdaptedRun:
             CheckpointError: the adapter does not fit the base; the message names the step.
         """
         opened = self._run.checkpoint(step)
-        adapter = adapter_in(opened)
-        assert adapter is not None
         try:
-            return AdaptedCheckpoint(adapter, self._base, opened)
+            return AdaptedCheckpoint(opened.adapter, self._base, opened)
         except BaseException as error:
             opened.close()
             if isinstance(error, CheckpointError):
                 raise CheckpointError(f"step {step}: {error}") from None
             raise
-
-
-def adapter_in(opened: Checkpoint) -> Adapter | None:
-    """The adapter that a checkpoint is, or a view of; None if it is something else."""
-    while not isinstance(opened, Adapter):
-        if not hasattr(opened, "inner"):
-            return None
-        opened = opened.inner
-    return opened
 
 
 def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
@@ -549,7 +547,7 @@ def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
     of its own.
     """
     with closing(run.checkpoint(step)) as first:
-        adapter = adapter_in(first)
+        adapter = first.adapter
         if adapter is None:
             return run, base
         base = in_memory(base, adapter.shapes)
@@ -564,7 +562,7 @@ def named_base(run: Run, step: int) -> str | None:
         CheckpointError: they name none that is a folder here.
     """
     with closing(run.checkpoint(step)) as first:
-        adapter = adapter_in(first)
+        adapter = first.adapter
         if adapter is None:
             return None
         if isinstance(adapter.base_name, str) and Path(adapter.base_name).is_dir():

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.checkpoints.small_files import read_small
 from relexkit.errors import CheckpointError
 from relexkit.weights.byte_deltas import CHECKSUMS, ENCODINGS
@@ -78,7 +79,7 @@ class StoredBytes:
         return out.tobytes()
 
 
-class DeltaFiles:
+class DeltaFiles(WholeTensors):
     """The deltas of one version, as they are stored: compressed bytes; see
     ``relexkit.checkpoints.Checkpoint``.
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.errors import CheckpointError
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
@@ -315,7 +316,7 @@ def _check_tiling(grid: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
         raise CheckpointError("its pieces overlap")
 
 
-class PiecewiseTensors:
+class PiecewiseTensors(WholeTensors):
     """The tensors of a checkpoint by name, as ``relexkit.checkpoints.Checkpoint`` asks for them."""
 
     def __init__(self, tensors: Mapping[str, PiecewiseTensor]):

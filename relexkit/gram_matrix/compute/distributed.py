@@ -70,19 +70,15 @@ class FailedTogether(RelexkitError):
 
 
 class _TorchTeam(Team):
-    def __init__(self, device: str):
+    def __init__(self, device: str, stack: contextlib.ExitStack):
         import torch
-        import torch.distributed as dist
 
-        from relexkit.processes import Processes
+        from relexkit.processes import joined
 
-        self._torch, self._dist = torch, dist
         self._device = torch.device(device)
+        backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
         with self._alive():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo", timeout=TIMEOUT
-            )
-        self._processes = Processes()
+            self._processes = stack.enter_context(joined(backend, TIMEOUT))
         self.rank, self.size = self._processes.rank, self._processes.size
 
     @contextlib.contextmanager
@@ -114,10 +110,11 @@ class _TorchTeam(Team):
             raise FailedTogether(said, self.rank) from failure
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        total = self._torch.from_numpy(np.array(values, order="C")).to(self._device)
+        import torch
+
+        total = torch.from_numpy(np.array(values, order="C")).to(self._device)
         with self._alive():
-            self._dist.all_reduce(total)
-        return total.cpu().numpy()
+            return self._processes.sum(total).cpu().numpy()
 
     def share(self, make: Callable[[], _T]) -> _T:
         found: list[_T] = []
@@ -137,11 +134,8 @@ def team(device: str = "cpu") -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield ALONE
         return
-    found = _TorchTeam(device)
-    try:
-        yield found
-    finally:
-        found._dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:
+        yield _TorchTeam(device, stack)
 
 
 def local_device(device: str) -> str:

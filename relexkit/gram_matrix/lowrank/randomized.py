@@ -59,7 +59,6 @@ def randomized_gram(
     store: TrajectoryStore,
     *,
     until: int | None = None,
-    components: int | None = None,
     oversampling: int = 8,
     max_passes: int = 4,
     seed: int = 0,
@@ -72,8 +71,8 @@ def randomized_gram(
     store and used again for the same arguments.
 
     Args:
-        components: leading directions that must be good (8, or all if there are fewer);
-            ``oversampling`` more are carried.
+        oversampling: directions that are carried beside ``compute.components``, the leading ones
+            that must be good (8, or all if there are fewer).
         seed: of the sample and of the random part of the first ``Q``.
         compute: where and by whom; which PCA it names does not matter here.
 
@@ -82,7 +81,7 @@ def randomized_gram(
     """
     parts = moving_parts(store)
     num_rows = _num_rows(store, until)
-    components = wanted_components(components, num_rows)
+    components = wanted_components(compute.components, num_rows)
     work = Work(store, open_engine(compute.device), compute.team, compute.memory_budget_bytes)
     settings = _Settings(
         components=components, oversampling=oversampling, max_passes=max_passes, seed=seed
@@ -227,7 +226,7 @@ def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick)
         images = sums.products[0]
         if number == 0:
             norms, counts = _norms(*sums.products[1:]), sums.counts
-            if store.layout.parts[part].encoding == "sparse":
+            if store.encoding(part).is_log:
                 counts[:, 1] = counts[:, 1].cumsum(axis=1)
         with single_threaded_blas():
             traces = norms[:, 0].sum(axis=1)
@@ -318,7 +317,7 @@ def sample_spans(store: TrajectoryStore, part: int, seed: int) -> list[Span]:
         random = _random(seed + 1, segment.tensor.name, part)
         width = min(PIECE, segment.numel)
         begin = segment.offset + int(random.integers(0, segment.numel - width + 1))
-        if spec.encoding != "sparse":
+        if not store.encoding(part).is_log:
             spans.add((begin, begin + width))
             continue
         block = begin // BLOCK * BLOCK

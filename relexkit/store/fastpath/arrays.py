@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 import zarr
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from relexkit.errors import StoreError
+from relexkit.store.codecs import WRITE_ALL
 from relexkit.store.fastpath.chunk_files import (
     ChunkFiles,
     Encoded,
@@ -21,8 +21,8 @@ from relexkit.store.fastpath.chunk_files import (
     ZarrRow,
     chunk_files,
 )
+from relexkit.store.fastpath.keys import has_key
 from relexkit.store.fastpath.shards import ShardReader, shard_reader
-from relexkit.store.format import WRITE_ALL
 
 _T = TypeVar("_T")
 
@@ -84,13 +84,8 @@ class ReadableArrays:
         )  # other codecs: Zarr fills in for missing chunks, so look for the shard first
         shard = array.shards[-1] if array.shards else array.chunks[-1]
         for number in range(begin // shard, -(-end // shard)):
-            key = (
-                self._group.store_path
-                / name
-                / "c"
-                / (f"{number}" if row is None else f"{row}/{number}")
-            )
-            if not sync(key.exists()):
+            key = f"{number}" if row is None else f"{row}/{number}"
+            if not has_key(self._group, f"{name}/c/{key}"):
                 raise FileNotFoundError("a chunk is missing")
         values = np.asarray(array[begin:end] if row is None else array[row, begin:end])
         if out is None:
@@ -111,7 +106,7 @@ class ReadableArrays:
                 for chunk in range(
                     -(-(array.shape[0] if rows is None else rows) // array.chunks[0])
                 ):
-                    if not sync((self._group.store_path / name / "c" / str(chunk)).exists()):
+                    if not has_key(self._group, f"{name}/c/{chunk}"):
                         raise ValueError("a chunk is missing")
             return np.asarray(array[:rows])
 

@@ -117,6 +117,8 @@ class _ShardRow:
             durable.write(self._file, b"".join(chunks))
 
     def close(self) -> None:
+        if self._file is None and self._failure is None:
+            return
         lengths, places = np.array(self._lengths, "<u8"), np.full((self._count, 2), MISSING)
         places[: len(lengths)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
         index = places.astype("<u8").tobytes()
@@ -155,8 +157,9 @@ class ZarrRow:
 
     def close(self) -> None:
         """Write the row."""
-        values = np.concatenate(self._pieces)
-        self._array[self._row, : len(values)] = values
+        if self._pieces:
+            values = np.concatenate(self._pieces)
+            self._array[self._row, : len(values)] = values
 
     def discard(self) -> None:
         """Nothing was written."""
