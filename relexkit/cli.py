@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from relexkit import interrupts
+import relexkit.interrupts as interrupts  # as an attribute it would be asked of all extensions
 from relexkit.commands import EXTENSION
 from relexkit.errors import RelexkitError, printable
 from relexkit.options import add_options, read_options
