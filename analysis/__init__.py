@@ -9,6 +9,11 @@ EXTENSION = Extension(
         "report": Command(
             "relexkit.analysis.report",
             "write one self-contained page about a run: advice, claims, figures, commands",
+            group="look at a run",
+            examples=(
+                "run.zarr -o report.html",
+                "a/run.zarr -o report.html --compare b/run.zarr best=c/run.zarr",
+            ),
         )
     },
     plots={

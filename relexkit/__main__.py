@@ -12,8 +12,10 @@ def command() -> int:
     import os
     import sys
 
-    from relexkit.cli import main
+    from relexkit.cli import complete, main
 
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     status = main()
     if status > 128:  # threads may still be at work on what nobody waits for any more
         sys.stdout.flush()

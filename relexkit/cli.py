@@ -12,9 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import relexkit.interrupts as interrupts  # as an attribute it would be asked of all extensions
 from relexkit.commands import EXTENSION
+from relexkit.commands.help import Parser, meant, overview
 from relexkit.errors import RelexkitError, printable
 from relexkit.options import add_options, read_options
 from relexkit.registry import Command, extensions
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interrupts.raising():
             if not given or given[0] not in commands():
-                _parser().parse_args(given)  # says the help, the version, or what is wrong
+                return _without_command(given)
             owner = commands()[given[0]].load(given[0])
             parsed = command_parser(given[0], owner).parse_args(given[1:])
             owner.run(read_options(parsed, owner.Options))
@@ -49,6 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def complete() -> None:
+    """Answer a shell that asks how the words of a command go on; ends the process."""
+    import argcomplete
+
+    words = os.environ["COMP_LINE"].split()
+    parser = argparse.ArgumentParser(prog="relexkit")
+    listed = parser.add_subparsers()
+    for name, command in commands().items():
+        if name in words[1:2]:
+            listed.add_parser(name, parents=[command_parser(name, command.load(name))], **_BARE)
+        else:
+            listed.add_parser(name, help=command.help)
+    argcomplete.autocomplete(parser)
+
+
+_BARE: Any = {"add_help": False, "conflict_handler": "resolve"}
+
+
 def commands() -> dict[str, Command]:
     """Every command by name, in the order of the help: relexkit's own, then those of extensions."""
     return {n: c for e in (EXTENSION, *extensions()) for n, c in e.commands.items()}
@@ -64,28 +84,28 @@ def _one_line(error: Exception) -> str:
 # -- parsing ---------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="relexkit",
-        description=(
-            "Trajectory stores, spectra and extrapolated checkpoints of RL runs of language models."
-        ),
+def _without_command(given: Sequence[str]) -> int:
+    """The help, the version, or what is wrong with the first word."""
+    first = given[0] if given else ""
+    if first in ("-h", "--help", "help"):
+        print(overview(commands()), end="")
+        return 0
+    if first == "--version":
+        print(f"relexkit {__version__}")
+        return 0
+    wrong = f"no command {first!r}{meant(first, [*commands()])}" if given else "no command is given"
+    print(
+        f"usage: relexkit COMMAND [options]\nrelexkit: error: {printable(wrong)}\n"
+        "relexkit --help lists the commands",
+        file=sys.stderr,
     )
-    parser.add_argument("--version", action="version", version=f"relexkit {__version__}")
-    listed = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command in commands().items():
-        listed.add_parser(name, help=command.help)  # main() asks its module for the options
-    return parser
+    raise SystemExit(2)
 
 
-def command_parser(name: str, owner: ModuleType) -> argparse.ArgumentParser:
+def command_parser(name: str, owner: ModuleType) -> Parser:
     """The options of a command, whose module is ``owner``."""
-    about = commands()[name].help
-    parser = argparse.ArgumentParser(
-        prog=f"relexkit {name}",
-        description=about[0].upper() + about[1:] + ".",
-        epilog=getattr(owner, "EPILOG", None),
-    )
+    parser = Parser(name, commands()[name])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_options(parser, owner.Options)
+    parser.one_spelling()
     return parser

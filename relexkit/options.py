@@ -59,6 +59,14 @@ class OfStore(Json):
     """the trajectory store, a folder or a URL"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    """Every command that prints a table with many columns has this option."""
+
+    wide: bool = False
+    """print every column, also those that the terminal has no room for"""
+
+
 def add_options(parser: Any, kind: type, names: Sequence[str] = ()) -> None:
     """Add the options of the dataclass ``kind``, or those of its fields ``names``."""
     types, meanings = get_type_hints(kind), docstrings(kind)

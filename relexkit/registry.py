@@ -28,13 +28,17 @@ class Command:
     Attributes:
         module: has a frozen dataclass ``Options``, whose fields are the options of the command
             (``relexkit.options``), ``run(options)``, and in a package that adds commands
-            ``answer(options)``, which returns what ``run`` prints; ``EPILOG`` if there is more to
-            say below the help. Loaded when the command is given.
+            ``answer(options)``, which returns what ``run`` prints. Loaded when the command is
+            given.
         help: what it does, as a sentence without its capital and its full stop.
+        group: heading under which the overview lists it.
+        examples: what may follow the command's name.
     """
 
     module: str
     help: str
+    group: str = "other commands"
+    examples: tuple[str, ...] = ()
 
     def load(self, name: str) -> ModuleType:
         """The module.

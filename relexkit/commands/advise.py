@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relexkit.commands.console import print_json, show
+from relexkit.commands.console import print_json, progress_bar, show
 from relexkit.commands.observer import OfGram, observer
 from relexkit.options import option
 
@@ -24,10 +24,11 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        run_so_far = observed.observe(store).until(options.until)
+        run_so_far = observed.observe(store, options.until)
     if observed.silent:
         return
-    advice = advise(run_so_far.gram, run_so_far.metrics)
+    with progress_bar():
+        advice = advise(run_so_far.gram, run_so_far.metrics)
     if options.json:
         document = advice.document()
         if advice.next_command:

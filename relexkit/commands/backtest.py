@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.assess.backtest import CHEAP
-from relexkit.commands.console import console, number, print_json, say, show
+from relexkit.commands.console import number, print_json, print_table, progress_bar, say, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.options import option
+from relexkit.options import Wide, option
 from relexkit.predict.extrapolators import BASELINE
 from relexkit.registry import plot
 from relexkit.weights.layout import Scope
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 _FORECAST_RATIOS = (1.25, 1.5, 2.0, 4.0)
 _SHOWN_GROUPS = 40
+_LEAST = ("first-update", "least-squares-origin", "average", "least-squares", "two-point", "model")
+"""Methods that a narrow terminal goes without, the least important first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OfGram):
+class Options(OfGram, Wide):
     """Options of ``relexkit backtest``."""
 
     method: tuple[str, ...] = option(default=(*CHEAP, "model"), metavar="M")
@@ -53,17 +55,18 @@ def run(options: Options) -> None:
         matrices = observed.observe(store).gram
     if observed.silent:
         return
-    result = backtest(matrices, options.method, options.until)
     ahead = None
-    if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
-        targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
-        ahead = forecast(matrices, targets)
+    with progress_bar():
+        result = backtest(matrices, options.method, options.until)
+        if len(matrices.steps) >= 3 and np.trace(matrices.matrices.sum(axis=0)) > 0:
+            targets = [round(ratio * int(matrices.steps[-1])) for ratio in _FORECAST_RATIOS]
+            ahead = forecast(matrices, targets)
     if options.json:
         print_json(_document(result, ahead, options.scope))
     else:
-        _print_backtest(result, ahead)
+        _print_backtest(result, ahead, options.wide)
         if options.scope != "global":
-            _print_groups(result, options.scope)
+            _print_groups(result, options.scope, options.wide)
     if options.plot:
         for path in plot("backtest")(matrices, result, options.plot):
             say(f"wrote {path}")
@@ -92,7 +95,7 @@ def _document(result: Backtest, ahead: Forecast | None, scope: str) -> dict[str,
     return document
 
 
-def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
+def _print_backtest(result: Backtest, ahead: Forecast | None, wide: bool) -> None:
     """Relative error of the whole model's delta: a row for a prefix and a later step, a column for
     a method.
     """
@@ -109,7 +112,7 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
             best = min((e for e in found if not math.isnan(e)), default=math.nan)
             cells = [f"[bold]{number(e)}[/bold]" if e == best else number(e) for e in found]
             table.add_row(str(until), str(target), *cells)
-    console().print(table)
+    print_table(table, least=_LEAST, wide=wide)
     for horizon in result.horizon:
         show(str(horizon))
     for (method, until), reason in result.failures.items():
@@ -131,7 +134,7 @@ def _print_backtest(result: Backtest, ahead: Forecast | None) -> None:
         )
 
 
-def _print_groups(result: Backtest, scope: str) -> None:
+def _print_groups(result: Backtest, scope: str, wide: bool) -> None:
     """Each group's skill against hold, averaged over prefixes and later steps."""
     others = [method for method in result.methods if method != BASELINE]
     table = _table(
@@ -142,7 +145,7 @@ def _print_groups(result: Backtest, scope: str) -> None:
         held = _mean([row.relative_error for row in rows if row.method == BASELINE])
         skills = [_mean([row.skill for row in rows if row.method == method]) for method in others]
         table.add_row(name, number(held), *(number(s) for s in skills))
-    console().print(table)
+    print_table(table, least=_LEAST, wide=wide)
 
 
 def _table(title: str, headings: Sequence[str]) -> Any:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
-import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from relexkit.errors import printable
 
@@ -19,41 +21,77 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error that appears after two seconds of work, on a terminal
-    only.
+def progress_bar(after: float = 2.0) -> Iterator[ProgressCallback]:
+    """Progress on standard error, on a terminal only, from ``after`` seconds on.
+
+    What is done counts up in bars that go when they are full; while nothing counts, such as during
+    the start of a model, a line says that work goes on and for how long.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
 
     columns = (
+        SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        Elapsed(),
     )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    working = bar.add_task("working", total=None)
     tasks: dict[str, Any] = {}
-    began = time.monotonic()
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
-        if not bar.live.is_started and time.monotonic() - began > 2 and bar.console.is_terminal:
-            bar.start()
+        bar.update(tasks[what], completed=done, total=total, visible=done < total)
+        counting = any(not task.finished for task in bar.tasks if task.id != working)
+        bar.update(working, visible=not counting)
 
+    begin = threading.Timer(after, bar.start)
+    begin.daemon = True
+    if bar.console.is_terminal:
+        begin.start()
     try:
         yield progress
     finally:
+        begin.cancel()
+        if begin.is_alive():
+            begin.join()  # it is starting the bar at this moment
         if bar.live.is_started:
             bar.stop()
+
+
+def print_table(table: Any, *, least: Sequence[str] = (), wide: bool = False) -> None:
+    """Print a table in the width of the terminal: names never shrink, columns go.
+
+    Args:
+        table: a ``rich`` table; its first column holds names, which wrap if need be.
+        least: headings of the columns that may go, the least important first.
+        wide: keep all of them, however wide that is; so does output that is no terminal.
+    """
+    from rich.measure import Measurement
+
+    terminal = console()
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+
+    def width() -> int:
+        return Measurement.get(terminal, terminal.options.update(width=10_000), table).maximum
+
+    gone: list[str] = []
+    if wide or not terminal.is_terminal:
+        terminal.width = max(terminal.width, width())
+    for heading in least:
+        if width() <= terminal.width:
+            break
+        table.columns = [c for c in table.columns if c.header != heading]
+        gone.append(heading)
+    terminal.print(table)
+    if gone:
+        show(f"(too narrow for {', '.join(gone)}: --wide shows all)")
 
 
 def console() -> Any:
@@ -102,13 +140,39 @@ def _without_nan(value: Any) -> Any:
 
 
 def show(text: str) -> None:
-    """A result in words, on standard output."""
-    print(printable(text))
+    """A result in words, on standard output; on a terminal broken between words."""
+    print(_between_words(printable(text), sys.stdout))
 
 
 def say(message: str) -> None:
-    """A message, on standard error."""
-    print(printable(message), file=sys.stderr)
+    """A message, on standard error; on a terminal broken between words."""
+    print(_between_words(printable(message), sys.stderr), file=sys.stderr)
+
+
+def _between_words(text: str, stream: TextIO) -> str:
+    """``text`` in lines of the terminal's width, with the indentation of the line that they go on
+    from; a command goes on after a backslash, so that it can be copied.
+    """
+    if not stream.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    words = line.lstrip()
+    indent = " " * (len(line) - len(words))
+    command = words.startswith("relexkit ")
+    further = indent + ("    " if command else "  " if words.startswith("- ") else "")
+    lines = textwrap.wrap(
+        words,
+        width - 2 * command,
+        initial_indent=indent,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if command else "\n").join(lines)
 
 
 def percent(value: float) -> str:

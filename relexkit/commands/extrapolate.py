@@ -11,7 +11,6 @@ from relexkit.commands.sync import Sync
 from relexkit.errors import RelexkitError
 from relexkit.materialize import Output
 from relexkit.options import group, option
-from relexkit.predict.extrapolators import METHODS
 from relexkit.predict.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -43,16 +42,13 @@ class Options(OfGram):
     """target steps"""
     out: str = option("-o", "--out", metavar="OUT")
     """folder for OUT/step-STEP/"""
-    prediction: Prediction = group(Prediction)
-    output: Output = group(Output, "dtype", "rounding", "seed")
+    prediction: Prediction = group(Prediction, heading="prediction")
+    output: Output = group(Output, "dtype", "rounding", "seed", heading="output")
     adapter: int | None = option(default=None, type=_rank, nargs="?", const=0, metavar="RANK")
     """from a store of PEFT adapters: write an adapter, of this rank or one that fits"""
     sync: Sync = group(Sync)
     push: str | None = option(default=None, metavar="ORG/NAME")
     """also upload it to the hub; several targets to ORG/NAME-step-STEP"""
-
-
-EPILOG = "methods: " + "; ".join(f"{name}, {m.about}" for name, m in METHODS.items())
 
 
 def run(options: Options) -> None:
@@ -80,6 +76,7 @@ def run(options: Options) -> None:
             several = f"-step-{step_text(w.target)}" if len(written) > 1 else ""
             say(f"pushed to {push(w.folder, options.push + several)}")
     first, last = _window(store, prediction)
+    _say_what_is_done_instead(store, options, last)
     if options.json:
         how = {"method": prediction.method, "steps": [first, last]}
         told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
@@ -91,6 +88,25 @@ def run(options: Options) -> None:
             f"step {step_text(w.target)}: {w.folder}, {prediction.method} from steps {first} to"
             f" {last}{rank}" + (" (was there already)" if w.already else "")
         )
+
+
+def _say_what_is_done_instead(store: TrajectoryStore, options: Options, last: int) -> None:
+    """One line for each thing that was asked for and means less than it seems to."""
+    prediction = options.prediction
+    if prediction.until is not None and prediction.until > store.steps[-1]:
+        last_step = store.steps[-1]
+        say(f"--until {prediction.until}: the run ends with step {last_step}; all of it is used")
+    used = int((store.steps <= last).sum())
+    used = min(used, prediction.options.window or used)
+    rank = getattr(prediction.options, "rank", None)
+    if rank is not None and rank > used:
+        say(f"--rank {rank}: {used} steps have at most {used} directions; all of them are used")
+    for target in options.to:
+        if target in store.steps:
+            say(
+                f"--to {target:g}: this step was trained and recorded, and here it is predicted;"
+                f" relexkit checkout {store.path} --step {target:g} -o DIR gives the trained one"
+            )
 
 
 def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
@@ -114,7 +130,10 @@ def _warn(
 
     if not (method_of(prediction.method).needs_gram or known_steps(store) == len(store.steps)):
         return
-    seen = observed.observe(store, prediction.until)
+    until = prediction.until
+    if until is not None:
+        until = min(until, int(store.steps[-1]))  # what that means was said
+    seen = observed.observe(store, until)
     if observed.silent:
         return
     advice = advise(seen.gram, seen.metrics)

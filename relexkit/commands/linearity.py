@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relexkit.commands.console import console, number, print_json, progress_bar, show
+from relexkit.commands.console import number, print_json, print_table, progress_bar, show
 from relexkit.commands.observer import OfGram, observer
-from relexkit.options import option
+from relexkit.options import Wide, option
 from relexkit.weights.layout import Scope
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OfGram):
+class Options(OfGram, Wide):
     """Options of ``relexkit linearity``."""
 
     until: int | None = option(default=None, metavar="STEP")
@@ -32,7 +32,7 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        matrices = observed.observe(store).gram.until(options.until)
+        matrices = observed.observe(store, options.until).gram
     if observed.silent:
         return
     fit = calibrate(matrices.scoped("global")).fitted
@@ -69,6 +69,6 @@ def run(options: Options) -> None:
             high,
             "" if name.startswith("walk") else f"{still / max(1, still + int(total)):.1%}",
         )
-    console().print(table)
+    print_table(table, least=("75%", "25%", "still"), wide=options.wide)
     if not found.counts.any():
         show("Nothing moved, so no weight has a line.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class OfGram(OfStore):
     """Options of a command that needs Gram matrices."""
 
-    compute: Compute = group(Compute, "pca", "components", "device")
+    compute: Compute = group(Compute, "pca", "components", "device", heading="computing")
 
 
 class Observer:
@@ -54,6 +54,8 @@ class Observer:
         from relexkit.assess.observed import observe
         from relexkit.gram_matrix.jumps import jumps
 
+        if until is not None and until > store.steps[-1] and not self.silent:
+            say(f"--until {until}: the run ends with step {store.steps[-1]}; all of it is used")
         led_to = jumps(store)
         if (
             len(led_to)

@@ -9,9 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from relexkit.commands.console import console, number, percent, print_json, progress_bar, say, show
+from relexkit.commands.console import (
+    number,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    show,
+)
 from relexkit.commands.observer import OfGram, observer
-from relexkit.options import option
+from relexkit.options import Wide, option
 from relexkit.registry import plot
 from relexkit.weights.layout import Scope
 
@@ -21,10 +29,23 @@ if TYPE_CHECKING:
     from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum
 
 _SHOWN_ROWS = 40
+_LEAST = (
+    "changed/step",
+    "ever",
+    "90/95/99 %",
+    "agree (walk)",
+    "straight (walk)",
+    "parameters",
+    "1st-2nd % (walk)",
+    "cos (walk)",
+    "energy",
+    "R² (walk)",
+)
+"""Columns that a narrow terminal goes without, the least important first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OfGram):
+class Options(OfGram, Wide):
     """Options of ``relexkit spectrum``."""
 
     scope: Scope = "tensor"
@@ -58,16 +79,17 @@ def run(options: Options) -> None:
     if observed.silent:
         return
     matrices, informative = run_so_far.gram, run_so_far.informative
-    result = spectrum(
-        matrices,
-        scope=options.scope,
-        centered=options.centered,
-        momentum=options.momentum,
-    )
+    with progress_bar():
+        result = spectrum(
+            matrices,
+            scope=options.scope,
+            centered=options.centered,
+            momentum=options.momentum,
+        )
     if options.json:
         print_json(_spectrum_document(result, informative))
     else:
-        _print_spectrum(result, options.all, informative)
+        _print_spectrum(result, options, informative)
     if options.plot:
         for path in plot("spectrum")(matrices, options.plot, centered=options.centered):
             say(f"wrote {path}")
@@ -144,7 +166,7 @@ def _null_document(null: WalkNull | None) -> dict[str, Any] | None:
     }
 
 
-def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative | None) -> None:
+def _print_spectrum(result: Spectrum, options: Options, informative: Informative | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -199,10 +221,10 @@ def _print_spectrum(result: Spectrum, show_all: bool, informative: Informative |
             key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0,
         )
     )
-    shown = ordered if show_all else ordered[:_SHOWN_ROWS]
+    shown = ordered if options.all else ordered[:_SHOWN_ROWS]
     for s in shown:
         table.add_row(*cells(s))
-    console().print(table)
+    print_table(table, least=_LEAST, wide=options.wide)
     if len(shown) < len(ordered):
         show(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
     for line in spectrum_notes(result, informative):

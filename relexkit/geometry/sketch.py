@@ -79,12 +79,14 @@ class Sketch:
             high = min(start + len(delta), (stretch + 1) * self.width)
             begin, end = low - stretch * self.width, high - stretch * self.width
             signed = delta[low - start : high - start] * self._signs[begin:end]
-            if sign & 1:
-                np.negative(signed, out=signed)
+            take = np.subtract if sign & 1 else np.add
             at = (begin + offset) % self.width
             room = min(len(signed), self.width - at)
-            total[at : at + room] += signed[:room]
-            total[: len(signed) - room] += signed[room:]
+            for into, piece in (
+                (total[at : at + room], signed[:room]),
+                (total[: len(signed) - room], signed[room:]),
+            ):
+                take(into, piece, out=into)
 
     def product(self, name: str, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """The sketch ``float64 [width]`` of a tensor's delta ``left [rows, r] @ right [r,

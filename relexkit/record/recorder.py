@@ -48,6 +48,7 @@ from relexkit.weights.layout import Layout
 if TYPE_CHECKING:
     import torch
 
+_SMALL = 2**26  # bytes of a base that is kept in memory: to read it takes a tenth of a small step
 _SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
 
 
@@ -57,9 +58,10 @@ class Recorder:
     A new store takes the weights as they are as its base. An existing one is continued from
     ``resume_from``; the steps after it are removed, because training goes on from there.
 
-    Memory: one copy of the weights, or of a PEFT model's adapter, and about 110 MB; 16-bit
-    parameters take a second copy, of the step before. With several processes, of the parts that
-    each owns; of a sharded model the first process holds a whole copy while the base is written.
+    Memory: one copy of the weights, or of a PEFT model's adapter, about 110 MB, and the base where
+    it has at most 64 MiB; 16-bit parameters take a second copy, of the step before. With several
+    processes, of the parts that each owns; of a sharded model the first process holds a whole copy
+    while the base is written.
 
     Args:
         model: its parameters, a shared one once, and its persistent buffers are recorded under
@@ -141,16 +143,19 @@ class Recorder:
             self._writer.close()
             raise
         layout = self._writer.store.layout
-        previous = sum(
-            spec.numel * bits_dtype(spec.dtype).itemsize
+        sizes = {
+            part: spec.numel * bits_dtype(spec.dtype).itemsize
             for part, spec in enumerate(layout.parts)
-            if self.store.encoding(part).is_log
-        )
+            if spec.moves
+        }
+        compared = sum(sizes.values())
+        if compared > _SMALL:
+            compared = sum(sizes[part] for part in sizes if self.store.encoding(part).is_log)
         self._sketch = Sketch() if sketch else None
         self._appender = Appender(
             self._writer,
             None,
-            previous,
+            compared,
             owned=self._snapshot.owned,
             still=still,
             sketch=self._sketch,

@@ -69,6 +69,7 @@ _DIMENSIONS = {
     "updates": ("step", "entry"),
     "indptr": ("step", "block"),
     "sketches": ("step", "sketch"),
+    "recent-metrics": ("recent entry",),
     "files": ("byte of {}",),
 }
 """Names of the dimensions by the group of an array, or its own name; ``{}`` is the part or file:

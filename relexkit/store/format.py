@@ -15,6 +15,7 @@ import zarr
 
 from relexkit.store.codecs import DENSE_CODECS, ROWS, Grid, create_array
 from relexkit.store.encodings.table import ENCODINGS
+from relexkit.store.recent_metrics import create_recent
 from relexkit.weights.layout import Layout
 
 FORMAT_VERSION = 1
@@ -31,7 +32,7 @@ replace no weights and no record of ours.
 """
 
 LOG_CHUNK = 2**17  # steps that a store can hold: the commit log is one chunk, replaced as a whole
-METRIC_CHUNK = 2**10  # steps of a chunk of a metric, which every step replaces
+METRIC_CHUNK = 2**10  # steps of a chunk of a metric
 
 
 def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
@@ -41,6 +42,7 @@ def create_step_arrays(group: zarr.Group, layout: Layout) -> None:
     for part, spec in enumerate(layout.parts):
         ENCODINGS[spec.encoding].create(group, part, spec)
     group.create_group("metrics", attributes=metric_list({}))
+    create_recent(group)
     width = max(1, len(layout.parts))
     create_array(group, "checksums", Grid((ROWS, width), (1, width)), "uint32")
     create_array(group, "steps", Grid((ROWS,), (LOG_CHUNK,)), "int64", fill_value=-1)[:] = -1

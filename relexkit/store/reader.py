@@ -31,6 +31,8 @@ from relexkit.store.format import SAFE_FILE_NAME, metric_keys
 from relexkit.store.kept import verify_kept
 from relexkit.store.opened import OpenedStore
 from relexkit.store.passes import ProgressCallback, blocks, column_windows
+from relexkit.store.recent_metrics import NAME as RECENT
+from relexkit.store.recent_metrics import read_recent
 
 _ENTRY_BYTES = 8  # of a decoded entry of the log: column, difference, and slack while decoding
 
@@ -241,13 +243,22 @@ class TrajectoryStore(OpenedStore):
     def metrics(self) -> dict[str, np.ndarray]:
         """What was logged with the steps: name -> ``float64 [T]``, NaN where nothing was logged."""
         read = self._arrays.read_rows
-        return {
+        recent = self._content("the metrics of the latest steps", self._read_recent)  # first: a
+        # writer moves them to the arrays below, and then takes them away
+        found = {
             name: self._content(
                 f"metric {name!r}",
                 partial(read, f"metric {name!r}", f"metrics/{key}", len(self.steps)),
             )
             for name, key in self.metric_keys().items()
         }
+        for row, values in recent.items():
+            for column, value in zip(found.values(), values, strict=False):
+                column[row] = value
+        return found
+
+    def _read_recent(self) -> dict[int, np.ndarray]:
+        return read_recent(self._arrays, self.steps) if RECENT in self._group else {}
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""

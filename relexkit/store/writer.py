@@ -28,6 +28,8 @@ from relexkit.store.format import (
 )
 from relexkit.store.lock import WriterLock
 from relexkit.store.reader import TrajectoryStore
+from relexkit.store.recent_metrics import NAME as RECENT
+from relexkit.store.recent_metrics import NUM_RECENT, RecentMetrics
 
 
 class StoreWriter:
@@ -65,6 +67,10 @@ class StoreWriter:
             self._unflushed = unflushed_of(self._group.store)
             self.arrays = WritableArrays(self._group)
             self._row = len(self.store.steps)
+            self._keys = self.store.metric_keys()
+            self._recent: RecentMetrics | None = None
+            if not member and RECENT in self._group:  # not in a store of an earlier release
+                self._recent = RecentMetrics(self.arrays, self.store.steps)
         except BaseException:
             self.close()
             raise
@@ -78,6 +84,8 @@ class StoreWriter:
     def close(self) -> None:
         """Release the lock. A step that was begun and not committed does not exist."""
         self._give_up_rows()
+        with contextlib.suppress(StoreError):  # they stay where they are, which is as good
+            self._move_recent(last=True)
         unflushed = getattr(self, "_unflushed", None)
         if unflushed is not None:
             unflushed.close()
@@ -144,6 +152,8 @@ class StoreWriter:
             self.arrays.forget()
         self.store.refresh()
         self._row = keep
+        if self._recent is not None:
+            self._recent.forget_after(keep)
 
     def write_sparse(
         self, part: int, columns: np.ndarray, differences: np.ndarray, checksum: int
@@ -232,7 +242,7 @@ class StoreWriter:
 
     def _write_metrics(self, metrics: Mapping[str, float]) -> None:
         """Every known metric gets a value or NaN: a killed writer may have left one in this row."""
-        group, keys = self._group["metrics"], self.store.metric_keys()
+        keys = self._keys
         new = [name for name in metrics if name not in keys]
         for name in new:
             keys[name] = metric_key(name, keys.values())
@@ -240,9 +250,32 @@ class StoreWriter:
             array[:] = float("nan")
         if new:
             self._flush()  # before the list names them
-            group.update_attributes(metric_list(keys))
-        for name, key in keys.items():
-            self.arrays.set_entry(f"metrics/{key}", self._row, metrics.get(name, float("nan")))
+            self._group["metrics"].update_attributes(metric_list(keys))
+        if not keys:
+            return
+        values = [metrics.get(name, float("nan")) for name in keys]
+        at_once = list(zip(keys.values(), values, strict=True))
+        if self._recent is not None:
+            if self._recent.full:
+                self._move_recent()
+            self._recent.write(self._row, self._step, values)
+            at_once = at_once[NUM_RECENT:]
+        for key, value in at_once:
+            self.arrays.set_entry(f"metrics/{key}", self._row, value)
+
+    def _move_recent(self, last: bool = False) -> None:
+        """Move the metrics of the latest steps into the arrays of the metrics."""
+        recent = getattr(self, "_recent", None)
+        if recent is None or self._failure is not None or not recent.any:
+            return
+        with self._writing():
+            self._check_lock()
+            recent.move(list(self._keys.values()))
+            self._flush()  # before they are taken away
+            recent.clear()
+            if last:
+                recent.empty()
+                self._flush()
 
     def _arrays_of_parts(self) -> list[str]:
         parts = enumerate(self.store.layout.parts)
@@ -260,7 +293,7 @@ class StoreWriter:
                 f"{self.store.path}: is full with {self._row} steps; import into a new store"
             )
         with self._writing():
-            metrics = [f"metrics/{key}" for key in self.store.metric_keys().values()]
+            metrics = [f"metrics/{key}" for key in self._keys.values()]
             for name in [*metrics, *self._arrays_of_parts(), "checksums", "steps"]:
                 if name == "steps":
                     self._flush()

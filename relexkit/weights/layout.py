@@ -19,6 +19,12 @@ from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
 Scope = Literal["tensor", "layer", "module", "global"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+SCOPE_MEANINGS: dict[Scope, str] = {
+    "tensor": "every tensor by itself",
+    "layer": "all tensors of a layer together",
+    "module": "the same module of all layers together, such as mlp.up_proj",
+    "global": "the whole model as one vector",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

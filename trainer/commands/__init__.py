@@ -5,31 +5,46 @@ from relexkit.registry import Command, Extension
 EXTENSION = Extension(
     {
         "train": Command(
-            "relexkit.trainer.commands.train", "train a model by GRPO, recording its trajectory"
+            "relexkit.trainer.commands.train",
+            "train a model by GRPO, recording its trajectory",
+            group="train and evaluate",
+            examples=("config.yaml", "config.yaml --learning-rate 1e-5 --max-steps 300"),
         ),
         "evaluate": Command(
             "relexkit.trainer.commands.evaluate",
             "accuracy of models on a task, with intervals: folders, or steps of a store",
+            group="train and evaluate",
+            examples=(
+                "model/ --task arithmetic",
+                "run.zarr --step 50 100 --to 200 --task arithmetic",
+            ),
         ),
         "sweep": Command(
             "relexkit.trainer.commands.sweep",
             "try predictions on a task, stop bad ones early, and recommend",
+            group="train and evaluate",
+            examples=("run.zarr --task arithmetic --to 150 200",),
         ),
         "probe": Command(
             "relexkit.trainer.commands.probe",
             "how linear the log-probabilities of texts are; generate from extrapolated logits",
+            group="train and evaluate",
         ),
         "g2d": Command(
             "relexkit.trainer.commands.g2d",
             "preference pairs from a run's rollouts, DPO from its recorded steps, evaluation",
+            group="train and evaluate",
         ),
         "tokens": Command(
             "relexkit.trainer.commands.tokens",
             "which tokens carry the update, from a log of rollouts",
+            group="train and evaluate",
         ),
         "demo": Command(
             "relexkit.trainer.commands.demo",
             "train a small model, record, analyse, extrapolate: the whole story in minutes",
+            group="train and evaluate",
+            examples=("", "-o demo-run"),
         ),
     }
 )

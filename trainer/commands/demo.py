@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError
-from relexkit.extension import console, plot, write_file
+from relexkit.extension import console, plot, print_table, write_file
 from relexkit.options import option
 
 PROBLEMS = 512
@@ -287,7 +287,7 @@ def _evaluate(store: Path, *words: object) -> list[Answers]:
             low, high = difference["interval"]
             cells[2] = f"{difference['accuracy']:+.3f} [{low:+.3f}, {high:+.3f}]"
         table.add_row(model["name"], *cells)
-    console().print(table)
+    print_table(table)
     return models
 
 

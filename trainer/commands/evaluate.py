@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError, Table
-from relexkit.extension import console, print_json, progress_bar
+from relexkit.extension import print_json, print_table, progress_bar
 from relexkit.options import Json, group, option
 from relexkit.trainer.commands import evaluate_harness
 from relexkit.trainer.commands.evaluate_harness import HarnessOptions
@@ -111,7 +111,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(document(evaluations, options))
     else:
-        print_table(evaluations, options.pass_at)
+        _print_evaluations(evaluations, options.pass_at)
 
 
 def _told(options: Options) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def document(evaluations: dict[str, Evaluation], options: Options) -> dict[str, 
     return {"task": first.task, **settings, "models": json.loads(json.dumps(models))}
 
 
-def print_table(evaluations: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
+def _print_evaluations(evaluations: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
     """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
     first one.
     """
@@ -259,7 +259,7 @@ def print_table(evaluations: dict[str, Evaluation], pass_at: Sequence[int]) -> N
             "" if evaluation is first else f"{difference.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
         table.add_row(name, *cells)
-    console().print(table)
+    print_table(table)
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

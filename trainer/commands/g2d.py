@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import Table
-from relexkit.extension import console, print_json
+from relexkit.extension import print_json, print_table
 from relexkit.options import Json, option
 from relexkit.trainer.commands.configured import configured
 from relexkit.trainer.config import G2DConfig, load_config
@@ -89,7 +89,7 @@ def _print_table(summaries: list[dict[str, Any]]) -> None:
             _accuracy(summary["after"]),
             f"{summary['difference']['accuracy']:+.3f} [{low:+.3f}, {high:+.3f}]",
         )
-    console().print(table)
+    print_table(table)
 
 
 def _accuracy(summary: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import Output, Prediction, Table, TrajectoryStore, extrapolate
-from relexkit.extension import console, number, print_json, progress_bar, say, show
+from relexkit.extension import number, print_json, print_table, progress_bar, say, show
 from relexkit.options import group, option
 from relexkit.trainer.commands.evaluate import OnTask
 from relexkit.trainer.evaluation.settings import EvaluationSettings, run_setting
@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(outcome)
     else:
-        print_table(outcome)
+        _print_candidates(outcome)
     _write(options, swept)
 
 
@@ -112,7 +112,7 @@ def _command(options: Options, task: str, settings: EvaluationSettings) -> str:
     return shlex.join(words)
 
 
-def print_table(outcome: dict[str, Any]) -> None:
+def _print_candidates(outcome: dict[str, Any]) -> None:
     """The candidates against the last observed step, and the recommendation."""
     from rich.table import Table
 
@@ -140,7 +140,7 @@ def print_table(outcome: dict[str, Any]) -> None:
             f"{c['difference']:+.3f}",
             _span(c["difference_interval"]),
         )
-    console().print(table)
+    print_table(table)
     answers, most = outcome["answers"], outcome["answers_of_full_grid"]
     show(f"{answers} answers, {100 * answers / most:.0f} % of the {most} of the full grid.")
     ties = [c["name"] for c in outcome["candidates"] if c["tied"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relexkit import RelexkitError, Table
-from relexkit.extension import console, percent, print_json
+from relexkit.extension import percent, print_json, print_table
 from relexkit.options import Json, option
 from relexkit.trainer.policy.loading import Trust
 
@@ -142,4 +142,4 @@ def _print_tables(shares: dict[str, Any]) -> None:
                 table.add_row(
                     f"{token['text']!r} ({token['class']})", percent(token["share"]), *more
                 )
-        console().print(table)
+        print_table(table)

@@ -185,12 +185,26 @@ class WritableArrays:
 
     def set_entry(self, name: str, row: int, value: float) -> None:
         """An entry of an array ``[T]``."""
+        self.set_entries(name, np.array([row]), np.array([value]))
+
+    def set_entries(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Entries of an array ``[T]``."""
         found = self.direct(name)
         if found is None:
-            self.array(name)[row] = value
+            self.array(name).set_coordinate_selection((rows,), values)
             return
         if name not in self._columns:
             self._columns[name] = np.asarray(self.array(name)[:])
-        column, number = self._columns[name], row // found.chunk
-        column[row] = value
-        found.write((number,), column[number * found.chunk : (number + 1) * found.chunk])
+        column = self._columns[name]
+        column[rows] = values
+        for number in np.unique(rows // found.chunk):
+            part = column[number * found.chunk : (number + 1) * found.chunk]
+            found.write((int(number),), part)
+
+    def set_chunk(self, name: str, values: np.ndarray) -> None:
+        """All of an array ``[n]`` that is one chunk."""
+        found = self.direct(name)
+        if found is None:
+            self.array(name)[:] = values
+        else:
+            found.write((0,), values)
