@@ -27,6 +27,8 @@ suppress_warnings = ["misc.highlighting_failure"]  # listings of shell and Pytho
 
 autodoc_default_options = {"members": True, "undoc-members": False}
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+highlight_language = "none"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 
@@ -56,7 +58,7 @@ def _python_page() -> str:
         value = getattr(relexkit, name)
         if inspect.isclass(value):
             classes.append(f".. autoclass:: relexkit.{name}\n")
-        elif callable(value):
+        elif inspect.isroutine(value):
             functions.append(f".. autofunction:: relexkit.{name}\n")
     blocks = ["# Python", "## Functions", _rst(functions), "## Values and answers", _rst(classes)]
     return "\n\n".join(blocks) + "\n"

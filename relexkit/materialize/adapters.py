@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, WEIGHTS
+from relexkit.checkpoints.formats.peft import PREFIX, WEIGHTS
+from relexkit.checkpoints.formats.peft_config import CONFIG
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.factors import compress, singular_values, stacked_sum

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from relexkit.checkpoints.formats.hub import REVISIONS_FILE
-from relexkit.checkpoints.formats.peft import CONFIG
+from relexkit.checkpoints.formats.peft_config import CONFIG
 from relexkit.checkpoints.tied import with_tie
 from relexkit.errors import RelexkitError, StoreError, printable
 from relexkit.store import TrajectoryStore, WriterLock, blocks

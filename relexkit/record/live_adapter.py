@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit.checkpoints import Checkpoint
-from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, AdaptedCheckpoint, Adapter
+from relexkit.checkpoints.formats.peft import PREFIX, AdaptedCheckpoint, Adapter
+from relexkit.checkpoints.formats.peft_config import CONFIG
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.checkpoints.tied import split_heads
 from relexkit.checkpoints.view import CheckpointView

@@ -28,7 +28,7 @@ from sharded import Malicious, write_dcp
 
 from relexkit.checkpoints import open_checkpoint, open_run
 from relexkit.checkpoints.chain import ChainedRun
-from relexkit.checkpoints.formats.peft import read_settings
+from relexkit.checkpoints.formats.peft_config import read_settings
 from relexkit.cli import main
 from relexkit.errors import CheckpointError, StoreError
 from relexkit.store import TrajectoryStore

@@ -22,7 +22,7 @@ from relexkit import (
     gram,
     import_checkpoints,
 )
-from relexkit.checkpoints.formats.peft import read_settings
+from relexkit.checkpoints.formats.peft_config import read_settings
 from relexkit.cli import main
 from relexkit.gram_matrix.factors import factor_gram
 from relexkit.materialize.adapters import checkout_adapter

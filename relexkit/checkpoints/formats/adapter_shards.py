@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from relexkit.checkpoints.formats.deepspeed import DeepSpeedCheckpoint
-from relexkit.checkpoints.formats.peft import CONFIG, PREFIX, Adapter, read_config
+from relexkit.checkpoints.formats.peft import PREFIX, Adapter
+from relexkit.checkpoints.formats.peft_config import CONFIG, read_config
 from relexkit.checkpoints.formats.verl import VerlCheckpoint
 from relexkit.checkpoints.protocol import Checkpoint
 from relexkit.checkpoints.small_files import read_small
