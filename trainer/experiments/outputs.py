@@ -116,7 +116,6 @@ def output_linearity(
         RelexkitError: no text with two tokens, fewer than three recorded steps, or a prediction
             that cannot be made.
     """
-    texts = [text for text in texts if text.strip()]
     observed = gram(store, progress=progress).until(prediction.until)
     if len(observed.steps) < 3:
         raise RelexkitError(
