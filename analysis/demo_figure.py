@@ -34,7 +34,7 @@ def demo_figure(answers: dict[str, Any]) -> Figure:
 def _rollouts(axes: Axes, answers: dict[str, Any]) -> None:
     half, each = answers["until"], answers["rollouts_per_step"] / 1000
     quarter = half // 2
-    trained = {"plain": (0, quarter, half, half + quarter, 2 * half)}
+    trained: dict[str, tuple[int, ...]] = {"plain": (0, quarter, half, half + quarter, 2 * half)}
     trained["jumps"] = (quarter, quarter, half, half)
     trained["walk"] = (0, int(answers["walk"][-1]["name"].removeprefix("step ")))
     looks = {

@@ -23,7 +23,7 @@ from relexkit.extension import (
     Gram,
     ScopeSpectrum,
     Spectrum,
-    drift,
+    agreement,
     single_threaded_blas,
     spectrum,
     walk_gram,
@@ -362,32 +362,32 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
 
 
 def geometry_figure(gram: Gram, whole: Spectrum) -> Figure:
-    """How straight the path is, step by step: cosines of neighbouring updates, drift of the first
-    direction, update norms.
+    """How straight the path is, step by step: cosines of neighbouring updates, agreement of the
+    first direction, update norms.
     """
     figure = style.new_figure(5.0)
-    turning, drifting, striding = figure.subplots(3, 1, sharex=True)
+    turning, agreeing, striding = figure.subplots(3, 1, sharex=True)
     turning_panel(turning, whole)
-    drift_panel(drifting, gram, whole)
+    agreement_panel(agreeing, gram, whole)
     update_norms_panel(striding, gram)
-    style.letter([turning, drifting, striding])
-    for axes in (turning, drifting):
+    style.letter([turning, agreeing, striding])
+    for axes in (turning, agreeing):
         axes.set_xlabel("")
-    handles, labels = drifting.get_legend_handles_labels()
+    handles, labels = agreeing.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
     figure.align_ylabels()
     return figure
 
 
-def drift_panel(axes: Axes, gram: Gram, whole: Spectrum) -> None:
+def agreement_panel(axes: Axes, gram: Gram, whole: Spectrum) -> None:
     """|cos| of the first direction up to each step with that of all steps, beside the walk's."""
     prefixes = _prefixes(len(gram.steps))
-    run_drift, null_drift = (
-        drift(g, prefixes, centered=whole.centered)
+    of_run, of_walk = (
+        agreement(g, prefixes, centered=whole.centered)
         for g in (gram.scoped("global").matrices[0], walk_gram(gram.steps))
     )
-    _against_null(axes, gram.steps[prefixes - 1], run_drift, null_drift, _marker(gram.steps))
-    axes.set_ylim(max(0.0, min(np.nanmin([*run_drift, *null_drift]) - 0.05, 0.8)), 1.03)
+    _against_null(axes, gram.steps[prefixes - 1], of_run, of_walk, _marker(gram.steps))
+    axes.set_ylim(max(0.0, min(np.nanmin([*of_run, *of_walk]) - 0.05, 0.8)), 1.03)
     axes.set_ylabel("|cosine|")
     axes.set_title(f"First direction up to the step against that of all steps ({_about(whole)})")
     _step_axis(axes, gram.steps)

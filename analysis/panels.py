@@ -154,10 +154,10 @@ def line_panels(seen: Analysed) -> list[Panel]:
             partial(figures.turning_panel, whole=seen.whole),
         ),
         _panel(
-            "drift",
+            "agreement",
             "When its direction was found",
             "|cos| of the first direction up to each step with that of all steps.",
-            partial(figures.drift_panel, gram=seen.gram, whole=seen.whole),
+            partial(figures.agreement_panel, gram=seen.gram, whole=seen.whole),
         ),
         _panel(
             "norms",

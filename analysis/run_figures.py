@@ -21,7 +21,7 @@ LABELS = {
     "r2": "R² of the first",
     "cosine": "neighbouring cosine",
     "straightness": "straightness",
-    "drift": "half against all",
+    "agreement": "half against all",
 }
 FIRST_METRICS = ("reward", "eval/accuracy", "accuracy", "kl", "entropy", "grad_norm", "loss")
 """Metrics that come first, in this order."""

@@ -277,5 +277,5 @@ def _scale_of_colours(axes: Axes) -> str:
     if not meshes:
         return ""
     in_words = style.tick_percent if meshes[0].cmap.name == "sequential" else style.number
-    low, high = (in_words(v) for v in (meshes[0].norm.vmin, meshes[0].norm.vmax))
+    low, high = (in_words(v) for v in meshes[0].get_clim())
     return f'<span class="scale {meshes[0].cmap.name}">{low}<i></i>{high}</span>'

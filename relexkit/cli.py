@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from relexkit import interrupts
+import relexkit.interrupts as interrupts  # as an attribute it would be asked of all extensions
 from relexkit.commands import EXTENSION
 from relexkit.commands.help import Parser, meant, overview
 from relexkit.errors import RelexkitError, printable

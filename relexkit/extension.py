@@ -26,7 +26,7 @@ from relexkit.errors import printable
 from relexkit.geometry.linearity import Linearity
 from relexkit.geometry.null import STATISTICS
 from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squared, walk_gram
-from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, drift, spectrum
+from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, agreement, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
@@ -77,6 +77,7 @@ __all__ = [
     "TrajectoryStore",
     "__version__",
     "advise",
+    "agreement",
     "apply_step",
     "backtest",
     "center",
@@ -85,7 +86,6 @@ __all__ = [
     "cosines_of_updates",
     "decompose",
     "describe_steps",
-    "drift",
     "forecast",
     "from_segment",
     "gram",

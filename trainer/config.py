@@ -288,7 +288,7 @@ class GRPOConfig:
                 f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
             )
         check_request([1.0], Prediction(method=rule.method))
-        unit = self.steps_of_generation
+        unit = self.generation_interval
         if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
             raise RelexkitError(
                 "regrounding: predicts from recorded steps, between generations; expected"
@@ -303,7 +303,7 @@ class GRPOConfig:
         return self.generation_batch_size // self.num_generations
 
     @property
-    def steps_of_generation(self) -> int:
+    def generation_interval(self) -> int:
         """Optimizer steps that are taken on one generation."""
         return self.steps_per_generation * self.num_iterations
 

@@ -33,7 +33,7 @@ _LEAST = (
     "changed/step",
     "ever",
     "90/95/99 %",
-    "drift (walk)",
+    "agree (walk)",
     "straight (walk)",
     "parameters",
     "1st-2nd % (walk)",
@@ -125,7 +125,7 @@ def _spectrum_document(result: Spectrum, informative: Informative | None) -> dic
             "n_components": {str(p): s.num_directions(p / 100) for p in (90, 95, 99)},
             "coefficients": s.coefficients.tolist(),
             "r2": s.r2.tolist(),
-            "drift": s.drift.tolist(),
+            "agreement": s.agreement.tolist(),
             "update_cosines": s.update_cosines.tolist(),
             "changed": s.changed.tolist(),
             "moved": s.moved.tolist(),
@@ -189,7 +189,7 @@ def _print_spectrum(result: Spectrum, options: Options, informative: Informative
         "R² (walk)",
         "cos (walk)",
         "straight (walk)",
-        "drift (walk)",
+        "agree (walk)",
         "changed/step",
         "ever",
     ):
@@ -200,7 +200,7 @@ def _print_spectrum(result: Spectrum, options: Options, informative: Informative
         assert null is not None
         shown = [
             _with_null(null, name)
-            for name in ("first", "first_two", "r2", "cosine", "straightness", "drift")
+            for name in ("first", "first_two", "r2", "cosine", "straightness", "agreement")
         ]
         return [
             escape(s.name),
@@ -248,7 +248,7 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
         (
             "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²:"
             " first coefficient on the step. cos: mean cosine of neighbouring updates. straight:"
-            " distance from the base over the length of the path. drift: first direction of half"
+            " distance from the base over the length of the path. agree: first direction of half"
             " the steps against all, |cos|."
         ),
         (

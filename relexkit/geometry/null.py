@@ -27,7 +27,7 @@ from relexkit.geometry.shape import leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 
-STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "drift")
+STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "agreement")
 """First ratio, first two together, R^2 of the first coefficient on the step, mean cosine of
 neighbouring updates, distance from the base over the length of the path, |cos| of the first
 direction of half the steps and of all.
@@ -183,12 +183,12 @@ def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = Fals
         across = np.einsum(
             "bi,bij,bj->b", half_vectors[:, :, 0], matrices[:, :half], vectors[:, :, 0]
         )
-        drift = np.minimum(1.0, np.abs(across) / np.sqrt(half_values[:, 0] * values[:, 0]))
+        agreement = np.minimum(1.0, np.abs(across) / np.sqrt(half_values[:, 0] * values[:, 0]))
         time = steps - steps.mean()
         first = vectors[:, :, 0] - vectors[:, :, 0].mean(axis=1, keepdims=True)
         r2 = (first @ time) ** 2 / ((time**2).sum() * (first**2).sum(axis=1))
     r2[np.isnan(total) | (len(steps) < 3)] = np.nan
-    return np.stack([ratios[:, 0], ratios.sum(axis=1), r2, cosine, straightness, drift], axis=1)
+    return np.stack([ratios[:, 0], ratios.sum(axis=1), r2, cosine, straightness, agreement], axis=1)
 
 
 def _center(matrices: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.results import Result
 
 
-def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
+def agreement(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -> np.ndarray:
     """``|cos|`` between the first direction of the first ``n`` steps and that of all steps, for
     each n of ``prefixes``.
 
@@ -38,13 +38,13 @@ def drift(matrix: np.ndarray, prefixes: np.ndarray, *, centered: bool = False) -
     mean, the same with ``J_n G[:n, :] J_T``. NaN where a prefix has not moved.
     """
     final = decompose(center(matrix) if centered else matrix)
-    return _drifts(matrix[None], prefixes, centered, [final])[0]
+    return _agreements(matrix[None], prefixes, centered, [final])[0]
 
 
-def _drifts(
+def _agreements(
     matrices: np.ndarray, prefixes: np.ndarray, centered: bool, final: Sequence[Decomposition]
 ) -> np.ndarray:
-    """``drift`` of N matrices whose decompositions are ``final``, ``[N, P]``."""
+    """``agreement`` of N matrices whose decompositions are ``final``, ``[N, P]``."""
     firsts = np.full(matrices.shape[:2], np.nan)
     for row, parts in enumerate(final):
         if len(parts.singular_values):
@@ -75,8 +75,8 @@ class ScopeSpectrum:
         energy_share: share of the run's total energy (sum of squared deltas over all recorded
             steps); NaN if nothing moved.
         r2: of each coefficient's straight line against the steps.
-        drift: ``[3]``, of the first quarter, half and three quarters of the steps; see the function
-            ``drift``.
+        agreement: ``[3]``, of the first quarter, half and three quarters of the steps; see the
+            function of that name.
         update_cosines: ``[T - 1]``, see the function of that name.
         changed, moved: ``[T]``, shares of its weights that differ from the previous step, and from
             the base.
@@ -98,7 +98,7 @@ class ScopeSpectrum:
     explained_variance_ratio: np.ndarray
     coefficients: np.ndarray
     r2: np.ndarray
-    drift: np.ndarray
+    agreement: np.ndarray
     update_cosines: np.ndarray
     changed: np.ndarray
     moved: np.ndarray
@@ -202,14 +202,14 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
     total = energy.sum()
     about = center(chosen.matrices) if centered else chosen.matrices
     parts = [decompose(matrix) for matrix in about]
-    drifts = _drifts(chosen.matrices, quarters(len(chosen.steps)), centered, parts)
+    agreements = _agreements(chosen.matrices, quarters(len(chosen.steps)), centered, parts)
     scopes = []
     for row, name in enumerate(chosen.names):
         size = int(chosen.num_parameters[row])
         unit, changes = chosen.unit_moves[row], chosen.changed[row].sum()
         scopes.append(
             replace(
-                _shape(name, chosen.matrices[row], chosen.steps, parts[row], drifts[row]),
+                _shape(name, chosen.matrices[row], chosen.steps, parts[row], agreements[row]),
                 num_parameters=size,
                 energy_share=float(energy[row] / total) if total else float("nan"),
                 changed=chosen.changed[row] / max(1, size),
@@ -223,13 +223,13 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
         )
     walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
     walk_parts = decompose(center(walk) if centered else walk)
-    walk_drift = _drifts(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
-    null = _shape("walk without direction", walk, chosen.steps, walk_parts, walk_drift)
+    walk_agreement = _agreements(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
+    null = _shape("walk without direction", walk, chosen.steps, walk_parts, walk_agreement)
     return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.fitted)
 
 
 def _shape(
-    name: str, matrix: np.ndarray, steps: np.ndarray, parts: Decomposition, drift: np.ndarray
+    name: str, matrix: np.ndarray, steps: np.ndarray, parts: Decomposition, agreement: np.ndarray
 ) -> ScopeSpectrum:
     """What the matrix of a group says, whatever else is known of it."""
     unknown = np.full(len(steps), np.nan)
@@ -241,7 +241,7 @@ def _shape(
         explained_variance_ratio=parts.explained_variance_ratio,
         coefficients=parts.coefficients,
         r2=r_squared(parts.coefficients, steps),
-        drift=drift,
+        agreement=agreement,
         update_cosines=update_cosines(matrix),
         changed=unknown,
         moved=unknown,

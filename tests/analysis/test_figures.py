@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from relexkit.analysis import figures, style, variance_map
 from relexkit.errors import RelexkitError
 from relexkit.geometry.shape import walk_gram
-from relexkit.geometry.spectrum import drift, spectrum
+from relexkit.geometry.spectrum import agreement, spectrum
 from relexkit.gram_matrix import Gram
 
 IRREGULAR = np.array([1, 2, 5, 9, 30, 31, 40, 80, 120, 200, 210, 500])
@@ -349,9 +349,9 @@ def test_rows_without_room_are_counted():
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_geometry_shows_cosines_drift_and_norms(centered):
+def test_geometry_shows_cosines_agreement_and_norms(centered):
     gram, deltas = make_gram(["a.weight", "b.weight"], IRREGULAR)
-    turning, drifting, striding = draw(gram, "geometry", centered=centered).axes
+    turning, agreeing, striding = draw(gram, "geometry", centered=centered).axes
     updates = np.diff(np.concatenate(list(deltas), axis=1), axis=0, prepend=0)
     norms = np.linalg.norm(updates, axis=1)
     (cosines,) = [a for a in turning.get_lines() if a.get_color() == style.RUN]
@@ -366,16 +366,16 @@ def test_geometry_shows_cosines_drift_and_norms(centered):
     np.testing.assert_allclose(
         line(striding, style.NULL_LABEL).get_ydata(), np.sqrt(gaps / 500), rtol=1e-12
     )
-    run_drift = line(drifting, "whole model")
-    np.testing.assert_array_equal(run_drift.get_xdata(), IRREGULAR)
-    assert run_drift.get_ydata()[-1] == pytest.approx(1)
+    of_run = line(agreeing, "whole model")
+    np.testing.assert_array_equal(of_run.get_xdata(), IRREGULAR)
+    assert of_run.get_ydata()[-1] == pytest.approx(1)
     if not centered:
         final = np.linalg.svd(updates.cumsum(axis=0), full_matrices=False)[2][0]
         for count in (1, 4, 9):
             first = np.linalg.svd(updates[:count].cumsum(axis=0), full_matrices=False)[2][0]
-            assert run_drift.get_ydata()[count - 1] == pytest.approx(abs(first @ final), rel=1e-6)
-        null = drift(walk_gram(IRREGULAR), np.arange(1, 13))
-        np.testing.assert_array_equal(line(drifting, style.NULL_LABEL).get_ydata(), null)
+            assert of_run.get_ydata()[count - 1] == pytest.approx(abs(first @ final), rel=1e-6)
+        null = agreement(walk_gram(IRREGULAR), np.arange(1, 13))
+        np.testing.assert_array_equal(line(agreeing, style.NULL_LABEL).get_ydata(), null)
 
 
 def test_geometry_of_a_run_that_returns_to_its_base_and_pauses():

@@ -10,7 +10,7 @@ from strategies import gram_from, gram_of, walk_with_momentum
 
 from relexkit.geometry.null import STATISTICS, calibrate, statistics
 from relexkit.geometry.shape import center, decompose, r_squared, update_cosines
-from relexkit.geometry.spectrum import drift, spectrum
+from relexkit.geometry.spectrum import agreement, spectrum
 
 STEPS = np.array([1, 2, 4, 7, 12, 13, 20, 26, 33, 40, 41, 50])
 
@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_spectrum(centered: bool) -> None:
             r_squared(parts.coefficients, STEPS)[0],
             update_cosines(matrix).mean(),
             np.linalg.norm(delta[-1]) / length,
-            drift(matrix, np.array([6]), centered=centered)[0],
+            agreement(matrix, np.array([6]), centered=centered)[0],
         ]
         np.testing.assert_allclose(row, expected, atol=1e-7)
     assert np.isnan(found[2]).all()

@@ -13,7 +13,7 @@ from strategies import Trajectory, gram_of, trajectories, trajectory
 
 from relexkit import Gram, RelexkitError, spectrum
 from relexkit.geometry.shape import center, decompose, r_squared, update_cosines, walk_gram
-from relexkit.geometry.spectrum import drift, quarters
+from relexkit.geometry.spectrum import agreement, quarters
 
 STEPS = np.array([1, 2, 4, 7, 20, 21, 33, 50])
 
@@ -60,7 +60,7 @@ def test_r2_equals_that_of_a_fitted_line(centered: bool) -> None:
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_drift_equals_cosines_of_right_singular_vectors(centered: bool) -> None:
+def test_agreement_equals_cosines_of_right_singular_vectors(centered: bool) -> None:
     """Each prefix on its own: with ``centered``, about the mean of that prefix."""
     deltas = trajectory("walk", STEPS, 60, seed=4).deltas
     [found] = spectrum(gram_of({"w": deltas}, STEPS), centered=centered).scopes
@@ -71,7 +71,7 @@ def test_drift_equals_cosines_of_right_singular_vectors(centered: bool) -> None:
         for n in (*lengths, len(STEPS))
     }
     expected = [abs(first[n] @ first[len(STEPS)]) for n in lengths]
-    np.testing.assert_allclose(found.drift, expected, atol=1e-9)
+    np.testing.assert_allclose(found.agreement, expected, atol=1e-9)
 
 
 def test_quarters_of_few_steps_keep_at_least_one() -> None:
@@ -80,9 +80,9 @@ def test_quarters_of_few_steps_keep_at_least_one() -> None:
     assert quarters(5).tolist() == [1, 2, 3]
 
 
-def test_drift_skips_prefixes_that_have_not_moved() -> None:
+def test_agreement_skips_prefixes_that_have_not_moved() -> None:
     deltas = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0], [2.0, 4.0]])
-    found = drift(deltas @ deltas.T, quarters(4))
+    found = agreement(deltas @ deltas.T, quarters(4))
     assert np.isnan(found[:2]).all()
     assert found[2] == pytest.approx(1.0)
 
@@ -155,7 +155,7 @@ def test_a_tensor_that_never_moved_has_no_directions() -> None:
     for values in (still.singular_values, still.explained_variance_ratio, still.r2):
         assert len(values) == 0
     assert still.coefficients.shape == (len(STEPS), 0)
-    assert np.isnan(still.drift).all()
+    assert np.isnan(still.agreement).all()
     assert np.isnan(still.update_cosines).all()
     assert still.num_directions(0.9) is None
     [alone] = spectrum(gram_of({"still": deltas["still"]}, STEPS)).scopes
@@ -168,7 +168,7 @@ def test_one_step_has_one_direction_and_no_line() -> None:
     assert found.coefficients.tolist() == [[5.0]]
     assert found.explained_variance_ratio.tolist() == [1.0]
     assert np.isnan(found.r2).all()
-    assert found.drift.tolist() == [1.0, 1.0, 1.0]
+    assert found.agreement.tolist() == [1.0, 1.0, 1.0]
     assert len(found.update_cosines) == 0
     [centred] = spectrum(
         gram_of({"w": np.array([[3.0, -4.0]])}, np.array([7])), centered=True
@@ -191,7 +191,7 @@ def test_a_move_at_the_first_step_only_leaves_no_centered_direction(num_steps: i
             gram_of({"w": deltas}, np.arange(1, num_steps + 1)), centered=True
         ).scopes
         assert len(found.singular_values) == 0
-        assert np.isnan(found.drift).all()
+        assert np.isnan(found.agreement).all()
 
 
 def test_r2_of_a_constant_coefficient_is_nan() -> None:

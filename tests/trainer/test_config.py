@@ -94,7 +94,7 @@ def test_derived_numbers():
         steps_per_generation=4,
         num_iterations=3,
     )
-    assert (config.num_prompts, config.steps_of_generation) == (8, 12)
+    assert (config.num_prompts, config.generation_interval) == (8, 12)
 
 
 @pytest.mark.parametrize("kind", [GRPOConfig, G2DConfig])

@@ -80,7 +80,7 @@ def answer(options: Options) -> Table:
     """Every model's numbers, and its paired difference to the first one."""
     if options.harness.tasks:
         return evaluate_harness.answer(options.harness, _models(options), _told(options))
-    found = document(evaluate_models(options), options)
+    comparison = document(evaluate_models(options), options)
     rows = [
         {
             "model": m["name"],
@@ -92,10 +92,12 @@ def answer(options: Options) -> Table:
             "difference_low": m.get("difference", {}).get("interval", [None])[0],
             "difference_high": m.get("difference", {}).get("interval", [None])[-1],
         }
-        for m in found["models"]
+        for m in comparison["models"]
         for kind in [m.get("greedy") or m["sampled"]]
     ]
-    return Table(found, rows, [f"{found['task']}, {found['split']} problems, 95 % intervals."])
+    return Table(
+        comparison, rows, [f"{comparison['task']}, {comparison['split']} problems, 95 % intervals."]
+    )
 
 
 def run(options: Options) -> None:
@@ -105,11 +107,11 @@ def run(options: Options) -> None:
             options.harness, _models(options), _told(options), as_json=options.json
         )
         return
-    found = evaluate_models(options)
+    evaluations = evaluate_models(options)
     if options.json:
-        print_json(document(found, options))
+        print_json(document(evaluations, options))
     else:
-        _print_evaluations(found, options.pass_at)
+        _print_evaluations(evaluations, options.pass_at)
 
 
 def _told(options: Options) -> dict[str, Any]:
@@ -197,11 +199,11 @@ def _of_store(options: Options) -> Iterator[tuple[str, Any, Any]]:
             yield name, stored.model, stored.tokenizer
 
 
-def document(found: dict[str, Evaluation], options: Options) -> dict[str, Any]:
+def document(evaluations: dict[str, Evaluation], options: Options) -> dict[str, Any]:
     """What ``--json`` prints: every model's numbers, and its paired difference to the first one."""
-    first = next(iter(found.values()))
+    first = next(iter(evaluations.values()))
     models = []
-    for name, evaluation in found.items():
+    for name, evaluation in evaluations.items():
         entry = {"name": name, **evaluation.summary(options.pass_at)}
         if evaluation is not first:
             difference = evaluation.minus(first)
@@ -216,13 +218,13 @@ def document(found: dict[str, Evaluation], options: Options) -> dict[str, Any]:
     return {"task": first.task, **settings, "models": json.loads(json.dumps(models))}
 
 
-def _print_evaluations(found: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
+def _print_evaluations(evaluations: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
     """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
     first one.
     """
     from rich.table import Table
 
-    first_name, first = next(iter(found.items()))
+    first_name, first = next(iter(evaluations.items()))
     kinds = [
         kind
         for kind, there in (("greedy", len(first.greedy_N)), ("sampled", first.num_samples))
@@ -240,7 +242,7 @@ def _print_evaluations(found: dict[str, Evaluation], pass_at: Sequence[int]) -> 
         f"{kinds[0]} against {first_name}",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, evaluation in found.items():
+    for name, evaluation in evaluations.items():
         cells = []
         for kind in kinds:
             value, interval = (

@@ -89,11 +89,11 @@ def _folder(asked: HarnessOptions, source: str) -> Path | None:
     return Path(source).with_suffix(".evaluations") if local_store else None
 
 
-def document(found: dict[str, list[Score]]) -> list[dict[str, Any]]:
+def document(by_model: dict[str, list[Score]]) -> list[dict[str, Any]]:
     """What ``--json`` prints of every model."""
-    first = next(iter(found.values()))
+    first = next(iter(by_model.values()))
     models = []
-    for name, of_model in found.items():
+    for name, of_model in by_model.items():
         rows: list[dict[str, Any]] = []
         for score, other in zip(of_model, first, strict=True):
             row: dict[str, Any] = {
@@ -113,18 +113,18 @@ def document(found: dict[str, list[Score]]) -> list[dict[str, Any]]:
     return models
 
 
-def print_table(found: dict[str, list[Score]]) -> None:
+def print_table(by_model: dict[str, list[Score]]) -> None:
     """A row for each metric and model."""
     from rich.table import Table
 
-    first_name, first = next(iter(found.items()))
+    first_name, first = next(iter(by_model.items()))
     table = Table(box=None, header_style="bold")
     for heading in ("task", "metric", "model"):
         table.add_column(heading, no_wrap=True)
     for heading in ("value [95 % interval]", f"against {first_name}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, of_first in enumerate(first):
-        for place, (name, of_model) in enumerate(found.items()):
+        for place, (name, of_model) in enumerate(by_model.items()):
             score = of_model[index]
             difference = None if place == 0 else score.minus(of_first)
             table.add_row(

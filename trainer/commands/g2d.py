@@ -35,7 +35,7 @@ class Options(Json, Trust):
 def answer(options: Options) -> Table:
     """Make pairs, train and evaluate for every ``K``; what an earlier call has finished is kept."""
     config = load_config(options.config, options.given, G2DConfig)
-    found = g2d(
+    summaries = g2d(
         options.run_folder,
         options.steps,
         options.out,
@@ -43,7 +43,7 @@ def answer(options: Options) -> Table:
         rollouts=options.rollouts,
         trust_remote_code=options.trust_remote_code,
     )
-    return Table({"steps": found}, found)
+    return Table({"steps": summaries}, summaries)
 
 
 def run(options: Options) -> None:
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
         _print_table(document["steps"])
 
 
-def _print_table(found: list[dict[str, Any]]) -> None:
+def _print_table(summaries: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     title = "G2D: accuracy [95 % interval]"
@@ -75,7 +75,7 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for summary in found:
+    for summary in summaries:
         told = summary["informativeness"]
         low, high = summary["difference"]["interval"]
         table.add_row(

@@ -57,12 +57,12 @@ def answer(options: Options) -> str | Table:
     """
     if options.generate is not None:
         return _completion(options)
-    found = _linearity(options)
+    linearity = _linearity(options)
     rows = [
         {"target": float(target), "mean_absolute_difference": float(error)}
-        for target, error in zip(found.targets, _errors(found), strict=True)
+        for target, error in zip(linearity.targets, _errors(linearity), strict=True)
     ]
-    return Table(_document(found), rows)
+    return Table(_document(linearity), rows)
 
 
 def run(options: Options) -> None:
@@ -74,11 +74,11 @@ def run(options: Options) -> None:
         else:
             show(text)
         return
-    found = _linearity(options)
+    linearity = _linearity(options)
     if options.json:
-        print_json(_document(found))
+        print_json(_document(linearity))
     else:
-        _print(found, options.method)
+        _print(linearity, options.method)
 
 
 def _completion(options: Options) -> str:
@@ -116,27 +116,27 @@ def _linearity(options: Options) -> OutputLinearity:
         )
 
 
-def _errors(found: OutputLinearity) -> np.ndarray:
-    return np.abs(found.continued - found.predicted).mean(axis=1)
+def _errors(linearity: OutputLinearity) -> np.ndarray:
+    return np.abs(linearity.continued - linearity.predicted).mean(axis=1)
 
 
-def _document(found: OutputLinearity) -> dict[str, Any]:
+def _document(linearity: OutputLinearity) -> dict[str, Any]:
     return {
-        "steps": found.steps.tolist(),
-        "num_tokens": len(found.r2),
-        "r2": found.r2.tolist(),
-        "targets": found.targets.tolist(),
-        "mean_absolute_difference": _errors(found).tolist(),
+        "steps": linearity.steps.tolist(),
+        "num_tokens": len(linearity.r2),
+        "r2": linearity.r2.tolist(),
+        "targets": linearity.targets.tolist(),
+        "mean_absolute_difference": _errors(linearity).tolist(),
     }
 
 
-def _print(found: OutputLinearity, method: str) -> None:
-    moved = found.r2[np.isfinite(found.r2)]
+def _print(linearity: OutputLinearity, method: str) -> None:
+    moved = linearity.r2[np.isfinite(linearity.r2)]
     shares = np.quantile(moved, [0.1, 0.5, 0.9]) if len(moved) else np.full(3, np.nan)
     rows = [
         (
             "tokens",
-            f"{len(found.r2)}, of which {len(moved)} moved by a thousandth of a nat or more",
+            f"{len(linearity.r2)}, of which {len(moved)} moved by a thousandth of a nat or more",
         ),
         (
             "R² on the step",
@@ -151,10 +151,10 @@ def _print(found: OutputLinearity, method: str) -> None:
             f"step {target:g}",
             f"tokens' lines are {error:.3f} nats from what {method} predicts, on average",
         )
-        for target, error in zip(found.targets, _errors(found), strict=True)
+        for target, error in zip(linearity.targets, _errors(linearity), strict=True)
     ]
     print_pairs(
-        f"Token log-probabilities over {len(found.steps)} steps, {found.steps[0]} to"
-        f" {found.steps[-1]}",
+        f"Token log-probabilities over {len(linearity.steps)} steps, {linearity.steps[0]} to"
+        f" {linearity.steps[-1]}",
         rows,
     )

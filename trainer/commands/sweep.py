@@ -35,18 +35,18 @@ class Options(OnTask):
 
 def answer(options: Options) -> Table:
     """Race, and write what was asked for; ``plot`` draws the candidates."""
-    swept, found = race_candidates(options)
+    swept, outcome = race_candidates(options)
     _write(options, swept)
-    return Table(found, found["candidates"], [found["recommendation"]])
+    return Table(outcome, outcome["candidates"], [outcome["recommendation"]])
 
 
 def run(options: Options) -> None:
     """Race, print, and write what was asked for."""
-    swept, found = race_candidates(options)
+    swept, outcome = race_candidates(options)
     if options.json:
-        print_json(found)
+        print_json(outcome)
     else:
-        _print_candidates(found)
+        _print_candidates(outcome)
     _write(options, swept)
 
 
@@ -112,20 +112,20 @@ def _command(options: Options, task: str, settings: EvaluationSettings) -> str:
     return shlex.join(words)
 
 
-def _print_candidates(found: dict[str, Any]) -> None:
+def _print_candidates(outcome: dict[str, Any]) -> None:
     """The candidates against the last observed step, and the recommendation."""
     from rich.table import Table
 
-    title = f"Accuracy on {found['task']} against step {found['last_step']}"
+    title = f"Accuracy on {outcome['task']} against step {outcome['last_step']}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("candidate", no_wrap=True)
     for heading in ("problems", "accuracy", "95 %", "difference", "95 %"):
         table.add_column(heading, justify="right", no_wrap=True)
-    base = found["baseline"]
-    rows = sorted(found["candidates"], key=lambda c: (-c["num_problems"], -c["accuracy"]))
+    base = outcome["baseline"]
+    rows = sorted(outcome["candidates"], key=lambda c: (-c["num_problems"], -c["accuracy"]))
     table.add_row(
-        f"step {found['last_step']} (observed)",
-        str(found["num_problems"]),
+        f"step {outcome['last_step']} (observed)",
+        str(outcome["num_problems"]),
         number(base["accuracy"]),
         _span(base["interval"]),
         "",
@@ -141,20 +141,17 @@ def _print_candidates(found: dict[str, Any]) -> None:
             _span(c["difference_interval"]),
         )
     print_table(table)
-    share = found["answers"] / found["answers_of_full_grid"]
-    show(
-        f"{found['answers']} answers, {100 * share:.0f} % of the {found['answers_of_full_grid']} of"
-        " the full grid."
-    )
-    ties = [c["name"] for c in found["candidates"] if c["tied"]]
-    if any(c["stopped"] for c in found["candidates"]):
+    answers, most = outcome["answers"], outcome["answers_of_full_grid"]
+    show(f"{answers} answers, {100 * answers / most:.0f} % of the {most} of the full grid.")
+    ties = [c["name"] for c in outcome["candidates"] if c["tied"]]
+    if any(c["stopped"] for c in outcome["candidates"]):
         show(
             "Stopped ones answered fewer problems: compare their difference, on the problems that"
             " they answered, not their accuracy."
         )
     if ties:
         show(f"As good as the winner when it alone went on: {', '.join(ties)}.")
-    show(found["recommendation"])
+    show(outcome["recommendation"])
 
 
 def _span(interval: Sequence[float]) -> str:

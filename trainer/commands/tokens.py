@@ -28,22 +28,22 @@ class Options(Json, Trust):
 
 def answer(options: Options) -> Table:
     """The shares of tokens; the document has those of their classes too."""
-    found = token_shares(
+    shares = token_shares(
         options.run_folder,
         until=options.until,
         top=options.top,
         trust_remote_code=options.trust_remote_code,
     )
-    return Table(found, found["tokens"])
+    return Table(shares, shares["tokens"])
 
 
 def run(options: Options) -> None:
     """Read the log once and print."""
-    found = answer(options).document
+    shares = answer(options).document
     if options.json:
-        print_json(found)
+        print_json(shares)
     else:
-        _print_tables(found)
+        _print_tables(shares)
 
 
 def token_shares(
@@ -118,12 +118,12 @@ def token_shares(
     }
 
 
-def _print_tables(found: dict[str, Any]) -> None:
+def _print_tables(shares: dict[str, Any]) -> None:
     from rich.table import Table
 
-    headings = ("share", "with coefficients") if found["weighted"] else ("share",)
+    headings = ("share", "with coefficients") if shares["weighted"] else ("share",)
     for title, first in (
-        (f"Share of the update, {found['rollouts']} rollouts", "class"),
+        (f"Share of the update, {shares['rollouts']} rollouts", "class"),
         ("Largest tokens", "token"),
     ):
         table = Table(
@@ -133,12 +133,12 @@ def _print_tables(found: dict[str, Any]) -> None:
         for heading in headings:
             table.add_column(heading, justify="right")
         if first == "class":
-            for name, share in found["classes"].items():
-                more = [percent(found["classes_weighted"][name])] if found["weighted"] else []
+            for name, share in shares["classes"].items():
+                more = [percent(shares["classes_weighted"][name])] if shares["weighted"] else []
                 table.add_row("on both sides" if name == "shared" else name, percent(share), *more)
         else:
-            for token in found["tokens"]:
-                more = [percent(token["share_weighted"])] if found["weighted"] else []
+            for token in shares["tokens"]:
+                more = [percent(token["share_weighted"])] if shares["weighted"] else []
                 table.add_row(
                     f"{token['text']!r} ({token['class']})", percent(token["share"]), *more
                 )

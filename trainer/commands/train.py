@@ -32,13 +32,13 @@ def answer(options: Options) -> Table | None:
 
 def run(options: Options) -> None:
     """Train, and print how it went."""
-    config, found = _train(options)
-    if found is None:
+    config, log = _train(options)
+    if log is None:
         return
-    folder, last = Path(found.document["output"]), found.document["metrics"]
-    rewards = [entry["reward"] for entry in found.rows() if "reward" in entry]  # a jump has none
+    folder, last = Path(log.document["output"]), log.document["metrics"]
+    rewards = [entry["reward"] for entry in log.rows() if "reward" in entry]  # a jump has none
     if options.json:
-        print_json(found.document)
+        print_json(log.document)
         return
     accuracy = (
         f"{last['eval/accuracy']:.3f} greedy on validation problems"

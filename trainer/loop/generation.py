@@ -162,7 +162,7 @@ def roll_out(
         pad_token(policy.tokenizer),
         policy.autocast,
     )
-    if config.steps_of_generation > 1 or not config.disable_dropout or sampled is not None:
+    if config.generation_interval > 1 or not config.disable_dropout or sampled is not None:
         result.old_logp = sampled_logprobs(policy.model, *shared)
     if sampled is not None:
         assert result.old_logp is not None

@@ -104,10 +104,10 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                 log.write(step, metrics)
                 continue
             generation = roll_out(
-                config, policy, task, problems, step // config.steps_of_generation, engine
+                config, policy, task, problems, step // config.generation_interval, engine
             )
             first = step + 1
-            for index in range(min(config.steps_of_generation, config.max_steps - step)):
+            for index in range(min(config.generation_interval, config.max_steps - step)):
                 began = time.monotonic()
                 metrics = optimizer_step(
                     config, policy, generation, index % config.steps_per_generation, step + 1
@@ -259,7 +259,7 @@ def _speed(
     """Seconds of a step with its share of the generation, and completion tokens a second; apart,
     since they never repeat.
     """
-    whole = seconds + generation.seconds / config.steps_of_generation
+    whole = seconds + generation.seconds / config.generation_interval
     tokens = (
         metrics["completions/mean_length"]
         * config.generation_batch_size
