@@ -51,8 +51,8 @@ def inline(figure: Figure, anchor: str) -> Drawing:
     title = shown[0].get_title("left") if shown else ""
     if len(shown) == 1:
         shown[0].set_title("")
-    for legend in list(figure.legends):
-        legend.remove()
+    for drawn in list(figure.legends):
+        drawn.remove()
     figure.draw_without_rendering()  # settles the layout, on which all positions depend
     figure.set_layout_engine("none")
     scales = [_scale_of_colours(axes) for axes in figure.axes]
@@ -82,7 +82,7 @@ def _axes_values(figure: Figure, axes: Axes, place: str) -> dict[str, Any] | Non
     series = [
         found
         for index, line in enumerate(axes.get_lines())
-        if (found := _series(figure, line, f"{place}-{index}")) is not None
+        if (found := _series(figure, axes, line, f"{place}-{index}")) is not None
     ]
     cells = _cells(axes)
     if not (series or cells) or not axes.axison:
@@ -113,7 +113,7 @@ def _below(axes: Axes) -> str:
     return next((other.get_xlabel() for other in shared if other.get_xlabel()), "")
 
 
-def _series(figure: Figure, line: Line2D, gid: str) -> dict[str, Any] | None:
+def _series(figure: Figure, axes: Axes, line: Line2D, gid: str) -> dict[str, Any] | None:
     """A line's name, values and places in the drawing; None for lines that only guide the eye."""
     label = str(line.get_label())
     if re.fullmatch(r"_child\d+", label) or not label.strip("_ "):
@@ -123,7 +123,7 @@ def _series(figure: Figure, line: Line2D, gid: str) -> dict[str, Any] | None:
     if not finite.any():
         return None
     x, y = x[finite], y[finite]
-    places = line.axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
+    places = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
     line.set_gid(f"line-{gid}")
     return {
         "id": gid,
@@ -140,13 +140,11 @@ def _cells(axes: Axes) -> dict[str, Any] | None:
     meshes = [c for c in axes.collections if isinstance(c, QuadMesh)]
     if not meshes:
         return None
-    corners = meshes[0].get_coordinates()
-    columns, rows = corners[0, :, 0], corners[:, 0, 1]
+    columns, rows, known = _grid(meshes[0])
     to_axes = axes.transData + axes.transAxes.inverted()
     left = to_axes.transform(np.column_stack([columns, np.full(len(columns), rows[0])]))[:, 0]
     top = 1 - to_axes.transform(np.column_stack([np.full(len(rows), columns[0]), rows]))[:, 1]
-    values = np.ma.filled(meshes[0].get_array().astype(float), np.nan)
-    values = values.reshape(len(rows) - 1, len(columns) - 1)
+    values = np.ma.filled(known.astype(float), np.nan)
     middle = (columns[:-1] + columns[1:]) / 2
     names = [str(_short(v)) for v in middle]
     if axes.xaxis.get_visible() and not np.allclose(middle, middle.round()):
@@ -180,10 +178,8 @@ def _maps_to_images(axes: Axes) -> None:
     small.
     """
     for index, mesh in enumerate(c for c in axes.collections if isinstance(c, QuadMesh)):
-        corners = mesh.get_coordinates()
-        columns, rows = corners[0, :, 0], corners[:, 0, 1]
-        values = mesh.get_array().reshape(len(rows) - 1, len(columns) - 1)
-        picked = np.ma.asarray(values)[_nearest(rows)][:, _nearest(columns)]
+        columns, rows, values = _grid(mesh)
+        picked = values[np.ix_(_nearest(rows), _nearest(columns))]
         limits = axes.get_xlim(), axes.get_ylim(), axes.get_aspect()
         for scheme in ("light", "dark"):
             cmap = mesh.cmap if scheme == "light" else style.DARK_MAPS.get(mesh.cmap.name)
@@ -202,6 +198,14 @@ def _maps_to_images(axes: Axes) -> None:
         axes.set_ylim(limits[1])
         axes.set_aspect(limits[2])
         mesh.set_visible(False)
+
+
+def _grid(mesh: QuadMesh) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Edges of the columns and rows of a heat map, and its masked values."""
+    corners = np.asarray(mesh.get_coordinates())
+    columns, rows = corners[0, :, 0], corners[:, 0, 1]
+    values = np.ma.asarray(mesh.get_array())
+    return columns, rows, values.reshape(len(rows) - 1, len(columns) - 1)
 
 
 def _nearest(edges: np.ndarray) -> np.ndarray:
