@@ -204,7 +204,7 @@ def _grid(mesh: QuadMesh) -> tuple[np.ndarray, np.ndarray, Any]:
     """Edges of the columns and rows of a heat map, and its masked values."""
     corners = np.asarray(mesh.get_coordinates())
     columns, rows = corners[0, :, 0], corners[:, 0, 1]
-    values = np.ma.asarray(mesh.get_array())
+    values: Any = np.ma.asarray(mesh.get_array())
     return columns, rows, values.reshape(len(rows) - 1, len(columns) - 1)
 
 

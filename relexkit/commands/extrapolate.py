@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,7 @@ def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
 
 
 def _warn(
-    observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: list[float]
+    observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: Sequence[float]
 ) -> None:
     """One line if the run's own record speaks against what is asked; reads no weights for it that
     the prediction does not read.

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         if "scope" in dests:
             from relexkit.weights.layout import SCOPE_MEANINGS
 
-            parts.append(_listed("scopes", SCOPE_MEANINGS))
+            parts.append(_listed("scopes", dict(SCOPE_MEANINGS.items())))
         if self.examples:
             lines = "".join(f"  relexkit {self.prog.split()[1]} {e}\n" for e in self.examples)
             parts.append(f"examples:\n{lines}")

@@ -218,7 +218,10 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
                     float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan")
                 ),
                 null=nulls.groups[row],
-                **_errors(parts[row], float(chosen.uncertainty[row, -1])),
+                ratio_error=_ratio_error(parts[row], float(chosen.uncertainty[row, -1])),
+                angle_error=_angle_error(
+                    parts[row].singular_values, float(chosen.uncertainty[row, -1])
+                ),
             )
         )
     walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
@@ -246,16 +249,13 @@ def _shape(
         changed=unknown,
         moved=unknown,
         unit_moves=float("nan"),
-        **_errors(parts, 0.0),
+        ratio_error=_ratio_error(parts, 0.0),
+        angle_error=_angle_error(parts.singular_values, 0.0),
     )
 
 
-def _errors(parts: Decomposition, uncertainty: float) -> dict[str, float]:
-    moved = len(parts.singular_values) > 0
-    return {
-        "ratio_error": uncertainty / parts.total if moved else float("nan"),
-        "angle_error": _angle_error(parts.singular_values, uncertainty),
-    }
+def _ratio_error(parts: Decomposition, uncertainty: float) -> float:
+    return uncertainty / parts.total if len(parts.singular_values) else float("nan")
 
 
 def _angle_error(singular_values: np.ndarray, uncertainty: float) -> float:

@@ -86,7 +86,11 @@ class Grid:
 
     def candidates(self, last_step: float) -> list[Candidate]:
         """The predictions, each once. What does not depend on the step is one for ``last_step``."""
-        varied = {"rank": self.rank, "fit": self.fit, "window": self.window or (None,)}
+        varied: dict[str, tuple[Any, ...]] = {
+            "rank": self.rank,
+            "fit": self.fit,
+            "window": self.window or (None,),
+        }
         found = []
         for name, target, scale in itertools.product(self.method, self.to, self.scale):
             method = METHODS[name]
