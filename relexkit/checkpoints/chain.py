@@ -263,8 +263,8 @@ class _Chain:
                     hasher.update(block.data)
                 if hasher.hexdigest() != delta.checksum:
                     raise CheckpointError(
-                        f"tensor {name!r} in the store has not the checksum that version {version}"
-                        " declares: this is another run; choose another -o"
+                        f"tensor {name!r} in the store does not have the checksum that version"
+                        f" {version} declares: this is another run; choose another -o"
                     )
 
 

@@ -91,7 +91,7 @@ def shape_of(values: Any = ()) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
         raise ValueError("a shape has too many dimensions")
     if any(type(n) is not int or not 0 <= n < 2**62 for n in values):
-        raise ValueError("a shape holds something that is no whole number")
+        raise ValueError("a shape holds something that is not a whole number")
     return tuple(values)
 
 
@@ -115,7 +115,7 @@ def dtype_name(value: Any) -> str:
         ValueError: it is something else.
     """
     if not isinstance(value, Global) or not value.name.startswith("torch."):
-        raise ValueError("a dtype is no dtype")
+        raise ValueError("a dtype is not one of PyTorch's")
     return value.name.removeprefix("torch.")
 
 
