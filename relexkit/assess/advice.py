@@ -352,7 +352,7 @@ def _record(result: Backtest, method: str) -> tuple[Check, ...]:
     skill_PT = result.skill(method)
     checks = []
     for ratio in RATIOS:
-        found = []
+        skills = []
         for count, row in zip(result.prefixes[::-1], skill_PT[::-1], strict=True):
             wanted = ratio * result.steps[count - 1]
             later = int(np.searchsorted(result.steps, wanted))
@@ -362,11 +362,11 @@ def _record(result: Backtest, method: str) -> tuple[Check, ...]:
                 and result.steps[later] < 1.15 * wanted
                 and math.isfinite(row[later])
             ):
-                found.append(float(row[later]))
-        found = found[:_RECENT_CHECKS]
-        if found:
+                skills.append(float(row[later]))
+        skills = skills[:_RECENT_CHECKS]
+        if skills:
             checks.append(
-                Check(ratio, float(np.mean(found)), sum(s > 0 for s in found), len(found))
+                Check(ratio, float(np.mean(skills)), sum(s > 0 for s in skills), len(skills))
             )
     return tuple(checks)
 
@@ -430,8 +430,8 @@ def _is_sparse(informative: Informative) -> bool:
 
 def _best(record: dict[str, tuple[Check, ...]]) -> tuple[str, Check] | None:
     """The method and distance of most skill among those checked twice."""
-    found = [(m, c) for m, checks in record.items() for c in checks if c.made >= 2]
-    return max(found, key=lambda pair: pair[1].skill, default=None)
+    candidates = [(m, c) for m, checks in record.items() for c in checks if c.made >= 2]
+    return max(candidates, key=lambda pair: pair[1].skill, default=None)
 
 
 def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:

@@ -102,14 +102,14 @@ def run(options: Options) -> None:
         from relexkit.materialize.directions import find_directions
 
         with progress_bar() as progress:
-            found = find_directions(
+            directions = find_directions(
                 store,
                 matrices,
                 count=options.compute.components or min(2, len(matrices.steps)),
                 scope=options.scope,
                 centered=options.centered,
             )
-            paths = found.write(options.directions, norm=options.norm, progress=progress)
+            paths = directions.write(options.directions, norm=options.norm, progress=progress)
         for path in paths:
             say(f"wrote {path}")
 

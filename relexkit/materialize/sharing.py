@@ -135,11 +135,11 @@ def _full_card(api: Any, folder: Path, evaluation: str | Path | None) -> str | N
     base = known.get("base_model")
     if base and "license" not in known:
         try:
-            found = api.model_info(base).card_data
+            base_card = api.model_info(base).card_data
         except HfHubHTTPError:  # a private base, or one that is gone
-            found = None
-        if found is not None and found.get("license"):
-            known["license"] = found.get("license")
+            base_card = None
+        if base_card is not None and base_card.get("license"):
+            known["license"] = base_card.get("license")
     if evaluation is not None:
         try:
             document = json.loads(Path(evaluation).read_text())

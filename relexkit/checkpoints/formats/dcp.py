@@ -172,10 +172,10 @@ class DcpCheckpoint(PiecewiseTensors):
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files near the weights, if the trainer wrote any."""
-        found: dict[str, bytes] = {}
+        files: dict[str, bytes] = {}
         for place in _CONFIGURATION:
-            found = merged_files(model_files(self.folder / place), found)
-        return found
+            files = merged_files(model_files(self.folder / place), files)
+        return files
 
     def metrics(self) -> dict[str, float]:
         """What Trainer logged, if it wrote the folder; the other trainers keep metrics
@@ -207,7 +207,7 @@ def _read_metadata(folder: Path) -> Record:
 def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder}: .metadata describes no tensors; write or copy it again")
-    found = {
+    tensors = {
         key: entry
         for key, entry in described.items()
         if isinstance(key, str)
@@ -215,12 +215,12 @@ def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
         and entry.kind.endswith(".TensorStorageMetadata")
         and not _is_below(key, _OTHER_ROOTS)
     }
-    if not found:
+    if not tensors:
         raise CheckpointError(
             f"{folder}: holds no tensors of a model; expected weights, not only an optimizer's"
             " state"
         )
-    return found
+    return tensors
 
 
 def _inner_names(keys: Iterable[str], paths: Any) -> dict[str, str]:
@@ -254,7 +254,7 @@ def _storage_by_chunk(folder: Path, storage: Any) -> dict[str, dict[tuple[int, .
         raise CheckpointError(
             f"{folder}: .metadata does not say where the data lies; write or copy it again"
         )
-    found: dict[str, dict[tuple[int, ...], Record]] = {}
+    places: dict[str, dict[tuple[int, ...], Record]] = {}
     for index, place in storage.items():
         if (
             isinstance(index, Record)
@@ -262,10 +262,10 @@ def _storage_by_chunk(folder: Path, storage: Any) -> dict[str, dict[tuple[int, .
             and isinstance(index.get("fqn"), str)
         ):
             offset = index.get("offset")
-            found.setdefault(index.get("fqn"), {})[offset if isinstance(offset, tuple) else ()] = (
+            places.setdefault(index.get("fqn"), {})[offset if isinstance(offset, tuple) else ()] = (
                 place
             )
-    return found
+    return places
 
 
 def _assemble(

@@ -139,19 +139,19 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
 
 
 def _optimizer_files(folder: Path) -> list[TorchFile]:
-    found = {}
+    by_rank = {}
     for path in folder.iterdir():
         match = _OPTIMIZER.fullmatch(path.name)
         if match:
             _refuse_model_parallel(folder, int(match[2]))
-            found[int(match[1])] = path
-    missing = [rank for rank in range(max(found, default=0) + 1) if rank not in found]
+            by_rank[int(match[1])] = path
+    missing = [rank for rank in range(max(by_rank, default=0) + 1) if rank not in by_rank]
     if missing:
         raise CheckpointError(
             f"{folder}: the *_optim_states.pt file of rank {missing[0]} is missing; copy all of"
             " them"
         )
-    return [_open(found[rank]) for rank in sorted(found)]
+    return [_open(by_rank[rank]) for rank in sorted(by_rank)]
 
 
 def _model_files(folder: Path) -> list[TorchFile]:
@@ -200,8 +200,8 @@ def _model_state(file: TorchFile) -> dict[str, Any]:
     return content
 
 
-def _flat_groups(file: TorchFile, found: Any, key: str) -> list[Flat]:
-    groups = [found] if isinstance(found, StoredTensor) else found
+def _flat_groups(file: TorchFile, stored: Any, key: str) -> list[Flat]:
+    groups = [stored] if isinstance(stored, StoredTensor) else stored
     if not isinstance(groups, list) or not all(
         isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups
     ):
@@ -344,5 +344,5 @@ def _rest(file: TorchFile, described: dict[str, Any], stage: int) -> dict[str, P
 
 def _shared(described: dict[str, Any]) -> dict[str, str]:
     """Alias -> the parameter whose weights it shares; a dictionary or, in older versions, pairs."""
-    found = described.get("shared_params") or {}
-    return dict(found) if isinstance(found, dict | list) else {}
+    shared = described.get("shared_params") or {}
+    return dict(shared) if isinstance(shared, dict | list) else {}

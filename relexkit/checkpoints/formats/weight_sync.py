@@ -229,8 +229,8 @@ class _PullWeights(Layout):
     def deltas(self, folder: Path, manifest: dict[str, Any]) -> DeltaFiles:
         metadata = manifest["metadata"]
         if metadata.get("compression_format") != "zstd":
-            found = str(metadata.get("compression_format"))[:40]
-            raise CheckpointError(f"{folder}: has the compression {found!r}; expected zstd")
+            compression = str(metadata.get("compression_format"))[:40]
+            raise CheckpointError(f"{folder}: has the compression {compression!r}; expected zstd")
         by_file: dict[str, list[str]] = {}
         for tensor, file in manifest["weight_map"].items():
             by_file.setdefault(str(file), []).append(tensor)

@@ -187,9 +187,9 @@ class _Reader:
         stack = self._stack
         for index in range(len(stack) - 1, -1, -1):
             if stack[index] is _Mark:
-                found = stack[index + 1 :]
+                items = stack[index + 1 :]
                 del stack[index:]
-                return found
+                return items
         raise _BadPickle("a mark is missing")
 
     def _tuple(self, count: int) -> None:
@@ -226,16 +226,16 @@ class _Reader:
         if not isinstance(module, str) or not isinstance(name, str):
             raise _BadPickle("a name is no text")
         full = f"{module}.{name}"
-        found = self._globals.get(full)
-        if found is None:
+        reference = self._globals.get(full)
+        if reference is None:
             if full not in self._allowed and not full.startswith(self._prefixes or ("\0",)):
                 raise CheckpointError(
                     f"cannot be read safely: it refers to {full[:200]!r}, which no checkpoint"
                     " needs; nothing was executed. Do not load the file with other tools unless"
                     " you trust where it comes from"
                 )
-            found = self._globals[full] = Global(full, self._allowed.get(full))
-        self._stack.append(found)
+            reference = self._globals[full] = Global(full, self._allowed.get(full))
+        self._stack.append(reference)
 
     def _call(self, target: Any, arguments: Any) -> None:
         if (

@@ -337,12 +337,12 @@ class TorchFile:
 
     def _entry(self, name: str) -> tuple[int, int]:
         """Position in the file and size of an entry's data, both inside the archive."""
-        found = self._entries.get(name)
-        if found is None:
+        entry = self._entries.get(name)
+        if entry is None:
             raise CheckpointError(
                 f"{self._file.path}: has no entry {name!r}; expected a file that torch.save wrote"
             )
-        offset, size = found
+        offset, size = entry
         header = (
             self._file.read(self._begin + offset, _LOCAL_HEADER.size)
             if 0 <= offset < self._length
