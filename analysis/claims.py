@@ -141,21 +141,21 @@ def _line_claim(advice: Advice) -> Claim:
 
 def _reach_claim(result: Backtest) -> Claim:
     claimed = "50 steps and a line reach 20 times further at equal quality"
-    found = {h.method: h for h in result.horizon}.get("relex")
-    if found is None or not found.num_prefixes:
+    horizon = {h.method: h for h in result.horizon}.get("relex")
+    if horizon is None or not horizon.num_prefixes:
         return Claim(
             claimed, "could not be checked", "", "relexkit backtest --method relex", "not measured"
         )
     measured = (
         "RELEX never beat standing still"
-        if found.ratio <= 1
-        else f"RELEX beat standing still to {found.ratio:.2f} times"
+        if horizon.ratio <= 1
+        else f"RELEX beat standing still to {horizon.ratio:.2f} times"
     )
     interval = (
-        f"{found.low:.2f} to {found.high:.2f} over {found.num_prefixes} prefixes (weights only: not"
-        " quality)"
+        f"{horizon.low:.2f} to {horizon.high:.2f} over {horizon.num_prefixes} prefixes"
+        " (weights only: not quality)"
     )
-    verdict = "holds" if found.ratio >= 20 else "not measured" if found.beyond else "fails"
+    verdict = "holds" if horizon.ratio >= 20 else "not measured" if horizon.beyond else "fails"
     return Claim(claimed, measured, interval, "relexkit backtest --method relex", verdict)
 
 

@@ -33,13 +33,13 @@ def explained(text: str) -> str:
     """``text`` as HTML, the first use of every word of the glossary with its meaning."""
     seen: set[str] = set()
 
-    def mark(found: re.Match[str]) -> str:
-        word = found[1]
+    def mark(match: re.Match[str]) -> str:
+        word = match[1]
         if word in seen:
-            return found[0]
+            return match[0]
         seen.add(word)
         meaning = html.escape(glossary()[word], quote=True)
-        return f'<span class="term" tabindex="0" data-meaning="{meaning}">{found[0]}</span>'
+        return f'<span class="term" tabindex="0" data-meaning="{meaning}">{match[0]}</span>'
 
     parts = re.split(r"(https?://\S+[^\s.,;)]|arXiv:\d{4}\.\d{5}|`[^`]+`)", text)
     return "".join(

@@ -203,9 +203,9 @@ def _without_labels(panel: Panel) -> Callable[[tuple[float, float]], Figure]:
     return draw
 
 
-def _figure(panel: Panel, drawing: str, found: svg.Drawing) -> str:
-    heading = panel.heading or found.title
-    legend = f'<div class="legend">{found.legend}</div>' if found.legend else ""
+def _figure(panel: Panel, drawing: str, drawn: svg.Drawing) -> str:
+    heading = panel.heading or drawn.title
+    legend = f'<div class="legend">{drawn.legend}</div>' if drawn.legend else ""
     caption = f"<figcaption>{explained(panel.caption)}</figcaption>" if panel.caption else ""
     return (
         f'<figure id="{panel.anchor}"><h3>{html.escape(heading)}</h3>'
@@ -296,14 +296,14 @@ def _compared(seen: Analysed) -> str:
     rows = [
         [
             html.escape(name),
-            str(len(found.steps)),
+            str(len(run_spectrum.steps)),
             *(
-                f"{_share(found.whole.observed[s])} <small>({_share(found.whole.expected[s])})"
-                "</small>"
+                f"{_share(run_spectrum.whole.observed[s])}"
+                f" <small>({_share(run_spectrum.whole.expected[s])})</small>"
                 for s in LABELS
             ),
         ]
-        for name, found in runs.items()
+        for name, run_spectrum in runs.items()
     ]
     told = "In parentheses: a walk without direction, of the run's own step sizes."
     return f"<p>{explained(told)}</p>{_table(heads, rows, 'compared')}"

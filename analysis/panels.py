@@ -244,14 +244,14 @@ def compared_panels(seen: Analysed) -> list[Panel]:
     if not seen.others:
         return []
     runs = {seen.name: seen.run, **seen.others}
-    found = {seen.name: seen.whole}
-    found |= {name: spectrum(o.gram, scope="global") for name, o in seen.others.items()}
+    spectra = {seen.name: seen.whole}
+    spectra |= {name: spectrum(o.gram, scope="global") for name, o in seen.others.items()}
     panels = [
         _panel(
             "null-of-runs",
             "",
             "Every run beside a walk of its own.",
-            partial(run_figures.null_panel, runs=found),
+            partial(run_figures.null_panel, runs=spectra),
         )
     ]
     for index, name in enumerate(run_figures.known_metrics(seen.run.metrics)[:3]):

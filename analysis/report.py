@@ -95,9 +95,9 @@ def write_report(
             if other != name
         },
     )
-    found = _read_sweep(sweep)
+    sweep_result = _read_sweep(sweep)
     subject = _subject(opened, name, named[name], run)
-    text = build_page(subject, run, others=others, sweep=found, progress=progress)
+    text = build_page(subject, run, others=others, sweep=sweep_result, progress=progress)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -114,17 +114,17 @@ def _read_sweep(path: str | Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        found = json.loads(Path(path).read_text())
+        result = json.loads(Path(path).read_text())
     except ValueError:
-        found = None
+        result = None
     if (
-        not isinstance(found, dict)
-        or not {"candidates", "baseline", "recommendation"} <= found.keys()
+        not isinstance(result, dict)
+        or not {"candidates", "baseline", "recommendation"} <= result.keys()
     ):
         raise RelexkitError(
             f"{path}: is not what relexkit sweep --json prints; run the sweep with --json again"
         )
-    return found
+    return result
 
 
 def _subject(store: TrajectoryStore, name: str, path: str, run: Observed) -> Subject:
@@ -161,10 +161,10 @@ def _subject(store: TrajectoryStore, name: str, path: str, run: Observed) -> Sub
 def _config(store: TrajectoryStore) -> dict[str, Any]:
     """The model's ``config.json``, empty if the store has none that can be read."""
     try:
-        found = json.loads(store.files().get("config.json", b"{}"))
+        config = json.loads(store.files().get("config.json", b"{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _count(number: int) -> str:

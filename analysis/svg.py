@@ -65,8 +65,8 @@ def inline(figure: Figure, anchor: str) -> Drawing:
     svg = _for_page(buffer.getvalue(), anchor)
     legend = _legend(figure) + next(filter(None, scales), "")
     width, height = (72 * inches for inches in figure.get_size_inches())
-    found = {"size": [width, height], "axes": [v for v in values if v is not None]}
-    return Drawing(svg, legend, found, title)
+    under_pointer = {"size": [width, height], "axes": [v for v in values if v is not None]}
+    return Drawing(svg, legend, under_pointer, title)
 
 
 def script_data(drawings: dict[str, Drawing]) -> str:
@@ -80,9 +80,9 @@ def script_data(drawings: dict[str, Drawing]) -> str:
 
 def _axes_values(figure: Figure, axes: Axes, place: str) -> dict[str, Any] | None:
     series = [
-        found
+        line_series
         for index, line in enumerate(axes.get_lines())
-        if (found := _series(figure, axes, line, f"{place}-{index}")) is not None
+        if (line_series := _series(figure, axes, line, f"{place}-{index}")) is not None
     ]
     cells = _cells(axes)
     if not (series or cells) or not axes.axison:

@@ -13,25 +13,25 @@ from matplotlib.ticker import FuncFormatter
 from relexkit.analysis import style
 
 
-def sweep_figure(found: Mapping[str, Any], width_inches: float = style.WIDTH_INCHES) -> Figure:
+def sweep_figure(sweep: Mapping[str, Any], width_inches: float = style.WIDTH_INCHES) -> Figure:
     """Accuracies with 95 % intervals; hollow where a candidate was stopped before the last
     problems.
     """
-    candidates = sorted(found["candidates"], key=lambda c: (c["num_problems"], c["accuracy"]))
+    candidates = sorted(sweep["candidates"], key=lambda c: (c["num_problems"], c["accuracy"]))
     figure = style.new_figure(0.9 + 0.21 * (len(candidates) + 1), width_inches)
     axes = figure.add_subplot()
-    base = found["baseline"]
+    base = sweep["baseline"]
     axes.axvspan(
         *base["interval"],
         color=style.STILL,
         zorder=0,
-        label=f"step {found['last_step']}, observed, 95 %",
+        label=f"step {sweep['last_step']}, observed, 95 %",
     )
     axes.axvline(base["accuracy"], **style.NULL_LINE)
     for row, c in enumerate(candidates):
         colour, whole = (
             style.METHODS.get(c["method"], style.MUTED),
-            c["num_problems"] == found["num_problems"],
+            c["num_problems"] == sweep["num_problems"],
         )
         axes.plot(c["interval"], [row, row], color=colour, linewidth=1.2)
         axes.plot(

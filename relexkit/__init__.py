@@ -193,16 +193,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, _, other = _HOMES[name].partition(":")
-        found = getattr(import_module(module), other or name)
+        value = getattr(import_module(module), other or name)
     elif name.startswith("_"):
         raise AttributeError(f"module 'relexkit' has no attribute {name!r}")
     else:
         try:
-            found = function_of(name)
+            value = function_of(name)
         except KeyError:
             raise AttributeError(f"module 'relexkit' has no attribute {name!r}") from None
-    globals()[name] = found
-    return found
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

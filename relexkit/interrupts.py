@@ -82,10 +82,10 @@ def _importing(frame: FrameType | None) -> bool:
 def _not_ignored(hook: Any) -> Any:
     """What Python says of an exception that it can only ignore, but for interruptions."""
 
-    def unraisable(found: Any) -> None:
-        if issubclass(found.exc_type, KeyboardInterrupt):
-            terminated = issubclass(found.exc_type, Terminated)
+    def unraisable(raised: Any) -> None:
+        if issubclass(raised.exc_type, KeyboardInterrupt):
+            terminated = issubclass(raised.exc_type, Terminated)
             end_at_once(signal.SIGTERM if terminated else signal.SIGINT)
-        hook(found)
+        hook(raised)
 
     return unraisable

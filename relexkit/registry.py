@@ -74,8 +74,8 @@ class Extension:
 @functools.cache
 def extensions() -> tuple[Extension, ...]:
     """What the installed packages add, by their names."""
-    found = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
-    return tuple(point.load() for point in found)
+    points = sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+    return tuple(point.load() for point in points)
 
 
 def call(name: str, *given: Any, **options: Any) -> Any:

@@ -419,11 +419,11 @@ def option_meanings(kind: type) -> dict[str, str]:
     their text.
     """
     text = (kind.__doc__ or "").partition("Attributes:")[2]
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for entry in re.split(r"\n {8}(?=\w)", text)[1:]:
         names, _, meaning = " ".join(entry.split()).partition(": ")
-        found |= dict.fromkeys(names.split(", "), meaning)
-    return found
+        meanings |= dict.fromkeys(names.split(", "), meaning)
+    return meanings
 
 
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)

@@ -352,7 +352,7 @@ def _record(result: Backtest, method: str) -> tuple[Check, ...]:
     skill_PT = result.skill(method)
     checks = []
     for ratio in RATIOS:
-        found = []
+        skills = []
         for count, row in zip(result.prefixes[::-1], skill_PT[::-1], strict=True):
             wanted = ratio * result.steps[count - 1]
             later = int(np.searchsorted(result.steps, wanted))
@@ -362,11 +362,11 @@ def _record(result: Backtest, method: str) -> tuple[Check, ...]:
                 and result.steps[later] < 1.15 * wanted
                 and math.isfinite(row[later])
             ):
-                found.append(float(row[later]))
-        found = found[:_RECENT_CHECKS]
-        if found:
+                skills.append(float(row[later]))
+        skills = skills[:_RECENT_CHECKS]
+        if skills:
             checks.append(
-                Check(ratio, float(np.mean(found)), sum(s > 0 for s in found), len(found))
+                Check(ratio, float(np.mean(skills)), sum(s > 0 for s in skills), len(skills))
             )
     return tuple(checks)
 
@@ -409,7 +409,7 @@ def _doubt(fit: TrajectoryFit | None) -> str | None:
         if high <= _LITTLE_DRIFT:
             return None
         return (
-            "These steps cannot tell a line from a walk: the drift may be none, or as large as"
+            "These steps cannot tell a line from a walk: there may be no drift, or one as large as"
             f" {high:.2g} times the noise."
         )
     if low >= 1:
@@ -430,24 +430,24 @@ def _is_sparse(informative: Informative) -> bool:
 
 def _best(record: dict[str, tuple[Check, ...]]) -> tuple[str, Check] | None:
     """The method and distance of most skill among those checked twice."""
-    found = [(m, c) for m, checks in record.items() for c in checks if c.made >= 2]
-    return max(found, key=lambda pair: pair[1].skill, default=None)
+    candidates = [(m, c) for m, checks in record.items() for c in checks if c.made >= 2]
+    return max(candidates, key=lambda pair: pair[1].skill, default=None)
 
 
 def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:
     """What a record is worth without a drift."""
     best = _best(record)
     walk = (
-        "A walk's last step is noisy: the average of the latest ones may do better, which"
-        " goes nowhere either."
+        "A walk's last step is noisy: the average of the latest ones may do better, though it does"
+        " not extrapolate either."
     )
     if best is None or best[1].skill < _LEAST_SKILL:
         return ["No method clearly beat standing still in this run's own past.", walk]
     method, check = best
     return [
         f"That {method} came nearer to the weights at {check.ratio:g} times the last step (skill"
-        f" {check.skill:+.2f}, {check.won} of {check.made} won) is no reason to go on: without a"
-        " drift that lasts it follows the optimizer's momentum and chance.",
+        f" {check.skill:+.2f}, {check.won} of {check.made} won) is no reason to extrapolate:"
+        " without a lasting drift it comes from the optimizer's momentum and from chance.",
         walk,
     ]
 

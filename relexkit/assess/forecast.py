@@ -193,13 +193,13 @@ def _along(
     """Predicted coefficients with and without a fading drift and their standard deviations, ``[E,
     J, R]`` each, and how much further a straight line would go, ``[J, R]``.
     """
-    found = np.array(
+    predicted = np.array(
         [
             [fit.coefficients(targets, axis, fading=fading) for axis in axes.T]
             for fading in (True, False)
         ]
     )
-    centres_EJR, spreads_EJR = found.transpose(2, 0, 3, 1)
+    centres_EJR, spreads_EJR = predicted.transpose(2, 0, 3, 1)
     return (
         centres_EJR,
         spreads_EJR,

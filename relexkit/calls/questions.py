@@ -67,7 +67,7 @@ def spectrum(
         until: use only steps up to this one.
         centered: about the mean checkpoint instead of the base.
         momentum: of the walk, Adam's first beta; fitted if None.
-        compute: how the Gram matrices are found.
+        compute: how the Gram matrices are computed.
 
     Raises:
         RelexkitError: no recorded step is as early as ``until``.
@@ -87,13 +87,13 @@ def linearity(
         ExtrapolationError: fewer than three steps.
     """
     fit = calibrate(seen(source, until, compute).gram.scoped("global")).fitted
-    found = _linearity.weight_linearity(
+    by_tensor = _linearity.weight_linearity(
         store_of(source),
         until=until,
         covariance=None if fit is None else fit.walk_covariance(),
         progress=compute.progress,
     )
-    return found.scoped(scope)
+    return by_tensor.scoped(scope)
 
 
 def backtest(
@@ -184,9 +184,9 @@ def directions(
 ) -> Directions:
     """The first principal directions of a run, as arrays and as task vectors.
 
-        found = relexkit.directions("run.zarr")
-        found.vector("model.norm.weight")  # a unit vector; norm="task" for a task vector
-        found.write("directions")
+        directions = relexkit.directions("run.zarr")
+        directions.vector("model.norm.weight")  # a unit vector; norm="task" for a task vector
+        directions.write("directions")
 
     Args:
         count: directions of each group.
@@ -215,5 +215,5 @@ def compare_directions(
     Raises:
         RelexkitError: the runs have other tensors, or fewer than ``count`` steps.
     """
-    found = [directions(s, count=count, scope=scope, compute=compute) for s in (first, second)]
-    return _alignment.align(*found)
+    pair = [directions(s, count=count, scope=scope, compute=compute) for s in (first, second)]
+    return _alignment.align(*pair)

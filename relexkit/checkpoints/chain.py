@@ -141,8 +141,8 @@ class _Chain:
             origin, changes, files = self._version, dict[str, Changes](), dict[str, bytes]()
             self._version, self._arrived = _NOWHERE, (_NOWHERE, {}, {})  # until all went well
             for number in path:
-                found, files = self._apply(number)
-                for name, change in found.items():
+                applied, files = self._apply(number)
+                for name, change in applied.items():
                     changes[name] = _merged(changes[name], change) if name in changes else change
             if version == self._run.kept_version and not path and self._run.has(version):
                 self._verify(version)
@@ -195,8 +195,8 @@ class _Chain:
                 except CheckpointError as error:
                     raise CheckpointError(f"{where}: tensor {name!r}: {error}") from None
 
-            found = dict(zip(streams, pool.map(change, streams), strict=True))
-            return found, opened.files()
+            changes = dict(zip(streams, pool.map(change, streams), strict=True))
+            return changes, opened.files()
 
     def _check(self, opened: DeltaFiles, where: str) -> None:
         for name, delta in opened.deltas.items():
@@ -232,12 +232,12 @@ class _Chain:
             if delta is not None:
                 hasher.update(new.data)
             pair = old.view(bits), new.view(bits)
-            found = np.flatnonzero(pair[0] != pair[1])
-            if len(found):
+            differing = np.flatnonzero(pair[0] != pair[1])
+            if len(differing):
                 self._state.write(name, begin, new)
-                elements.append(found + begin // bits.itemsize)
-                before.append(pair[0][found])
-                after.append(pair[1][found])
+                elements.append(differing + begin // bits.itemsize)
+                before.append(pair[0][differing])
+                after.append(pair[1][differing])
         if delta is not None:
             stream.finish()
             if hasher.hexdigest() != delta.checksum:
@@ -263,8 +263,8 @@ class _Chain:
                     hasher.update(block.data)
                 if hasher.hexdigest() != delta.checksum:
                     raise CheckpointError(
-                        f"tensor {name!r} in the store has not the checksum that version {version}"
-                        " declares: this is another run; choose another -o"
+                        f"tensor {name!r} in the store does not have the checksum that version"
+                        f" {version} declares: this is another run; choose another -o"
                     )
 
 

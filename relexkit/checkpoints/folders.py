@@ -101,8 +101,8 @@ class _RemoteFolder(Folder):
             ) from None
 
     def names(self) -> list[str]:
-        found = self._ask("", lambda: self._system.ls(self._root, detail=True)) or []
-        names = [str(e["name"]).rstrip("/") for e in found if e["type"] == "directory"]
+        entries = self._ask("", lambda: self._system.ls(self._root, detail=True)) or []
+        names = [str(e["name"]).rstrip("/") for e in entries if e["type"] == "directory"]
         return sorted(name.rpartition("/")[2] for name in names)
 
     def small(self, path: str) -> bytes | None:
@@ -117,8 +117,12 @@ class _RemoteFolder(Folder):
         return self._ask(path, lambda: self._system.cat_file(where))
 
     def stamp(self, name: str) -> list[tuple[str, int, str]]:
-        found = self._ask(name, lambda: self._system.ls(f"{self._root}/{name}", detail=True)) or []
-        return sorted((str(e["name"]), int(e["size"] or 0), str(e.get("ETag", ""))) for e in found)
+        entries = (
+            self._ask(name, lambda: self._system.ls(f"{self._root}/{name}", detail=True)) or []
+        )
+        return sorted(
+            (str(e["name"]), int(e["size"] or 0), str(e.get("ETag", ""))) for e in entries
+        )
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:

@@ -112,13 +112,15 @@ def common_prefix(short: Collection[str], long: Collection[str]) -> str:
     'transformer.'
     """
     mine, theirs = set(short) - set(long), set(long) - set(short)
-    found: Counter[str] = Counter()
+    prefixes: Counter[str] = Counter()
     for name in theirs:
         pieces = name.split(".")
         for cut in range(1, len(pieces)):
             if ".".join(pieces[cut:]) in mine:
-                found[".".join(pieces[:cut]) + "."] += 1
-    prefix, count = max(found.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
+                prefixes[".".join(pieces[:cut]) + "."] += 1
+    prefix, count = max(
+        prefixes.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0)
+    )
     return prefix if 2 * count >= len(theirs) else ""
 
 

@@ -95,11 +95,11 @@ def _is_unused(name: str, num_layers: int | None) -> bool:
 def _num_layers(config: bytes) -> int | None:
     try:
         document = json.loads(config)
-        found = document.get("num_hidden_layers", document.get("n_layer"))
-        found = found or document["text_config"]["num_hidden_layers"]
+        num_layers = document.get("num_hidden_layers", document.get("n_layer"))
+        num_layers = num_layers or document["text_config"]["num_hidden_layers"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return found if isinstance(found, int) else None
+    return num_layers if isinstance(num_layers, int) else None
 
 
 class KeptFromBase(CheckpointView):
@@ -109,15 +109,17 @@ class KeptFromBase(CheckpointView):
         still: the float tensors that are the base's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, base: Checkpoint, found: Sides):
+    def __init__(self, checkpoint: Checkpoint, base: Checkpoint, one_sided: Sides):
         super().__init__(checkpoint)
-        self._base, self._from_base = base, found.from_base
-        gone = found.from_base | found.left_out
+        self._base, self._from_base = base, one_sided.from_base
+        gone = one_sided.from_base | one_sided.left_out
         self.tensors: Mapping[str, TensorInfo] = {
             **{n: i for n, i in checkpoint.tensors.items() if n not in gone},
-            **{n: i for n, i in base.tensors.items() if n in found.from_base},
+            **{n: i for n, i in base.tensors.items() if n in one_sided.from_base},
         }
-        self.still = frozenset(n for n in found.from_base if base.tensors[n].dtype in FLOAT_DTYPES)
+        self.still = frozenset(
+            n for n in one_sided.from_base if base.tensors[n].dtype in FLOAT_DTYPES
+        )
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See ``relexkit.checkpoints.Checkpoint``."""

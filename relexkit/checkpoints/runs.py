@@ -215,19 +215,19 @@ def _survey(folders: dict[int, list[Path]]) -> list[Source]:
     sources = {f.name: Source(f) for f in FORMATS}
     missing: dict[int, str] = {}
     for label, paths in folders.items():
-        found = [
+        matches = [
             (f, folder, place)
             for folder in paths
             for f in FORMATS
             for place in [_find(f, folder)]
             if place is not None
         ]
-        if not found:
+        if not matches:
             missing[label] = (
                 f"{paths[0]}: holds no weights; expected model.safetensors, pytorch_model.bin, or"
                 " files of another known format"
             )
-        for f, folder, place in found:
+        for f, folder, place in matches:
             source = sources[f.name]
             reason = unfinished_reason(folder, label)
             if reason is None and label not in source.places:
@@ -333,23 +333,23 @@ def best_checkpoint(folder: Path, wanted: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: no such folder; expected one with weights{hub_hint(folder)}"
         )
-    found = [
+    sources = [
         Source(f, {0: place}) for f in FORMATS for place in [_find(f, folder)] if place is not None
     ]
-    if len(found) == 1 and wanted is None:
-        return found[0].format.open(found[0].places[0])
-    for source in found:
+    if len(sources) == 1 and wanted is None:
+        return sources[0].format.open(sources[0].places[0])
+    for source in sources:
         place = source.places.pop(0)
         reason = _try(source, place, 0)
         if reason is not None:
             source.failures[0] = reason
-    if not found:
+    if not sources:
         raise CheckpointError(
             f"{folder}: holds no weights; expected model.safetensors, pytorch_model.bin or their"
             " index there, in huggingface/ or in actor/huggingface/, or the files of verl,"
             " torch.distributed.checkpoint or DeepSpeed"
         )
-    chosen = choose(found, wanted, folder)
+    chosen = choose(sources, wanted, folder)
     return chosen.format.open(chosen.places[0])
 
 
@@ -396,10 +396,10 @@ def _step_map_file(path: Path) -> Callable[[int], int | None]:
     try:
         table = {int(label): step for label, step in json.loads(read_small(path)).items()}
         if any(type(step) is not int or step < 0 for step in table.values()):
-            raise ValueError("a step is no whole number")
+            raise ValueError("a step is not a whole number")
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f'{path}: is no step map ({error}); expected JSON such as {{"50": 100}}'
+            f'{path}: is not a step map ({error}); expected JSON such as {{"50": 100}}'
         ) from None
     return table.get
 
@@ -410,16 +410,16 @@ def labels_by_step(
     """Optimizer step -> label; labels that the map does not name are added to ``left_out``."""
     if label_step is None:
         return {label: label for label in labels}
-    found: dict[int, int] = {}
+    label_of: dict[int, int] = {}
     for label in labels:
         step = label_step(label) if label else label_step(label) or 0
         if step is None:
             left_out[f"step {label}"] = "the step map does not name it"
-        elif step in found:
+        elif step in label_of:
             raise CheckpointError(
-                f"the step map makes step {step} of the labels {found[step]} and {label}; expected"
-                " one each"
+                f"the step map makes step {step} of the labels {label_of[step]} and {label};"
+                " expected one each"
             )
         else:
-            found[step] = label
-    return found
+            label_of[step] = label
+    return label_of

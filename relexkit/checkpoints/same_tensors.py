@@ -25,17 +25,17 @@ WIDENED = {"float32": ("bfloat16", "float16")}
 
 def check_tensors(
     expected: dict[str, tuple[tuple[int, ...], str]],
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     reference: str,
     where: str,
     *,
     widen: bool = False,
 ) -> None:
     """Same names, shapes and dtypes; with ``widen`` a 16-bit tensor may stand for a float32 one."""
-    missing = [n for n in expected if n not in found.tensors]
-    extra = [n for n in found.tensors if n not in expected]
+    missing = [n for n in expected if n not in checkpoint.tensors]
+    extra = [n for n in checkpoint.tensors if n not in expected]
     if missing or extra:
-        refuse_quantised(found, where)
+        refuse_quantised(checkpoint, where)
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [
             f"has the unexpected {_some(extra)}"
         ] * bool(extra)
@@ -44,7 +44,7 @@ def check_tensors(
             " everywhere: convert them alike, or name those that only one side has with --exclude"
         )
     for name, (shape, dtype) in expected.items():
-        info = found.tensors[name]
+        info = checkpoint.tensors[name]
         if info.shape != shape:
             raise CheckpointError(
                 f"{where}: tensor {name!r} has shape {list(info.shape)}; expected {list(shape)} as"
@@ -62,14 +62,14 @@ def check_tensors(
             )
 
 
-def _about_shapes(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _about_shapes(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """The likely cause of two shapes, and the way out; nothing if none is known."""
-    if 0 in found or 0 in expected:
+    if 0 in shape or 0 in expected:
         return (
             ": it was saved without being gathered (DeepSpeed ZeRO-3); import the partitions beside"
             " it with --format deepspeed, or save with stage3_gather_16bit_weights_on_model_save"
         )
-    if _VOCABULARY.search(name) and len(found) == 2 and found[1:] == expected[1:]:
+    if _VOCABULARY.search(name) and len(shape) == 2 and shape[1:] == expected[1:]:
         return (
             ": the vocabulary was resized; resize the other side alike with"
             " model.resize_token_embeddings(ROWS) and save_pretrained(), and give that folder"
@@ -77,8 +77,8 @@ def _about_shapes(name: str, found: tuple[int, ...], expected: tuple[int, ...]) 
     return ""
 
 
-def _about_dtypes(found: str, expected: str, *, is_base: bool) -> str:
-    if found not in FLOAT_DTYPES or expected not in FLOAT_DTYPES:
+def _about_dtypes(dtype: str, expected: str, *, is_base: bool) -> str:
+    if dtype not in FLOAT_DTYPES or expected not in FLOAT_DTYPES:
         return ""
     if is_base:
         return (
@@ -115,9 +115,9 @@ def factors_in(layout: Layout) -> dict[str, Factors]:
     }
 
 
-def check_factors(expected: Mapping[str, Factors], found: Checkpoint, where: str) -> None:
+def check_factors(expected: Mapping[str, Factors], checkpoint: Checkpoint, where: str) -> None:
     """The adapter of a step has the store's targets, ranks, scales and dtypes."""
-    held = found.factors
+    held = checkpoint.factors
     if held.keys() != expected.keys():
         raise CheckpointError(
             f"{where}: adapts {len(held)} tensors, not the {len(expected)} of the store, among them"

@@ -97,13 +97,13 @@ def model_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(place.iterdir())
         if path.is_file()
     }
-    found = {n: read_small(p) for n, p in paths.items() if is_model_file(n, with_code=False)}
-    if any(b'"auto_map"' in content for name, content in found.items() if "config" in name):
+    files = {n: read_small(p) for n, p in paths.items() if is_model_file(n, with_code=False)}
+    if any(b'"auto_map"' in content for name, content in files.items() if "config" in name):
         for name, path in paths.items():
-            wanted = name not in found and is_model_file(name, with_code=True)
+            wanted = name not in files and is_model_file(name, with_code=True)
             if wanted and path.stat().st_size <= MAX_OTHER_BYTES:
-                found[name] = read_small(path)
-    return found
+                files[name] = read_small(path)
+    return files
 
 
 def merged_files(base: Mapping[str, bytes], run: Mapping[str, bytes]) -> dict[str, bytes]:

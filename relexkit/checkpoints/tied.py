@@ -58,15 +58,15 @@ def heads_on_one_side(base: Checkpoint, first: Checkpoint) -> dict[str, str]:
     the base's head is its embedding bit for bit. Anything else stays as it is, for the import to
     refuse.
     """
-    found = {}
+    heads = {}
     for checkpoint, other in ((first, base), (base, first)):
         for head, embedding in _pairs(checkpoint.tensors):
             if head in other.tensors or embedding not in other.tensors:
                 continue
             tied = not _denies_tie(base) if other is base else equal_tensors(base, head, embedding)
-            if tied and head not in found:
-                found[head] = embedding
-    return found
+            if tied and head not in heads:
+                heads[head] = embedding
+    return heads
 
 
 def tied_tensors(
@@ -101,7 +101,7 @@ def split_heads(adapted: Collection[str], tensors: Mapping[str, TensorInfo]) -> 
         adapted: names of the tensors that the adapter changes.
         tensors: those of the base.
     """
-    found = {}
+    heads = {}
     if not any(_HEAD.fullmatch(name) for name in tensors):
         for name in tensors:
             match = _EMBEDDING.fullmatch(name)
@@ -111,8 +111,8 @@ def split_heads(adapted: Collection[str], tensors: Mapping[str, TensorInfo]) -> 
             outer = "language_model." if name.startswith("language_model.") else ""
             head = named[0] if named else outer + _HEAD_OF_EMBEDDING[match[2]]
             if named or name in adapted:
-                found[head] = name
-    return found
+                heads[head] = name
+    return heads
 
 
 def with_tie(config: bytes, tensors: Mapping[str, TensorInfo], tied: Mapping[str, str]) -> bytes:

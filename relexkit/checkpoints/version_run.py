@@ -90,13 +90,13 @@ class WeightSyncRun:
         kept: TrajectoryStore | None = None,
         scratch: Path | None = None,
     ):
-        found = find_versions(source, scratch)
-        if found is None:
+        located = find_versions(source, scratch)
+        if located is None:
             raise CheckpointError(
                 f"{source}: holds no versions; expected sub-folders such as weight_v000001 or"
                 " delta-00000001"
             )
-        self._folder, self._layout, self._names = found
+        self._folder, self._layout, self._names = located
         self.scratch = scratch
         self._mapped = label_step is not None
         self.left_out: dict[str, str] = {}

@@ -108,9 +108,11 @@ def _print_backtest(result: Backtest, ahead: Forecast | None, wide: bool) -> Non
             next((s for s in later if s >= ratio * until), later[-1]) for ratio in (1.25, 1.5, 2, 4)
         ]
         for target in sorted({*wanted, later[-1]}):
-            found = [errors.get((until, target, method), math.nan) for method in result.methods]
-            best = min((e for e in found if not math.isnan(e)), default=math.nan)
-            cells = [f"[bold]{number(e)}[/bold]" if e == best else number(e) for e in found]
+            row_errors = [
+                errors.get((until, target, method), math.nan) for method in result.methods
+            ]
+            best = min((e for e in row_errors if not math.isnan(e)), default=math.nan)
+            cells = [f"[bold]{number(e)}[/bold]" if e == best else number(e) for e in row_errors]
             table.add_row(str(until), str(target), *cells)
     print_table(table, least=_LEAST, wide=wide)
     for horizon in result.horizon:

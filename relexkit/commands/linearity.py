@@ -38,15 +38,15 @@ def run(options: Options) -> None:
     fit = calibrate(matrices.scoped("global")).fitted
     with progress_bar() as progress:
         walk = None if fit is None else fit.walk_covariance()
-        found = weight_linearity(store, until=options.until, covariance=walk, progress=progress)
-    found = found.scoped(options.scope)
-    rows = [*zip(found.names, found.counts, found.still.tolist(), strict=True)]
+        result = weight_linearity(store, until=options.until, covariance=walk, progress=progress)
+    result = result.scoped(options.scope)
+    rows = [*zip(result.names, result.counts, result.still.tolist(), strict=True)]
     if options.json:
         print_json(
             {
-                "steps": found.steps.tolist(),
+                "steps": result.steps.tolist(),
                 "groups": [{"name": n, "counts": c.tolist(), "still": s} for n, c, s in rows],
-                "walk": found.null.tolist(),
+                "walk": result.null.tolist(),
             }
         )
         return
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     table.add_column(options.scope, no_wrap=True)
     for heading in (*(f"{share:.0%}" for share in _SHARES), "over 0.9", "still"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, counts, still in [*rows, ("walk without direction", found.null, 0)]:
+    for name, counts, still in [*rows, ("walk without direction", result.null, 0)]:
         total = counts.sum()
         cells = [number(v) for v in quantiles_of(counts, _SHARES)]
         high = f"{100 * counts[90:].sum() / total:.1f} %" if total else "-"
@@ -70,5 +70,5 @@ def run(options: Options) -> None:
             "" if name.startswith("walk") else f"{still / max(1, still + int(total)):.1%}",
         )
     print_table(table, least=("75%", "25%", "still"), wide=options.wide)
-    if not found.counts.any():
+    if not result.counts.any():
         show("Nothing moved, so no weight has a line.")

@@ -102,14 +102,14 @@ def run(options: Options) -> None:
         from relexkit.materialize.directions import find_directions
 
         with progress_bar() as progress:
-            found = find_directions(
+            directions = find_directions(
                 store,
                 matrices,
                 count=options.compute.components or min(2, len(matrices.steps)),
                 scope=options.scope,
                 centered=options.centered,
             )
-            paths = found.write(options.directions, norm=options.norm, progress=progress)
+            paths = directions.write(options.directions, norm=options.norm, progress=progress)
         for path in paths:
             say(f"wrote {path}")
 
@@ -261,7 +261,7 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
         notes.append(
             f"{informative.count} of {informative.known} steps were informative"
             f" ({informative.metric}); between them the optimizer coasts on its momentum, which"
-            " looks like a line and is none."
+            " looks like a line but is not one."
         )
     still = [s.name for s in result.scopes if not len(s.singular_values)]
     if still:

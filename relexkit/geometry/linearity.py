@@ -144,9 +144,9 @@ def weight_linearity(
         for begin, end, r2 in _windows(store, part, steps, memory_budget_bytes):
             for segment in store.layout.segments_in(part, begin, end):
                 row, low = row_of[segment.tensor.name], segment.offset - begin
-                found = r2[low : low + segment.numel]
-                known = found[~np.isnan(found)]
-                still[row] += len(found) - len(known)
+                values = r2[low : low + segment.numel]
+                known = values[~np.isnan(values)]
+                still[row] += len(values) - len(known)
                 counts[row] += np.bincount(
                     np.minimum((known * NUM_BINS).astype(np.int64), NUM_BINS - 1),
                     minlength=NUM_BINS,
@@ -240,7 +240,7 @@ def _null_shares(covariance: np.ndarray, steps: np.ndarray) -> np.ndarray:
     for row in range(size):
         sums.add(row, walks[row])
     r2 = sums.r2()
-    found = np.bincount(
+    counts = np.bincount(
         np.minimum((r2 * NUM_BINS).astype(np.int64), NUM_BINS - 1), minlength=NUM_BINS
     )
-    return found / found.sum()
+    return counts / counts.sum()

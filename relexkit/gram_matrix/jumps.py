@@ -29,13 +29,13 @@ def last_trained(store: TrajectoryStore, until: int | None) -> int | None:
     Raises:
         StoreError: the first recorded step is a jump.
     """
-    found = jumps(store)
-    if not len(found) or (until is not None and until < found[0]):
+    jump_steps = jumps(store)
+    if not len(jump_steps) or (until is not None and until < jump_steps[0]):
         return until
-    trained = store.steps[store.steps < found[0]]
+    trained = store.steps[store.steps < jump_steps[0]]
     if not len(trained):
         raise StoreError(
-            f"{store.path}: begins with a jump at step {found[0]}; expected steps of training"
+            f"{store.path}: begins with a jump at step {jump_steps[0]}; expected steps of training"
             " before it"
         )
     return int(trained[-1])

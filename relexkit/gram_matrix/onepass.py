@@ -322,13 +322,13 @@ class _Counting:
         moved, before = _true(rows[old:] != 0), max(1, old)
         changed = _true(rows[before:] != rows[before - 1 : -1])
         counts = np.empty if isinstance(rows, np.ndarray) else rows.new_empty
-        found = counts((2, self.num_rows - old))
-        found[0, before - old :], found[0, : before - old], found[1] = (
+        new_counts = counts((2, self.num_rows - old))
+        new_counts[0, before - old :], new_counts[0, : before - old], new_counts[1] = (
             changed,
             moved[: before - old],
             moved,
         )
-        return [*self.kernel.product(rows, *constants), found]
+        return [*self.kernel.product(rows, *constants), new_counts]
 
 
 def _true(mask: Any) -> Any:

@@ -68,9 +68,9 @@ def assemble(
     some, num_steps = next(iter(arrays.values())), next(iter(counts.values())).shape[2]
     totals = [np.zeros((len(tensors), *array.shape[1:])) for array in some]
     total_counts = np.zeros((3, len(tensors), num_steps), np.int64)
-    for part, found in arrays.items():
+    for part, part_arrays in arrays.items():
         rows = [row_of[s.tensor.name] for s in store.layout.segments_in(part)]
-        for total, array in zip(totals, found, strict=True):
+        for total, array in zip(totals, part_arrays, strict=True):
             total[rows] += array  # a tensor has at most one segment in a part
         total_counts[:, rows] += counts[part].transpose(1, 0, 2)
     dense = [row for row, t in enumerate(tensors) if not store.encoding(t.part).is_log]

@@ -65,7 +65,7 @@ def compare_steps(store: TrajectoryStore, run: Run, after: int = 0) -> Compariso
 def check_branch(
     store: TrajectoryStore,
     run: Run,
-    found: Comparison,
+    comparison: Comparison,
     new: Sequence[int],
     *,
     rewind: bool,
@@ -77,30 +77,32 @@ def check_branch(
     Raises:
         CheckpointError: steps differ, or no step is shared; with what to do.
     """
-    if found.different and not (rewind and found.last_agreeing()):
-        several = len(found.different) > 1
+    if comparison.different and not (rewind and comparison.last_agreeing()):
+        several = len(comparison.different) > 1
         differ = "differ from those" if several else "differs from the one"
-        what = f"{_steps(found.different)} of the run {differ} recorded in {store.path}"
-        if not found.last_agreeing():
+        what = f"{_steps(comparison.different)} of the run {differ} recorded in {store.path}"
+        if not comparison.last_agreeing():
             raise CheckpointError(f"{what}: this is another run; choose another -o")
         raise CheckpointError(
-            f"{what}, though step {found.last_agreeing()} is the same: the run was resumed and"
+            f"{what}, though step {comparison.last_agreeing()} is the same: the run was resumed and"
             " written anew from there; give --rewind to replace what was recorded after it, or"
             " choose another -o"
         )
     recorded = [int(s) for s in store.steps]
-    if new and recorded and not found.equal and not continues:
+    if new and recorded and not comparison.equal and not continues:
         raise CheckpointError(
             f"{run.description} shares no step with {store.path}, which ends at step"
             f" {recorded[-1]}: another run with the same base would look like this; give --continue"
             " if it goes on from there, or choose another -o"
         )
-    gone = [s for s in recorded if s > max(found.equal, default=recorded[-1] if recorded else 0)]
+    gone = [
+        s for s in recorded if s > max(comparison.equal, default=recorded[-1] if recorded else 0)
+    ]
     if new and gone and not rewind:
         are = "are" if len(gone) > 1 else "is"
         return [
             f"{_steps(gone)}, recorded before, {are} not in the run any more: if it was"
-            f" resumed from step {max(found.equal)}, import it into a new store"
+            f" resumed from step {max(comparison.equal)}, import it into a new store"
         ]
     return []
 

@@ -94,8 +94,8 @@ def estimate_import(
         with closing(view.checkpoint(wanted[0])) as first:
             if first.factors:
                 return _of_adapters(first, run, wanted)
-            found = _of_miniature(view, over, first, run, wanted, reading)
-            return replace(found, notes=[*found.notes, *said])
+            estimate = _of_miniature(view, over, first, run, wanted, reading)
+            return replace(estimate, notes=[*estimate.notes, *said])
 
 
 def _of_adapters(first: Checkpoint, run: Run, wanted: list[int]) -> Estimate:

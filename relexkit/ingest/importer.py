@@ -194,13 +194,13 @@ def _join(
     returns what a person should know.
     """
     store = writer.store
-    found = compare_steps(store, run, known_until)
+    comparison = compare_steps(store, run, known_until)
     recorded = {int(s) for s in store.steps}
     new = [s for s in wanted if s not in recorded]
     notes = check_branch(
-        store, run, found, new, rewind=rewind, continues=continues or known_until > 0
+        store, run, comparison, new, rewind=rewind, continues=continues or known_until > 0
     )
-    last = max(found.last_agreeing(), known_until)
+    last = max(comparison.last_agreeing(), known_until)
     removed = [s for s in recorded if s > last]
     if rewind and last and removed:
         writer.truncate(last)
@@ -252,12 +252,12 @@ def seen_alike(
     with closing(run.checkpoint(first_step)) as first:
         missing = heads_on_one_side(base, first)
         base = with_heads(base, missing)
-        found = sides(base, with_heads(first, missing), exclude)
+        one_sided = sides(base, with_heads(first, missing), exclude)
 
     def view(step: Checkpoint) -> Checkpoint:
-        return KeptFromBase(with_heads(step, missing), base, found)
+        return KeptFromBase(with_heads(step, missing), base, one_sided)
 
-    return RunView(run, view), base, found.notes()
+    return RunView(run, view), base, one_sided.notes()
 
 
 def _new_steps(

@@ -184,9 +184,9 @@ def _project(directions: Directions, piece: Piece) -> Projection:
         bits = store.read_base(segment.part, segment.offset, segment.offset + segment.numel)
         there = piece(segment.tensor, segment.start, segment.numel)
         delta = there.astype(np.float64) - to_float32(bits, segment.tensor.dtype)
-        row, found = row_of[segment.tensor.name], float(values @ delta)
+        row, projection = row_of[segment.tensor.name], float(values @ delta)
         with lock:
-            along[row, index] += found
+            along[row, index] += projection
             squares[row] += float(delta @ delta) if index == 0 else 0.0
 
     directions.stream(weights, consume)

@@ -139,10 +139,10 @@ def is_finished(folder: Path, provenance: Mapping[str, Any]) -> bool:
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / PROVENANCE).read_text())
+        existing = json.loads((folder / PROVENANCE).read_text())
     except (OSError, ValueError):
-        found = None
-    if found == json.loads(json.dumps(provenance)):
+        existing = None
+    if existing == json.loads(json.dumps(provenance)):
         return True
     raise RelexkitError(
         f"{folder}: exists and holds something else; remove it or choose another -o"

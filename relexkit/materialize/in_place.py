@@ -145,9 +145,9 @@ def _flat_tensors(
     shared = store.layout.aliases()
     flat: dict[str, list[torch.Tensor]] = {}
     for tensor in store.layout.moving_tensors:
-        found = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
-        wrong = [name for name in found if tuple(state[name].shape) != tensor.shape]
-        for name in found:
+        names = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
+        wrong = [name for name in names if tuple(state[name].shape) != tensor.shape]
+        for name in names:
             if (
                 str(state[name].dtype).removeprefix("torch.") not in FLOAT_DTYPES
                 or not state[name].is_contiguous()
@@ -156,15 +156,15 @@ def _flat_tensors(
                     f"tensor {name!r} of the model is {state[name].dtype}, contiguous"
                     f" {state[name].is_contiguous()}; expected contiguous {', '.join(FLOAT_DTYPES)}"
                 )
-        if not found and _is_still(store, tensor):
+        if not names and _is_still(store, tensor):
             flat[tensor.name] = []
             continue
-        if wrong or not found:
+        if wrong or not names:
             problem = f"has it with shape {list(state[wrong[0]].shape)}" if wrong else "lacks it"
             raise RelexkitError(
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}"
             )
-        flat[tensor.name] = [state[name].detach().view(-1) for name in found]
+        flat[tensor.name] = [state[name].detach().view(-1) for name in names]
     _refuse_shared(flat)
     return flat
 

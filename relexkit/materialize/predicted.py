@@ -43,7 +43,7 @@ def extrapolate(
         prediction: method, options, scope, scale, and the last step to use.
         output: precision and kind of what is written; the result does not depend on how the work is
             cut.
-        compute: how the Gram matrices are found, see ``pca_gram``. The first process writes.
+        compute: how the Gram matrices are computed, see ``pca_gram``. The first process writes.
 
     One pass over the deltas up to ``prediction.until`` for all targets together (and one for the
     Gram matrices if the store has none yet). Memory: the budget, whatever the number of steps and

@@ -113,7 +113,7 @@ def _weight_files(source: Path) -> list[list[str | int]]:
     """Name, size and time of every weight file below a folder: what tells a changed source from the
     same one.
     """
-    found = sorted(
+    paths = sorted(
         p for kind in ("*.safetensors", "*.bin", "*.pt", "*.distcp") for p in source.rglob(kind)
     )
-    return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    return [[str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]

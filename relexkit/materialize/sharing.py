@@ -46,7 +46,7 @@ def model_index(name: str, evaluation: Mapping[str, Any]) -> list[dict[str, Any]
     models = evaluation.get("models", [])
     if "task" not in evaluation or len(models) != 1:
         raise RelexkitError(
-            f"an evaluation of {len(models)} models is no result of this one; expected what"
+            f"an evaluation of {len(models)} models is not one of this folder; expected what"
             " relexkit evaluate --json prints for the folder alone"
         )
     metrics = []
@@ -90,7 +90,7 @@ def push(
 
     folder = Path(source)
     if not REPOSITORY.fullmatch(repository):
-        raise RelexkitError(f"{repository!r} is no repository; expected ORG/NAME")
+        raise RelexkitError(f"{repository!r} is not a repository; expected ORG/NAME")
     is_store = (folder / "zarr.json").is_file()
     if not is_store and not (folder / "config.json").is_file():
         raise RelexkitError(f"{folder}: is neither a store nor a checkpoint folder; give one")
@@ -135,17 +135,17 @@ def _full_card(api: Any, folder: Path, evaluation: str | Path | None) -> str | N
     base = known.get("base_model")
     if base and "license" not in known:
         try:
-            found = api.model_info(base).card_data
+            base_card = api.model_info(base).card_data
         except HfHubHTTPError:  # a private base, or one that is gone
-            found = None
-        if found is not None and found.get("license"):
-            known["license"] = found.get("license")
+            base_card = None
+        if base_card is not None and base_card.get("license"):
+            known["license"] = base_card.get("license")
     if evaluation is not None:
         try:
             document = json.loads(Path(evaluation).read_text())
         except ValueError:
             raise RelexkitError(
-                f"{evaluation}: is no JSON; give what evaluate --json prints"
+                f"{evaluation}: is not JSON; give what evaluate --json prints"
             ) from None
         known["model-index"] = model_index(folder.name, document)
     return f"---\n{front_matter(known)}---\n{card.text}"

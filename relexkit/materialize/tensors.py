@@ -23,17 +23,17 @@ def moving_tensor(store: TrajectoryStore, name: str) -> TensorSpec:
         RelexkitError: there is none, or it is no float tensor.
     """
     known = {t.name: t for t in store.layout.tensors}
-    found = known.get(name)
-    if found is not None and found.tied_to is not None:
-        found = known[found.tied_to]
+    tensor = known.get(name)
+    if tensor is not None and tensor.tied_to is not None:
+        tensor = known[tensor.tied_to]
     moving = [t.name for t in store.layout.moving_tensors]
-    if found is None or found.name not in moving:
+    if tensor is None or tensor.name not in moving:
         near = [n for n in moving if name in n] or moving
         raise RelexkitError(
-            f"{name!r} is no float tensor of {store.path}; expected one such as"
+            f"{name!r} is not a float tensor of {store.path}; expected one such as"
             f" {', '.join(near[:3])}"
         )
-    return found
+    return tensor
 
 
 def tensor_delta(store: TrajectoryStore, name: str, step: int) -> np.ndarray:

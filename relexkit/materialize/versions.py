@@ -93,7 +93,7 @@ def write_versions(
         for folder in make(scratch):
             new = stack.enter_context(closing(HuggingFaceCheckpoint(folder)))
             provenance = json.loads((folder / PROVENANCE).read_text()) | {"against": words}
-            same = [n for n, found in known.items() if found == provenance]
+            same = [n for n, recorded in known.items() if recorded == provenance]
             if same and sync.version in (None, *same):
                 number = same[0]
             place = out / f"weight_v{number:06d}"
@@ -120,15 +120,15 @@ def _base(
 
 def _known(out: Path) -> dict[int, Any]:
     """Provenance of every version in a folder; None for one that is not ours."""
-    found: dict[int, Any] = {}
+    provenances: dict[int, Any] = {}
     for path in out.iterdir():
         match = _VERSION.fullmatch(path.name)
         if match:
             try:
-                found[int(match[1])] = json.loads((path / PROVENANCE).read_text())
+                provenances[int(match[1])] = json.loads((path / PROVENANCE).read_text())
             except (OSError, ValueError):
-                found[int(match[1])] = None
-    return found
+                provenances[int(match[1])] = None
+    return provenances
 
 
 def _write(

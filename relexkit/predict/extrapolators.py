@@ -270,13 +270,13 @@ def _checked(function: Extrapolator) -> StepWeights:
     """
 
     def weights(steps: np.ndarray, target: float, options: Options) -> np.ndarray:
-        found = np.asarray(function(steps, target), np.float64)
-        if found.shape != steps.shape or not np.isfinite(found).all():
+        values = np.asarray(function(steps, target), np.float64)
+        if values.shape != steps.shape or not np.isfinite(values).all():
             raise ExtrapolationError(
-                f"{name_of(function)} gave weights of shape {list(found.shape)}; expected"
+                f"{name_of(function)} gave weights of shape {list(values.shape)}; expected"
                 f" {len(steps)} finite numbers, one for each recorded step"
             )
-        return found
+        return values
 
     return weights
 
@@ -361,13 +361,13 @@ def fit_method(
     def predict(targets: np.ndarray) -> np.ndarray:
         try:
             with single_threaded_blas():
-                found = predict_moved(targets)
+                moved_weights = predict_moved(targets)
         except FitError as error:
             raise ExtrapolationError(f"{grouped.names[moved[error.group]]}: {error}") from None
-        if found.shape[1] == 1 and len(moved) == len(grouped.names):
-            return found
+        if moved_weights.shape[1] == 1 and len(moved) == len(grouped.names):
+            return moved_weights
         weights = np.zeros((len(targets), len(grouped.names), len(gram.steps)))
-        weights[:, moved] = found
+        weights[:, moved] = moved_weights
         return weights[:, rows]
 
     return predict

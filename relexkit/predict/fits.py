@@ -109,16 +109,16 @@ def fit_sinusoid(x: np.ndarray, values: np.ndarray, at: np.ndarray, options: Opt
         raise ExtrapolationError(
             f"{len(x)} recorded steps cannot fix a sinusoid of four numbers; expected at least 5"
         )
-    found = np.empty((*values.shape[:2], len(at)))
+    predicted = np.empty((*values.shape[:2], len(at)))
     for group, series in enumerate(values):
         for row, y in enumerate(series):
             try:
-                found[group, row] = _sinusoid(at, *_fitted_sinusoid(x, y))
+                predicted[group, row] = _sinusoid(at, *_fitted_sinusoid(x, y))
             except RuntimeError:
                 raise FitError(
                     "the sinusoid fit did not converge; use --fit linear or polynomial", group
                 ) from None
-    return found
+    return predicted
 
 
 def _fitted_sinusoid(x: np.ndarray, y: np.ndarray) -> np.ndarray:

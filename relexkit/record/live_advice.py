@@ -100,8 +100,8 @@ def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:
             wide = rows[kept].astype(np.float64)
             rates = learning_rates(steps[kept], metrics)
             whole = _whole(steps[kept], wide @ wide.T, store.layout.num_parameters, rates)
-            found = advise(whole, metrics)
-        return f"Up to step {steps[-1]}: {found.headline}"
+            advice = advise(whole, metrics)
+        return f"Up to step {steps[-1]}: {advice.headline}"
     except Exception as error:
         return f"Up to step {steps[-1]}: no advice: {' '.join(str(error).split())}"
 

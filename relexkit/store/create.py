@@ -134,11 +134,11 @@ def _clear_remote(path: str) -> None:
     order.
     """
     try:
-        found = open_group(path)
+        group = open_group(path)
     except NotAStoreError:
         return
     try:
-        read_attributes(found, path)
+        read_attributes(group, path)
     except CreationInterrupted:
         writable = zarr.open_group(path, mode="r+")
         for name in list(writable.keys()):

@@ -46,16 +46,16 @@ def verify_descriptions(
         del expected[NAME]
     for name, node in expected.members(max_depth=None):
         try:
-            found = _description(group, name)
+            stored = _description(group, name)
             wanted = _description(expected, name)
             if isinstance(node, zarr.Array):
                 group[name]  # what Zarr does not take is malformed
-                same = _fixed(found) == _fixed(wanted) and _same_shape(
-                    name, found["shape"], wanted["shape"]
+                same = _fixed(stored) == _fixed(wanted) and _same_shape(
+                    name, stored["shape"], wanted["shape"]
                 )
             else:
-                same = {**found, "attributes": {}} == {**wanted, "attributes": {}}
-                same &= name == "metrics" or found["attributes"] == {}
+                same = {**stored, "attributes": {}} == {**wanted, "attributes": {}}
+                same &= name == "metrics" or stored["attributes"] == {}
         except Exception as error:
             raise _damaged(path, name, str(error).strip().splitlines()[0]) from error
         if not same:
@@ -87,14 +87,14 @@ def _fixed(document: Any) -> Any:
     return [_fixed(value) for value in document] if isinstance(document, list) else document
 
 
-def _same_shape(name: str, found: list[int], wanted: list[int]) -> bool:
+def _same_shape(name: str, stored: list[int], wanted: list[int]) -> bool:
     """Rows are doubled when they are full; the base has none, files and sketches have any size."""
     top = name.split("/")[0]
     if top in ("base", "files"):
-        return top == "files" or found == wanted
-    doublings = found[0] // wanted[0]
-    rows = found[0] == doublings * wanted[0] and doublings.bit_count() == 1
-    return rows and (top == "sketches" or found[1:] == wanted[1:])
+        return top == "files" or stored == wanted
+    doublings = stored[0] // wanted[0]
+    rows = stored[0] == doublings * wanted[0] and doublings.bit_count() == 1
+    return rows and (top == "sketches" or stored[1:] == wanted[1:])
 
 
 def _damaged(path: str, name: str, reason: str) -> StoreError:

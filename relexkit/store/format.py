@@ -105,5 +105,5 @@ def metric_keys(attributes: Mapping[str, Any]) -> dict[str, str] | None:
     checked = names if keys is None else [names, keys]
     if not isinstance(names, list) or attributes.get("checksum") != json_checksum(checked):
         return None
-    found = dict(zip(map(str, names), map(str, names if keys is None else keys), strict=False))
-    return None if any("/" in key or not key for key in found.values()) else found
+    by_name = dict(zip(map(str, names), map(str, names if keys is None else keys), strict=False))
+    return None if any("/" in key or not key for key in by_name.values()) else by_name

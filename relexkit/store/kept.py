@@ -153,8 +153,8 @@ def _damaged(store: Content, top: str, name: str, reason: str) -> StoreError:
 def _check_description(store: Content, name: str, key: str, values: np.ndarray) -> None:
     wanted = zarr.create_group(MemoryStore())
     _create(wanted, key, values)
-    found, expected = _raw(store, f"{name}/{key}"), raw_description(wanted, key)
-    if found is None or expected is None or json.loads(found) != json.loads(expected):
+    stored, expected = _raw(store, f"{name}/{key}"), raw_description(wanted, key)
+    if stored is None or expected is None or json.loads(stored) != json.loads(expected):
         raise ValueError(f"the description of {key} is malformed")
 
 
@@ -169,10 +169,10 @@ def _check_group(raw: bytes) -> dict[str, Any]:
         ValueError, KeyError: it is not one of a group.
     """
     document = json.loads(raw)
-    found = document["attributes"]
-    if document != {"attributes": found, "zarr_format": 3, "node_type": "group"}:
+    attributes = document["attributes"]
+    if document != {"attributes": attributes, "zarr_format": 3, "node_type": "group"}:
         raise ValueError("its description is malformed")
-    return found
+    return attributes
 
 
 def _attributes(store: Content, name: str) -> dict[str, Any]:
@@ -181,11 +181,11 @@ def _attributes(store: Content, name: str) -> dict[str, Any]:
     Raises:
         ValueError: they do not fit their checksum.
     """
-    found = _check_group(_raw(store, name) or _EMPTY_GROUP)
-    if not {"content", "arrays", "checksum"} & set(found):
+    attributes = _check_group(_raw(store, name) or _EMPTY_GROUP)
+    if not {"content", "arrays", "checksum"} & set(attributes):
         return {}  # half-written, or kept by a release that had no checksums here
-    content = {key: value for key, value in found.items() if key != "checksum"}
-    if found.get("checksum") != json_checksum(content):
+    content = {key: value for key, value in attributes.items() if key != "checksum"}
+    if attributes.get("checksum") != json_checksum(content):
         raise ValueError("its description does not match its checksum")
     return content if content["format_version"] == FORMAT_VERSION else {}
 

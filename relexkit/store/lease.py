@@ -90,14 +90,14 @@ class Lease:
         over.
         """
         try:
-            found = self._call("head_object")
+            head = self._call("head_object")
         except FileNotFoundError:  # it was given back just now
             return "another process", self._put(IfNoneMatch="*")
-        owner = found.get("Metadata", {}).get("owner", "another process")
-        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-        if (now - found["LastModified"]).total_seconds() <= self._seconds:
+        owner = head.get("Metadata", {}).get("owner", "another process")
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        if (now - head["LastModified"]).total_seconds() <= self._seconds:
             return owner, None
-        return owner, self._put(IfMatch=found["ETag"])
+        return owner, self._put(IfMatch=head["ETag"])
 
     def _put(self, **condition: str) -> str | None:
         """Put the object, whose tag is returned; None if the condition does not hold."""

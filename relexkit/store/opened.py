@@ -82,12 +82,12 @@ class OpenedStore:
         Raises:
             StoreError: the step is not recorded.
         """
-        found = np.flatnonzero(self.steps == step)
-        if not len(found):
+        rows = np.flatnonzero(self.steps == step)
+        if not len(rows):
             raise StoreError(
                 f"step {step} is not recorded in {self.path}; it holds {describe_steps(self.steps)}"
             )
-        return int(found[0])
+        return int(rows[0])
 
     def checksums(self) -> np.ndarray:
         """Content checksum of every step and part, ``uint32 [T, parts]``."""
@@ -113,12 +113,12 @@ class OpenedStore:
         if not self._locked:
             self._bind()
         try:
-            found = self._arrays.guard(where, read)
+            content = self._arrays.guard(where, read)
         except StoreError:
             self._confirm()  # a store that is being rewritten is not damaged
             raise
         self._confirm()
-        return found
+        return content
 
     def _bind(self) -> None:
         """Take the content checksums of these steps, before anything is read of them."""
@@ -130,14 +130,14 @@ class OpenedStore:
             while self._checksums is None:
                 seen = self._arrays.version("steps")
                 try:
-                    found = self._read_checksums()
+                    checksums = self._read_checksums()
                 except StoreError:
                     self._check_log()
                     raise
                 if seen != self._seen:
                     self._check_log()
                 if self._arrays.version("steps") == seen:  # else they may be of two states
-                    self._checksums, self._seen = found, seen
+                    self._checksums, self._seen = checksums, seen
 
     def _read_checksums(self) -> np.ndarray:
         return self._arrays.read_rows("the checksums", "checksums", len(self.steps))

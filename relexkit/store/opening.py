@@ -60,8 +60,8 @@ def open_group(path: str) -> zarr.Group:
 
 def store_inside(path: str) -> str:
     """What to add about a folder that is no store but holds one; nothing if it does not."""
-    found = sorted(p.parent for p in Path(path).glob("*/zarr.json")) if "://" not in path else []
-    return f": did you mean {found[0]}?" if found else ""
+    stores = sorted(p.parent for p in Path(path).glob("*/zarr.json")) if "://" not in path else []
+    return f": did you mean {stores[0]}?" if stores else ""
 
 
 def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class TrajectoryStore(OpenedStore):
         read = self._arrays.read_rows
         recent = self._content("the metrics of the latest steps", self._read_recent)  # first: a
         # writer moves them to the arrays below, and then takes them away
-        found = {
+        metrics = {
             name: self._content(
                 f"metric {name!r}",
                 partial(read, f"metric {name!r}", f"metrics/{key}", len(self.steps)),
@@ -253,9 +253,9 @@ class TrajectoryStore(OpenedStore):
             for name, key in self.metric_keys().items()
         }
         for row, values in recent.items():
-            for column, value in zip(found.values(), values, strict=False):
+            for column, value in zip(metrics.values(), values, strict=False):
                 column[row] = value
-        return found
+        return metrics
 
     def _read_recent(self) -> dict[int, np.ndarray]:
         return read_recent(self._arrays, self.steps) if RECENT in self._group else {}

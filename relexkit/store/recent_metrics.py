@@ -107,8 +107,8 @@ def read_recent(arrays: ReadableArrays, steps: np.ndarray) -> dict[int, np.ndarr
     Raises:
         StoreError: it is damaged.
     """
-    found = arrays.read_rows("the metrics of the latest steps", NAME, None)
-    return {int(e[0]): e[_FIRST:] for e in _entries(found) if _is_of(e, steps)}
+    rows = arrays.read_rows("the metrics of the latest steps", NAME, None)
+    return {int(e[0]): e[_FIRST:] for e in _entries(rows) if _is_of(e, steps)}
 
 
 def _entries(content: np.ndarray) -> np.ndarray:

@@ -145,14 +145,14 @@ class _Frame:
                     break
                 filled += count
         except self._package.ZstdError as error:
-            raise CheckpointError(f"its delta is no whole zstd frame ({error})") from None
+            raise CheckpointError(f"its delta is not a whole zstd frame ({error})") from None
         return filled
 
     def expect(self, count: int) -> np.ndarray:
         """Exactly ``count`` bytes."""
         out = np.empty(count, np.uint8)
-        found = self.read_into(out)
-        if found < count:
+        num_read = self.read_into(out)
+        if num_read < count:
             raise CheckpointError("its delta ends too early; write or copy it again")
         return out
 
@@ -178,10 +178,11 @@ class XorDelta(Delta):
     def apply(self, begin: int, block: np.ndarray) -> None:
         """See ``Delta``; blocks have at most ``BLOCK_BYTES``."""
         part = self._buffer[: len(block)]
-        found = self._frame.read_into(part)
-        if found < len(block):
+        num_read = self._frame.read_into(part)
+        if num_read < len(block):
             raise CheckpointError(
-                f"its delta unpacks to {begin + found:,} bytes; the tensor has {self._num_bytes:,}"
+                f"its delta unpacks to {begin + num_read:,} bytes; the tensor has"
+                f" {self._num_bytes:,}"
             )
         block ^= part
 

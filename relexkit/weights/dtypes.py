@@ -49,8 +49,8 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
 def nonfinite_index(bits: np.ndarray, dtype: str) -> int | None:
     """Index of the first NaN or infinity in ``bits`` ``[n]``, or None."""
     mask = bits.dtype.type(_EXPONENT_MASK[dtype])
-    found = (bits & mask) == mask
-    return int(found.argmax()) if found.any() else None
+    nonfinite = (bits & mask) == mask
+    return int(nonfinite.argmax()) if nonfinite.any() else None
 
 
 def widen_bits(bits: np.ndarray, source: str, target: str) -> np.ndarray:

@@ -116,11 +116,11 @@ class Layout:
 
     def aliases(self) -> dict[str, list[str]]:
         """Name of a tensor -> names of the tensors that are tied to it."""
-        found: dict[str, list[str]] = {}
+        aliases: dict[str, list[str]] = {}
         for tensor in self.tensors:
             if tensor.tied_to:
-                found.setdefault(tensor.tied_to, []).append(tensor.name)
-        return found
+                aliases.setdefault(tensor.tied_to, []).append(tensor.name)
+        return aliases
 
     def segments_of(self, tensor: TensorSpec) -> Iterator[Segment]:
         """The pieces of ``tensor`` in order of its elements; nothing for an alias."""

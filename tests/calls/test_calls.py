@@ -86,7 +86,7 @@ def test_a_float_store_gives_its_own_delta(two_runs, tmp_path: Path) -> None:
 
 def test_an_unknown_tensor_is_refused_with_names(two_runs) -> None:
     opened = rk.open(two_runs[2] / "a.zarr")
-    with pytest.raises(rk.RelexkitError, match=r"'norm' is no float tensor .* such as model.*norm"):
+    with pytest.raises(rk.RelexkitError, match=r"'norm' is not a float tensor .* as model.*norm"):
         opened.delta("norm", 1)
     with pytest.raises(rk.StoreError, match="step 99 is not recorded"):
         opened.weights(NORM, 99)

@@ -47,7 +47,7 @@ def answer(options: Options) -> Table:
 
 
 def run(options: Options) -> None:
-    """Print what was found for every ``K``."""
+    """Print the summary of every ``K``."""
     document = answer(options).document
     if options.json:
         print_json(document)

@@ -81,12 +81,12 @@ def token_masses(
         return {}
     ids, place = np.unique(np.concatenate(rows), return_inverse=True)
     positive = np.repeat(np.array(signed) > 0, [len(row) for row in rows])
-    found = np.zeros((len(ids), 4))
+    masses = np.zeros((len(ids), 4))
     for column, values in ((0, mass), (2, weighted)):
         flat = np.concatenate(values)
-        found[:, column] = np.bincount(place, flat * positive, len(ids))
-        found[:, column + 1] = np.bincount(place, flat * ~positive, len(ids))
-    return dict(zip(ids.tolist(), found, strict=True))
+        masses[:, column] = np.bincount(place, flat * positive, len(ids))
+        masses[:, column + 1] = np.bincount(place, flat * ~positive, len(ids))
+    return dict(zip(ids.tolist(), masses, strict=True))
 
 
 def add_masses(parts: Iterable[Masses]) -> Masses:

@@ -132,15 +132,15 @@ class _Sides:
         """``m`` of every rollout's tokens; linear in ``v``, whose own square is on both sides of
         the difference.
         """
-        found: list[torch.Tensor] = [torch.empty(0)] * len(self._lengths)
+        margins: list[torch.Tensor] = [torch.empty(0)] * len(self._lengths)
         offset = mu_2H[1].square().sum() - mu_2H[0].square().sum()
         for rows, proxy_NH in self._sweep():
             score_N = proxy_NH @ (2 * (mu_2H[0] - mu_2H[1])) + offset
             for row, score in zip(
                 rows, score_N.split([self._lengths[row] for row in rows]), strict=True
             ):
-                found[row] = score * self.sign_R[row]
-        return found
+                margins[row] = score * self.sign_R[row]
+        return margins
 
     def spread(self, margins: Sequence[torch.Tensor]) -> torch.Tensor:
         """``gamma`` of both sides, ``float64 [2]``."""

@@ -154,7 +154,7 @@ class Harness:
         with them as the model's arguments.
         """
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
-        found = simple_evaluate(
+        results = simple_evaluate(
             lm,
             model_args=named,
             tasks=self._tasks,
@@ -162,8 +162,8 @@ class Harness:
             batch_size=self._batch_size,
             **self._options,
         )
-        assert found is not None, "one process evaluates"
-        return dict(found)
+        assert results is not None, "one process evaluates"
+        return dict(results)
 
 
 def _manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
@@ -188,13 +188,13 @@ def scores(results: dict[str, Any]) -> list[Score]:
     """Every metric of every task and group in the harness's results, with its interval."""
     return [
         score
-        for task, found in results["results"].items()
-        for score in _scores(task, found, results)
+        for task, metrics in results["results"].items()
+        for score in _scores(task, metrics, results)
     ]
 
 
-def _scores(task: str, found: dict[str, Any], results: dict[str, Any]) -> Iterator[Score]:
-    for key, value in found.items():
+def _scores(task: str, metrics: dict[str, Any], results: dict[str, Any]) -> Iterator[Score]:
+    for key, value in metrics.items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
@@ -207,7 +207,7 @@ def _scores(task: str, found: dict[str, Any], results: dict[str, Any]) -> Iterat
             np.float64,
         )
         mean = len(value_N) > 0 and abs(value_N.mean() - value) < 1e-9
-        error = found.get(f"{metric}_stderr,{chosen}")
+        error = metrics.get(f"{metric}_stderr,{chosen}")
         interval = None
         if mean and _shares(value_N):
             interval = mean_interval(value_N)

@@ -175,11 +175,11 @@ def _kept(place: str | Path) -> dict[str, Any]:
         return {}  # what is damaged is said when it is opened
 
 
-def _known(found: Any) -> dict[str, Any]:
+def _known(settings: Any) -> dict[str, Any]:
     """The settings that are of the types that they must be of."""
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         return {}
-    task, length = found.get("task"), found.get("max_completion_length")
+    task, length = settings.get("task"), settings.get("max_completion_length")
     return {
         "task": task if isinstance(task, str | dict) else None,
         "max_completion_length": length if type(length) is int and length > 0 else None,

@@ -54,7 +54,7 @@ def g2d(
     """
     source = _Run(Path(run_folder), config, rollouts, trust_remote_code)
     source.check(steps)
-    found = []
+    summaries = []
     for step in steps:
         settings = dataclasses.asdict(config) | {
             "run": str(run_folder),
@@ -67,8 +67,8 @@ def g2d(
             with temporary_folder(folder) as temporary:
                 summary = _train_from(source, step, temporary, config) | {"settings": settings}
                 (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        found.append(summary)
-    return found
+        summaries.append(summary)
+    return summaries
 
 
 class _Run:
@@ -225,11 +225,11 @@ class _Run:
                     completion_ids=c.completion_ids,
                     logprobs=logp.tolist(),
                     truncated=c.truncated,
-                    reward=found.reward,
-                    right=found.right,
+                    reward=score.reward,
+                    right=score.right,
                     advantage=0.0,
                 )
-                for (problem, _), prompt, c, logp, found in zip(
+                for (problem, _), prompt, c, logp, score in zip(
                     rows, prompts, completions, states.logp, scores, strict=True
                 )
             ]

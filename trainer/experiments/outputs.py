@@ -70,13 +70,13 @@ def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[Probe]) -> np.ndar
     """Log-probability of every token but the first of every text, and of every token that follows
     a prompt, given what precedes it, ``float64 [K]``.
     """
-    found = []
+    logprobs = []
     with torch.no_grad():
         for text in texts:
             numbers, first = _encoded(tokenizer, text)
             tokens = torch.tensor([numbers], device=model.device)
             logits = model(tokens[:, :-1], use_cache=False).logits.float()
-            found.append(
+            logprobs.append(
                 logits.log_softmax(dim=-1)
                 .gather(-1, tokens[:, 1:, None])
                 .flatten()[first - 1 :]
@@ -84,7 +84,7 @@ def text_logprobs(model: Any, tokenizer: Any, texts: Sequence[Probe]) -> np.ndar
                 .cpu()
                 .numpy()
             )
-    return np.concatenate(found)
+    return np.concatenate(logprobs)
 
 
 def _encoded(tokenizer: Any, text: Probe) -> tuple[list[int], int]:
@@ -132,13 +132,13 @@ def output_linearity(
             " tokens"
         )
     rows = np.unique(np.linspace(0, len(observed.steps) - 1, _MOST_STEPS).round().astype(int))
-    found = []
+    recorded = []
     for done, row in enumerate(rows, 1):
         stored.put_step(int(observed.steps[row]))
-        found.append(text_logprobs(model, tokenizer, probes))
+        recorded.append(text_logprobs(model, tokenizer, probes))
         if progress:
             progress("probing", done, len(rows) + len(targets))
-    steps, logprobs = observed.steps[rows], np.array(found)
+    steps, logprobs = observed.steps[rows], np.array(recorded)
     predicted = []
     from_all = replace(prediction, until=None)  # of those that are looked at
     for weights in predict_weights(observed, list(targets), from_all) if len(targets) else ():

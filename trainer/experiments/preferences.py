@@ -87,7 +87,7 @@ def make_pairs(
     Raises:
         RelexkitError: there is no pair; the message says why.
     """
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     by_prompt = _by_prompt(rollouts)
     mixed = within = 0
     for problem, rows in by_prompt.items():
@@ -109,8 +109,8 @@ def make_pairs(
             ordered = [distinct[key] for key in sorted(distinct)]
             random.Random(stream_seed(seed, (problem, right))).shuffle(ordered)
             sides.append(ordered[:max_pairs_per_prompt])
-        found += [_pair(problem, *two) for two in zip(*sides, strict=False)]
-    if not found:
+        pairs += [_pair(problem, *two) for two in zip(*sides, strict=False)]
+    if not pairs:
         reason = (
             "every prompt is either always or never solved; take more steps, other problems, or"
             " fresh rollouts"
@@ -129,7 +129,7 @@ def make_pairs(
             f"{len(rollouts)} rollouts of {len(by_prompt)} prompts give no preference pair:"
             f" {reason}"
         )
-    return found
+    return pairs
 
 
 def informativeness(rollouts: pyarrow.Table, pairs: Sequence[Pair]) -> Informativeness:

@@ -95,15 +95,15 @@ class Grid:
             "fit": self.fit,
             "window": self.window or (None,),
         }
-        found = []
+        candidates = []
         for name, target, scale in itertools.product(self.method, self.to, self.scale):
             method = METHODS[name]
             used = [option for option in varied if option in method.options]
             for values in itertools.product(*(varied[option] for option in used)):
                 options = Options(**dict(zip(used, values, strict=True)))
                 step = float(target if method.moves else last_step)
-                found.append(Candidate(method=name, target=step, scale=scale, options=options))
-        return list(dict.fromkeys(found))
+                candidates.append(Candidate(method=name, target=step, scale=scale, options=options))
+        return list(dict.fromkeys(candidates))
 
 
 def sweep(
@@ -157,7 +157,7 @@ def sweep(
 
 
 def _weights(observed: Gram, candidates: Sequence[Candidate]) -> list[np.ndarray]:
-    found: dict[Candidate, np.ndarray] = {}
+    weights: dict[Candidate, np.ndarray] = {}
     # one fit for all targets and scales
     for method, options in dict.fromkeys((c.method, c.options) for c in candidates):
         group = [c for c in candidates if (c.method, c.options) == (method, options)]
@@ -166,8 +166,8 @@ def _weights(observed: Gram, candidates: Sequence[Candidate]) -> list[np.ndarray
             rows = predict_weights(observed, targets, Prediction(method=method, options=options))
         except RelexkitError as error:
             raise RelexkitError(f"{group[0].name}: {error}") from None
-        found |= {c: c.scale * rows[targets.index(c.target)] for c in group}
-    return [found[c] for c in candidates]
+        weights |= {c: c.scale * rows[targets.index(c.target)] for c in group}
+    return [weights[c] for c in candidates]
 
 
 class _Slice:

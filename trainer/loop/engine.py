@@ -102,11 +102,13 @@ def generate_with(
     with torch.no_grad():
         engine.load((name, weight.detach()) for name, weight in named_weights(policy.model).items())
     seeds = [stream_seed(sampling.seed, key) for key in keys]
-    found = engine.generate(prompt_ids, seeds, sampling, ends)
-    if len(found) != len(prompts):
-        raise RelexkitError(f"the engine gave {len(found)} completions of {len(prompts)} prompts")
+    generated = engine.generate(prompt_ids, seeds, sampling, ends)
+    if len(generated) != len(prompts):
+        raise RelexkitError(
+            f"the engine gave {len(generated)} completions of {len(prompts)} prompts"
+        )
     completions = []
-    for ids, sampled in zip(prompt_ids, found, strict=True):
+    for ids, sampled in zip(prompt_ids, generated, strict=True):
         tokens = list(sampled.token_ids)
         if not 0 < len(tokens) <= sampling.max_completion_length or len(tokens) != len(
             sampled.logprobs
@@ -118,4 +120,4 @@ def generate_with(
             )
         text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
         completions.append(Completion(ids, tokens, text, tokens[-1] not in ends))
-    return completions, [torch.tensor(s.logprobs, dtype=torch.float32) for s in found]
+    return completions, [torch.tensor(s.logprobs, dtype=torch.float32) for s in generated]

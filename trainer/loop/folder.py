@@ -39,19 +39,19 @@ def claim_folder(folder: Path, config: GRPOConfig) -> None:
     path = folder / CONFIG
     if path.exists():
         try:
-            found = yaml.safe_load(path.read_text())
+            options = yaml.safe_load(path.read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise RelexkitError(
                 f"{path}: cannot be read ({error}); choose another output"
             ) from None
-        if not isinstance(found, dict):
+        if not isinstance(options, dict):
             raise RelexkitError(
                 f"{path}: holds no options; expected those of the run: restore it from a copy, or"
                 " choose another output"
             )
         wanted = dataclasses.asdict(config)
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        begun = {name: found.get(name, defaults[name]) for name in wanted}
+        begun = {name: options.get(name, defaults[name]) for name in wanted}
         free = set(_FREE)
         if config.lr_scheduler_type == "constant" and config.max_steps >= begun["max_steps"]:
             free.add("max_steps")

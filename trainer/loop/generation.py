@@ -179,14 +179,14 @@ def _scores(
 ) -> tuple[list[bool], list[float], list[Mapping[str, float | None]]]:
     """Which rollouts are right, their rewards, and what each of several functions says of them."""
     scores = score_all(task, rows, [c.text for c in completions])
-    rewards = [found.reward for found in scores]
+    rewards = [score.reward for score in scores]
     if config.rouge_weight:
         shared = [rouge_l(problem, c.text) for problem, c in zip(rows, completions, strict=True)]
         rewards = [
             reward + config.rouge_weight * overlap
             for reward, overlap in zip(rewards, shared, strict=True)
         ]
-    return [found.right for found in scores], rewards, [found.parts for found in scores]
+    return [score.right for score in scores], rewards, [score.parts for score in scores]
 
 
 def _part_means(policy: Policy, parts: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

@@ -19,8 +19,8 @@ from relexkit.trainer.config import Regrounding
 def last_jump(recorder: Recorder) -> int:
     """The step that the last jump led to, or 0."""
     recorder.flush()
-    found = jumps(recorder.store)
-    return int(found[-1]) if len(found) else 0
+    steps = jumps(recorder.store)
+    return int(steps[-1]) if len(steps) else 0
 
 
 def is_due(rule: Regrounding, step: int, start: int, max_steps: int) -> bool:

@@ -136,6 +136,6 @@ def truncate_after(folder: Path, step: int) -> None:
 def _files(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    ordered = sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
+    matched = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    ordered = sorted(matched, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
     return [(int(match[1]), path) for match, path in ordered]

@@ -66,8 +66,8 @@ def last_state(folder: Path) -> int | None:
     """The step of the last complete state in ``folder``, or None."""
     if not folder.is_dir():
         return None
-    found = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return max(found, default=None)
+    steps = [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return max(steps, default=None)
 
 
 def load_state(

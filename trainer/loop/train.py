@@ -274,7 +274,7 @@ def _is_evaluated(config: GRPOConfig, step: int) -> bool:
 
 def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float]:
     """Greedy accuracy on validation problems, the same ones every time."""
-    found = evaluate(
+    evaluation = evaluate(
         policy.model,
         policy.tokenizer,
         task,
@@ -285,7 +285,7 @@ def _validate(config: GRPOConfig, policy: Policy, task: Task) -> dict[str, float
             batch_size=config.generation_rows,
         ),
     )
-    return {"eval/accuracy": found.accuracy}
+    return {"eval/accuracy": evaluation.accuracy}
 
 
 def _keep(folder: Path, policy: Policy, recorder: Recorder | None, log: RunLog, step: int) -> None:

@@ -145,14 +145,14 @@ def sampled_logprobs(
     """
     training = model.training
     model.eval()
-    found: list[torch.Tensor] = [torch.empty(0)] * len(completions)
+    logprobs: list[torch.Tensor] = [torch.empty(0)] * len(completions)
     for rows in micro_batches(completions, max_tokens):
         batch = make_batch([completions[row] for row in rows], pad, model.device)
         logp_BT, _ = token_logprobs(model, batch, temperature, autocast)
         for row, logp_T in zip(rows, logp_BT, strict=True):
-            found[row] = logp_T[: len(completions[row].completion_ids)]
+            logprobs[row] = logp_T[: len(completions[row].completion_ids)]
     model.train(training)
-    return found
+    return logprobs
 
 
 def padded(rows: Sequence[torch.Tensor], like_BT: torch.Tensor) -> torch.Tensor:

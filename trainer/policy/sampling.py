@@ -140,16 +140,16 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
         RelexkitError: there is none.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    found = {
+    ends = {
         *(configured if isinstance(configured, list) else [configured]),
         tokenizer.eos_token_id,
     } - {None}
-    if not found:
+    if not ends:
         raise RelexkitError(
             "the tokenizer has no end-of-sequence token; expected one, or no completion would"
             " ever end"
         )
-    return sorted(found)
+    return sorted(ends)
 
 
 def left_padded(

@@ -182,13 +182,13 @@ def own_dropout(model: Any) -> Iterator[None]:
 
 def _dropout_rates(config: Any) -> dict[str, float]:
     """The dropout rates of a configuration that are not 0, by their dotted names."""
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_diff_dict"):  # of a part of the model
-            found |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
+            rates |= {f"{name}.{inner}": rate for inner, rate in _dropout_rates(value).items()}
         elif "drop" in name and isinstance(value, float) and 0 < value <= 1:
-            found[name] = value
-    return found
+            rates[name] = value
+    return rates
 
 
 def _set_rates(config: Any, rates: dict[str, float]) -> None:

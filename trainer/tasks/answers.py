@@ -94,9 +94,9 @@ def given_answer(completion: str) -> str:
         return boxed
     if "####" in text:
         return text.rpartition("####")[2].strip()
-    found = list(_MARKER.finditer(_unmarked(text)))
-    if found:
-        after = _unmarked(text)[found[-1].end() :].strip()
+    markers = list(_MARKER.finditer(_unmarked(text)))
+    if markers:
+        after = _unmarked(text)[markers[-1].end() :].strip()
         if after:
             return _sentences(after)[0]
     return text
@@ -148,13 +148,13 @@ def _quantity(text: str) -> _Quantity | None:
     """A text that is nothing but a number, with a unit or ``x =`` perhaps."""
     shown = plain(re.sub(r"^\s*\$?\s*[A-Za-z]\w{0,2}\s*=", "", text)).strip()
     shown = re.sub(r"[.\s]+$", "", shown)
-    found = numbers(shown)
-    if len(found) != 1 or found[0].begin or is_operand(shown, found[0]):
+    all_numbers = numbers(shown)
+    if len(all_numbers) != 1 or all_numbers[0].begin or is_operand(shown, all_numbers[0]):
         return None
-    unit = shown[found[0].end :].strip()
+    unit = shown[all_numbers[0].end :].strip()
     if not re.fullmatch(r"(?:[A-Za-z°µΩ%]+[²³]?(?:\^\{?\d\}?)?[\s/·.]*){0,3}", unit):
         return None
-    return _Quantity(found[0], re.sub(r"\W", "", unit).lower().removesuffix("s"))
+    return _Quantity(all_numbers[0], re.sub(r"\W", "", unit).lower().removesuffix("s"))
 
 
 def _states_number(given: str, wanted: _Quantity, question: str) -> bool:
@@ -174,16 +174,18 @@ def _states_number(given: str, wanted: _Quantity, question: str) -> bool:
     if len(bare) == 2 and not same_number(*bare):
         return False  # a list, one a line
     shown = plain(sentences[-1])
-    found = numbers(shown)
-    last = found[-1]
+    all_numbers = numbers(shown)
+    last = all_numbers[-1]
     cue = [match.end() for match in _CUE.finditer(shown) if match.end() <= last.begin]
     begin = cue[-1] if cue else 0
     tail = shown[begin:]
-    if is_operand(shown, last) or any(is_operand(shown, n) for n in found if n.begin >= begin):
+    if is_operand(shown, last) or any(
+        is_operand(shown, n) for n in all_numbers if n.begin >= begin
+    ):
         return _computes(tail, wanted, question)
     if _NEGATED.search(shown[: last.begin]):
         return False
-    for number in found[:-1]:
+    for number in all_numbers[:-1]:
         between = shown[number.end : last.begin]
         if number.begin >= begin and _JOINED.fullmatch(between):
             return same_number(number, last) and same_number(last, wanted.number)
@@ -368,15 +370,15 @@ def _unmarked(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    found = None
+    boxed = None
     for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         depth = 1
         for place in range(match.end(), len(text)):
             depth += (text[place] == "{") - (text[place] == "}")
             if depth == 0:
-                found = text[match.end() : place].strip()
+                boxed = text[match.end() : place].strip()
                 break
-    return found
+    return boxed
 
 
 # -- the question ----------------------------------------------------------------------------------

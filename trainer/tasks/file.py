@@ -36,14 +36,14 @@ class FileTask:
 
     def scores(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
         """The scores of several completions at once; the first function says what is right."""
-        found = []
+        scores = []
         for parts in weighted(self.functions, problems, completions):
             reward = parts.pop("")
             assert reward is not None
             several = len(self.functions) > 1
             first = parts[self.functions[0].name] or 0.0
-            found.append(Score(reward, first, parts if several else {}))
-        return found
+            scores.append(Score(reward, first, parts if several else {}))
+        return scores
 
 
 def make(

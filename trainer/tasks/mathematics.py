@@ -26,11 +26,11 @@ def same_expression(first: str, second: str) -> bool:
 
     if _is_too_large(first) or _is_too_large(second):
         return False
-    expected, found = _parsed(_latex(second)), _parsed(_latex(first))
-    if not expected or not found:
+    expected, given = _parsed(_latex(second)), _parsed(_latex(first))
+    if not expected or not given:
         return False
-    return bool(verify(expected, found, timeout_seconds=_limit())) and not _differ(
-        expected[0], found[0]
+    return bool(verify(expected, given, timeout_seconds=_limit())) and not _differ(
+        expected[0], given[0]
     )
 
 

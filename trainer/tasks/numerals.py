@@ -101,7 +101,7 @@ def plain(text: str) -> str:
 
 def numbers(text: str) -> list[Number]:
     """All numbers of ``plain(text)``, in order. One too long to be written out is left out."""
-    shown, found = plain(text), []
+    shown, all_numbers = plain(text), []
     for match in _NUMBER.finditer(shown):
         read = _read(match)
         if read is None:
@@ -111,14 +111,14 @@ def numbers(text: str) -> list[Number]:
         if begins < match.start():
             value, written = -value, "-" + written
         percent = match["percent"] is not None
-        found.append(Number(value, written, percent, digits, unit, begins, match.end()))
-    return found
+        all_numbers.append(Number(value, written, percent, digits, unit, begins, match.end()))
+    return all_numbers
 
 
 def last_number(text: str) -> str | None:
     """The last number of a text, as scorers read numbers, or None."""
-    found = numbers(text)
-    return found[-1].text if found else None
+    all_numbers = numbers(text)
+    return all_numbers[-1].text if all_numbers else None
 
 
 def is_operand(shown: str, number: Number) -> bool:

@@ -73,11 +73,11 @@ def load_rewards(
         raise RelexkitError(
             f"reward_weights {weights!r} do not fit; expected {len(names)} numbers, one a reward"
         )
-    found = [_load(name, float(weight)) for name, weight in zip(names, given, strict=True)]
-    short = [function.name for function in found]
+    functions = [_load(name, float(weight)) for name, weight in zip(names, given, strict=True)]
+    short = [function.name for function in functions]
     return tuple(
         replace(function, name=place) if short.count(function.name) > 1 else function
-        for function, place in zip(found, names, strict=True)
+        for function, place in zip(functions, names, strict=True)
     )
 
 
@@ -88,12 +88,12 @@ def weighted(
     sum (what does not apply counts as 0, as in TRL).
     """
     columns = {f.name: f.values(problems, completions) for f in functions}
-    found = []
+    rows = []
     for index in range(len(completions)):
         row: dict[str, float | None] = {name: values[index] for name, values in columns.items()}
         row[""] = sum(f.weight * (row[f.name] or 0.0) for f in functions)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _load(name: str, weight: float) -> RewardFunction:
@@ -174,7 +174,7 @@ def _batched(
                 f" {SIGNATURES}"
             ) from None
         try:
-            found = function(**arguments)
+            rewards = function(**arguments)
         except Exception as error:
             kind = "text" if isinstance(completions[0], str) else "lists of messages"
             hint = (
@@ -186,9 +186,9 @@ def _batched(
                 f"{where}: raised {type(error).__name__} ({error}) on completions that are"
                 f" {kind}{hint}; {SIGNATURES}"
             ) from error
-        if not isinstance(found, Sequence | tuple) and not hasattr(found, "tolist"):
-            raise RelexkitError(f"{where}: gave {_shown(found)}; {SIGNATURES}")
-        listed = found.tolist() if hasattr(found, "tolist") else list(found)
+        if not isinstance(rewards, Sequence | tuple) and not hasattr(rewards, "tolist"):
+            raise RelexkitError(f"{where}: gave {_shown(rewards)}; {SIGNATURES}")
+        listed = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
         if len(listed) != len(texts):
             raise RelexkitError(
                 f"{where}: gave {len(listed)} rewards for {len(texts)} completions; {SIGNATURES}"

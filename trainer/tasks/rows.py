@@ -118,7 +118,7 @@ def _saved_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _parquet_files(path: Path) -> dict[str, list[Path]]:
     """Parquet files by the split that begins their name, as on the Hub: ``test-00000-of-00001``."""
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
-        found.setdefault(file.stem.split("-")[0], []).append(file)
-    return found
+        by_split.setdefault(file.stem.split("-")[0], []).append(file)
+    return by_split

@@ -172,10 +172,10 @@ class DcpCheckpoint(PiecewiseTensors):
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files near the weights, if the trainer wrote any."""
-        found: dict[str, bytes] = {}
+        files: dict[str, bytes] = {}
         for place in _CONFIGURATION:
-            found = merged_files(model_files(self.folder / place), found)
-        return found
+            files = merged_files(model_files(self.folder / place), files)
+        return files
 
     def metrics(self) -> dict[str, float]:
         """What Trainer logged, if it wrote the folder; the other trainers keep metrics
@@ -199,7 +199,7 @@ def _read_metadata(folder: Path) -> Record:
     metadata = load_data(file.read(0, file.size), _ALLOWED, where=str(path))
     if not isinstance(metadata, Record) or not metadata.kind.endswith(".Metadata"):
         raise CheckpointError(
-            f"{path}: is no description of a distributed checkpoint; write or copy it again"
+            f"{path}: is not a description of a distributed checkpoint; write or copy it again"
         )
     return metadata
 
@@ -207,7 +207,7 @@ def _read_metadata(folder: Path) -> Record:
 def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder}: .metadata describes no tensors; write or copy it again")
-    found = {
+    tensors = {
         key: entry
         for key, entry in described.items()
         if isinstance(key, str)
@@ -215,12 +215,12 @@ def _model_tensors(folder: Path, described: Any) -> dict[str, Record]:
         and entry.kind.endswith(".TensorStorageMetadata")
         and not _is_below(key, _OTHER_ROOTS)
     }
-    if not found:
+    if not tensors:
         raise CheckpointError(
             f"{folder}: holds no tensors of a model; expected weights, not only an optimizer's"
             " state"
         )
-    return found
+    return tensors
 
 
 def _inner_names(keys: Iterable[str], paths: Any) -> dict[str, str]:
@@ -254,7 +254,7 @@ def _storage_by_chunk(folder: Path, storage: Any) -> dict[str, dict[tuple[int, .
         raise CheckpointError(
             f"{folder}: .metadata does not say where the data lies; write or copy it again"
         )
-    found: dict[str, dict[tuple[int, ...], Record]] = {}
+    places: dict[str, dict[tuple[int, ...], Record]] = {}
     for index, place in storage.items():
         if (
             isinstance(index, Record)
@@ -262,10 +262,10 @@ def _storage_by_chunk(folder: Path, storage: Any) -> dict[str, dict[tuple[int, .
             and isinstance(index.get("fqn"), str)
         ):
             offset = index.get("offset")
-            found.setdefault(index.get("fqn"), {})[offset if isinstance(offset, tuple) else ()] = (
+            places.setdefault(index.get("fqn"), {})[offset if isinstance(offset, tuple) else ()] = (
                 place
             )
-    return found
+    return places
 
 
 def _assemble(
@@ -294,7 +294,7 @@ def _assemble(
             continue
         if offsets not in places:
             raise CheckpointError(
-                f"the chunk at {list(offsets)} lies nowhere; .metadata is damaged"
+                f"the chunk at {list(offsets)} is stored nowhere; .metadata is damaged"
             )
         chunks.append(_chunk(folder, places[offsets], info.dtype, offsets, sizes, files))
     return PiecewiseTensor(info, chunks)
@@ -329,14 +329,15 @@ def _chunk(
         or begin < 0
         or length < 0
     ):
-        raise CheckpointError("lies at a place that is none; .metadata is damaged")
+        raise CheckpointError("has an impossible place; .metadata is damaged")
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"lies in {name!r}; expected a plain file name in the same folder")
     if name not in files:
         files[name] = ReadOnlyFile(folder / name)
     if prod(sizes) * ITEM_BYTES.get(dtype, 1) > length:
         raise CheckpointError(
-            f"the chunk of shape {list(sizes)} is said to have {length} bytes; .metadata is damaged"
+            f"the chunk of shape {list(sizes)} is recorded with {length} bytes; .metadata is"
+            " damaged"
         )
     if begin + length > files[name].size:
         raise CheckpointError(

@@ -139,19 +139,19 @@ class DeepSpeedCheckpoint(PiecewiseTensors):
 
 
 def _optimizer_files(folder: Path) -> list[TorchFile]:
-    found = {}
+    by_rank = {}
     for path in folder.iterdir():
         match = _OPTIMIZER.fullmatch(path.name)
         if match:
             _refuse_model_parallel(folder, int(match[2]))
-            found[int(match[1])] = path
-    missing = [rank for rank in range(max(found, default=0) + 1) if rank not in found]
+            by_rank[int(match[1])] = path
+    missing = [rank for rank in range(max(by_rank, default=0) + 1) if rank not in by_rank]
     if missing:
         raise CheckpointError(
             f"{folder}: the *_optim_states.pt file of rank {missing[0]} is missing; copy all of"
             " them"
         )
-    return [_open(found[rank]) for rank in sorted(found)]
+    return [_open(by_rank[rank]) for rank in sorted(by_rank)]
 
 
 def _model_files(folder: Path) -> list[TorchFile]:
@@ -185,7 +185,8 @@ def _optimizer_state(file: TorchFile) -> dict[str, Any]:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "zero_stage" not in state:
         raise CheckpointError(
-            f"{file.path}: is no ZeRO optimizer state; expected zero_stage in optimizer_state_dict"
+            f"{file.path}: is not a ZeRO optimizer state; expected zero_stage in"
+            " optimizer_state_dict"
         )
     return state
 
@@ -200,8 +201,8 @@ def _model_state(file: TorchFile) -> dict[str, Any]:
     return content
 
 
-def _flat_groups(file: TorchFile, found: Any, key: str) -> list[Flat]:
-    groups = [found] if isinstance(found, StoredTensor) else found
+def _flat_groups(file: TorchFile, stored: Any, key: str) -> list[Flat]:
+    groups = [stored] if isinstance(stored, StoredTensor) else stored
     if not isinstance(groups, list) or not all(
         isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups
     ):
@@ -344,5 +345,5 @@ def _rest(file: TorchFile, described: dict[str, Any], stage: int) -> dict[str, P
 
 def _shared(described: dict[str, Any]) -> dict[str, str]:
     """Alias -> the parameter whose weights it shares; a dictionary or, in older versions, pairs."""
-    found = described.get("shared_params") or {}
-    return dict(found) if isinstance(found, dict | list) else {}
+    shared = described.get("shared_params") or {}
+    return dict(shared) if isinstance(shared, dict | list) else {}

@@ -74,24 +74,24 @@ class Hub:
                 " the steps"
             )
         refs = self._ask(source, lambda: self._api.list_repo_refs(name))
-        found: dict[int, str] = {}
+        commits: dict[int, str] = {}
         for ref in (*refs.branches, *refs.tags):
             match = _STEP.fullmatch(ref.name)
             if match is None:
                 continue
             step = int(match[1])
-            if found.setdefault(step, ref.target_commit) != ref.target_commit:
+            if commits.setdefault(step, ref.target_commit) != ref.target_commit:
                 raise CheckpointError(
                     f"step {step} occurs twice in {source} with different commits; expected one"
                     " branch or tag a step"
                 )
-        if not found:
+        if not commits:
             held = ", ".join(sorted(ref.name for ref in refs.branches)[:5])
             raise CheckpointError(
                 f"{source}: has no branches or tags named step_N; it has {held or 'none'}: give"
                 " --base and folders"
             )
-        return found
+        return commits
 
     def open(self, source: str, commit: str | None = None) -> HubCheckpoint:
         """Open one revision, downloaded if it is not there; close it to make room for others.
@@ -288,7 +288,7 @@ def _parse(source: str) -> tuple[str, str | None]:
     match = _REPOSITORY.fullmatch(str(source))
     if match is None:
         raise CheckpointError(
-            f"{source}: is no hub repository; expected {SCHEME}OWNER/NAME or"
+            f"{source}: is not a hub repository; expected {SCHEME}OWNER/NAME or"
             f" {SCHEME}OWNER/NAME@REVISION"
         )
     return match["name"], match["revision"]

@@ -82,13 +82,13 @@ class HuggingFaceCheckpoint(WholeTensors):
     """
 
     def __init__(self, folder: Path):
-        found = find(folder)
-        if found is None:
+        weights_folder = find(folder)
+        if weights_folder is None:
             raise CheckpointError(
                 f"{folder}: holds no weights; expected {_SAFE}, {_BIN} or their index there, in"
                 " huggingface/ or in actor/huggingface/"
             )
-        self.folder = found
+        self.folder = weights_folder
         self.description = f"Hugging Face folder {self.folder}"
         kind = next(name for name in _WEIGHTS if (self.folder / name).is_file())
         self._weights: SafetensorsFiles | TorchFiles

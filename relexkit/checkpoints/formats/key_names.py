@@ -47,9 +47,9 @@ def renamed(tensors: Mapping[str, _T], where: str) -> dict[str, _T]:
         CheckpointError: two keys mean the same tensor.
     """
     names = model_names(tensors)
-    found = {name: tensors[key] for key, name in names.items()}
-    if len(found) != len(tensors):
+    by_name = {name: tensors[key] for key, name in names.items()}
+    if len(by_name) != len(tensors):
         raise CheckpointError(
             f"{where}: several keys mean the same tensor; expected one model in a checkpoint"
         )
-    return found
+    return by_name

@@ -54,9 +54,9 @@ class ShardedSafetensors(PiecewiseTensors):
             for name, chunk, dtype in _pieces(path):
                 pieces.setdefault(name, []).append((chunk, dtype))
         tensors = {}
-        for name, found in pieces.items():
+        for name, tensor_pieces in pieces.items():
             try:
-                tensors[name] = _assembled(found)
+                tensors[name] = _assembled(tensor_pieces)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder}: tensor {name!r}: {error}") from None
         super().__init__({name: tensors[key] for key, name in model_names(tensors).items()})
@@ -107,7 +107,7 @@ def _pieces(path: Path) -> list[tuple[str, Chunk, str]]:
             offsets: Any = json.loads(file.metadata[_INFO])
             places = {name: tuple(offsets[name]["saved_offsets"]) for name in file.tensors}
             if any(type(n) is not int for place in places.values() for n in place):
-                raise ValueError("an offset is no whole number")
+                raise ValueError("an offset is not a whole number")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: its header does not say where the pieces belong"
@@ -133,8 +133,8 @@ def _pieces(path: Path) -> list[tuple[str, Chunk, str]]:
         ]
 
 
-def _assembled(found: list[tuple[Chunk, str]]) -> PiecewiseTensor:
-    chunks, dtypes = [chunk for chunk, _ in found], {dtype for _, dtype in found}
+def _assembled(pieces: list[tuple[Chunk, str]]) -> PiecewiseTensor:
+    chunks, dtypes = [chunk for chunk, _ in pieces], {dtype for _, dtype in pieces}
     dimensions = {len(n) for chunk in chunks for n in (chunk.offsets, chunk.block.shape)}
     if len(dtypes) > 1 or len(dimensions) > 1:
         raise CheckpointError("the ranks disagree about its dtype or its number of dimensions")

@@ -89,23 +89,23 @@ class VerlCheckpoint(PiecewiseTensors):
 
 
 def _world_size(folder: Path) -> int:
-    found: dict[int, set[int]] = {}
+    ranks_by_world: dict[int, set[int]] = {}
     for path in folder.iterdir():
         match = _SHARD.fullmatch(path.name)
         if match:
-            found.setdefault(int(match[1]), set()).add(int(match[2]))
-    if not found:
+            ranks_by_world.setdefault(int(match[1]), set()).add(int(match[2]))
+    if not ranks_by_world:
         raise CheckpointError(f"{folder}: holds no shards; expected model_world_size_W_rank_R.pt")
-    world = next(iter(found))
-    if len(found) > 1:
+    world = next(iter(ranks_by_world))
+    if len(ranks_by_world) > 1:
         configured = _configured_world_size(folder)
-        if configured not in found:
-            sizes = ", ".join(str(size) for size in sorted(found))
+        if configured not in ranks_by_world:
+            sizes = ", ".join(str(size) for size in sorted(ranks_by_world))
             raise CheckpointError(
                 f"{folder}: holds shards of world sizes {sizes}; remove those of the older run"
             )
         world = configured
-    missing = sorted(set(range(world)) - found[world])
+    missing = sorted(set(range(world)) - ranks_by_world[world])
     if missing:
         shown = ", ".join(str(rank) for rank in missing[:5]) + ", ..." * (len(missing) > 5)
         raise CheckpointError(

@@ -149,7 +149,7 @@ class _Reader:
                 return self._pop()
             step = _OPCODES.get(opcode)
             if step is None:
-                raise _BadPickle(f"opcode {opcode:#04x} is none that checkpoints are written with")
+                raise _BadPickle(f"opcode {opcode:#04x} does not occur in checkpoints")
             step(self)
         raise _BadPickle(f"it has more than {MAX_OPCODES:,} opcodes")
 
@@ -187,9 +187,9 @@ class _Reader:
         stack = self._stack
         for index in range(len(stack) - 1, -1, -1):
             if stack[index] is _Mark:
-                found = stack[index + 1 :]
+                items = stack[index + 1 :]
                 del stack[index:]
-                return found
+                return items
         raise _BadPickle("a mark is missing")
 
     def _tuple(self, count: int) -> None:
@@ -206,13 +206,13 @@ class _Reader:
     def _append(self, values: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, list):
-            raise _BadPickle("values are added to something that is no list")
+            raise _BadPickle("values are added to something that is not a list")
         target.extend(values)
 
     def _set_items(self, flat: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(flat) % 2:
-            raise _BadPickle("items are set on something that is no dictionary")
+            raise _BadPickle("items are set on something that is not a dictionary")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             # Tuples and large integers can be made to collide, or their hash to recurse without a
             # limit.
@@ -224,18 +224,18 @@ class _Reader:
 
     def _global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _BadPickle("a name is no text")
+            raise _BadPickle("a name is not a string")
         full = f"{module}.{name}"
-        found = self._globals.get(full)
-        if found is None:
+        reference = self._globals.get(full)
+        if reference is None:
             if full not in self._allowed and not full.startswith(self._prefixes or ("\0",)):
                 raise CheckpointError(
                     f"cannot be read safely: it refers to {full[:200]!r}, which no checkpoint"
                     " needs; nothing was executed. Do not load the file with other tools unless"
                     " you trust where it comes from"
                 )
-            found = self._globals[full] = Global(full, self._allowed.get(full))
-        self._stack.append(found)
+            reference = self._globals[full] = Global(full, self._allowed.get(full))
+        self._stack.append(reference)
 
     def _call(self, target: Any, arguments: Any) -> None:
         if (
@@ -243,7 +243,7 @@ class _Reader:
             or not isinstance(arguments, tuple)
             or len(arguments) > _MAX_ARGUMENTS
         ):
-            raise _BadPickle("it calls something that is no name")
+            raise _BadPickle("it calls something that is not a name")
         made = Record(target.name, arguments) if target.build is None else target.build(*arguments)
         self._stack.append(made)
 
@@ -255,7 +255,7 @@ class _Reader:
         elif not isinstance(
             target, dict
         ):  # a dictionary's attributes (`_metadata` of a state_dict) are not needed
-            raise _BadPickle("state is given to something that has none")
+            raise _BadPickle("state is set on something that has none")
 
     def _persistent_id(self) -> None:
         if self._persistent is None:

@@ -91,7 +91,7 @@ def shape_of(values: Any = ()) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
         raise ValueError("a shape has too many dimensions")
     if any(type(n) is not int or not 0 <= n < 2**62 for n in values):
-        raise ValueError("a shape holds something that is no whole number")
+        raise ValueError("a shape holds something that is not a whole number")
     return tuple(values)
 
 
@@ -115,7 +115,7 @@ def dtype_name(value: Any) -> str:
         ValueError: it is something else.
     """
     if not isinstance(value, Global) or not value.name.startswith("torch."):
-        raise ValueError("a dtype is no dtype")
+        raise ValueError("a dtype is not one of PyTorch's")
     return value.name.removeprefix("torch.")
 
 
@@ -337,12 +337,12 @@ class TorchFile:
 
     def _entry(self, name: str) -> tuple[int, int]:
         """Position in the file and size of an entry's data, both inside the archive."""
-        found = self._entries.get(name)
-        if found is None:
+        entry = self._entries.get(name)
+        if entry is None:
             raise CheckpointError(
                 f"{self._file.path}: has no entry {name!r}; expected a file that torch.save wrote"
             )
-        offset, size = found
+        offset, size = entry
         header = (
             self._file.read(self._begin + offset, _LOCAL_HEADER.size)
             if 0 <= offset < self._length

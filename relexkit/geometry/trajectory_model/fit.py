@@ -103,10 +103,10 @@ class TrajectoryFit:
             "evidence",
             "p_value",
         )
-        found = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in found.items()
+            for name, value in values.items()
         }
 
     def walk_covariance(self, momentum: float | None = None) -> np.ndarray:

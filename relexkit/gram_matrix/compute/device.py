@@ -185,14 +185,14 @@ class TorchEngine:
             self.device = torch.device(name)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            found = (
+            available = (
                 f"{torch.cuda.device_count()} CUDA devices"
                 if torch.cuda.is_available()
                 else "no CUDA device"
             )
             raise RelexkitError(
                 f"--device {device} cannot be used ({str(error).splitlines()[0]}); this PyTorch"
-                f" {torch.__version__} finds {found}: use --device cpu"
+                f" {torch.__version__} finds {available}: use --device cpu"
             ) from error
         self._cuda = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if self._cuda else None
@@ -266,9 +266,9 @@ class _TorchPending:
     rows: np.ndarray
 
     def result(self) -> list[np.ndarray]:
-        found = [total.cpu().numpy() for total in self.sums]
+        totals = [total.cpu().numpy() for total in self.sums]
         return (
-            found
-            if fits_float32(found[0], self.rows)
+            totals
+            if fits_float32(totals[0], self.rows)
             else wide_product(self.kernel, self.segment, self.rows)
         )

@@ -117,12 +117,12 @@ class _TorchTeam(Team):
             return self._processes.sum(total).cpu().numpy()
 
     def share(self, make: Callable[[], _T]) -> _T:
-        found: list[_T] = []
+        made: list[_T] = []
         with self.together():
             if self.rank == 0:
-                found.append(make())
+                made.append(make())
         with self._alive():
-            [first, *_] = self._processes.gather(found)
+            [first, *_] = self._processes.gather(made)
         return first[0]
 
 

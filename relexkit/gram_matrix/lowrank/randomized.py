@@ -88,16 +88,16 @@ def randomized_gram(
     )
     total = sum(store.layout.parts[part].numel for part in parts)
     tick = ticker(compute.progress, "randomized PCA", total)
-    found = {p: _part(work, p, num_rows, settings, tick) for p in parts}
+    images_of_part = {p: _part(work, p, num_rows, settings, tick) for p in parts}
     store.check_unchanged()
     steps, tensors = store.steps[:num_rows], store.layout.moving_tensors
     arrays: dict[int, list[np.ndarray]] = {}
     with single_threaded_blas():
-        for part, images in found.items():
+        for part, images in images_of_part.items():
             made = [complete(*images.segment(s), steps) for s in range(len(images.bases))]
             arrays[part] = [np.stack([m for m, _ in made]), np.stack([u for _, u in made])]
     (matrices, uncertainty), counts = assemble(
-        store, arrays, {p: images.counts for p, images in found.items()}
+        store, arrays, {p: images.counts for p, images in images_of_part.items()}
     )
     sizes = np.array([t.numel for t in tensors], np.int64)
     changed, moved, unit_moves = counts

@@ -50,10 +50,10 @@ class ReadableArrays:
         if not isinstance(store, LocalStore):
             return None
         try:
-            found = os.stat(f"{store.root}/{name}/c/0")
+            status = os.stat(f"{store.root}/{name}/c/0")
         except OSError:
             return ()
-        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
     def array(self, name: str) -> zarr.Array:
         """The array itself.
@@ -62,10 +62,10 @@ class ReadableArrays:
             StoreError: it is a group. (What Zarr raises of an absent or damaged one goes through.)
         """
         if name not in self._arrays:
-            found = self._group[name]
-            if not isinstance(found, zarr.Array):
+            node = self._group[name]
+            if not isinstance(node, zarr.Array):
                 raise StoreError(f"{self._path}: {name} is not an array")
-            self._arrays[name] = found
+            self._arrays[name] = node
         return self._arrays[name]
 
     def read(
@@ -167,21 +167,21 @@ class WritableArrays:
 
     def encode(self, name: str, values: np.ndarray) -> Encoded:
         """Values for ``RowWriter.append``: whole chunks, or the last ones. On any thread."""
-        found = self.direct(name)
-        return [values.copy()] if found is None else found.encode(values)
+        direct = self.direct(name)
+        return [values.copy()] if direct is None else direct.encode(values)
 
     def open_row(self, name: str, row: int) -> RowWriter:
         """Begin a row of a sharded array ``[T, n]`` that comes in pieces."""
-        found = self.direct(name)
-        return ZarrRow(self.array(name), row) if found is None else found.open_row(row)
+        direct = self.direct(name)
+        return ZarrRow(self.array(name), row) if direct is None else direct.open_row(row)
 
     def set_row(self, name: str, row: int, values: np.ndarray) -> None:
         """A row of an array ``[T, n]`` whose rows are one chunk each."""
-        found = self.direct(name)
-        if found is None or found.chunk != len(values):
+        direct = self.direct(name)
+        if direct is None or direct.chunk != len(values):
             self.array(name)[row, :] = values
         else:
-            found.write((row, 0), values)
+            direct.write((row, 0), values)
 
     def set_entry(self, name: str, row: int, value: float) -> None:
         """An entry of an array ``[T]``."""
@@ -189,22 +189,22 @@ class WritableArrays:
 
     def set_entries(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Entries of an array ``[T]``."""
-        found = self.direct(name)
-        if found is None:
+        direct = self.direct(name)
+        if direct is None:
             self.array(name).set_coordinate_selection((rows,), values)
             return
         if name not in self._columns:
             self._columns[name] = np.asarray(self.array(name)[:])
         column = self._columns[name]
         column[rows] = values
-        for number in np.unique(rows // found.chunk):
-            part = column[number * found.chunk : (number + 1) * found.chunk]
-            found.write((int(number),), part)
+        for number in np.unique(rows // direct.chunk):
+            part = column[number * direct.chunk : (number + 1) * direct.chunk]
+            direct.write((int(number),), part)
 
     def set_chunk(self, name: str, values: np.ndarray) -> None:
         """All of an array ``[n]`` that is one chunk."""
-        found = self.direct(name)
-        if found is None:
+        direct = self.direct(name)
+        if direct is None:
             self.array(name)[:] = values
         else:
-            found.write((0,), values)
+            direct.write((0,), values)

@@ -9,8 +9,8 @@ from zarr.core.sync import sync
 
 def read_key(group: zarr.Group, name: str) -> bytes | None:
     """The bytes of a file or object; None if there is none."""
-    found = sync((group.store_path / name).get(default_buffer_prototype()))
-    return None if found is None else found.to_bytes()
+    buffer = sync((group.store_path / name).get(default_buffer_prototype()))
+    return None if buffer is None else buffer.to_bytes()
 
 
 def has_key(group: zarr.Group, name: str) -> bool:

@@ -71,10 +71,10 @@ class _StoreObjects:
         self._place, self._prototype = array.store_path, default_buffer_prototype()
 
     def _get(self, key: str, what: Any) -> bytes:
-        found = sync((self._place / key).get(self._prototype, what))
-        if found is None:
+        buffer = sync((self._place / key).get(self._prototype, what))
+        if buffer is None:
             raise FileNotFoundError("a chunk is missing")
-        return found.to_bytes()
+        return buffer.to_bytes()
 
     def tail(self, key: str, size: int) -> bytes:
         return self._get(key, SuffixByteRequest(size))
@@ -138,17 +138,17 @@ class ShardReader:
 
     def _index(self, key: str) -> np.ndarray:
         """Offset and length of every chunk of a shard, ``uint64 [chunks, 2]``."""
-        found = self._indices.get(key)
-        if found is None:
+        index = self._indices.get(key)
+        if index is None:
             count = self._shard // self._chunk
             raw = self._source.tail(key, 16 * count + 4)
             if len(raw) != 16 * count + 4:
                 raise ValueError("the shard is truncated")
-            found = np.frombuffer(_checked(raw), "<u8").reshape(count, 2)
-            if len(self._indices) * found.nbytes > _CACHED_BYTES:
+            index = np.frombuffer(_checked(raw), "<u8").reshape(count, 2)
+            if len(self._indices) * index.nbytes > _CACHED_BYTES:
                 self._indices.clear()
-            self._indices[key] = found
-        return found
+            self._indices[key] = index
+        return index
 
     def _decode(self, raw: bytes | memoryview, out: np.ndarray) -> None:
         content = _checked(raw)
