@@ -18,7 +18,10 @@ EXTENSION = Extension(
             "relexkit.commands.watch",
             "import checkpoints as they appear, and delete them afterwards if asked to",
             group="record a run",
-            examples=("checkpoints/ -o run.zarr",),
+            examples=(
+                "checkpoints/ -o run.zarr",
+                "checkpoints/ -o run.zarr --delete-after --idle 600",
+            ),
         ),
         "info": Command(
             "relexkit.commands.info",
@@ -30,13 +33,13 @@ EXTENSION = Extension(
             "relexkit.commands.verify",
             "read every chunk of a store and compare it with its checksums",
             group="look at a run",
-            examples=("run.zarr",),
+            examples=("run.zarr", "s3://bucket/run.zarr"),
         ),
         "gram": Command(
             "relexkit.commands.gram",
             "compute the Gram matrices and keep them in the store: the one pass",
             group="look at a run",
-            examples=("run.zarr",),
+            examples=("run.zarr", "run.zarr --pca randomized --components 8"),
         ),
         "spectrum": Command(
             "relexkit.commands.spectrum",
@@ -52,7 +55,7 @@ EXTENSION = Extension(
             "relexkit.commands.linearity",
             "how straight every single weight's path is, beside a walk's; one pass",
             group="look at a run",
-            examples=("run.zarr",),
+            examples=("run.zarr", "run.zarr --scope global --until 100"),
         ),
         "backtest": Command(
             "relexkit.commands.backtest",
@@ -85,7 +88,10 @@ EXTENSION = Extension(
             "relexkit.commands.round",
             "write any checkpoint in another precision, stochastically rounded",
             group="predict and write checkpoints",
-            examples=("checkpoint/ --dtype bfloat16 -o rounded",),
+            examples=(
+                "checkpoint/ --dtype bfloat16 -o rounded",
+                "checkpoint/ --dtype float16 --rounding nearest -o rounded",
+            ),
         ),
         "completion": Command(
             "relexkit.commands.completion",

@@ -63,20 +63,22 @@ def progress_bar(after: float = 2.0) -> Iterator[ProgressCallback]:
             bar.stop()
 
 
-def print_table(table: Any, *, least: Sequence[str] = (), wide: bool = False) -> None:
+def print_table(
+    table: Any, *, names: int = 1, least: Sequence[str] = (), wide: bool = False
+) -> None:
     """Print a table in the width of the terminal: names never shrink, columns go.
 
     Args:
-        table: a ``rich`` table; its first column holds names, which wrap if need be.
+        table: a ``rich`` table.
+        names: how many of its first columns hold names, which wrap if need be.
         least: headings of the columns that may go, the least important first.
         wide: keep all of them, however wide that is; so does output that is no terminal.
     """
     from rich.measure import Measurement
 
     terminal = console()
-    for column in table.columns[1:]:
-        column.no_wrap = True
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for place, column in enumerate(table.columns):
+        column.no_wrap, column.overflow = place >= names, "fold"
 
     def width() -> int:
         return Measurement.get(terminal, terminal.options.update(width=10_000), table).maximum

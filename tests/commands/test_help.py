@@ -35,6 +35,7 @@ def test_help_fits_and_has_examples_that_parse(
     assert [line for line in text.splitlines() if len(line) > width] == []
     assert not re.search(r"--[a-z-]+_", text), "options are shown with dashes"
     examples = commands()[name].examples
+    assert len(examples) >= 2
     parser = command_parser(name, commands()[name].load(name))
     for example in examples:
         parser.parse_args(example.split(" >> ")[0].split(" | ")[0].split())

@@ -5,13 +5,23 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs import write_run
 
 from relexkit.cli import main
 from relexkit.ingest.importer import import_checkpoints
+from relexkit.trainer.commands.evaluate import print_evaluations
+from relexkit.trainer.commands.evaluate_harness import print_scores
+from relexkit.trainer.commands.g2d import print_summaries
+from relexkit.trainer.commands.probe import print_linearity
+from relexkit.trainer.commands.sweep import print_candidates
+from relexkit.trainer.commands.tokens import print_shares
+from relexkit.trainer.evaluation.evaluate import Evaluation
+from relexkit.trainer.experiments.outputs import OutputLinearity
 
 NAMES = [
     f"model.layers.{layer}.{module}.weight"
@@ -59,13 +69,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def screen(words: list[str], width: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """All that a command prints on a terminal of that width."""
+
+    def command() -> None:
+        assert main(words) == 0
+
+    return shown(command, width, monkeypatch)
+
+
+def shown(print_it: Callable[[], None], width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All that a function prints on a terminal of that width."""
     terminal = Terminal()
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert main(words) == 0
+    print_it()
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", terminal.getvalue())
 
 
@@ -88,6 +107,99 @@ def test_no_line_is_wider_and_no_name_is_cut(
     assert "…" not in text
     if "--scope tensor" in COMMANDS[name] or name == "spectrum":
         assert all(tensor.removesuffix(".weight") in text for tensor in NAMES)
+
+
+def evaluation(right: int) -> Evaluation:
+    rng = np.random.default_rng(right)
+    return Evaluation(
+        task="arithmetic",
+        split="validation",
+        seed=0,
+        temperature=1.0,
+        max_completion_length=16,
+        keys=tuple(map(str, range(40))),
+        greedy_N=(np.arange(40) < right).astype(float),
+        sampled_NS=rng.integers(0, 2, (40, 8)).astype(float),
+        texts=("",) * 40,
+        mean_length=12.5,
+        truncated=0.0,
+    )
+
+
+CANDIDATES = ("relex at 1200 (rank 20, fit sinusoid, window 10, scale 0.5)", "drift at 1200")
+MODELS = ("runs/first-long-name-of-a-run/checkpoint-1200", "base", "two-point 1000 -> 1200")
+
+
+def print_models(wide: bool) -> None:
+    found = {name: evaluation(10 * place + 5) for place, name in enumerate(MODELS)}
+    print_evaluations(found, (1, 4), wide=wide)
+
+
+def print_harness(wide: bool) -> None:
+    pytest.importorskip("lm_eval")
+    from relexkit.trainer.evaluation.harness import Score
+
+    score = Score("gsm8k", "exact_match,strict-match", 0.5, (0.4, 0.6), np.tile([0.0, 1.0], 20))
+    print_scores({name: [score] for name in MODELS})
+
+
+def print_race(wide: bool) -> None:
+    one = {"num_problems": 400, "accuracy": 0.5, "interval": (0.45, 0.55), "stopped": True}
+    one |= {"difference": -0.1, "difference_interval": (-0.15, -0.05), "tied": True}
+    document = {"task": "arithmetic", "last_step": 1000, "num_problems": 400, "baseline": one}
+    document |= {"answers": 900, "answers_of_full_grid": 1200, "recommendation": "Keep it. " * 20}
+    print_candidates(document | {"candidates": [{"name": n} | one for n in CANDIDATES]}, wide=wide)
+
+
+def print_pairs_trained(wide: bool) -> None:
+    accuracy = {"greedy": {"accuracy": 0.5, "interval": (0.45, 0.55)}}
+    told = {"pairs": 1024, "mixed": 128, "prompts": 4096, "entropy": 0.5, "margin": -0.25}
+    summary = {"step": 1000, "before": accuracy, "after": accuracy}
+    summary["informativeness"] = told | {"accuracy_spread": 0.125}
+    print_summaries(
+        [summary | {"difference": {"accuracy": 0.1, "interval": (-0.05, 0.25)}}], wide=wide
+    )
+
+
+def print_tokens(wide: bool) -> None:
+    classes = {"shared": 0.5, "only right answers": 0.25, "only wrong answers": 0.25}
+    token = {"text": "a token that is very long " * 6, "class": "shared", "share": 0.5}
+    shares = {"rollouts": 4096, "weighted": True, "classes": classes, "classes_weighted": classes}
+    print_shares(shares | {"tokens": [token | {"share_weighted": 0.25}]})
+
+
+def print_probe(wide: bool) -> None:
+    steps, values = np.arange(1, 21), np.linspace(0.0, 1.0, 20)[:, None] * np.ones(30)
+    ends = values[:2]
+    found = OutputLinearity(steps, values, values[1], np.array([50.0, 1e3]), ends, ends + 0.1)
+    print_linearity(found, "trajectory-model")
+
+
+TRAINER: dict[str, tuple[Callable[[bool], None], list[str], str]] = {
+    "evaluate": (print_models, list(MODELS), "sampled"),
+    "harness": (print_harness, [*MODELS, "exact_match,strict-match"], ""),
+    "sweep": (print_race, list(CANDIDATES), "its 95 %"),
+    "g2d": (print_pairs_trained, ["1000"], "mixed prompts"),
+    "tokens": (print_tokens, ["a token that is very long " * 6], ""),
+    "probe": (print_probe, ["step 1000"], ""),
+}
+"""What prints a result of the size of real ones, names in it, and a column that goes at 80."""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", TRAINER)
+def test_tables_of_the_trainer_fit(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    show, names, goes = TRAINER[name]
+    text = shown(lambda: show(False), width, monkeypatch)
+    assert [line for line in text.splitlines() if len(line.rstrip()) > width] == []
+    assert "…" not in text
+    letters = re.sub(r"\s", "", text)
+    for one in names if width == 120 or name != "harness" else ():
+        assert re.sub(r"\s", "", one)[:20] in letters
+    if goes and width == 80:
+        assert goes not in text.splitlines()[1]
+        assert "--wide shows all" in text
+        assert goes in shown(lambda: show(True), width, monkeypatch)
 
 
 def test_narrow_tables_say_what_they_left_out(

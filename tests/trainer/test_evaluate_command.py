@@ -144,7 +144,7 @@ def test_the_table_and_pass_at_k(store, capsys):
         "sampled",
         "pass@1",
         "pass@2",
-        "greedy against base",
+        "greedy against first",
         "validation problems",
     ):
         assert heading in printed

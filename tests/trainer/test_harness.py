@@ -158,7 +158,7 @@ def test_the_command_evaluates_steps_with_one_model_and_keeps_what_the_harness_k
     assert main(command) == 0
     printed = capsys.readouterr()
     assert "sums_choice" in printed.out
-    assert "against base" in printed.out
+    assert "against first" in printed.out
 
 
 def test_metrics_are_means_with_intervals_and_paired_differences():

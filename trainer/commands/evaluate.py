@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relexkit import Prediction, RelexkitError, Table
 from relexkit.extension import print_json, print_table, progress_bar
-from relexkit.options import Json, group, option
+from relexkit.options import Json, Wide, group, option
 from relexkit.trainer.commands import evaluate_harness
 from relexkit.trainer.commands.evaluate_harness import HarnessOptions
 from relexkit.trainer.evaluation.settings import EvaluationSettings, chosen_length, chosen_task
@@ -46,7 +46,7 @@ class OnTask(Json):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OnTask):
+class Options(OnTask, Wide):
     """Options of ``relexkit evaluate``."""
 
     model: tuple[str, ...] = option("model", metavar="MODEL_DIR|RUN.zarr")
@@ -111,7 +111,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(document(evaluations, options))
     else:
-        _print_evaluations(evaluations, options.pass_at)
+        print_evaluations(evaluations, options.pass_at, wide=options.wide)
 
 
 def _told(options: Options) -> dict[str, Any]:
@@ -221,13 +221,15 @@ def document(evaluations: dict[str, Evaluation], options: Options) -> dict[str, 
     return {"task": first.task, **settings, "models": json.loads(json.dumps(models))}
 
 
-def _print_evaluations(evaluations: dict[str, Evaluation], pass_at: Sequence[int]) -> None:
+def print_evaluations(
+    evaluations: dict[str, Evaluation], pass_at: Sequence[int], *, wide: bool = False
+) -> None:
     """A row for each model: accuracies with intervals, pass@k, and the paired difference to the
     first one.
     """
     from rich.table import Table
 
-    first_name, first = next(iter(evaluations.items()))
+    first = next(iter(evaluations.values()))
     kinds = [
         kind
         for kind, there in (("greedy", len(first.greedy_N)), ("sampled", first.num_samples))
@@ -238,12 +240,8 @@ def _print_evaluations(evaluations: dict[str, Evaluation], pass_at: Sequence[int
         title=title, title_justify="left", title_style="bold", box=None, header_style="bold"
     )
     table.add_column("model", no_wrap=True)
-    for heading in (
-        *kinds,
-        *(f"pass@{k}" for k in pass_at),
-        "length",
-        f"{kinds[0]} against {first_name}",
-    ):
+    passes = [f"pass@{k}" for k in pass_at]
+    for heading in (*kinds, *passes, "length", f"{kinds[0]} against first"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, evaluation in evaluations.items():
         cells = []
@@ -262,7 +260,7 @@ def _print_evaluations(evaluations: dict[str, Evaluation], pass_at: Sequence[int
             "" if evaluation is first else f"{difference.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
         table.add_row(name, *cells)
-    print_table(table)
+    print_table(table, least=("length", *kinds[1:], *passes[::-1]), wide=wide)
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

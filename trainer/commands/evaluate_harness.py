@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relexkit import Table
-from relexkit.extension import console, number, print_json, say
+from relexkit.extension import number, print_json, print_table, say
 from relexkit.options import option
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(asked: HarnessOptions, models: Models, told: dict[str, Any], *, as_json:
     if as_json:
         print_json({"harness": list(asked.tasks), "models": document(by_model)})
     else:
-        print_table(by_model)
+        print_scores(by_model)
 
 
 def _evaluate(
@@ -113,15 +113,15 @@ def document(by_model: dict[str, list[Score]]) -> list[dict[str, Any]]:
     return models
 
 
-def print_table(by_model: dict[str, list[Score]]) -> None:
+def print_scores(by_model: dict[str, list[Score]]) -> None:
     """A row for each metric and model."""
     from rich.table import Table
 
-    first_name, first = next(iter(by_model.items()))
+    first = next(iter(by_model.values()))
     table = Table(box=None, header_style="bold")
     for heading in ("task", "metric", "model"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("value [95 % interval]", f"against {first_name}"):
+    for heading in ("value [95 % interval]", "against first"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, of_first in enumerate(first):
         for place, (name, of_model) in enumerate(by_model.items()):
@@ -133,7 +133,7 @@ def print_table(by_model: dict[str, list[Score]]) -> None:
                 _between(score.value, score.interval),
                 "" if difference is None else _between(difference.difference, difference.interval),
             )
-    console().print(table)
+    print_table(table, names=3)
 
 
 def _between(value: float, interval: tuple[float, float] | None) -> str:

@@ -8,15 +8,18 @@ from typing import Any
 
 from relexkit import Table
 from relexkit.extension import print_json, print_table
-from relexkit.options import Json, option
+from relexkit.options import Json, Wide, option
 from relexkit.trainer.commands.configured import configured
 from relexkit.trainer.config import G2DConfig, load_config
 from relexkit.trainer.experiments.g2d import g2d
 from relexkit.trainer.policy.loading import Trust
 
+_LEAST = ("spread", "margin", "entropy", "mixed prompts", "pairs")
+"""Columns that a narrow terminal goes without, the least important first."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Json, Trust):
+class Options(Json, Wide, Trust):
     """Options of ``relexkit g2d``."""
 
     run_folder: str = option("run_folder", metavar="RUN")
@@ -52,10 +55,11 @@ def run(options: Options) -> None:
     if options.json:
         print_json(document)
     else:
-        _print_table(document["steps"])
+        print_summaries(document["steps"], wide=options.wide)
 
 
-def _print_table(summaries: list[dict[str, Any]]) -> None:
+def print_summaries(summaries: list[dict[str, Any]], *, wide: bool = False) -> None:
+    """A row for every ``K``."""
     from rich.table import Table
 
     title = "G2D: accuracy [95 % interval]"
@@ -89,7 +93,7 @@ def _print_table(summaries: list[dict[str, Any]]) -> None:
             _accuracy(summary["after"]),
             f"{summary['difference']['accuracy']:+.3f} [{low:+.3f}, {high:+.3f}]",
         )
-    print_table(table)
+    print_table(table, least=_LEAST, wide=wide)
 
 
 def _accuracy(summary: dict[str, Any]) -> str:

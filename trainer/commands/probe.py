@@ -86,7 +86,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(_document(linearity))
     else:
-        _print(linearity, options.method)
+        print_linearity(linearity, options.method)
 
 
 def _completion(options: Options) -> str:
@@ -142,7 +142,8 @@ def _document(linearity: OutputLinearity) -> dict[str, Any]:
     }
 
 
-def _print(linearity: OutputLinearity, method: str) -> None:
+def print_linearity(linearity: OutputLinearity, method: str) -> None:
+    """How straight the tokens move, and what is predicted for each target."""
     moved = linearity.r2[np.isfinite(linearity.r2)]
     shares = np.quantile(moved, [0.1, 0.5, 0.9]) if len(moved) else np.full(3, np.nan)
     rows = [

@@ -19,7 +19,7 @@ from relexkit.extension import (
     say,
     show,
 )
-from relexkit.options import group, option
+from relexkit.options import Wide, group, option
 from relexkit.trainer.commands.evaluate import OnTask
 from relexkit.trainer.evaluation.settings import EvaluationSettings, run_setting
 from relexkit.trainer.experiments.sweep import Grid, Sweep, sweep
@@ -27,7 +27,7 @@ from relexkit.trainer.policy.loading import Loading
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OnTask):
+class Options(OnTask, Wide):
     """Options of ``relexkit sweep``."""
 
     store: str = option("store", metavar="RUN.zarr")
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(outcome)
     else:
-        _print_candidates(outcome)
+        print_candidates(outcome, wide=options.wide)
     _write(options, swept)
 
 
@@ -128,14 +128,14 @@ def _command(options: Options, task: str, settings: EvaluationSettings) -> str:
     return shlex.join(words)
 
 
-def _print_candidates(outcome: dict[str, Any]) -> None:
+def print_candidates(outcome: dict[str, Any], *, wide: bool = False) -> None:
     """The candidates against the last observed step, and the recommendation."""
     from rich.table import Table
 
     title = f"Accuracy on {outcome['task']} against step {outcome['last_step']}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("candidate", no_wrap=True)
-    for heading in ("problems", "accuracy", "95 %", "difference", "95 %"):
+    for heading in ("problems", "accuracy", "its 95 %", "difference", "95 %"):
         table.add_column(heading, justify="right", no_wrap=True)
     base = outcome["baseline"]
     rows = sorted(outcome["candidates"], key=lambda c: (-c["num_problems"], -c["accuracy"]))
@@ -156,7 +156,7 @@ def _print_candidates(outcome: dict[str, Any]) -> None:
             f"{c['difference']:+.3f}",
             _span(c["difference_interval"]),
         )
-    print_table(table)
+    print_table(table, least=("its 95 %", "problems"), wide=wide)
     answers, most = outcome["answers"], outcome["answers_of_full_grid"]
     show(f"{answers} answers, {100 * answers / most:.0f} % of the {most} of the full grid.")
     ties = [c["name"] for c in outcome["candidates"] if c["tied"]]

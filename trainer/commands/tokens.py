@@ -43,7 +43,7 @@ def run(options: Options) -> None:
     if options.json:
         print_json(shares)
     else:
-        _print_tables(shares)
+        print_shares(shares)
 
 
 def token_shares(
@@ -118,7 +118,8 @@ def token_shares(
     }
 
 
-def _print_tables(shares: dict[str, Any]) -> None:
+def print_shares(shares: dict[str, Any]) -> None:
+    """Shares of the classes, and of the largest tokens."""
     from rich.table import Table
 
     headings = ("share", "with coefficients") if shares["weighted"] else ("share",)
