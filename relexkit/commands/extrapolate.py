@@ -92,7 +92,7 @@ def run(options: Options) -> None:
 
 
 def _say_what_is_done_instead(store: TrajectoryStore, options: Options, last: int) -> None:
-    """One line for each thing that was asked for and means less than it seems to."""
+    """One line for each option whose effect is less than it asks for."""
     prediction = options.prediction
     if prediction.until is not None and prediction.until > store.steps[-1]:
         last_step = store.steps[-1]
@@ -122,8 +122,8 @@ def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
 def _warn(
     observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: Sequence[float]
 ) -> None:
-    """One line if the run's own record speaks against what is asked; reads no weights for it that
-    the prediction does not read.
+    """One line if the run's own record speaks against what is asked; reads no weights beyond those
+    that the prediction reads.
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps
