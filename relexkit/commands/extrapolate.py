@@ -107,7 +107,7 @@ def _warn(
         return
     until = prediction.until
     if until is not None:
-        until = min(until, int(store.steps[-1]))  # what that means was said
+        until = min(until, int(store.steps[-1]))  # the command has said so
     seen = observed.observe(store, until)
     if observed.silent:
         return
