@@ -160,7 +160,7 @@ def test_command_writes_only_what_wins(
         (["--task", "sums"], "task 'sums' is unknown; expected arithmetic"),
         (
             ["--task", TASK, "--num-problems", "3"],
-            "3 validation problems tell nothing apart; expected at least 16",
+            "3 validation problems are too few to compare predictions; expected at least 16",
         ),
         (
             ["--task", TASK, "--until", "1", "--method", "model"],
