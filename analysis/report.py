@@ -19,6 +19,7 @@ from relexkit.extension import (
     TrajectoryStore,
     describe_steps,
     observe,
+    past_the_end,
     progress_bar,
     say,
 )
@@ -84,6 +85,8 @@ def write_report(
         raise RelexkitError(
             f"{store}: holds no steps yet; record or import some, then ask for the report again"
         )
+    for line in past_the_end(opened.steps, until):
+        say(line)
     run, others = (
         _observed(opened, progress).until(until),
         {

@@ -34,6 +34,7 @@ from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.materialize.alignment import Alignment, Projection
 from relexkit.materialize.directions import Directions
+from relexkit.predict.asked import less_than_asked, past_the_end
 from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, step_text
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
@@ -93,10 +94,12 @@ __all__ = [
     "joined",
     "jumps",
     "layer_of",
+    "less_than_asked",
     "module_of",
     "named_weights",
     "number",
     "observe",
+    "past_the_end",
     "percent",
     "plot",
     "print_json",

@@ -3,7 +3,7 @@
 The advice is never more confident than the run's own record: extrapolation is advised only to
 distances at which the method beat standing still from the latest prefixes that could be checked,
 and only with evidence of a drift beyond what a walk shows. Of the trajectory model only the drift
-is asked: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
+is used: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
 costs accuracy there. ``advise`` is one pure function, so a trainer can call it on the small Gram
 matrix that it keeps while it trains.
 """
@@ -409,7 +409,7 @@ def _doubt(fit: TrajectoryFit | None) -> str | None:
         if high <= _LITTLE_DRIFT:
             return None
         return (
-            "These steps cannot tell a line from a walk: the drift may be none, or as large as"
+            "These steps cannot tell a line from a walk: there may be no drift, or one as large as"
             f" {high:.2g} times the noise."
         )
     if low >= 1:
@@ -421,8 +421,8 @@ def _doubt(fit: TrajectoryFit | None) -> str | None:
 
 
 def _is_sparse(informative: Informative) -> bool:
-    """Whether so few steps had a gradient that the rest is coasting; where all had one, few saved
-    steps are no sign of it.
+    """Whether so few steps had a gradient that the rest is coasting; where all had one, it is not
+    sparse, however few steps were saved.
     """
     least = max(min(_FEWEST_INFORMATIVE, informative.known), _INFORMATIVE_SHARE * informative.known)
     return informative.count < least
@@ -438,16 +438,16 @@ def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:
     """What a record is worth without a drift."""
     best = _best(record)
     walk = (
-        "A walk's last step is noisy: the average of the latest ones may do better, which"
-        " goes nowhere either."
+        "A walk's last step is noisy: the average of the latest ones may do better, though it does"
+        " not extrapolate either."
     )
     if best is None or best[1].skill < _LEAST_SKILL:
         return ["No method clearly beat standing still in this run's own past.", walk]
     method, check = best
     return [
         f"That {method} came nearer to the weights at {check.ratio:g} times the last step (skill"
-        f" {check.skill:+.2f}, {check.won} of {check.made} won) is no reason to go on: without a"
-        " drift that lasts it follows the optimizer's momentum and chance.",
+        f" {check.skill:+.2f}, {check.won} of {check.made} won) is no reason to extrapolate:"
+        " without a lasting drift it comes from the optimizer's momentum and from chance.",
         walk,
     ]
 

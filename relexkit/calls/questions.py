@@ -14,7 +14,7 @@ from relexkit.assess import backtest as _backtest
 from relexkit.assess import forecast as _forecast
 from relexkit.assess.observed import Observed
 from relexkit.assess.observed import observe as _observe
-from relexkit.calls.source import Source, of_run, store_of
+from relexkit.calls.source import Source, of_run, store_of, warn_past_the_end
 from relexkit.geometry import linearity as _linearity
 from relexkit.geometry import spectrum as _spectrum
 from relexkit.geometry.null import calibrate
@@ -40,6 +40,8 @@ observe = of_run(_observe)
 
 def seen(source: Seen, until: int | None, compute: Compute = DEFAULT) -> Observed:
     """What is known of a run up to a step."""
+    if isinstance(source, Gram | Observed):
+        warn_past_the_end((source if isinstance(source, Gram) else source.gram).steps, until)
     if isinstance(source, Gram):
         return Observed(source.until(until), {})
     if isinstance(source, Observed):
@@ -143,7 +145,9 @@ def predict_weights(
         ExtrapolationError: unknown method or option, a target that is not a positive finite number,
             or a fit that fails.
     """
-    return _extrapolators.predict_weights(seen(source, None, compute).gram, to, prediction)
+    return _extrapolators.predict_weights(
+        seen(source, prediction.until, compute).gram, to, prediction
+    )
 
 
 def advise(source: Seen, *, until: int | None = None, compute: Compute = DEFAULT) -> _advice.Advice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from relexkit.materialize.tensors import tensor_delta, tensor_weights
+from relexkit.predict.asked import past_the_end
+from relexkit.predict.prediction import Prediction
 from relexkit.results import Result, frame_of
 from relexkit.store import TrajectoryStore, describe_steps
 
@@ -109,6 +112,12 @@ def store_of(source: Source) -> TrajectoryStore:
     return source if isinstance(source, TrajectoryStore) else TrajectoryStore(str(source))
 
 
+def warn_past_the_end(steps: np.ndarray, until: int | None) -> None:
+    """Warn, as the commands say it, if ``until`` is past the last of ``steps [T]``."""
+    for line in past_the_end(steps, until):
+        warnings.warn(line, stacklevel=3)
+
+
 def of_run(
     function: Callable[Concatenate[TrajectoryStore, _P], _R],
 ) -> Callable[Concatenate[Source, _P], _R]:
@@ -116,6 +125,11 @@ def of_run(
 
     @functools.wraps(function)
     def called(source: Source, /, *args: _P.args, **options: _P.kwargs) -> _R:
-        return function(store_of(source), *args, **options)
+        store = store_of(source)
+        until: Any = options.get("until")
+        for prediction in (a for a in (*args, *options.values()) if isinstance(a, Prediction)):
+            until = prediction.until
+        warn_past_the_end(store.steps, until)
+        return function(store, *args, **options)
 
     return called

@@ -199,7 +199,7 @@ def find_flat(path: Path) -> re.Match[str] | None:
 def _check_epochs(
     folders: dict[int, list[Path]], label_step: Callable[[int], int | None] | None, source: Path
 ) -> None:
-    """Epochs are no optimizer steps, and ``epoch_0`` is the end of the first one, not the base."""
+    """Epochs are not optimizer steps, and ``epoch_0`` is the end of the first one, not the base."""
     names = [path.name for paths in folders.values() for path in paths]
     if not any(_EPOCH.fullmatch(name) for name in names):
         return
@@ -396,10 +396,10 @@ def _step_map_file(path: Path) -> Callable[[int], int | None]:
     try:
         table = {int(label): step for label, step in json.loads(read_small(path)).items()}
         if any(type(step) is not int or step < 0 for step in table.values()):
-            raise ValueError("a step is no whole number")
+            raise ValueError("a step is not a whole number")
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f'{path}: is no step map ({error}); expected JSON such as {{"50": 100}}'
+            f'{path}: is not a step map ({error}); expected JSON such as {{"50": 100}}'
         ) from None
     return table.get
 

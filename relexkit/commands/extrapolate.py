@@ -55,6 +55,7 @@ class Options(OfGram):
 def run(options: Options) -> None:
     """Write a folder for each target."""
     from relexkit.materialize import extrapolate
+    from relexkit.predict.asked import less_than_asked, steps_used
     from relexkit.predict.extrapolators import step_text
     from relexkit.store import TrajectoryStore
 
@@ -76,8 +77,9 @@ def run(options: Options) -> None:
         for w in written:
             several = f"-step-{step_text(w.target)}" if len(written) > 1 else ""
             say(f"pushed to {push(w.folder, options.push + several)}")
-    first, last = _window(store, prediction)
-    _say_what_is_done_instead(store, options, last)
+    for line in less_than_asked(store, [prediction], options.to):
+        say(line)
+    first, last = steps_used(store, prediction)[[0, -1]].tolist()
     if options.json:
         how = {"method": prediction.method, "steps": [first, last]}
         told = [{k: v for k, v in asdict(w).items() if v is not None} for w in written]
@@ -91,39 +93,11 @@ def run(options: Options) -> None:
         )
 
 
-def _say_what_is_done_instead(store: TrajectoryStore, options: Options, last: int) -> None:
-    """One line for each thing that was asked for and means less than it seems to."""
-    prediction = options.prediction
-    if prediction.until is not None and prediction.until > store.steps[-1]:
-        last_step = store.steps[-1]
-        say(f"--until {prediction.until}: the run ends with step {last_step}; all of it is used")
-    used = int((store.steps <= last).sum())
-    used = min(used, prediction.options.window or used)
-    rank = getattr(prediction.options, "rank", None)
-    if rank is not None and rank > used:
-        say(f"--rank {rank}: {used} steps have at most {used} directions; all of them are used")
-    for target in options.to:
-        if target in store.steps:
-            say(
-                f"--to {target:g}: this step was trained and recorded, and here it is predicted;"
-                f" relexkit checkout {store.path} --step {target:g} -o DIR gives the trained one"
-            )
-
-
-def _window(store: TrajectoryStore, prediction: Prediction) -> tuple[int, int]:
-    """First and last of the recorded steps that the prediction was made from."""
-    from relexkit.gram_matrix.jumps import last_trained
-
-    until = last_trained(store, prediction.until)
-    seen = store.steps if until is None else store.steps[store.steps <= until]
-    return int(seen[-(prediction.options.window or 0) :][0]), int(seen[-1])
-
-
 def _warn(
     observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: Sequence[float]
 ) -> None:
-    """One line if the run's own record speaks against what is asked; reads no weights for it that
-    the prediction does not read.
+    """One line if the run's own record speaks against what is asked; reads no weights beyond those
+    that the prediction reads.
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps

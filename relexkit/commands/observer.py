@@ -50,12 +50,14 @@ class Observer:
         return replace(c, pca=choice.method)
 
     def observe(self, store: TrajectoryStore, until: int | None = None) -> Observed:
-        """``observe``; that a jump ends the steps that are looked at goes to standard error."""
+        """``observe``; if a jump ends the steps that are used, standard error says so."""
         from relexkit.assess.observed import observe
         from relexkit.gram_matrix.jumps import jumps
+        from relexkit.predict.asked import past_the_end
 
-        if until is not None and until > store.steps[-1] and not self.silent:
-            say(f"--until {until}: the run ends with step {store.steps[-1]}; all of it is used")
+        for line in past_the_end(store.steps, until):
+            if not self.silent:
+                say(line)
         led_to = jumps(store)
         if (
             len(led_to)

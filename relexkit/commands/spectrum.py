@@ -261,7 +261,7 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
         notes.append(
             f"{informative.count} of {informative.known} steps were informative"
             f" ({informative.metric}); between them the optimizer coasts on its momentum, which"
-            " looks like a line and is none."
+            " looks like a line but is not one."
         )
     still = [s.name for s in result.scopes if not len(s.singular_values)]
     if still:

@@ -46,7 +46,7 @@ def model_index(name: str, evaluation: Mapping[str, Any]) -> list[dict[str, Any]
     models = evaluation.get("models", [])
     if "task" not in evaluation or len(models) != 1:
         raise RelexkitError(
-            f"an evaluation of {len(models)} models is no result of this one; expected what"
+            f"an evaluation of {len(models)} models is not one of this folder; expected what"
             " relexkit evaluate --json prints for the folder alone"
         )
     metrics = []
@@ -75,7 +75,7 @@ def push(
     """Upload a written checkpoint as a model, or a store as a data set; returns the address.
 
     The repository is made if there is none. The card's licence is taken from the card of the base
-    where that is on the hub. Who one is, is up to ``huggingface_hub`` (``hf auth login``).
+    where that is on the hub. The account is that of ``huggingface_hub`` (``hf auth login``).
 
     Args:
         repository: ``ORG/NAME``.
@@ -90,7 +90,7 @@ def push(
 
     folder = Path(source)
     if not REPOSITORY.fullmatch(repository):
-        raise RelexkitError(f"{repository!r} is no repository; expected ORG/NAME")
+        raise RelexkitError(f"{repository!r} is not a repository; expected ORG/NAME")
     is_store = (folder / "zarr.json").is_file()
     if not is_store and not (folder / "config.json").is_file():
         raise RelexkitError(f"{folder}: is neither a store nor a checkpoint folder; give one")
@@ -145,14 +145,14 @@ def _full_card(api: Any, folder: Path, evaluation: str | Path | None) -> str | N
             document = json.loads(Path(evaluation).read_text())
         except ValueError:
             raise RelexkitError(
-                f"{evaluation}: is no JSON; give what evaluate --json prints"
+                f"{evaluation}: is not JSON; give what evaluate --json prints"
             ) from None
         known["model-index"] = model_index(folder.name, document)
     return f"---\n{front_matter(known)}---\n{card.text}"
 
 
 def front_matter(values: Mapping[str, Any]) -> str:
-    """Metadata of a card as YAML; JSON is YAML, and what is empty is left out."""
+    """Metadata of a card as YAML, of which JSON is a subset; empty entries are left out."""
     return "".join(
         f"{name}: {json.dumps(value, ensure_ascii=False)}\n"
         for name, value in values.items()

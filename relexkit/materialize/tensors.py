@@ -30,7 +30,7 @@ def moving_tensor(store: TrajectoryStore, name: str) -> TensorSpec:
     if tensor is None or tensor.name not in moving:
         near = [n for n in moving if name in n] or moving
         raise RelexkitError(
-            f"{name!r} is no float tensor of {store.path}; expected one such as"
+            f"{name!r} is not a float tensor of {store.path}; expected one such as"
             f" {', '.join(near[:3])}"
         )
     return tensor

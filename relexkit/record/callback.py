@@ -50,7 +50,7 @@ class RecorderCallback(TrainerCallback):
     def __init__(self, path: str | Path, *, every: int = 1, **options: Any):
         unknown = options.keys() - _OPTIONS
         if unknown:
-            raise TypeError(f"{sorted(unknown)[0]!r} is no option; expected one of {_OPTIONS}")
+            raise TypeError(f"{sorted(unknown)[0]!r} is not an option; expected one of {_OPTIONS}")
         self._path, self._every, self._options = path, every, {"every": every, **options}
         self._recorder: Recorder | None = None
         self._logged: dict[str, float] = {}

@@ -145,7 +145,7 @@ class _Frame:
                     break
                 filled += count
         except self._package.ZstdError as error:
-            raise CheckpointError(f"its delta is no whole zstd frame ({error})") from None
+            raise CheckpointError(f"its delta is not a whole zstd frame ({error})") from None
         return filled
 
     def expect(self, count: int) -> np.ndarray:

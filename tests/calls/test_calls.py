@@ -86,7 +86,7 @@ def test_a_float_store_gives_its_own_delta(two_runs, tmp_path: Path) -> None:
 
 def test_an_unknown_tensor_is_refused_with_names(two_runs) -> None:
     opened = rk.open(two_runs[2] / "a.zarr")
-    with pytest.raises(rk.RelexkitError, match=r"'norm' is no float tensor .* such as model.*norm"):
+    with pytest.raises(rk.RelexkitError, match=r"'norm' is not a float tensor .* as model.*norm"):
         opened.delta("norm", 1)
     with pytest.raises(rk.StoreError, match="step 99 is not recorded"):
         opened.weights(NORM, 99)
@@ -305,6 +305,28 @@ def test_commands_of_other_packages_take_their_options(two_runs, tmp_path: Path)
         rk.report(path, out=tmp_path / "r.html", until="late")
     with pytest.raises(TypeError, match=r"required"):
         rk.report(path)
+
+
+def test_until_past_the_end_warns_as_the_commands_do(two_runs, tmp_path: Path) -> None:
+    run = rk.open(two_runs[2] / "a.zarr")
+    last, known = run.steps[-1], rk.observe(run)
+    line = f"^--until 500: the run ends with step {last}; all of it is used$"
+    late = rk.Prediction(until=500)
+    for ask in (
+        lambda: rk.spectrum(run, until=500),
+        lambda: rk.spectrum(known, until=500),
+        lambda: rk.update_cosines(known.gram, until=500),
+        lambda: rk.linearity(run, until=500),
+        lambda: rk.advise(run, until=500),
+        lambda: rk.directions(run, until=500),
+        lambda: rk.predict_weights(run, [600], late),
+        lambda: rk.extrapolate(run, [600], tmp_path / "out", late),
+        lambda: rk.extrapolate(run, [700], tmp_path / "out", prediction=late),
+    ):
+        with pytest.warns(UserWarning, match=line) as said:
+            ask()
+        assert len(said) == 1
+    rk.spectrum(run, until=int(last))  # a warning would be an error here
 
 
 def test_functions_of_a_run_take_a_path_and_an_open_store(two_runs, tmp_path: Path) -> None:

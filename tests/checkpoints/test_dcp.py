@@ -150,7 +150,7 @@ def forget_place(metadata: Any) -> None:
         ),
         (
             lambda f: (f / ".metadata").write_bytes(pickle.dumps({"a": 1})),
-            "is no description of a distributed checkpoint",
+            "is not a description of a distributed checkpoint",
         ),
         (
             set_place("relative_path", "../secret"),
@@ -158,9 +158,9 @@ def forget_place(metadata: Any) -> None:
         ),
         (set_place("relative_path", "/etc/passwd"), r"lies in '/etc/passwd'"),
         (set_place("relative_path", ".."), r"lies in '\.\.'"),
-        (set_place("relative_path", "a\0b"), r"is no name of a file"),
-        (set_place("relative_path", "\ud800"), r"is no name of a file"),
-        (set_place("offset", -1), "lies at a place that is none"),
+        (set_place("relative_path", "a\0b"), r"is not a file name"),
+        (set_place("relative_path", "\ud800"), r"is not a file name"),
+        (set_place("offset", -1), "has an impossible place"),
         (set_place("length", 10**12), "it is truncated"),
         (set_place("transform_descriptors", ["zstd"]), r"is stored with the transform \['zstd'\]"),
         (
@@ -169,7 +169,7 @@ def forget_place(metadata: Any) -> None:
         ),
         (
             lambda f: change_metadata(f, forget_place),
-            r"the chunk at \[0, 0\] lies nowhere; .metadata is damaged",
+            r"the chunk at \[0, 0\] is stored nowhere; .metadata is damaged",
         ),
     ],
 )

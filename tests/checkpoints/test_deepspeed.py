@@ -125,7 +125,7 @@ MODEL = "mp_rank_00_model_states.pt"
         (
             2,
             lambda f: resave(f / OPTIMIZER, lambda c: c.pop("optimizer_state_dict")),
-            "is no ZeRO optimizer state",
+            "is not a ZeRO optimizer state",
         ),
         (
             2,

@@ -105,7 +105,7 @@ def test_a_chunk_that_claims_more_than_its_bytes_is_refused_when_opened(tmp_path
     )
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(
-        CheckpointError, match=r"the chunk of shape \[1099511627776\] is said to have \d+ bytes"
+        CheckpointError, match=r"the chunk of shape \[1099511627776\] is recorded with \d+ bytes"
     ):
         open_checkpoint(tmp_path)
 
@@ -298,8 +298,8 @@ NORM = 16  # bytes of model.norm.weight
         ("xor", packed(bytes(2**28)), "unpacks to more than the tensor holds"),
         ("xor", packed(bytes(NORM - 1)), "unpacks to 15 bytes; the tensor has 16"),
         ("xor", b"", "unpacks to 0 bytes; the tensor has 16"),
-        ("xor", b"no frame at all", "is no whole zstd frame"),
-        ("xor", packed(bytes(NORM))[:-3], "unpacks to|is no whole zstd frame"),
+        ("xor", b"no frame at all", "is not a whole zstd frame"),
+        ("xor", packed(bytes(NORM))[:-3], "unpacks to|is not a whole zstd frame"),
         ("xor", packed(bytes(NORM)), "checksum differs from the declared one"),
         ("overwrite", packed(struct.pack("<I", 2**32 - 1)), "claims 4,294,967,295 changed bytes"),
         ("overwrite", packed(bytes(2**28)), "unpacks to more than the tensor holds"),

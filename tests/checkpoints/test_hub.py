@@ -156,7 +156,7 @@ def test_labels_are_mapped_to_optimizer_steps(hub: HubServer, run: Run, tmp_path
             "hf://lab/nothing",
             r"hf://lab/nothing: the hub did not give it \(.*\); check the name and your access",
         ),
-        ("hf://lab", r"hf://lab: is no hub repository; expected hf://OWNER/NAME"),
+        ("hf://lab", r"hf://lab: is not a hub repository; expected hf://OWNER/NAME"),
         (
             "hf://lab/rl-run@step_2",
             r"names one revision; expected hf://lab/rl-run, whose branches step_N are the steps",

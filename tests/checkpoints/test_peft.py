@@ -399,7 +399,7 @@ def test_the_base_that_the_adapters_name_is_taken_when_it_is_here(
     run = shutil.copytree(plain.source, tmp_path / "run")
     with pytest.raises(
         CheckpointError,
-        match=r"are adapters of None, which is no folder here; give the base model with --base",
+        match=r"are adapters of None, which is not a folder here; give the base model with --base",
     ):
         import_checkpoints(run, tmp_path / "s.zarr")
     for step in STEPS:
@@ -507,7 +507,7 @@ def test_an_alpha_that_is_no_number_is_refused(alpha: object) -> None:
         ),
         (
             lambda s: s | {"base_model.model.model.norm.lora_magnitude_vector": torch.ones(3)},
-            r"which is no LoRA factor",
+            r"which is neither a LoRA factor",
         ),
         (
             lambda s: {"base_model.model.model.norm.weight": torch.ones(16)},

@@ -266,7 +266,7 @@ def test_a_wrong_factor_is_refused(tmp_path: Path, step_map: str, message: str) 
 def test_a_wrong_table_is_refused(tmp_path: Path, text: str) -> None:
     write_checkpoint(tmp_path / "step_1", weights())
     (tmp_path / "map.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"map\.json: is no step map"):
+    with pytest.raises(CheckpointError, match=r"map\.json: is not a step map"):
         open_run(tmp_path, step_map=str(tmp_path / "map.json"))
 
 

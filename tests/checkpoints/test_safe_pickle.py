@@ -133,7 +133,7 @@ BOMBS = {
     "a call of text": b"\x80\x02X\x01\x00\x00\x00a)R.",
     "state for a list": b"\x80\x02]Nb.",
     "outside data": b"\x80\x02NQ.",
-    "a name that is no text": b"\x80\x04NN\x93.",
+    "a name that is not a string": b"\x80\x04NN\x93.",
     "text that is not UTF-8": b"\x80\x04\x8c\x02\xff\xfe.",
     "a memo that is not there": b"\x80\x02h\x07.",
 }

@@ -90,7 +90,7 @@ def test_a_run_of_nemo_rl(tmp_path: Path) -> None:
         (lambda info: info["one"].update(saved_offsets=[-1]), "impossible place"),
         (lambda info: info["one"].update(saved_offsets=[2**60]), "impossible place"),
         (lambda info: info["one"].update(saved_offsets=[1]), "hold 1 of 2 elements"),
-        (lambda info: info["one"].update(saved_offsets=["0"]), "no whole number"),
+        (lambda info: info["one"].update(saved_offsets=["0"]), "not a whole number"),
         (lambda info: info["one"].update(saved_offsets=[0, 0]), "disagree about its dtype or"),
     ],
 )

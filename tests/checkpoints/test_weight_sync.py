@@ -146,7 +146,7 @@ def test_a_store_of_another_run_is_not_gone_on_with(run: Run, tmp_path: Path) ->
     other.weights[0] = run.weights[0]
     import_checkpoints(write_versions(tmp_path / "a", other), tmp_path / "s.zarr", base=run.base)
     source = write_versions(tmp_path / "b", run)
-    with pytest.raises(CheckpointError, match=r"in the store has not the checksum that version 2"):
+    with pytest.raises(CheckpointError, match=r"store does not have the checksum that version 2"):
         import_checkpoints(source, tmp_path / "s.zarr", base=run.base)
 
 

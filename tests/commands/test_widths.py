@@ -130,8 +130,9 @@ def test_what_means_less_than_it_seems_is_said(
     assert "--to 20:" not in said
     assert main(["advise", run[0], "--until", "12"]) == 0
     assert "--until" not in capsys.readouterr().err
-    assert main(["spectrum", run[0], "--until", "13"]) == 0
-    assert "--until 13: the run ends with step 12" in capsys.readouterr().err
+    for words in (["spectrum", run[0]], ["report", run[0], "-o", str(tmp_path / "page.html")]):
+        assert main([*words, "--until", "13"]) == 0
+        assert "--until 13: the run ends with step 12; all of it" in capsys.readouterr().err
 
 
 def test_work_that_counts_nothing_is_told_and_full_bars_go(

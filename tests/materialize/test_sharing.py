@@ -175,7 +175,7 @@ def test_a_store_is_pushed_as_a_data_set(made, hub, tmp_path: Path) -> None:
 
 
 def test_refusals_are_one_line(made, hub, tmp_path: Path) -> None:
-    with pytest.raises(rk.RelexkitError, match="'me' is no repository; expected ORG/NAME"):
+    with pytest.raises(rk.RelexkitError, match="'me' is not a repository; expected ORG/NAME"):
         rk.push(made[1], "me")
     with pytest.raises(rk.RelexkitError, match="neither a store nor a checkpoint folder"):
         rk.push(tmp_path, "me/x")

@@ -65,6 +65,24 @@ def test_steps_of_a_store_are_their_checkpoints(store, tmp_path, capsys):
     assert in_place[1]["difference"] == written[1]["difference"]
 
 
+def test_what_means_less_than_it_seems_is_said(store, tmp_path, capsys):
+    (tmp_path / "texts").write_text("2+3=5\n")
+    line = "--until 500: the run ends with step 4; all of it is used"
+    recorded = "--to 2: this step was trained and recorded, and here it is predicted;"
+    asked = ["--to", "2", "9", "--method", "relex", "--until", "500"]
+    for words in (
+        ["evaluate", store.path, "--step", "4", *asked, *COMMON],
+        ["probe", store.path, "--texts", str(tmp_path / "texts"), *asked, "--json"],
+    ):
+        assert main(words) == 0
+        said = capsys.readouterr().err
+        assert said.count(line) == said.count(recorded) == 1, words
+        assert f"relexkit checkout {store.path} --step 2 -o DIR" in said
+    evaluated_words = ["evaluate", store.path, "--step", "2", "--to", "2", "9", *COMMON]
+    assert main(evaluated_words) == 0  # both are asked for: a comparison
+    assert capsys.readouterr().err == ""
+
+
 def test_without_steps_the_base_and_the_last_one(store, capsys):
     assert [model["name"] for model in evaluated(capsys, store.path)] == ["base", "step 4"]
 

@@ -5,6 +5,7 @@ scores.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -26,6 +28,7 @@ from relexkit import (
     extrapolate,
 )
 from relexkit.cli import main
+from relexkit.trainer.commands.sweep import _as_typed
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
 from relexkit.trainer.evaluation.settings import EvaluationSettings
@@ -152,6 +155,26 @@ def test_command_writes_only_what_wins(
     assert ("nothing was written" in said.err) == (found["fresh"]["verdict"] != "above")
     assert main(given) == 0
     assert found["recommendation"] in capsys.readouterr().out
+
+
+def test_what_means_less_than_it_seems_is_said_and_the_task_is_a_name(
+    store: TrajectoryStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--method", "relex", "hold", "--rank", "1", "100", "--num-problems", "16"]
+    asked = ["sweep", store.path, "--to", "3", "8", "--until", "500", *words, "--json"]
+    assert main(asked) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[:3] == [
+        "--until 500: the run ends with step 6; all of it is used",
+        "--rank 100: 6 steps have at most 6 directions; all of them are used",
+        "--to 3: this step was trained and recorded, and here it is predicted;"
+        f" relexkit checkout {store.path} --step 3 -o DIR gives the trained one",
+    ]
+    command = shlex.split(json.loads(said.out)["command"])
+    assert command[command.index("--task") + 1] == TASK
+    for task in ("arithmetic", {"name": "t", "size": 2}):
+        assert yaml.safe_load(_as_typed(task)) == task
+    assert _as_typed({"name": "arithmetic"}) == "arithmetic"
 
 
 @pytest.mark.parametrize(

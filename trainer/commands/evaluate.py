@@ -173,7 +173,7 @@ def _is_store(path: str) -> bool:
 
 def _of_store(options: Options) -> Iterator[tuple[str, Any, Any]]:
     from relexkit import TrajectoryStore, gram, predict_weights
-    from relexkit.extension import step_text
+    from relexkit.extension import less_than_asked, say, step_text
     from relexkit.trainer.policy.stored_model import StoredModel
 
     store = TrajectoryStore(options.model[0])
@@ -182,6 +182,9 @@ def _of_store(options: Options) -> Iterator[tuple[str, Any, Any]]:
         steps = (0, *store.steps[-1:].tolist())
     for step in filter(None, steps):
         store.row_of(step)  # refuses one that is not recorded before anything slow
+    unseen = [target for target in options.to if target not in steps]  # others are compared
+    for line in less_than_asked(store, [options.prediction], unseen):
+        say(line)
     stored = StoredModel(store, replace(options.loading, seed=options.settings.seed))
     for step in dict.fromkeys(steps):
         stored.put_step(step)
@@ -191,7 +194,7 @@ def _of_store(options: Options) -> Iterator[tuple[str, Any, Any]]:
     observed = gram(store).until(options.prediction.until)
     for method in options.method:
         predicted = predict_weights(
-            observed, list(options.to), replace(options.prediction, method=method)
+            observed, list(options.to), replace(options.prediction, method=method, until=None)
         )
         for target, weights in zip(options.to, predicted, strict=True):
             stored.put(weights)

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from relexkit import Prediction, RelexkitError, Table, TrajectoryStore
-from relexkit.extension import number, print_json, print_pairs, progress_bar, show
+from relexkit.extension import (
+    less_than_asked,
+    number,
+    print_json,
+    print_pairs,
+    progress_bar,
+    say,
+    show,
+)
 from relexkit.options import group, option
 from relexkit.trainer.commands.evaluate import OnTask
 from relexkit.trainer.evaluation.settings import as_asked, chosen_length, chosen_task
@@ -105,12 +113,16 @@ def _linearity(options: Options) -> OutputLinearity:
         texts = task.problems("validation")[: options.num_problems]
     else:
         texts = options.texts.read_text().splitlines()
+    store = TrajectoryStore(options.store)
+    prediction = Prediction(method=options.method, until=options.until)
+    for line in less_than_asked(store, [prediction], options.to):
+        say(line)
     with progress_bar() as progress:
         return output_linearity(
-            TrajectoryStore(options.store),
+            store,
             texts,
             targets=options.to,
-            prediction=Prediction(method=options.method, until=options.until),
+            prediction=prediction,
             loading=options.loading,
             progress=progress,
         )

@@ -9,8 +9,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from relexkit import Output, Prediction, Table, TrajectoryStore, extrapolate
-from relexkit.extension import number, print_json, print_table, progress_bar, say, show
+from relexkit import Output, Table, TrajectoryStore, extrapolate
+from relexkit.extension import (
+    less_than_asked,
+    number,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    show,
+)
 from relexkit.options import group, option
 from relexkit.trainer.commands.evaluate import OnTask
 from relexkit.trainer.evaluation.settings import EvaluationSettings, run_setting
@@ -61,9 +69,7 @@ def _write(options: Options, swept: Sweep) -> None:
         TrajectoryStore(options.store),
         [best.target],
         options.write,
-        Prediction(
-            until=options.grid.until, method=best.method, options=best.options, scale=best.scale
-        ),
+        best.prediction(swept.last_step),
         output=Output(
             dtype=None if loading.dtype == "float32" else loading.dtype,
             rounding=loading.rounding,
@@ -78,14 +84,24 @@ def race_candidates(options: Options) -> tuple[Sweep, dict[str, Any]]:
     task, settings = options.chosen(options.store, options.settings)
     loading = replace(options.loading, seed=settings.seed)
     store = TrajectoryStore(options.store)
+    asked = [c.prediction(options.grid.until) for c in options.grid.candidates(store.steps[-1])]
+    for line in less_than_asked(store, asked, options.grid.to):
+        say(line)
     with progress_bar() as progress:
         swept = sweep(store, task, options.grid, settings, loading, progress=progress)
-    named = options.task or json.dumps(run_setting(options.store, "task"))
+    named = options.task or _as_typed(run_setting(options.store, "task"))
     return swept, swept.document() | {
         "dtype": loading.dtype,
         "rounding": loading.rounding,
         "command": _command(options, named, settings),
     }
+
+
+def _as_typed(task: str | dict[str, Any]) -> str:
+    """What ``--task`` takes for the task of a configuration: its name, if that is all."""
+    if isinstance(task, str):
+        return task
+    return str(task["name"]) if task.keys() == {"name"} else json.dumps(task)
 
 
 def _command(options: Options, task: str, settings: EvaluationSettings) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -140,7 +140,8 @@ def output_linearity(
             progress("probing", done, len(rows) + len(targets))
     steps, logprobs = observed.steps[rows], np.array(recorded)
     predicted = []
-    for weights in predict_weights(observed, list(targets), prediction) if len(targets) else ():
+    from_all = replace(prediction, until=None)  # of those that are looked at
+    for weights in predict_weights(observed, list(targets), from_all) if len(targets) else ():
         stored.put(weights)
         predicted.append(text_logprobs(model, tokenizer, probes))
     r2 = r_squared(logprobs, steps)

@@ -59,6 +59,10 @@ class Candidate:
             f" ({', '.join(extra)})" if extra else ""
         )
 
+    def prediction(self, until: int | None) -> Prediction:
+        """What it is, from the recorded steps up to ``until``."""
+        return Prediction(until=until, method=self.method, options=self.options, scale=self.scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:

@@ -199,7 +199,7 @@ def _read_metadata(folder: Path) -> Record:
     metadata = load_data(file.read(0, file.size), _ALLOWED, where=str(path))
     if not isinstance(metadata, Record) or not metadata.kind.endswith(".Metadata"):
         raise CheckpointError(
-            f"{path}: is no description of a distributed checkpoint; write or copy it again"
+            f"{path}: is not a description of a distributed checkpoint; write or copy it again"
         )
     return metadata
 
@@ -294,7 +294,7 @@ def _assemble(
             continue
         if offsets not in places:
             raise CheckpointError(
-                f"the chunk at {list(offsets)} lies nowhere; .metadata is damaged"
+                f"the chunk at {list(offsets)} is stored nowhere; .metadata is damaged"
             )
         chunks.append(_chunk(folder, places[offsets], info.dtype, offsets, sizes, files))
     return PiecewiseTensor(info, chunks)
@@ -329,14 +329,15 @@ def _chunk(
         or begin < 0
         or length < 0
     ):
-        raise CheckpointError("lies at a place that is none; .metadata is damaged")
+        raise CheckpointError("has an impossible place; .metadata is damaged")
     if Path(name).name != name or name in ("", ".", ".."):
         raise CheckpointError(f"lies in {name!r}; expected a plain file name in the same folder")
     if name not in files:
         files[name] = ReadOnlyFile(folder / name)
     if prod(sizes) * ITEM_BYTES.get(dtype, 1) > length:
         raise CheckpointError(
-            f"the chunk of shape {list(sizes)} is said to have {length} bytes; .metadata is damaged"
+            f"the chunk of shape {list(sizes)} is recorded with {length} bytes; .metadata is"
+            " damaged"
         )
     if begin + length > files[name].size:
         raise CheckpointError(

@@ -185,7 +185,8 @@ def _optimizer_state(file: TorchFile) -> dict[str, Any]:
     state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or "zero_stage" not in state:
         raise CheckpointError(
-            f"{file.path}: is no ZeRO optimizer state; expected zero_stage in optimizer_state_dict"
+            f"{file.path}: is not a ZeRO optimizer state; expected zero_stage in"
+            " optimizer_state_dict"
         )
     return state
 

@@ -288,7 +288,7 @@ def _parse(source: str) -> tuple[str, str | None]:
     match = _REPOSITORY.fullmatch(str(source))
     if match is None:
         raise CheckpointError(
-            f"{source}: is no hub repository; expected {SCHEME}OWNER/NAME or"
+            f"{source}: is not a hub repository; expected {SCHEME}OWNER/NAME or"
             f" {SCHEME}OWNER/NAME@REVISION"
         )
     return match["name"], match["revision"]

@@ -99,7 +99,8 @@ class Adapter(WholeTensors, ABC):
                 self.base_layers[short.removesuffix(".base_layer.weight") + ".weight"] = key
             elif ".lora_" in short or plain == short:
                 raise CheckpointError(
-                    f"{self.where}: holds {key!r}, which is no LoRA factor or whole tensor; {MERGE}"
+                    f"{self.where}: holds {key!r}, which is neither a LoRA factor nor a"
+                    f" whole tensor; {MERGE}"
                 )
             else:
                 self.saved[_SAVED.sub("", short).replace(".base_layer.", ".")] = (
@@ -376,9 +377,9 @@ class AdaptedRun:
 
 
 def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
-    """``run`` and ``base`` as they are; if the steps (``step`` is one) are adapters, the merged
-    view of the run, and the base under the adapter's names, with a tied head that is now a tensor
-    of its own.
+    """``run`` and ``base`` unchanged; if the steps (``step`` is one) are adapters, the merged view
+    of the run, and the base under the adapter's names, with a tied head that is now a tensor of its
+    own.
     """
     with closing(run.checkpoint(step)) as first:
         adapter = first.adapter
@@ -390,7 +391,7 @@ def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
 
 
 def named_base(run: Run, step: int) -> str | None:
-    """The base that the adapters of a run name, None if its steps are no adapters.
+    """The base that the adapters of a run name, None if its steps are not adapters.
 
     Raises:
         CheckpointError: they name none that is a folder here.
@@ -402,6 +403,6 @@ def named_base(run: Run, step: int) -> str | None:
         if isinstance(adapter.base_name, str) and Path(adapter.base_name).is_dir():
             return adapter.base_name
         raise CheckpointError(
-            f"{run.description}: are adapters of {adapter.base_name!r}, which is no folder here;"
+            f"{run.description}: are adapters of {adapter.base_name!r}, which is not a folder here;"
             " give the base model with --base DIR or --base hf://OWNER/NAME"
         )

@@ -107,7 +107,7 @@ def _pieces(path: Path) -> list[tuple[str, Chunk, str]]:
             offsets: Any = json.loads(file.metadata[_INFO])
             places = {name: tuple(offsets[name]["saved_offsets"]) for name in file.tensors}
             if any(type(n) is not int for place in places.values() for n in place):
-                raise ValueError("an offset is no whole number")
+                raise ValueError("an offset is not a whole number")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: its header does not say where the pieces belong"

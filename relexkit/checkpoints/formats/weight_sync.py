@@ -298,7 +298,7 @@ def _number(value: Any) -> int:
     """A version number, which is an integer or decimal digits."""
     text = str(value)
     if isinstance(value, bool) or not re.fullmatch(r"\d{1,15}", text):
-        raise ValueError(f"the version {text[:40]!r} is no number")
+        raise ValueError(f"the version {text[:40]!r} is not a number")
     return int(text)
 
 
@@ -322,7 +322,7 @@ def parse(layout: Layout, content: bytes, where: str) -> tuple[dict[str, Any], H
     try:
         manifest = json.loads(content)
         if not isinstance(manifest, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return manifest, layout.header(manifest)
     except _MALFORMED as error:
         raise _malformed(layout, where, error) from None
@@ -361,7 +361,7 @@ def find(folder: Path) -> Path | None:
 
 
 def refuse_single(folder: Path) -> NoReturn:
-    """A delta alone is no checkpoint.
+    """A delta alone is not a checkpoint.
 
     Raises:
         CheckpointError: always.

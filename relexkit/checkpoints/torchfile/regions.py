@@ -56,7 +56,7 @@ class ReadOnlyFile:
             raise CheckpointError(f"{self.path}: cannot be opened ({error.strerror})") from None
         except ValueError:  # a name with a zero byte or half a surrogate pair
             raise CheckpointError(
-                f"{str(self.path)!r}: is no name of a file; the description is damaged"
+                f"{str(self.path)!r}: is not a file name; the description is damaged"
             ) from None
 
     def read_into(self, position: int, view: memoryview) -> None:

@@ -149,7 +149,7 @@ class _Reader:
                 return self._pop()
             step = _OPCODES.get(opcode)
             if step is None:
-                raise _BadPickle(f"opcode {opcode:#04x} is none that checkpoints are written with")
+                raise _BadPickle(f"opcode {opcode:#04x} does not occur in checkpoints")
             step(self)
         raise _BadPickle(f"it has more than {MAX_OPCODES:,} opcodes")
 
@@ -206,13 +206,13 @@ class _Reader:
     def _append(self, values: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, list):
-            raise _BadPickle("values are added to something that is no list")
+            raise _BadPickle("values are added to something that is not a list")
         target.extend(values)
 
     def _set_items(self, flat: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(flat) % 2:
-            raise _BadPickle("items are set on something that is no dictionary")
+            raise _BadPickle("items are set on something that is not a dictionary")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             # Tuples and large integers can be made to collide, or their hash to recurse without a
             # limit.
@@ -224,7 +224,7 @@ class _Reader:
 
     def _global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _BadPickle("a name is no text")
+            raise _BadPickle("a name is not a string")
         full = f"{module}.{name}"
         reference = self._globals.get(full)
         if reference is None:
@@ -243,7 +243,7 @@ class _Reader:
             or not isinstance(arguments, tuple)
             or len(arguments) > _MAX_ARGUMENTS
         ):
-            raise _BadPickle("it calls something that is no name")
+            raise _BadPickle("it calls something that is not a name")
         made = Record(target.name, arguments) if target.build is None else target.build(*arguments)
         self._stack.append(made)
 
@@ -255,7 +255,7 @@ class _Reader:
         elif not isinstance(
             target, dict
         ):  # a dictionary's attributes (`_metadata` of a state_dict) are not needed
-            raise _BadPickle("state is given to something that has none")
+            raise _BadPickle("state is set on something that has none")
 
     def _persistent_id(self) -> None:
         if self._persistent is None:

@@ -4,7 +4,7 @@ offset.
 Such a file is an uncompressed zip archive with one pickle and one entry for each storage. The
 pickle goes through ``safe_pickle``; the storages are never loaded, only located. PyTorch's own safe
 reader maps whole files and depends on the installed version (code execution up to 2.5,
-CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one takes part in neither.
+CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one does neither.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def shape_of(values: Any = ()) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS:
         raise ValueError("a shape has too many dimensions")
     if any(type(n) is not int or not 0 <= n < 2**62 for n in values):
-        raise ValueError("a shape holds something that is no whole number")
+        raise ValueError("a shape holds something that is not a whole number")
     return tuple(values)
 
 
@@ -115,7 +115,7 @@ def dtype_name(value: Any) -> str:
         ValueError: it is something else.
     """
     if not isinstance(value, Global) or not value.name.startswith("torch."):
-        raise ValueError("a dtype is no dtype")
+        raise ValueError("a dtype is not one of PyTorch's")
     return value.name.removeprefix("torch.")
 
 
