@@ -46,7 +46,7 @@ def plot_backtest(gram: Gram, result: Backtest, folder: Path) -> list[Path]:
     """
     if len(gram.steps) < 4 or not np.trace(gram.matrices.sum(axis=0)) > 0:
         raise RelexkitError(
-            f"{len(gram.steps)} recorded steps, or no motion, leave nothing to plot of a backtest;"
+            f"{len(gram.steps)} recorded steps, or no motion: a backtest has nothing to plot;"
             " record at least 4 steps"
         )
     folder = Path(folder)

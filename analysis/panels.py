@@ -52,7 +52,7 @@ class Analysed:
 
     @property
     def can_be_checked(self) -> bool:
-        """Whether the run has a past to predict."""
+        """Whether there are enough recorded steps to backtest."""
         return self.result is not None and len(self.gram.steps) >= _FEWEST_STEPS
 
 
@@ -68,7 +68,9 @@ def _panel(anchor: str, heading: str, caption: str, draw: Callable[..., None]) -
 
 
 def first_screen(seen: Analysed) -> list[Panel]:
-    """The metric that training is for and the three pictures that decide, as far as there are."""
+    """The metric that training optimises and the three pictures that decide, as far as the run has
+    them.
+    """
     return [*_reward(seen), *_evidence(seen), *list(_distance(seen))]
 
 
@@ -235,7 +237,15 @@ def metric_panels(seen: Analysed) -> list[Panel]:
             values=seen.run.metrics[known[0]],
             name=known[0],
         )
-        panels.insert(0, _panel("along", "", "What moving along that direction is worth.", along))
+        panels.insert(
+            0,
+            _panel(
+                "along",
+                "",
+                "How the metric changes along the direction in which the weights move most.",
+                along,
+            ),
+        )
     return panels
 
 

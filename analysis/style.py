@@ -68,7 +68,7 @@ DARK = {
     "#E69F00": "#f2bd4d",
     "#8C6D1F": "#cdb069",
 }
-"""The colour that takes a colour's place on a dark ground."""
+"""Colours of the light page, and those that replace them on the dark page."""
 
 NULL_LABEL = "walk without direction"
 NULL_LINE: dict[str, Any] = {"color": NULL, "linestyle": (0, (4, 2)), "linewidth": 1.0}

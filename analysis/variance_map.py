@@ -1,5 +1,5 @@
-"""Where in the model the first direction explains how much: a table by layer and module type, and
-its heat map.
+"""How much the first direction explains in each part of the model: a table by layer and module
+type, and its heat map.
 """
 
 from __future__ import annotations

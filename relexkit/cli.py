@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = command_parser(given[0], owner).parse_args(given[1:])
             owner.run(read_options(parsed, owner.Options))
             sys.stdout.flush()  # a full disk or a closed pipe shows here, and not at the very end
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RelexkitError, OSError) as error:

@@ -28,13 +28,13 @@ def status_of(interruption: KeyboardInterrupt) -> int:
 
 
 def sentence(number: int) -> str:
-    """What is said, in one line."""
+    """The message, in one line."""
     what = "terminated" if number == signal.SIGTERM else "interrupted"
     return f"relexkit: {what}; run the same command again to go on"
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """End the process in one line, without any clean-up; what it leaves is what a kill leaves."""
+    """End the process in one line, without any clean-up; it leaves what a kill would leave."""
     os.write(2, f"{sentence(number)}\n".encode())
     os._exit(128 + number)
 
@@ -80,7 +80,9 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _not_ignored(hook: Any) -> Any:
-    """What Python says of an exception that it can only ignore, but for interruptions."""
+    """Python's report of an exception that it can only ignore; an interruption ends the process
+    instead.
+    """
 
     def unraisable(raised: Any) -> None:
         if issubclass(raised.exc_type, KeyboardInterrupt):

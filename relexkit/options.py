@@ -82,7 +82,7 @@ def add_options(parser: Any, kind: type, names: Sequence[str] = ()) -> None:
 
 
 def read_options(parsed: argparse.Namespace, kind: type[_T], names: Sequence[str] = ()) -> _T:
-    """The value of ``kind`` that the options of ``add_options`` come to."""
+    """The value of ``kind`` from the parsed options of ``add_options``."""
     types, values = get_type_hints(kind), dict[str, Any]()
     for one in _chosen(kind, names):
         if "read" in one.metadata:

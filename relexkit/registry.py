@@ -79,8 +79,8 @@ def extensions() -> tuple[Extension, ...]:
 
 
 def call(name: str, *given: Any, **options: Any) -> Any:
-    """The command ``name`` of an installed package as a function: what it finds instead of what it
-    prints.
+    """The command ``name`` of an installed package as a function: returns its answer instead of
+    printing it.
 
     Args:
         given: what the command takes without a name, such as the run.
@@ -99,7 +99,7 @@ def call(name: str, *given: Any, **options: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong to the caller instead of ending the process."""
+    """Raises an error for the caller instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise TypeError(f"{self.prog}: {message}")

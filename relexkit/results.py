@@ -1,4 +1,4 @@
-"""What every answer can do: a table, a picture, and a look worth having where it is shown."""
+"""What every answer can do: a table, a picture, and a readable form where it is shown."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Result:
 
 
 class Table(Result):
-    """Rows and sentences that a command found, with the document that its ``--json`` prints."""
+    """Rows and sentences of a command's answer, with the document that its ``--json`` prints."""
 
     def __init__(
         self, document: Any, rows: Sequence[Mapping[str, Any]], sentences: Sequence[str] = ()
@@ -104,7 +104,7 @@ def html_of(title: str, sentences: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def cell(value: Any) -> str:
-    """A value as people read it: four digits, nothing for what does not exist."""
+    """A value as people read it: four digits, empty where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):

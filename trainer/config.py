@@ -242,8 +242,8 @@ class GRPOConfig:
         _check_engine(self)
         if self.precision != "float32" and self.bf16 is not None:
             raise RelexkitError(
-                f"bf16: chooses how float32 weights compute, those of precision {self.precision}"
-                " compute in bfloat16; leave bf16 out"
+                f"bf16: is for precision float32 only, and {self.precision} always computes in"
+                " bfloat16; leave bf16 out"
             )
         if not 1 <= self.mantissa_bits <= 23:
             raise RelexkitError(
@@ -280,12 +280,12 @@ class GRPOConfig:
         rule = Regrounding(**self.regrounding)
         if not (isinstance(rule.train_steps, int) and rule.train_steps >= 3):
             raise RelexkitError(
-                f"regrounding: train_steps {rule.train_steps!r} cannot be fitted; expected 3 or"
-                " more"
+                f"regrounding: train_steps {rule.train_steps!r} are too few to predict from;"
+                " expected 3 or more"
             )
         if not (isinstance(rule.jump_steps, int) and rule.jump_steps >= 1):
             raise RelexkitError(
-                f"regrounding: jump_steps {rule.jump_steps!r} leads nowhere; expected 1 or more"
+                f"regrounding: jump_steps {rule.jump_steps!r} is no jump; expected 1 or more"
             )
         check_request([1.0], Prediction(method=rule.method))
         unit = self.generation_interval
@@ -450,7 +450,7 @@ def _check_engine(config: GRPOConfig) -> None:
         )
     if low is high is None and config.vllm_importance_sampling_mode.endswith("truncate"):
         raise RelexkitError(
-            "vllm_importance_sampling_mode: cuts to a range; expected"
+            "vllm_importance_sampling_mode: needs a range to cut to; expected"
             " vllm_importance_sampling_clip_min or vllm_importance_sampling_clip_max"
         )
 

@@ -3,7 +3,7 @@
 The advice is never more confident than the run's own record: extrapolation is advised only to
 distances at which the method beat standing still from the latest prefixes that could be checked,
 and only with evidence of a drift beyond what a walk shows. Of the trajectory model only the drift
-is asked: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
+is used: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
 costs accuracy there. ``advise`` is one pure function, so a trainer can call it on the small Gram
 matrix that it keeps while it trains.
 """
@@ -421,8 +421,8 @@ def _doubt(fit: TrajectoryFit | None) -> str | None:
 
 
 def _is_sparse(informative: Informative) -> bool:
-    """Whether so few steps had a gradient that the rest is coasting; where all had one, few saved
-    steps are no sign of it.
+    """Whether so few steps had a gradient that the rest is coasting; where all had one, it is not
+    sparse, however few steps were saved.
     """
     least = max(min(_FEWEST_INFORMATIVE, informative.known), _INFORMATIVE_SHARE * informative.known)
     return informative.count < least

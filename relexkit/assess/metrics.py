@@ -41,7 +41,7 @@ def informative_steps(metrics: Mapping[str, np.ndarray]) -> Informative | None:
     """How many recorded steps had a gradient; None if no metric tells.
 
     Between them an optimizer with momentum only coasts along its last update, which looks like a
-    line and is none.
+    line but is not one.
     """
     for name, informative in _INFORMATIVE.items():
         values = np.asarray(metrics[name]) if name in metrics else np.empty(0)

@@ -93,11 +93,11 @@ class ChainedCheckpoint(WholeTensors):
         return self._changes.get(name, (np.empty(0, np.int64), nothing, nothing))
 
     def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer of a whole version; of deltas nothing."""
+        """Configuration and tokenizer of a whole version; deltas have none."""
         return self._files
 
     def metrics(self) -> dict[str, float]:
-        """The version's number, if steps are others."""
+        """The version's number, if it is not the step."""
         return self._metrics
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class _Chain:
         return path[::-1], (None if at == self._version else at)
 
     def _reset(self, root: int) -> None:
-        """Begin at the base, or at the last step of the store that is gone on with."""
+        """Begin at the base, or at the last step of the store that is continued."""
         if self._state is None:
             self._state = _State(self.tensors, self._run.scratch)
         kept = self._run.kept

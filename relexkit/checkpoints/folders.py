@@ -27,7 +27,9 @@ class Folder(ABC):
 
     @abstractmethod
     def stamp(self, name: str) -> list[tuple[str, int, str]]:
-        """Name, size and time of every file of one of the folders: what tells a changed one."""
+        """Name, size and time of every file of one of the folders: they tell whether it has
+        changed.
+        """
 
     @abstractmethod
     @contextmanager

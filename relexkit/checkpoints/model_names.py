@@ -211,7 +211,9 @@ def model_places(model: Any) -> dict[str, Place]:
 
 
 def _uncopied() -> AbstractContextManager[Any]:
-    """A mode in which ``contiguous`` copies nothing, so that a piece of a tensor stays one."""
+    """A mode in which ``contiguous`` copies nothing, so that a piece of a tensor stays a view of
+    it.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -1,5 +1,5 @@
 """Tensors that only the base or only the steps have, and those that a person excludes: kept as in
-the base, or left out, and said; never filled with zeros.
+the base, or left out, and reported; never filled with zeros.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Checkpoint(Protocol):
 
 
 class WholeTensors:
-    """What a checkpoint that is no adapter says of adapters; the base class of readers."""
+    """The adapter methods of a checkpoint that is not an adapter; the base class of readers."""
 
     factors: Mapping[str, Factors] = MappingProxyType({})
     still: Collection[str] = frozenset()
@@ -77,20 +77,24 @@ class WholeTensors:
         return None
 
     def factor_bits(self, name: str) -> np.ndarray:
-        """Nothing has factors."""
+        """There are no factors."""
         raise KeyError(name)
 
     def check_trained(self) -> None:
-        """Nothing to see."""
+        """Whole weights do not say whether they were trained."""
 
 
 @runtime_checkable
 class ChangingCheckpoint(Checkpoint, Protocol):
-    """A checkpoint that knows what changed since an earlier step, so that nobody has to compare."""
+    """A checkpoint that knows what changed since an earlier step, so that nothing has to be
+    compared.
+    """
 
     @property
     def since(self) -> int | None:
-        """The step (0 for the base) that changes count from; None if that is no step of the run."""
+        """The step (0 for the base) that changes count from; None if that is not a step
+        of the run.
+        """
 
     def changed(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ascending elements ``int64 [n]`` of a tensor whose bits differ from ``since``, their bits

@@ -199,7 +199,7 @@ def find_flat(path: Path) -> re.Match[str] | None:
 def _check_epochs(
     folders: dict[int, list[Path]], label_step: Callable[[int], int | None] | None, source: Path
 ) -> None:
-    """Epochs are no optimizer steps, and ``epoch_0`` is the end of the first one, not the base."""
+    """Epochs are not optimizer steps, and ``epoch_0`` is the end of the first one, not the base."""
     names = [path.name for paths in folders.values() for path in paths]
     if not any(_EPOCH.fullmatch(name) for name in names):
         return

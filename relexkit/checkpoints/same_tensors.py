@@ -63,7 +63,7 @@ def check_tensors(
 
 
 def _about_shapes(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The likely cause of two shapes, and the way out; nothing if none is known."""
+    """The likely cause of different shapes, and the way out; empty if none is known."""
     if 0 in shape or 0 in expected:
         return (
             ": it was saved without being gathered (DeepSpeed ZeRO-3); import the partitions beside"

@@ -1,10 +1,10 @@
 """Tied weights: an output head that is the input embedding, decided by the tensors and not by a
-configuration's flag; and the flag that says of written tensors what they are.
+configuration's flag; and the flag in a written configuration.
 
 Trainers disagree about writing a tied head: Hugging Face folders leave it out, state dicts of FSDP
-and DeepSpeed have it. And the flag lies in both directions: heads that are written apart, and heads
-that have drifted apart while it says tied, or while it says nothing and the model's class ties by
-default.
+and DeepSpeed have it. And the flag is wrong in both directions: heads that are written apart, and
+heads that have drifted apart while it says tied, or while it says nothing and the model's class
+ties by default.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def heads_on_one_side(base: Checkpoint, first: Checkpoint) -> dict[str, str]:
 def tied_tensors(
     run: Run, steps: Sequence[int], base: Checkpoint
 ) -> tuple[dict[str, str], list[str]]:
-    """Head -> embedding where both are equal bit for bit in the base and in every step; and what is
-    odd, in words.
+    """Head -> embedding where both are equal bit for bit in the base and in every step; and
+    anything odd, in words.
 
     Reads heads and embeddings of all steps, until they differ.
     """

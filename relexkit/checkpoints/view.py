@@ -15,7 +15,7 @@ class CheckpointView(WholeTensors):
     """``checkpoint`` with further metrics, and with the tensors that ``stored`` names.
 
     Args:
-        stored: name -> name in the checkpoint, in the order of reading; None for all as they are.
+        stored: name -> name in the checkpoint, in the order of reading; None for all, unchanged.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ EXTENSION = Extension(
         ),
         "completion": Command(
             "relexkit.commands.completion",
-            "print what makes a shell complete commands and options",
+            "print a script by which a shell completes commands and options",
             group="other commands",
             examples=("bash >> ~/.bashrc", "zsh >> ~/.zshrc", "fish | source"),
         ),

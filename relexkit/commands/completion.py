@@ -1,4 +1,4 @@
-"""``relexkit completion``: what makes a shell complete commands and options."""
+"""``relexkit completion``: a script by which a shell completes commands and options."""
 
 from __future__ import annotations
 

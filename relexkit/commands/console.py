@@ -72,7 +72,7 @@ def print_table(
         table: a ``rich`` table.
         names: how many of its first columns hold names, which wrap if need be.
         least: headings of the columns that may go, the least important first.
-        wide: keep all of them, however wide that is; so does output that is no terminal.
+        wide: keep all of them, however wide the table gets; output that is not a terminal has all.
     """
     from rich.measure import Measurement
 

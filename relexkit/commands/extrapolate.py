@@ -96,8 +96,8 @@ def run(options: Options) -> None:
 def _warn(
     observed: Observer, store: TrajectoryStore, prediction: Prediction, targets: Sequence[float]
 ) -> None:
-    """One line if the run's own record speaks against what is asked; reads no weights for it that
-    the prediction does not read.
+    """One line if the run's own record speaks against what is asked; reads no weights beyond those
+    that the prediction reads.
     """
     from relexkit.assess.advice import advise, objection
     from relexkit.gram_matrix.exact import known_steps
@@ -107,7 +107,7 @@ def _warn(
         return
     until = prediction.until
     if until is not None:
-        until = min(until, int(store.steps[-1]))  # what that means was said
+        until = min(until, int(store.steps[-1]))  # the command has said so
     seen = observed.observe(store, until)
     if observed.silent:
         return

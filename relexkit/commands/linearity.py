@@ -51,7 +51,7 @@ def run(options: Options) -> None:
         )
         return
     table = Table(
-        title="R² of each weight's line on the step: below it lie so many of the moving weights",
+        title="R² of each weight's line on the step: quantiles over the moving weights",
         title_justify="left",
         title_style="bold",
         box=None,

@@ -50,7 +50,7 @@ class Observer:
         return replace(c, pca=choice.method)
 
     def observe(self, store: TrajectoryStore, until: int | None = None) -> Observed:
-        """``observe``; that a jump ends the steps that are looked at goes to standard error."""
+        """``observe``; if a jump ends the steps that are used, standard error says so."""
         from relexkit.assess.observed import observe
         from relexkit.gram_matrix.jumps import jumps
         from relexkit.predict.asked import past_the_end

@@ -203,7 +203,7 @@ def _load(store: TrajectoryStore, part: int) -> _PartGram | None:
 
 
 def _save(store: TrajectoryStore, part: int, result: _PartGram) -> None:
-    """Keep a result in the store, unless somebody else is keeping one or it cannot be written.
+    """Keep a result in the store, unless another process is keeping one or it cannot be written.
 
     It has a lock of its own: what it writes is apart from the steps, so it may run while they are
     recorded.

@@ -55,7 +55,7 @@ class Tick(Protocol):
     """Receives the number of columns that are done."""
 
     def __call__(self, columns: int, /) -> None:
-        """Note ``columns`` more."""
+        """Count ``columns`` more as done."""
 
 
 @dataclass(kw_only=True)

@@ -40,7 +40,7 @@ _MARGIN = (
 
 @dataclass(frozen=True)
 class Choice:
-    """``method``, ``exact`` or ``randomized``, and why, in a sentence; ``notable`` if somebody
+    """``method``, ``exact`` or ``randomized``, and why, in a sentence; ``notable`` if the user
     should read that.
     """
 
@@ -61,7 +61,7 @@ def choose(
     indices.
 
     Raises:
-        RelexkitError: ``pca`` is none of ``PCA``, or more components than steps.
+        RelexkitError: ``pca`` is not in ``PCA``, or more components than steps.
     """
     if pca not in PCA:
         raise RelexkitError(f"--pca {pca} is unknown; choose one of {', '.join(PCA)}")

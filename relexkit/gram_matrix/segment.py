@@ -47,8 +47,8 @@ def segment_gram(store: TrajectoryStore, start: int) -> Gram:
 
 
 def from_segment(store: TrajectoryStore, start: int, weights: np.ndarray) -> np.ndarray:
-    """Weights ``[N, T]`` of all recorded deltas that do what ``weights [N, T']`` do with those of
-    ``segment_gram``.
+    """Weights ``[N, T]`` over all recorded deltas with the effect of ``weights [N, T']`` over those
+    of ``segment_gram``.
     """
     whole = np.zeros((len(weights), len(store.steps)))
     whole[:, store.steps > start] = weights

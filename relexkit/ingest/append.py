@@ -214,7 +214,7 @@ class Appender:
         return buffers[bits][:numel]
 
     def in_order(self, work: Callable[[_S], _T], spans: Iterable[_S]) -> Iterator[_T]:
-        """Results of the workers, who are never ahead by more than one piece of work each."""
+        """Results of the workers, who are each at most one piece of work ahead."""
         ahead: deque[Future[_T]] = deque()
         for span in spans:
             ahead.append(self._pool.submit(work, span))
@@ -267,7 +267,7 @@ class _PartOfStep:
         return np.concatenate(at), np.concatenate(differences).view(signed)
 
     def checksum(self) -> int:
-        """Of what does not move taken once, from the base."""
+        """Of a part that does not move it is taken once, from the base."""
         still = self._appender.still
         known = still.get(self.part)
         if known is not None:

@@ -37,7 +37,7 @@ def create_for(
     reading: Reading,
     progress: ProgressCallback | None,
 ) -> list[str]:
-    """Create the store; returns what is odd about tied weights, in words."""
+    """Create the store; returns anything odd about tied weights, in words."""
     with closing(run.checkpoint(steps[0])) as first:
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         check_tensors(names, base.checkpoint, f"step {steps[0]}", base.words, widen=True)

@@ -65,8 +65,8 @@ def estimate_import(
     four steps; writes nothing.
 
     The size of a step is that of the second and the last one, as differences from their neighbours:
-    sparse logs of a run whose changes grow or shrink in between lie elsewhere. Of weight-sync
-    deltas the first three are taken, and applied whole.
+    where changes grow or shrink in between, a sparse log may turn out larger or smaller. Of
+    weight-sync deltas the first three are taken, and applied whole.
 
     Raises:
         CheckpointError: see ``import_checkpoints``; or the source is on the hub, where nothing can
@@ -99,7 +99,7 @@ def estimate_import(
 
 
 def _of_adapters(first: Checkpoint, run: Run, wanted: list[int]) -> Estimate:
-    """Factors are stored as they are, whole tensors about so."""
+    """Factors are stored unchanged, and whole tensors nearly so."""
     factors = sum(spec.numel * bits_dtype(spec.dtype).itemsize for spec in first.factors.values())
     touched = [n for n in first.tensors if n not in first.still and n not in first.factors]
     whole = [first.tensors[n] for n in touched if first.tensors[n].dtype in FLOAT_DTYPES]
@@ -223,7 +223,7 @@ class _SlicedRun:
         self.opening_seconds = 0.0
 
     def checkpoint(self, step: int) -> _Slice:
-        """Open one step; the time counts apart, since it is that of whole tensors."""
+        """Open one step; its time is counted separately, since it is that of whole tensors."""
         began = time.perf_counter()
         opened = self._inner.checkpoint(step)
         self.opening_seconds += time.perf_counter() - began

@@ -100,7 +100,7 @@ def import_checkpoints(
         exclude: regular expressions, searched for in tensor names: what matches keeps the base's
             values in every step, or is left out if the base lacks it. Tensors that trainers are
             known to drop or to add (``mtp.*``, layers beyond the model's, rotary frequencies; value
-            heads) are treated so by themselves, and said.
+            heads) are treated so without being named, and reported.
         rewind: the run was resumed and written anew: remove the recorded steps after the last one
             that is still the same, and record it again from there.
         continues: the run goes on from the store although no step is in both.

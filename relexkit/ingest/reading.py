@@ -21,7 +21,8 @@ class Reading:
     """The arguments of ``import_checkpoints`` that ``watch`` and an estimate have too; see there.
 
     Raises:
-        RelexkitError: an encoding, or a number of mantissa bits, is not one.
+        RelexkitError: the encoding is unknown, or the mantissa bits are out of range or of no
+        effect.
     """
 
     base: str | Path | None = None

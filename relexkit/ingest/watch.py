@@ -33,10 +33,10 @@ class Watching:
         delete_after: delete a checkpoint's folder once a later one is stored as well: the newest
             stays, to resume from. Right before, the whole checkpoint is compared with what the
             disk holds of the store; one that the trainer has written again since stays, and is
-            reported. So are links, and what another checkpoint or the base links to. Started again
-            after a kill, it goes on with what is still to be deleted. Needs an exact store, or
-            ``encoding="float"`` to say that rounded deltas are enough. Holds one more copy of
-            16-bit weights.
+            reported. The same holds for links, and for what another checkpoint or the base links
+            to. Started again after a kill, it goes on with what is still to be deleted. Needs an
+            exact store, or ``encoding="float"`` to say that rounded deltas are enough. Holds one
+            more copy of 16-bit weights.
         poll_seconds: between two looks at the folder.
         idle_seconds: stop when nothing came for so long; None to go on until interrupted.
 
@@ -121,7 +121,7 @@ class _Watcher:
         self._memory = DroppedFromMemory(str(out))
 
     def look(self) -> bool:
-        """Import what is whole by now, delete what is owed; True if there was anything."""
+        """Import what is whole by now, delete what is due; True if there was anything."""
         run = self._run()
         if run is None:
             return False
@@ -343,7 +343,7 @@ def _inside_each_other(first: Path, second: Path) -> bool:
 
 
 def _links_into(folder: Path, target: Path) -> bool:
-    """Whether a link below ``folder``, or that it is, leads into ``target``."""
+    """Whether ``folder`` is a link, or holds one, that leads into ``target``."""
     inside = Path(os.path.realpath(target))
     links = [folder, *folder.rglob("*")] if folder.is_dir() else []
     return any(

@@ -12,7 +12,7 @@ import numpy as np
 
 class WriteQueue:
     """Calls made in order on a thread of their own. After the first failure none is made any more:
-    later ones were prepared in the belief that the earlier ones had succeeded.
+    later ones rely on the success of the earlier ones.
 
     Args:
         most_bytes: arguments that may wait; a larger call waits until the queue is empty.

@@ -1,5 +1,5 @@
-"""How other weights lie to the principal directions of a run: a checkpoint projected on them, and
-the directions of two runs against each other.
+"""How other weights lie relative to the principal directions of a run: a checkpoint projected on
+them, and the directions of two runs against each other.
 """
 
 from __future__ import annotations

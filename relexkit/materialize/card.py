@@ -1,4 +1,4 @@
-"""README.md of a predicted checkpoint, from the words that its plan has about it."""
+"""README.md of a predicted checkpoint, from what its plan says about it."""
 
 from __future__ import annotations
 

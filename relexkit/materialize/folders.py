@@ -200,7 +200,7 @@ def _with_dtype(config: bytes, dtypes: list[str]) -> bytes:
 
 
 def check_output(dtype: str | None, rounding: str) -> None:
-    """Refuse an output format or a rounding that is not one of ours."""
+    """Refuse an unknown output format or rounding."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise RelexkitError(f"--dtype {dtype} is unknown; choose one of {', '.join(FLOAT_DTYPES)}")
     if rounding not in ROUNDINGS:

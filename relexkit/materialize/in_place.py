@@ -114,8 +114,8 @@ class _Targets:
 
 
 def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state by the store's names: those of memory, and where tensors of the store lack
-    there, those on disk, as pieces of what memory holds, or with a prefix.
+    """The model's state by the store's names: those of memory, and where tensors of the store are
+    missing there, those on disk, as pieces of what memory holds, or with a prefix.
     """
     state = dict(model.state_dict())
     names = [t.name for t in layout.moving_tensors]
@@ -140,7 +140,7 @@ def _flat_tensors(
     store: TrajectoryStore, state: dict[str, torch.Tensor]
 ) -> dict[str, list[torch.Tensor]]:
     """For each moving tensor, flat views of its memory in the model, under its own name and those
-    tied to it; none of what no step moves and the model does not have.
+    tied to it; no views of a tensor that no step moves and the model lacks.
     """
     shared = store.layout.aliases()
     flat: dict[str, list[torch.Tensor]] = {}

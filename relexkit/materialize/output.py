@@ -1,4 +1,4 @@
-"""What is to be written, and what was."""
+"""What is to be written, and what was written."""
 
 from __future__ import annotations
 

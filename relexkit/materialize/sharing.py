@@ -75,7 +75,7 @@ def push(
     """Upload a written checkpoint as a model, or a store as a data set; returns the address.
 
     The repository is made if there is none. The card's licence is taken from the card of the base
-    where that is on the hub. Who one is, is up to ``huggingface_hub`` (``hf auth login``).
+    where that is on the hub. The account is that of ``huggingface_hub`` (``hf auth login``).
 
     Args:
         repository: ``ORG/NAME``.
@@ -152,7 +152,7 @@ def _full_card(api: Any, folder: Path, evaluation: str | Path | None) -> str | N
 
 
 def front_matter(values: Mapping[str, Any]) -> str:
-    """Metadata of a card as YAML; JSON is YAML, and what is empty is left out."""
+    """Metadata of a card as YAML, of which JSON is a subset; empty entries are left out."""
     return "".join(
         f"{name}: {json.dumps(value, ensure_ascii=False)}\n"
         for name, value in values.items()

@@ -1,6 +1,4 @@
-"""What was asked for and means less than it seems to: a line for each thing, with what is done
-instead.
-"""
+"""Options that have less effect than they ask for: a line for each, with what is done instead."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ def hold(steps: np.ndarray, target: float, options: Options) -> np.ndarray:
 
 
 def average(steps: np.ndarray, target: float, options: Options) -> np.ndarray:
-    """The mean of the last ``window`` recorded steps, whatever the target: it moves nothing ahead,
-    but averages noise out.
+    """The mean of the last ``window`` recorded steps, whatever the target: less noise, but no
+    extrapolation.
     """
     count = min(len(steps), options.window or _AVERAGED)
     weights = np.zeros(len(steps))
@@ -288,7 +288,7 @@ def step_text(step: float) -> str:
 
 def check_request(targets: Sequence[float], prediction: Prediction) -> None:
     """Refuse an unknown method, an option that the method does not use, and targets or a scale that
-    are no numbers.
+    are not numbers.
 
     Raises:
         ExtrapolationError: with the choices.

@@ -1,4 +1,4 @@
-"""A prediction as one value: which method, told what, fitted to which steps."""
+"""A prediction as one value: which method, with which options, fitted to which steps."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ recorded steps.
     recorder.record(step, metrics)
     sentence = live.update()       # None until there is news
 
-The sketches estimate the Gram matrix of the whole model, so no weight is read. Whatever goes wrong
-is said instead of the advice and never stops a training.
+The sketches estimate the Gram matrix of the whole model, so no weight is read. An error is reported
+in place of the advice and never stops a training.
 """
 
 from __future__ import annotations

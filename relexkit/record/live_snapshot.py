@@ -146,7 +146,7 @@ def _encodings(float32: str) -> dict[str, str]:
 
 def layout_of(described: Checkpoint, float32: str, still: Collection[str] = ()) -> Layout:
     """The layout of a store for such checkpoints: float32 tensors in the encoding that is wanted,
-    16-bit ones sparse, and what has factors as these.
+    16-bit ones sparse, and what has factors as factors.
     """
     weights = [(name, info.shape, info.dtype) for name, info in described.tensors.items()]
     factors = described.factors

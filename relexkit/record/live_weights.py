@@ -66,7 +66,7 @@ def whole_weights(
 
 
 def are_whole(model: torch.nn.Module) -> bool:
-    """True if every weight is here as it is, with nothing to gather."""
+    """True if this process holds every weight whole, with nothing to gather."""
     return not _fsdp_modules(model) and not any(
         _of_deepspeed(weight) or hasattr(weight, "full_tensor")
         for weight in named_weights(model).values()
@@ -75,7 +75,7 @@ def are_whole(model: torch.nn.Module) -> bool:
 
 def describe_weights(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, whole shape and dtype of every weight, as ``whole_weights`` gives them. Gathers only
-    where nothing else tells.
+    where there is no other way.
     """
     weights = named_weights(model) if not _fsdp_modules(model) else {}
     if weights and not any(_of_deepspeed(weight) for weight in weights.values()):

@@ -1,4 +1,4 @@
-"""What a recorder decides when it opens a store: which tensors move, which parts are whose, what
+"""What a recorder decides when it opens a store: which tensors move, who owns which parts, what
 lies beside the weights.
 """
 

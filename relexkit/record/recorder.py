@@ -55,7 +55,7 @@ _SKETCH_BLOCK = 2**20  # elements; the base is compressed in such pieces
 class Recorder:
     """Records the weights of ``model`` into the store ``path``, at most one step in flight.
 
-    A new store takes the weights as they are as its base. An existing one is continued from
+    A new store takes the current weights as its base. An existing one is continued from
     ``resume_from``; the steps after it are removed, because training goes on from there.
 
     Memory: one copy of the weights, or of a PEFT model's adapter, about 110 MB, and the base where
@@ -186,7 +186,7 @@ class Recorder:
     def _create(
         self, path: str | Path, described: Checkpoint, layout: Layout, about: About
     ) -> None:
-        """The store, by the first process, with the weights as they are as its base."""
+        """The store, created by the first process, with the current weights as its base."""
         whole = Snapshot.whole(self._model, keep=self._processes.rank == 0)
         adapter = self._adapter
         base: Checkpoint = whole
@@ -238,8 +238,8 @@ class Recorder:
     def record(
         self, step: int, metrics: Mapping[str, float] | None = None, *, metrics_follow: bool = False
     ) -> bool:
-        """Record the weights as they are, as those after optimizer step ``step``; False if
-        ``every`` leaves it out.
+        """Record the current weights as those after optimizer step ``step``; False if ``every``
+        leaves it out.
 
         Waits for the step before, copies the weights and returns; the rest happens in the
         background. With ``metrics_follow`` the step is committed once ``describe`` has given

@@ -27,7 +27,7 @@ def verify_descriptions(
     """Compare every description with that of a store which is created now for the same layout.
 
     How many rows there is room for, how wide a sketch is, how long a file is and how large the
-    chunks are may differ, where reading finds it.
+    chunks are may differ: readers take them from the description.
 
     Raises:
         StoreError: one is damaged or missing, by name.
@@ -76,7 +76,7 @@ def _description(group: zarr.Group, name: str) -> dict[str, Any]:
 
 def _fixed(document: Any) -> Any:
     """A description without the numbers that differ between stores of one layout, and without the
-    names of dimensions, which nothing is read by and earlier releases did not write.
+    names of dimensions, which no reader uses and earlier releases did not write.
     """
     if isinstance(document, dict):
         return {

@@ -85,8 +85,8 @@ def kept(
 def keep(
     store: Content, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]
 ) -> None:
-    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if nobody else does and it can
-    be written. They are on the disk before their attributes are.
+    """Keep derived ``arrays [S, ...]`` in group ``name`` of a store, if no other process does and
+    it can be written. They are on the disk before their attributes are.
     """
     content = {
         **attributes,
@@ -108,7 +108,7 @@ def keep(
 
 
 def _keeping(path: str) -> contextlib.AbstractContextManager:
-    """One process at a time, on a local disk; elsewhere the checksums show a mixture."""
+    """One process at a time, on a local disk; elsewhere the checksums expose a mixture."""
     return contextlib.nullcontext() if "://" in path else WriterLock(f"{path.rstrip('/')}.gram")
 
 
@@ -166,7 +166,7 @@ def _check_group(raw: bytes) -> dict[str, Any]:
     """The attributes of a group with this description.
 
     Raises:
-        ValueError, KeyError: it is not one of a group.
+        ValueError, KeyError: it does not describe a group.
     """
     document = json.loads(raw)
     attributes = document["attributes"]

@@ -1,8 +1,8 @@
 """The writer's lock of a store in object storage: an object that only one writer can put.
 
-Such a store has no ``flock`` and nobody who notices that a process is gone. So the lock is an
-object ``RUN.zarr.lock`` beside the store, put on the condition that it is not there; its owner puts
-it again every few seconds, on the condition that it is still its own. One that nobody has put again
+Such a store has no ``flock``, and nothing notices that a process is gone. So the lock is an object
+``RUN.zarr.lock`` beside the store, put on the condition that it is not there; its owner puts it
+again every few seconds, on the condition that it is still its own. One that nobody has put again
 for a minute, by the clock of the storage, is left over from a killed writer: another takes it, on
 the condition that it is still the one that was looked at.
 
@@ -86,9 +86,7 @@ class Lease:
         return tag
 
     def _take_over(self) -> tuple[str, str | None]:
-        """The owner of the lease that is there, and the tag of our own if that one was left
-        over.
-        """
+        """The owner of the present lease, and the tag of our own if it was abandoned."""
         try:
             head = self._call("head_object")
         except FileNotFoundError:  # it was given back just now

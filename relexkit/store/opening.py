@@ -59,7 +59,7 @@ def open_group(path: str) -> zarr.Group:
 
 
 def store_inside(path: str) -> str:
-    """What to add about a folder that is no store but holds one; nothing if it does not."""
+    """What to add about a folder that is not a store but holds one; empty if it does not."""
     stores = sorted(p.parent for p in Path(path).glob("*/zarr.json")) if "://" not in path else []
     return f": did you mean {stores[0]}?" if stores else ""
 
@@ -107,7 +107,7 @@ def layout_of(attributes: dict[str, Any], path: str) -> Layout:
     """The layout in the description of a store.
 
     Raises:
-        StoreError: it is not one: tensors overlap, a shape is negative, a name is missing.
+        StoreError: it is not valid: tensors overlap, a shape is negative, a name is missing.
     """
     try:
         layout = Layout.from_json(attributes["layout"])

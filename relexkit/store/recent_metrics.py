@@ -1,7 +1,7 @@
 """The metrics of the latest steps, together in one small array, until there are enough of them to
 write each metric's own array.
 
-A metric is an array over the steps, which is what is wanted of it later. To write a score of such
+A metric is an array over the steps, which is what is wanted of it later. To write about twenty such
 arrays after every step costs a small model as much as writing its weights, each of them being
 flushed and renamed. So a step writes one array of ``MOST`` entries, and every ``MOST``-th step, and
 the end of the writer, move them to where they belong. Until they are there, and on the disk, they

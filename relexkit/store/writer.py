@@ -84,7 +84,7 @@ class StoreWriter:
     def close(self) -> None:
         """Release the lock. A step that was begun and not committed does not exist."""
         self._give_up_rows()
-        with contextlib.suppress(StoreError):  # they stay where they are, which is as good
+        with contextlib.suppress(StoreError):  # readers find them there as well
             self._move_recent(last=True)
         unflushed = getattr(self, "_unflushed", None)
         if unflushed is not None:

@@ -167,7 +167,7 @@ class Layout:
         return {"tensors": [asdict(t) for t in self.tensors], "parts": parts}
 
     def check(self) -> None:
-        """Refuse a layout in which something cannot be, or lies in the place of something else.
+        """Refuse a layout with impossible values or overlapping tensors.
 
         Raises:
             ValueError: what is wrong, with the name of the tensor or the number of the part.

@@ -58,7 +58,7 @@ def test_a_file_and_options_together_and_back(tmp_path):
         ({"precision": "bfloat16"}, "precision: 'bfloat16' does not fit .*'bfloat16_nearest'"),
         (
             {"precision": "bfloat16_nearest", "bf16": True},
-            "bf16: chooses how float32 weights compute",
+            "bf16: is for precision float32 only",
         ),
         ({"delta": 1.1}, "delta: 1.1 would cap below the clip range"),
         ({"mantissa_bits": 24}, "mantissa_bits: 24 is out of range"),

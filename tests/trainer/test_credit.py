@@ -298,8 +298,8 @@ def test_a_run_with_nothing_to_learn_from_says_so(base, tmp_path, capsys):
             {"regrounding": {"train_steps": 5, "jump_steps": 5, "methods": "relex"}},
             "key 'methods' is unknown",
         ),
-        ({"regrounding": {"train_steps": 1, "jump_steps": 5}}, "train_steps 1 cannot be fitted"),
-        ({"regrounding": {"train_steps": 5, "jump_steps": 0}}, "jump_steps 0 leads nowhere"),
+        ({"regrounding": {"train_steps": 1, "jump_steps": 5}}, "train_steps 1 are too few"),
+        ({"regrounding": {"train_steps": 5, "jump_steps": 0}}, "jump_steps 0 is no jump"),
         ({"regrounding": {"train_steps": 5, "jump_steps": 5, "method": "relax"}}, "relax"),
         (
             {"regrounding": {"train_steps": 5, "jump_steps": 5}, "record_every": 2},

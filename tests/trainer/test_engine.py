@@ -126,7 +126,7 @@ def test_ratios_are_those_of_the_formula():
                 "vllm_importance_sampling_mode": "token_truncate",
                 "vllm_importance_sampling_clip_max": None,
             },
-            "vllm_importance_sampling_mode: cuts to a range",
+            "vllm_importance_sampling_mode: needs a range to cut to",
         ),
     ],
 )

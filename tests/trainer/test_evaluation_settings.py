@@ -60,7 +60,7 @@ def test_sweep_takes_both_from_the_run_and_marks_what_was_stopped(run, capsys):
 def test_without_a_run_the_task_is_asked_for_before_anything_slow(run, capsys):
     assert main(["evaluate", str(run.parent / "base")]) == 1
     assert (
-        "belongs to no training run that says its task; expected --task" in capsys.readouterr().err
+        "belongs to no training run that names its task; expected --task" in capsys.readouterr().err
     )
     assert main(["evaluate", "nowhere", "--task", "{name: file"]) == 1
     assert "is no YAML" in capsys.readouterr().err

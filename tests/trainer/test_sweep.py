@@ -183,7 +183,7 @@ def test_what_means_less_than_it_seems_is_said_and_the_task_is_a_name(
         (["--task", "sums"], "task 'sums' is unknown; expected arithmetic"),
         (
             ["--task", TASK, "--num-problems", "3"],
-            "3 validation problems tell nothing apart; expected at least 16",
+            "3 validation problems are too few to compare predictions; expected at least 16",
         ),
         (
             ["--task", TASK, "--until", "1", "--method", "model"],

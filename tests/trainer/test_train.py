@@ -405,7 +405,7 @@ def test_two_processes_agree_with_one(base, tmp_path):
             assert second[name] == (
                 value if value is None else pytest.approx(value, rel=1e-2, abs=1e-4)
             ), name
-    with pytest.raises(RelexkitError, match="was saved by 2 processes, these are 1"):
+    with pytest.raises(RelexkitError, match="was saved by 2 processes, but this run has 1"):
         train(settings(base, two, **options | {"max_steps": 6}))
 
 

@@ -55,7 +55,7 @@ def _default(value: object) -> str:
 
 
 def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, str]:
-    """Those of ``add_options`` that were given."""
+    """The options of ``add_options`` that were given."""
     return {
         field.name: getattr(arguments, field.name)
         for field in dataclasses.fields(kind)

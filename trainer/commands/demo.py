@@ -226,7 +226,7 @@ def _train_here(plan: Plan) -> None:
 
 
 def _train_beside(plan: Plan, name: str) -> str:
-    """Train one of the other runs in a process of its own; the command, for a person to see."""
+    """Train one of the other runs in a process of its own; returns the command to print."""
     words = _training(plan, name)
     done = subprocess.run(
         [sys.executable, "-m", "relexkit", *words],
@@ -246,7 +246,7 @@ def _train_beside(plan: Plan, name: str) -> str:
 
 
 def _wait(others: Sequence[Future[str]]) -> None:
-    """Print the commands that ran beside, when they are done."""
+    """Print the commands that ran in the background, once they are done."""
     for other in others:
         print(f"\n$ {other.result()}", flush=True)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OnTask(Json):
-    """What a command that evaluates may take from the run that it is given."""
+    """Settings of an evaluation that default to those of the run."""
 
     task: str | None = None
     """a name, FILE.py:FUNCTION, or a mapping as in a configuration, in quotes (default: the task of

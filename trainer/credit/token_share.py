@@ -1,10 +1,11 @@
 """Which tokens carry the update: the share of ``sum |A| |v|`` by token and by class of token.
 
 ``|A|`` is the advantage of a token's rollout and ``|v|`` the length of its gradient proxy
-(``trainer.credit.token_states``), so a token's share is its part of all that pulls at the output
-head, whatever cancels there. A claim that is often made of such runs, that formatting and other
-shared tokens carry over 80 % of the update, is the share named ``shared``: of token ids that occur
-on both sides of the batch, in rollouts that are reinforced and in others that are suppressed.
+(``trainer.credit.token_states``), so a token's share is its part of the summed lengths of all
+gradients at the output head, before any of them cancel. A claim that is often made of such runs,
+that formatting and other shared tokens carry over 80 % of the update, is the share named
+``shared``: of token ids that occur on both sides of the batch, in rollouts that are reinforced and
+in others that are suppressed.
 """
 
 from __future__ import annotations

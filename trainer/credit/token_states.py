@@ -70,8 +70,8 @@ class TokenStates(Watcher):
             handle.remove()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """As the first logits processor of the generation: keeps what the last token's probability
-        takes.
+        """Called as the first logits processor of the generation: keeps the scores of the next
+        token, and the log-probability of the last one.
         """
         if self._scores:
             self._scores[-1] = self._log_probability(self._scores[-1], input_ids[:, -1])
@@ -119,8 +119,8 @@ class TokenStates(Watcher):
         pad: int,
         autocast: bool,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Every row's ``v`` once, in blocks as those of ``blocks``; rows that are missing take a
-        forward pass of the model.
+        """Every row's ``v`` once, in blocks as those of ``blocks``; those of missing rows are
+        computed again by a forward pass.
         """
         yield from self.blocks
         for group in micro_batches([completions[row] for row in self.missing], max_tokens):

@@ -129,8 +129,8 @@ class _Sides:
         return None if bool((sums[:, -1] == 0).any()) else (sums[:, :-1] / sums[:, -1:]).float()
 
     def margins(self, mu_2H: torch.Tensor) -> list[torch.Tensor]:
-        """``m`` of every rollout's tokens; linear in ``v``, whose own square is on both sides of
-        the difference.
+        """``m`` of every rollout's tokens; linear in ``v``, because ``|v|^2`` cancels in the
+        difference.
         """
         margins: list[torch.Tensor] = [torch.empty(0)] * len(self._lengths)
         offset = mu_2H[1].square().sum() - mu_2H[0].square().sum()

@@ -90,7 +90,7 @@ class StoreLM(HFLM):
 
 
 def _taken(options: dict[str, Any], kind: type[_T], names: Sequence[str]) -> _T:
-    """The ``kind`` whose fields are among the options, which no longer have them."""
+    """A ``kind`` from the options that are its fields; these are removed from ``options``."""
     return kind(**{name: options.pop(name) for name in names if options.get(name) is not None})
 
 
@@ -167,8 +167,8 @@ class Harness:
 
 
 def _manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
-    """An index that has every task. That of the harness's own thousands of files takes half a
-    minute, so it is made only for what ``include_path`` has not.
+    """An index that has every task. Indexing the harness's own thousands of files takes half a
+    minute, so it is done only for tasks that ``include_path`` lacks.
     """
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)

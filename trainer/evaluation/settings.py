@@ -1,5 +1,5 @@
-"""What is asked of a model on a task, and what of it comes from the run that the model is of: task
-and length of completions stand in the run's folder, and in its store, which may have been moved.
+"""How a model is evaluated on a task, and which of these settings its training run gives. Task and
+length of completions are kept in the run's folder and also in its store, which may have been moved.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def chosen_task(given: str | None, place: str | Path, split: Split) -> Task:
         settings = run_setting(place, "task")
         if settings is None:
             raise RelexkitError(
-                f"{place}: belongs to no training run that says its task; expected --task"
+                f"{place}: belongs to no training run that names its task; expected --task"
             )
         if _beside(place).get("task") is None:
             _refuse_code(place, settings)
@@ -176,7 +176,7 @@ def _kept(place: str | Path) -> dict[str, Any]:
 
 
 def _known(settings: Any) -> dict[str, Any]:
-    """The settings that are of the types that they must be of."""
+    """The settings of ``settings`` that have a valid type; None in place of the others."""
     if not isinstance(settings, dict):
         return {}
     task, length = settings.get("task"), settings.get("max_completion_length")
@@ -193,6 +193,6 @@ def _refuse_code(place: str | Path, task: str | dict[str, Any]) -> None:
     path = named.rpartition(":")[0]
     gone = f" (there is no {path} here)" if path.endswith(".py") and not Path(path).exists() else ""
     raise RelexkitError(
-        f"{place}: its task is code, {named}{gone}, which does not run because a store names it;"
-        " expected --task"
+        f"{place}: its task is code, {named}{gone}, which is not run just because a store names"
+        " it; expected --task"
     )

@@ -183,9 +183,7 @@ class _Run:
         return logged if self.config.pairs == "training" else self._fresh(step, logged)
 
     def _fresh(self, step: int, logged: pyarrow.Table) -> pyarrow.Table:
-        """As many rollouts of the policy of ``step`` as a group has, to every prompt that was
-        trained on.
-        """
+        """A group of rollouts of every prompt that was trained on, by the policy of ``step``."""
         from relexkit.trainer.credit.token_states import TokenStates
         from relexkit.trainer.loop.rollout_log import Rollout, as_table
         from relexkit.trainer.policy.sampling import Sampling, generate

@@ -1,5 +1,5 @@
-"""Successive halving among models on common problems: who is clearly behind stops early, who is
-left gets the fresh problems.
+"""Successive halving among models on common problems: those that are clearly behind stop early, and
+the others go on to fresh problems.
 
 Every candidate answers the first eighth of the problems, a third of them the next eighth, a ninth
 the next quarter (those equal to the last of these go on too), and one the last half; the baseline,

@@ -129,8 +129,8 @@ def sweep(
     problems = list(task.problems(settings.split))[: settings.num_problems]
     if len(problems) < _FEWEST_PROBLEMS:
         raise RelexkitError(
-            f"task {task.name!r}: {len(problems)} validation problems tell nothing apart; expected"
-            f" at least {_FEWEST_PROBLEMS}"
+            f"task {task.name!r}: {len(problems)} validation problems are too few to compare"
+            f" predictions; expected at least {_FEWEST_PROBLEMS}"
         )
     observed = gram(store, progress=progress).until(grid.until)
     last_step = int(observed.steps[-1])

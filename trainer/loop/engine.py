@@ -4,8 +4,8 @@
 
 calls ``FUNCTION(config, tokenizer)``, which gives an ``Engine``. Before every generation it takes
 over the weights; then it samples tokens and says how likely each one was to it. Where that differs
-from what the policy says of the same tokens, which other kernels and precisions always do a little,
-the loss is corrected (``trainer.credit.importance``).
+from what the policy says of the same tokens, as it always does a little with other kernels and
+precisions, the loss is corrected (``trainer.credit.importance``).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""TensorBoard events, written where they arise: TensorBoard's own writer does so in a thread, which
-prints a traceback when the disk is full and takes what it holds along when the process ends.
+"""TensorBoard events, written in the caller's thread: TensorBoard's own writer uses another one,
+which prints a traceback when the disk is full and loses what it still holds when the process ends.
 """
 
 from __future__ import annotations

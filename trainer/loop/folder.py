@@ -30,8 +30,8 @@ def claim_folder(folder: Path, config: GRPOConfig) -> None:
     """Make ``folder`` the folder of the run with the configuration ``config``, or find that it is.
 
     A longer ``max_steps`` of a run with a constant learning rate is the same run, and so is another
-    logging or saving rhythm. An option that the folder's configuration lacks is newer than the run,
-    which had what is now its default.
+    logging or saving rhythm. An option that the folder's configuration lacks is newer than the run
+    and has its default there.
 
     Raises:
         RelexkitError: it holds something else, or a run with other options; the message names them.

@@ -35,8 +35,8 @@ class RunLog(AbstractContextManager):
     """Writes ``metrics.jsonl`` below ``folder`` and to loggers, and shows a bar on a terminal.
 
     Args:
-        step: the step after which the run goes on; what a former process logged later is removed,
-            and so, with a word, is a line that a kill or a power cut has damaged.
+        step: the step after which the run goes on; what a former process logged later is removed.
+            So are lines that a kill or a power cut has damaged, and a message says so.
         total: steps of the whole run.
         loggers: make the loggers of the run, which the log closes.
         active: false in every process but the first, whose log is the run's.

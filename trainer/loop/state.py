@@ -83,8 +83,8 @@ def load_state(
     count = len(list(place.glob("process-*.pt")))
     if count != processes.size:
         raise RelexkitError(
-            f"{place}: was saved by {count} processes, these are {processes.size}; start as many as"
-            " then"
+            f"{place}: was saved by {count} processes, but this run has {processes.size}; start as"
+            " many as then"
         )
     weights, moments = _read(place / f"process-{processes.rank}.pt")
     held = {name: _local(tensor) for name, tensor in model.state_dict().items()}
@@ -135,7 +135,7 @@ def _removed_if_it_fails(temporary: Path, processes: Processes) -> Iterator[None
 
 @contextmanager
 def _said_of(folder: Path) -> Iterator[None]:
-    """A failed write as a sentence; torch says it in its own words, which name no file."""
+    """Turns a failed write into an error that names the folder; torch's own names no file."""
     try:
         yield
     except (OSError, RuntimeError) as error:

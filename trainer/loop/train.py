@@ -140,10 +140,10 @@ def check_processes(config: GRPOConfig, processes: Processes) -> None:
     """Refuse what cannot be done by so many processes."""
     if config.regrounding is not None and processes.size > 1:
         raise RelexkitError(
-            "regrounding: writes predictions into a model that is whole; expected one process"
+            "regrounding: cannot write predictions into a sharded model; expected one process"
         )
     if config.engine is not None and processes.size > 1:
-        raise RelexkitError("engine: takes over whole weights; expected one process")
+        raise RelexkitError("engine: cannot take over sharded weights; expected one process")
     unit = processes.size * config.num_generations * config.steps_per_generation
     if config.generation_batch_size % unit:
         raise RelexkitError(
@@ -256,8 +256,8 @@ def _warn_without_signal(
 def _speed(
     config: GRPOConfig, metrics: dict[str, float], generation: Generation, seconds: float
 ) -> dict[str, float]:
-    """Seconds of a step with its share of the generation, and completion tokens a second; apart,
-    since they never repeat.
+    """Seconds of a step with its share of the generation, and completion tokens a second; kept
+    apart from the other metrics because they differ between equal runs.
     """
     whole = seconds + generation.seconds / config.generation_interval
     tokens = (

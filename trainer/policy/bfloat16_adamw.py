@@ -1,12 +1,12 @@
-"""AdamW on bfloat16 weights that have no float32 copy: what an update leaves of itself is decided
-by how it is rounded.
+"""AdamW on bfloat16 weights that have no float32 copy: how an update is rounded decides how much of
+it survives.
 
 All arithmetic of a step is float32, as in the fused AdamW of PyTorch; its moments live in bfloat16,
 rounded to nearest, as PyTorch keeps those of bfloat16 parameters. With the weight ``w`` and the
 update ``u`` of decoupled weight decay and Adam:
 
     nearest      w' = nearest(w + u): what is less than half a unit in the last place is lost
-    stochastic   w' = one of the two neighbours of w + u, which the expectation is equal to
+    stochastic   w' = one of the two neighbours of w + u, at random, with expectation w + u
     compensated  y = u + c, w' = nearest(w + y), c' = y - (w' - w): Kahan's sum, with the remainder
                  c in bfloat16 (arXiv 2010.06192)
 
@@ -28,7 +28,7 @@ _BLOCK = 2**18  # elements whose float32 values are held at a time: they stay in
 
 
 class AdamWOptions(TypedDict):
-    """What AdamW is told."""
+    """The options of AdamW."""
 
     lr: float
     betas: tuple[float, float]

@@ -165,8 +165,8 @@ def left_padded(
 
 
 def pad_token(tokenizer: Any) -> int:
-    """Number of the padding token, or of the end-of-sequence token: what it is does not matter
-    where it is masked.
+    """Number of the padding token, or else of the end-of-sequence token: padding is masked, so that
+    any token will do.
     """
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -185,8 +185,8 @@ class _GumbelNoise:
     """Adds each row's noise to its scores, so that the arg-max of the sum is a draw from their
     softmax.
 
-    Of a small vocabulary the noise of several tokens is drawn at once: how many depends on nothing
-    but its size.
+    With a small vocabulary the noise of several tokens is drawn at once; how many depends on its
+    size alone.
     """
 
     def __init__(self, seed: int, keys: Sequence[Any], device: torch.device):

@@ -109,7 +109,7 @@ def choose_device(config: GRPOConfig | G2DConfig | Loading) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of transformers for each file that it loads or saves."""
+    """Without the progress bars of transformers for every file that it loads or saves."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

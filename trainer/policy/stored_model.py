@@ -20,10 +20,10 @@ from relexkit.trainer.policy.setup import choose_device, load_model
 class StoredModel:
     """The model of a store, in float32 whatever precision its weights are rounded to.
 
-    The values of a checkpoint as ``loading`` would have it rounded are what is computed with, so
-    that models in different precisions differ by their weights alone. Memory: one model, and a
-    second one in ``loading.dtype`` if that is not float32. Code that the store carries for its
-    model runs only with ``loading.trust_remote_code``.
+    It computes with the weights rounded as ``loading`` says, so that models in different precisions
+    differ by their weights alone. Memory: one model, and a second one in ``loading.dtype`` if that
+    is not float32. Code that the store carries for its model runs only with
+    ``loading.trust_remote_code``.
 
     Attributes:
         model, tokenizer: as loaded from the store; the model holds what ``put`` has put last, at

@@ -55,8 +55,8 @@ def gives_answer(completion: str, answer: str, question: str = "") -> bool:
 
     Args:
         answer: a number, LaTeX or other mathematics, a list of these, or text.
-        question: what was asked; an expression of it is not an answer to it, and with it neither is
-            one that is still to be computed where the reference is a number.
+        question: what was asked. An expression copied from it is no answer. If it is given and the
+            reference is a number, an expression that is still to be computed is none either.
 
     Time limits of a comparison as mathematics are signals, which only the main thread receives.
     """
@@ -193,8 +193,8 @@ def _states_number(given: str, wanted: _Quantity, question: str) -> bool:
 
 
 def _computes(shown: str, wanted: _Quantity, question: str) -> bool:
-    """Whether an expression has the value that is wanted, where one may be an answer: not of the
-    question, and with a question known nothing that is still to be computed.
+    """Whether an expression is an answer with the wanted value. One that is copied from the
+    question is no answer, nor, where the question is known, one that is still to be computed.
     """
     shown = shown.strip().rstrip(".!").strip("$ ")
     if re.search(r"[\d)}]\s*(?:[-+*/^×·⋅÷]|\\times|\\cdot|\\div)", plain(shown)) and question:
@@ -350,7 +350,7 @@ def _stated(given: str) -> str:
 
 
 def _shorter(stated: str) -> list[str]:
-    """The statement, and without the reason that follows it."""
+    """The statement as it is, and without the reason that follows it."""
     return list(dict.fromkeys((stated, _REASON.sub("", stated))))
 
 

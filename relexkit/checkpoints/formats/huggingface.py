@@ -2,7 +2,7 @@
 
 The weights lie in ``actor/huggingface/``, ``huggingface/`` or the folder itself, as safetensors
 (one file or shards with an index) or as ``pytorch_model.bin``. A folder with a configuration only,
-as verl writes beside its shards, is no checkpoint.
+as verl writes beside its shards, is not a checkpoint.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def model_names(keys: Iterable[str]) -> dict[str, str]:
     ``app.model.``.
 
     Names of Hugging Face models themselves begin with ``model.``: it goes only if every key has it
-    and if below it are again ``model.`` or ``lm_head``, or names that are no Hugging Face module's.
+    and if below it are again ``model.`` or ``lm_head``, or names that no Hugging Face module has.
 
     >>> model_names(["model.model.norm.weight", "model.lm_head.weight"])["model.lm_head.weight"]
     'lm_head.weight'

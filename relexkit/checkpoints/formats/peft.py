@@ -377,9 +377,9 @@ class AdaptedRun:
 
 
 def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
-    """``run`` and ``base`` as they are; if the steps (``step`` is one) are adapters, the merged
-    view of the run, and the base under the adapter's names, with a tied head that is now a tensor
-    of its own.
+    """``run`` and ``base`` unchanged; if the steps (``step`` is one) are adapters, the merged view
+    of the run, and the base under the adapter's names, with a tied head that is now a tensor of its
+    own.
     """
     with closing(run.checkpoint(step)) as first:
         adapter = first.adapter
@@ -391,7 +391,7 @@ def over_base(run: Run, base: Checkpoint, step: int) -> tuple[Run, Checkpoint]:
 
 
 def named_base(run: Run, step: int) -> str | None:
-    """The base that the adapters of a run name, None if its steps are no adapters.
+    """The base that the adapters of a run name, None if its steps are not adapters.
 
     Raises:
         CheckpointError: they name none that is a folder here.

@@ -4,7 +4,7 @@ offset.
 Such a file is an uncompressed zip archive with one pickle and one entry for each storage. The
 pickle goes through ``safe_pickle``; the storages are never loaded, only located. PyTorch's own safe
 reader maps whole files and depends on the installed version (code execution up to 2.5,
-CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one takes part in neither.
+CVE-2025-32434; memory corruption up to 2.9, CVE-2026-24747); this one does neither.
 """
 
 from __future__ import annotations

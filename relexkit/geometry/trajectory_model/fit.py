@@ -252,8 +252,8 @@ def fit_trajectory(
     if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
         drifts.append((*search(gram, steps, other, (*start, *START[WALK:])), other))
     loss, parameters, clock = min(drifts, key=itemgetter(0))
-    # A walk within a drift is a walk: where it explains more than the one found first, that one was
-    # no optimum, and the difference no evidence.
+    # The walk of the best drift may, on its own, explain more than the walk fitted first: then that
+    # fit had missed the optimum, and the difference is not evidence of a drift.
     again, walk_there = search(gram, steps, clock, tuple(parameters[:WALK]))
     if again < null:
         null, walk_only, walk_clock = again, walk_there, clock

@@ -110,13 +110,13 @@ class CpuEngine:
     width = PIECE
 
     def buffer(self, shape: tuple[int, int]) -> np.ndarray:
-        """Ordinary memory; rows are apart by no power of two, whose elements would fall into the
-        same lines of the cache.
+        """Ordinary memory; the distance between rows is not a power of two, so that they do not
+        compete for cache lines.
         """
         return np.empty((shape[0], shape[1] + _APART), np.float32)[:, : shape[1]]
 
     def load(self, rows: np.ndarray) -> np.ndarray:
-        """Nothing to bring anywhere."""
+        """The rows are in place already."""
         return rows
 
     def submit(
@@ -151,8 +151,8 @@ def _sum_of_pieces(
 
 
 def fits_float32(product: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether a product of ``rows`` summed from float32 is neither out of range nor made of
-    vanished squares.
+    """Whether a product of ``rows`` summed from float32 neither overflowed nor lost squares to
+    underflow.
     """
     largest = np.abs(product).max(initial=0.0)
     return bool(_SMALLEST < largest < _LARGEST) or not rows.any()

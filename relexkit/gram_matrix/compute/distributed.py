@@ -1,8 +1,8 @@
 """Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the
 columns and adds the sums.
 
-Every process makes the same calls. What one of them runs into, all of them raise, and a process
-that dies ends the others with a stated error: nothing is written before all have answered.
+Every process makes the same calls. An error in one of them is raised in all, and a process that
+dies ends the others with a stated error: nothing is written before all have answered.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def is_exact(layout: Layout) -> bool:
 
 
 def check_encodings(layout: Layout) -> None:
-    """Refuse a layout with an encoding that is not ours, or not for such a part.
+    """Refuse a layout with an unknown encoding, or one that does not suit its part.
 
     Raises:
         ValueError: what is wrong, with the number of the part.

@@ -71,8 +71,8 @@ class ReadableArrays:
     def read(
         self, name: str, row: int | None, begin: int, end: int, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors come
-        as they are.
+        """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors are
+        passed on unchanged.
         """
         if name not in self._readers:
             self._readers[name] = shard_reader(self.array(name))
@@ -113,11 +113,10 @@ class ReadableArrays:
         return self.guard(where, read)
 
     def guard(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
-        """What ``read`` gives; its failure is said with the place, which is only then put into
-        words.
+        """What ``read`` returns; an error names the place, which is only then put into words.
 
         Raises:
-            StoreError: ``read`` failed, however.
+            StoreError: ``read`` failed, for whatever reason.
         """
         try:
             return read()

@@ -2,10 +2,10 @@
 Zarr's.
 
 Zarr takes milliseconds for every array and every inner chunk that it writes, and holds a shard in
-memory until it is complete. A recorder writes a score of small arrays and thousands of inner chunks
-after every optimizer step, so they come here: chunks are encoded one by one, on any thread, and go
-straight into the shard's file. `tests/test_chunk_files.py` holds the files equal to Zarr's byte for
-byte; arrays in other stores or with other codecs go through Zarr.
+memory until it is complete. A recorder writes about twenty small arrays and thousands of inner
+chunks after every optimizer step, so they come here: chunks are encoded one by one, on any thread,
+and go straight into the shard's file. `tests/store/test_chunk_files.py` checks that the files equal
+Zarr's byte for byte; arrays in other stores or with other codecs go through Zarr.
 """
 
 from __future__ import annotations

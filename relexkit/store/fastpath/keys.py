@@ -1,4 +1,4 @@
-"""The files or objects below a group, by name: what Zarr has only behind its event loop."""
+"""The files or objects below a group, by name: what Zarr offers only behind its event loop."""
 
 from __future__ import annotations
 

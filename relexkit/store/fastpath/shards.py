@@ -3,8 +3,8 @@
 Zarr's own pipeline takes milliseconds for every call and every inner chunk, most of it scheduling,
 while decoding a chunk takes a fraction of one. Passes over a store make tens of thousands of small
 reads, so they come here: find the chunks in the shard's index, read them in one range, compare
-their CRC-32C, decompress them into place. `tests/test_shards.py` holds the results equal to Zarr's;
-arrays with other codecs go through Zarr.
+their CRC-32C, decompress them into place. `tests/store/test_shards.py` checks that the results
+equal Zarr's; arrays with other codecs go through Zarr.
 """
 
 from __future__ import annotations
