@@ -16,8 +16,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from relexkit.registry import function_of
-
 if TYPE_CHECKING:
     from relexkit.assess.advice import Advice
     from relexkit.assess.backtest import Backtest
@@ -197,6 +195,8 @@ def __getattr__(name: str) -> Any:
     elif name.startswith("_"):
         raise AttributeError(f"module 'relexkit' has no attribute {name!r}")
     else:
+        from relexkit.registry import function_of  # the command answers signals before this
+
         try:
             value = function_of(name)
         except KeyError:

@@ -384,7 +384,8 @@ def test_names_of_metrics_are_kept_exactly(tmp_path: Path) -> None:
         n: [logged[1][n], logged[2][n]] for n in names
     }
     assert {p.name for p in (tmp_path / "s.zarr").iterdir()} == {
-        *("zarr.json", "base", "checksums", "files", "metrics", "steps", "updates")
+        *("zarr.json", "base", "checksums", "files", "metrics", "recent-metrics", "steps"),
+        "updates",
     }
 
 

@@ -85,7 +85,8 @@ def test_steps_that_do_not_fit_are_refused(tmp_path, capsys):
         assert "expected a multiple of 4, at least 16" in capsys.readouterr().err
 
 
-def test_a_run_beside_that_fails_ends_the_demo_in_one_line(tmp_path, capsys, short):
+def test_a_run_beside_that_fails_ends_the_demo_in_one_line(tmp_path, capsys, short, monkeypatch):
+    monkeypatch.setattr(demo, "_train_here", lambda plan: None)
     (tmp_path / "jumps").write_text("in the way")
     assert main(["demo", "-o", str(tmp_path), "--steps", "16"]) == 1
     said = capsys.readouterr().err

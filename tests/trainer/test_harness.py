@@ -208,7 +208,7 @@ def test_what_cannot_be_evaluated_is_named(store, tasks, capsys, monkeypatch, tm
     assert main([*command, "sums_choice", "no_such_task"]) == 1
     assert "task 'no_such_task' is unknown to lm-evaluation-harness" in capsys.readouterr().err
     assert main(["evaluate", str(store.path)]) == 1
-    assert "says its task; expected --task" in capsys.readouterr().err
+    assert "names its task; expected --task" in capsys.readouterr().err
 
 
 def test_the_entry_point_leads_to_the_model():
