@@ -438,8 +438,8 @@ def _in_vain(record: dict[str, tuple[Check, ...]]) -> list[str]:
     """What a record is worth without a drift."""
     best = _best(record)
     walk = (
-        "A walk's last step is noisy: the average of the latest ones may do better, though it does"
-        " not extrapolate either."
+        "A walk's last step is noisy: the average of the latest ones may do better, though it"
+        " predicts no later step."
     )
     if best is None or best[1].skill < _LEAST_SKILL:
         return ["No method clearly beat standing still in this run's own past.", walk]
