@@ -49,7 +49,8 @@ class Result:
 
     def __repr__(self) -> str:
         rows = self.rows()
-        lines = [f"{type(self).__name__}, {len(rows)} rows", *self.sentences()]
+        size = f", {len(rows)} rows" if rows else ""
+        lines = [f"{type(self).__name__}{size}", *self.sentences()]
         return "\n".join([*lines, *_text_table(rows[:_SHOWN_ROWS]), *_more(rows)])
 
     def _repr_html_(self) -> str:

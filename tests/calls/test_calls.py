@@ -337,3 +337,9 @@ def test_functions_of_a_run_take_a_path_and_an_open_store(two_runs, tmp_path: Pa
         rk.verify(source)
         assert rk.spectrum(source, scope="global").scopes[0].num_parameters > 0
     assert re.match(r"\(store.*step", str(inspect.signature(rk.checkout)))
+
+
+def test_an_answer_without_rows_says_its_sentences_alone() -> None:
+    answer = rk.Table({}, [], ["Keep training."])
+    assert repr(answer) == "Table\nKeep training."
+    assert repr(rk.Table({}, [{"step": 1}])).splitlines()[0] == "Table, 1 rows"
