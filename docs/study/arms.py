@@ -56,6 +56,11 @@ class Arm:
     further: tuple[str, ...] = ()
 
     @property
+    def jumps(self) -> bool:
+        """Whether it jumps inside the training."""
+        return self.jump is not None or "jumps" in self.options
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Options of the training that are the arm's own."""
         own: dict[str, Any] = {
