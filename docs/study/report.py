@@ -219,7 +219,7 @@ def jumps_table(results: Results) -> str:
     """Accuracy after so many trained steps, with the jumps."""
     rows = []
     for arm in ARMS.values():
-        found = results.seeds(arm.name) if arm.jump is not None else {}
+        found = results.seeds(arm.name) if arm.jumps else {}
         if not found:
             continue
         for place in next(iter(found.values()))["curve"]:
@@ -414,7 +414,7 @@ def systems_table(results: Results) -> str:
     """Arms without jumps against plain training at the same rate and the same steps."""
     rows = []
     for arm in ARMS.values():
-        if arm.jump is not None or arm.name == f"plain-{rate_name(arm.rate)}":
+        if arm.jumps or arm.name == f"plain-{rate_name(arm.rate)}":
             continue
         rows += _system_rows(
             arm, results.seeds(arm.name), results.seeds(f"plain-{rate_name(arm.rate)}")

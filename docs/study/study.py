@@ -37,10 +37,10 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
-    round_checkpoint,
 )
 from relexkit.assess.backtest import backtest
 from relexkit.gram_matrix.jumps import attempts, jumps
+from relexkit.materialize import round_checkpoint
 from relexkit.trainer.config import G2DConfig, GRPOConfig
 from relexkit.trainer.evaluation.evaluate import RIGHT, evaluate
 from relexkit.trainer.evaluation.settings import EvaluationSettings
@@ -334,7 +334,7 @@ def do(job: Job, out: Path, results: Path) -> None:
     if job.question != "train":  # another machine may have trained it
         make_run(folder, ARMS[job.arm], job.seed, max(job.steps, _trained_steps(folder)))
     QUESTIONS[job.question](folder, job, draft)
-    if job.question == "train" and ARMS[job.arm].jump is None:
+    if job.question == "train" and not ARMS[job.arm].jumps:
         place.parent.mkdir(parents=True, exist_ok=True)
         keep_gram(
             TrajectoryStore(folder / "run.zarr"), place.with_name(f"seed-{job.seed}-gram.npz")
