@@ -8,7 +8,7 @@ may change freely.
 from relexkit.assess.advice import Advice, advise
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.forecast import Forecast, forecast
-from relexkit.assess.jump_decision import FixedJumps, JumpRule, Jumps, reward_test
+from relexkit.assess.jump_decision import FixedJumps, JumpRule, Jumps
 from relexkit.assess.metrics import informative_steps
 from relexkit.assess.observed import Observed, observe
 from relexkit.calls.source import OpenRun
@@ -115,7 +115,6 @@ __all__ = [
     "r_squared",
     "random_bits",
     "replace_folder",
-    "reward_test",
     "say",
     "show",
     "single_threaded_blas",
