@@ -98,6 +98,15 @@ def attempts(store: TrajectoryStore) -> list[Attempt]:
     return found
 
 
+def step_after(store: TrajectoryStore, trained: int) -> int:
+    """The step that a run is at after so many trained ones, with the jumps before it."""
+    landed = set(jumps(store).tolist())
+    if not landed:
+        return trained
+    own = [int(step) for step in store.steps if step not in landed]
+    return own[trained - 1] if trained <= len(own) else trained
+
+
 def last_trained(store: TrajectoryStore, until: int | None) -> int | None:
     """``until``, or the last step before the first jump if that is earlier.
 

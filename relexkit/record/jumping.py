@@ -18,18 +18,35 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from relexkit.assess.jump_decision import Decision, JumpRule, reward_test
+from relexkit.errors import RelexkitError
 from relexkit.gram_matrix.jumps import Attempt, attempts
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize.in_place import apply
 from relexkit.predict.extrapolators import predict_weights
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes
+from relexkit.record.live_adapter import peft_model
+from relexkit.record.live_weights import are_in_place
 from relexkit.record.recorder import Recorder
 
 if TYPE_CHECKING:
     import torch
 
 _Rollouts = TypeVar("_Rollouts")
+
+
+def refuse_jumps_of(model: torch.nn.Module) -> None:
+    """Raises RelexkitError for a model that no prediction can be written into."""
+    if peft_model(model) is not None:
+        raise RelexkitError(
+            "jumps: of an adapter are not offered, because a prediction of its product is no pair"
+            " of factors; expected a model whose own weights are trained"
+        )
+    if not are_in_place(model):
+        raise RelexkitError(
+            "jumps: cannot be written into weights that FSDP1 or DeepSpeed keep elsewhere; expected"
+            " a plain model, DDP, or FSDP2"
+        )
 
 
 class Jumper:
