@@ -69,13 +69,14 @@ class Jumper:
         self._processes = Processes()
         self._weights = np.empty((0, 0))
         self._told: dict[str, float] = {}
-        self._start = self._asked = self._wait = 0
+        self._start = self._asked = self._wait = self._patience = self._again = 0
         self.skipped = 0
         """Steps that were jumped over so far."""
         self.landing: dict[str, float] = {}
         """Metrics of the last jump that was kept."""
         if rule is not None and recorder is not None:
-            self._wait = rule.every
+            self._wait = self._patience = rule.every
+            self._again = rule.shortest
             recorder.flush()
             for attempt in attempts(recorder.store):
                 self._follow(attempt)
@@ -213,13 +214,20 @@ class Jumper:
 
     def _follow(self, attempt: Attempt) -> None:
         """Where the run stands after an attempt."""
+        rule = self._rule_and_recorder[0]
         self._asked = attempt.step
         if attempt.kept:
             self._start = self._asked = attempt.step + attempt.length
             self.skipped += attempt.length
-            self._wait = self._rule_and_recorder[0].every
+            self._wait = self._patience = rule.every
         elif attempt.length:
-            self._wait *= 2
+            self._patience *= 2
+            self._wait = self._patience
+        else:
+            self._wait = self._again
+            self._again *= 2
+            return
+        self._again = rule.shortest
 
 
 def _held_here(tensor: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,9 @@ def test_what_cannot_jump_is_refused_before_the_training(tmp_path: Path) -> None
     with pytest.raises(RelexkitError, match="expected every=1 and trainer="):
         RecorderCallback(tmp_path / "s.zarr", jumps=Jumps())
     with pytest.raises(RelexkitError, match="expected every=1 and trainer="):
-        RecorderCallback(tmp_path / "s.zarr", jumps=FixedJumps(train_steps=4, jump_steps=1), every=2)
+        RecorderCallback(
+            tmp_path / "s.zarr", jumps=FixedJumps(train_steps=4, jump_steps=1), every=2
+        )
     other = small_trainer(tmp_path / "run", None or RecorderCallback(tmp_path / "o.zarr"))
     with pytest.raises(RelexkitError, match="Trainer has no rollouts to test a jump with"):
         Rollouts(other, lambda sample: None)
