@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from stores import store_of
+from tiny_models import tiny_model
 
-from relexkit import TrajectoryStore
+from relexkit import Prediction, TrajectoryStore, apply, predict_weights
 from relexkit.assess.jump_decision import Jumps
-from relexkit.gram_matrix.jumps import Attempt, attempts
+from relexkit.gram_matrix.jumps import Attempt, attempts, jumps
+from relexkit.gram_matrix.segment import segment_gram
 from relexkit.record.jumping import Jumper
 
 NONE, BACK, KEPT = 0, 1, 2
@@ -77,3 +82,34 @@ def test_the_next_question_follows_from_the_store_alone(
 
 def test_without_a_rule_nothing_is_ever_due() -> None:
     assert not Jumper(None, None, torch.nn.Linear(2, 2)).due(10**6, 10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_jump_together_and_take_it_back_bit_for_bit(
+    tmp_path: Path, kind: str
+) -> None:
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    program = Path(__file__).parents[1] / "jump_processes.py"
+    ran = subprocess.run(
+        [*launch, "--nproc-per-node", "2", str(program), str(tmp_path), kind],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    left = torch.load(tmp_path / "weights.pt")
+    before, after, landed = left["seen"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    store = TrajectoryStore(tmp_path / "s.zarr")
+    assert jumps(store).tolist() == [store.steps[-1]] == [15]
+    assert [a.outcome for a in attempts(store)] == ["taken back", "kept"]
+    predicted = tiny_model()
+    segment = segment_gram(store, 0).until(12)
+    weights = predict_weights(segment, [15.0], Prediction(method="two-point"))[0]
+    apply(store, predicted, weights)
+    for name, tensor in predicted.state_dict().items():
+        assert torch.equal(tensor, landed[name]), name
+    tokens = torch.arange(12).reshape(2, 6) % 15
+    torch.testing.assert_close(predicted(input_ids=tokens).logits, left["logits"])
