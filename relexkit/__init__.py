@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relexkit.assess.advice import Advice
     from relexkit.assess.backtest import Backtest
+    from relexkit.assess.jump_decision import FixedJumps, Jumps
     from relexkit.assess.observed import Observed
     from relexkit.calls.actions import (
         apply,
@@ -81,7 +82,9 @@ _HOMES = {
     "Directions": "relexkit.materialize.directions",
     "ExtrapolationError": "relexkit.errors",
     "Extrapolator": "relexkit.predict.prediction",
+    "FixedJumps": "relexkit.assess.jump_decision",
     "Gram": "relexkit.gram_matrix",
+    "Jumps": "relexkit.assess.jump_decision",
     "Linearity": "relexkit.geometry.linearity",
     "METHODS": "relexkit.predict.extrapolators",
     "Observed": "relexkit.assess.observed",
@@ -137,7 +140,9 @@ __all__ = [
     "Directions",
     "ExtrapolationError",
     "Extrapolator",
+    "FixedJumps",
     "Gram",
+    "Jumps",
     "Linearity",
     "Observed",
     "OpenRun",

@@ -77,7 +77,7 @@ def main() -> None:
             if place.exists():
                 continue
             answer = Draft(place, {"rate": arm.rate, "rule": name})
-            trained(asked.out / "runs" / f"{ARM}-{name}" / f"seed-{seed}", job, answer)
+            trained(asked.out / "optimizer" / name / f"seed-{seed}", job, answer)
             answer.keep()
             print(place, flush=True)
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.stats import t as student
 
 from relexkit.assess.backtest import backtest
 from relexkit.errors import ExtrapolationError, RelexkitError
@@ -243,6 +242,8 @@ def reward_test(before_PG: np.ndarray, after_PG: np.ndarray) -> RewardTest:
     """Compare the rewards ``[P, G]`` of G rollouts of P prompts, two or more, before and after a
     jump.
     """
+    from scipy.stats import t as student  # a command that needs none of it starts without
+
     before_P, after_P = (
         np.asarray(rewards, np.float64).mean(axis=1) for rewards in (before_PG, after_PG)
     )

@@ -9,6 +9,7 @@ from typing import Any
 from relexkit.calls.questions import directions
 from relexkit.calls.source import Source, of_run, store_of
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
+from relexkit.gram_matrix.jumps import attempts
 from relexkit.materialize import alignment, in_place, predicted, recorded, sharing
 from relexkit.materialize.directions import Directions
 from relexkit.results import Table
@@ -28,7 +29,9 @@ def info(source: Source) -> Table:
     Raises:
         StoreError: there is no store, or one that this version cannot read.
     """
-    document = summary(store_of(source))
+    store = store_of(source)
+    decided = [attempt.document() for attempt in attempts(store)]
+    document = summary(store) | {"jumps": decided}
     plain = {k: v for k, v in document.items() if isinstance(v, str | int | bool)}
     return Table(document, [{"what": name, "value": value} for name, value in plain.items()])
 

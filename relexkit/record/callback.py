@@ -72,6 +72,8 @@ class RecorderCallback(TrainerCallback):
         unknown = options.keys() - _OPTIONS
         if unknown:
             raise TypeError(f"{sorted(unknown)[0]!r} is not an option; expected one of {_OPTIONS}")
+        if jumps is not None:
+            options = {"sketch": False, **options}  # jumps are no part of a trajectory
         self._path, self._every, self._options = path, every, {"every": every, **options}
         self._recorder: Recorder | None = None
         self._logged: dict[str, float] = {}
