@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from relexkit.store.encodings.bits import (
     block_checksums,
     content_checksum,
 )
+from relexkit.store.passes import in_order
 from relexkit.weights.dtypes import bits_dtype, nonfinite_index
 
 _S = TypeVar("_S")
@@ -215,13 +215,7 @@ class Appender:
 
     def in_order(self, work: Callable[[_S], _T], spans: Iterable[_S]) -> Iterator[_T]:
         """Results of the workers, who are each at most one piece of work ahead."""
-        ahead: deque[Future[_T]] = deque()
-        for span in spans:
-            ahead.append(self._pool.submit(work, span))
-            if len(ahead) > _WORKERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        return in_order(self._pool, work, spans, _WORKERS)
 
 
 class _PartOfStep:
