@@ -8,6 +8,7 @@ may change freely.
 from relexkit.assess.advice import Advice, advise
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.forecast import Forecast, forecast
+from relexkit.assess.jump_decision import FixedJumps, JumpRule, Jumps, reward_test
 from relexkit.assess.metrics import informative_steps
 from relexkit.assess.observed import Observed, observe
 from relexkit.calls.source import OpenRun
@@ -29,8 +30,7 @@ from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squ
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, agreement, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.gram_matrix.jumps import JUMP_METRIC, jumps
-from relexkit.gram_matrix.segment import from_segment, segment_gram
+from relexkit.gram_matrix.jumps import Attempt, attempts, jumps
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.materialize.alignment import Alignment, Projection
 from relexkit.materialize.directions import Directions
@@ -39,6 +39,7 @@ from relexkit.predict.extrapolators import BASELINE, METHODS, check_request, ste
 from relexkit.predict.fits import FitName, Options
 from relexkit.predict.prediction import Prediction
 from relexkit.processes import Processes, joined
+from relexkit.record.jumping import Jumper
 from relexkit.record.live_advice import LiveAdvice
 from relexkit.record.live_weights import named_weights
 from relexkit.registry import Command, Extension, plot
@@ -51,18 +52,22 @@ from relexkit.weights.layout import layer_of, module_of
 __all__ = [
     "BASELINE",
     "CHEAP",
-    "JUMP_METRIC",
     "METHODS",
     "STATISTICS",
     "Advice",
     "Alignment",
+    "Attempt",
     "Backtest",
     "Command",
     "Directions",
     "Extension",
     "FitName",
+    "FixedJumps",
     "Forecast",
     "Gram",
+    "JumpRule",
+    "Jumper",
+    "Jumps",
     "Linearity",
     "LiveAdvice",
     "NotAStoreError",
@@ -80,6 +85,7 @@ __all__ = [
     "advise",
     "agreement",
     "apply_step",
+    "attempts",
     "backtest",
     "center",
     "check_request",
@@ -88,7 +94,6 @@ __all__ = [
     "decompose",
     "describe_steps",
     "forecast",
-    "from_segment",
     "gram",
     "informative_steps",
     "joined",
@@ -110,8 +115,8 @@ __all__ = [
     "r_squared",
     "random_bits",
     "replace_folder",
+    "reward_test",
     "say",
-    "segment_gram",
     "show",
     "single_threaded_blas",
     "spectrum",

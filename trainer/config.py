@@ -16,20 +16,10 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from relexkit import RelexkitError
-from relexkit.extension import Prediction, check_request
+from relexkit.extension import FixedJumps, JumpRule, Jumps
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Regrounding:
-    """After ``train_steps`` steps of training, jump to what ``method`` predicts for ``jump_steps``
-    later (arXiv 2601.04537).
-    """
-
-    train_steps: int
-    jump_steps: int
-    method: str = "relex"
+_FEWEST_PROMPTS = 4  # of a generation, in whose rewards a jump is tested
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -80,6 +70,9 @@ class GRPOConfig:
         regrounding: ``{train_steps: m, jump_steps: n, method: relex}``: after ``m`` steps of
             training jump to the weights that are predicted for ``n`` steps later, and again; None
             never.
+        jumps: ``adaptive``, or ``{every: 25, methods: [drift, relex, two-point]}``: after so many
+            steps of training ask the run's own record how far to jump, and let the rewards of the
+            next rollouts decide whether the jump stays (docs/jumps.md); None never.
         disable_dropout: no dropout in the update, whatever the model's configuration says: the
             policy that is updated is the one that samples. With dropout the importance ratio
             compares it with the sampling policy, and is not 1 on the first step either.
@@ -147,6 +140,7 @@ class GRPOConfig:
     token_shares: bool = False
     gradient_noise_parts: int = 0
     regrounding: dict[str, Any] | None = None
+    jumps: Literal["adaptive"] | dict[str, Any] | None = None
     disable_dropout: bool = True
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
@@ -238,7 +232,7 @@ class GRPOConfig:
                 f"gradient_noise_parts: {self.gradient_noise_parts} parts cannot be compared;"
                 f" expected 2 to {groups}, the groups of a step, or 0"
             )
-        self.regrounding_rule  # noqa: B018 (refuses what it cannot be)
+        self.jump_rule  # noqa: B018 (refuses what it cannot be)
         _check_engine(self)
         if self.precision != "float32" and self.bf16 is not None:
             raise RelexkitError(
@@ -257,43 +251,33 @@ class GRPOConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
-    def regrounding_rule(self) -> Regrounding | None:
-        """``regrounding``, checked.
+    def jump_rule(self) -> JumpRule | None:
+        """``regrounding`` or ``jumps``, checked.
 
         Raises:
-            RelexkitError: an unknown key or method, a number that is too small, or nothing is
-                recorded to predict from.
+            RelexkitError: both, an unknown key or method, a number that is too small, nothing is
+                recorded to predict from, or too few prompts for the test of a jump.
         """
-        if self.regrounding is None:
+        if self.regrounding is not None and self.jumps is not None:
+            raise RelexkitError("jumps: are adaptive, regrounding is fixed; expected one of them")
+        rule: JumpRule
+        if self.regrounding is not None:
+            rule, name = _rule(FixedJumps, "regrounding", self.regrounding), "regrounding"
+        elif self.jumps is not None:
+            asked = {} if self.jumps == "adaptive" else self.jumps
+            rule, name = _rule(Jumps, "jumps", asked), "jumps"
+        else:
             return None
-        known = [field.name for field in dataclasses.fields(Regrounding)]
-        for name in self.regrounding:
-            if name not in known:
-                raise RelexkitError(
-                    f"regrounding: key {name!r} is unknown; expected {', '.join(known)}"
-                )
-        if not {"train_steps", "jump_steps"} <= self.regrounding.keys():
+        if self.record_every != 1 or rule.every % self.generation_interval:
             raise RelexkitError(
-                "regrounding: lacks train_steps or jump_steps; expected both, as {train_steps: 20,"
-                " jump_steps: 20}"
+                f"{name}: predicts from recorded steps, between generations; expected record_every"
+                f" 1, and {rule.every} trained steps to be a multiple of"
+                f" {self.generation_interval}, the steps of a generation"
             )
-        rule = Regrounding(**self.regrounding)
-        if not (isinstance(rule.train_steps, int) and rule.train_steps >= 3):
+        if rule.tested and self.num_prompts < _FEWEST_PROMPTS:
             raise RelexkitError(
-                f"regrounding: train_steps {rule.train_steps!r} are too few to predict from;"
-                " expected 3 or more"
-            )
-        if not (isinstance(rule.jump_steps, int) and rule.jump_steps >= 1):
-            raise RelexkitError(
-                f"regrounding: jump_steps {rule.jump_steps!r} is no jump; expected 1 or more"
-            )
-        check_request([1.0], Prediction(method=rule.method))
-        unit = self.generation_interval
-        if self.record_every != 1 or rule.train_steps % unit or rule.jump_steps % unit:
-            raise RelexkitError(
-                "regrounding: predicts from recorded steps, between generations; expected"
-                f" record_every 1, and train_steps and jump_steps that are multiples of {unit}, the"
-                " steps of a generation"
+                f"{name}: {self.num_prompts} prompts of a generation do not tell whether a jump"
+                f" hurt; expected {_FEWEST_PROMPTS} or more, or regrounding"
             )
         return rule
 
@@ -427,6 +411,27 @@ def option_meanings(kind: type) -> dict[str, str]:
 
 
 _Config = TypeVar("_Config", GRPOConfig, G2DConfig)
+
+
+_Rule = TypeVar("_Rule", FixedJumps, Jumps)
+
+
+def _rule(kind: type[_Rule], option: str, asked: Mapping[str, Any]) -> _Rule:
+    """The rule that an option's mapping describes."""
+    fields = dataclasses.fields(kind)
+    for name in asked:
+        if name not in (known := [field.name for field in fields]):
+            raise RelexkitError(f"{option}: key {name!r} is unknown; expected {', '.join(known)}")
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    lacking = [name for name in needed if name not in asked]
+    if lacking:
+        raise RelexkitError(
+            f"{option}: lacks {' and '.join(lacking)}; expected {' and '.join(needed)}"
+        )
+    try:
+        return kind(**asked)
+    except RelexkitError as error:
+        raise RelexkitError(f"{option}: {error}") from None
 
 
 def _check_engine(config: GRPOConfig) -> None:

@@ -27,10 +27,10 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
-    round_checkpoint,
     spectrum,
 )
 from relexkit.analysis import style
+from relexkit.materialize import round_checkpoint
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
 from relexkit.trainer.evaluation.intervals import mean_interval

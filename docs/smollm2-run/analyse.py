@@ -31,10 +31,10 @@ from relexkit import (
     extrapolate,
     gram,
     import_checkpoints,
-    round_checkpoint,
     spectrum,
 )
 from relexkit.analysis.figures import plot_spectra
+from relexkit.materialize import round_checkpoint
 
 SEED = 11
 SAMPLES = 3

@@ -56,6 +56,11 @@ class Arm:
     further: tuple[str, ...] = ()
 
     @property
+    def jumps(self) -> bool:
+        """Whether it jumps inside the training."""
+        return self.jump is not None or "jumps" in self.options
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Options of the training that are the arm's own."""
         own: dict[str, Any] = {
@@ -142,6 +147,18 @@ def _jumping() -> Iterable[Arm]:
                 )
 
 
+def _adaptive() -> Iterable[Arm]:
+    """Jumps that ask the record, and are kept or taken back by rewards."""
+    for rate in RATES[1:5]:
+        yield Arm(
+            name=f"adaptive-{rate_name(rate)}",
+            rate=rate,
+            options={"jumps": "adaptive"},
+            lengths=((0 if rate < 3e-5 else 1, 200 if rate < 3e-5 else 75),),
+            seeds=_FIVE,
+        )
+
+
 def _noise_scale() -> Iterable[Arm]:
     """Half and four times the prompts of a step."""
     for prompts in (16, 128):
@@ -193,7 +210,7 @@ def _warm_up() -> Iterable[Arm]:
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
-    for arms in (_plain(), _jumping(), _noise_scale(), _systems(), _warm_up())
+    for arms in (_plain(), _jumping(), _adaptive(), _noise_scale(), _systems(), _warm_up())
     for arm in arms
 }
 

@@ -118,7 +118,7 @@ def curve(result: Result, kind: str, chosen: np.ndarray | None = None) -> np.nda
     accuracy = [r.mean() if chosen is None else r[chosen].mean() for r in rows]
     return np.array(
         [
-            [c["trained"] * per_step for c in result["curve"]],
+            [(c["trained"] + c.get("tests", 0)) * per_step for c in result["curve"]],
             isotonic_regression(accuracy).x,
         ]
     )
@@ -203,7 +203,7 @@ def savings_table(results: Results) -> str:
     for rate in (3e-6, 1e-5):
         if not any(at_step(r, TARGET_STEP) for r in plain[rate].values()):
             continue
-        others = [a for a in ARMS.values() if (a.jump is not None and a.rate == rate)]
+        others = [a for a in ARMS.values() if a.jumps and a.rate == rate]
         others += [ARMS[f"plain-{rate_name(r)}"] for r in RATES if r > rate]
         for arm in others:
             found = results.seeds(arm.name)
@@ -219,7 +219,7 @@ def jumps_table(results: Results) -> str:
     """Accuracy after so many trained steps, with the jumps."""
     rows = []
     for arm in ARMS.values():
-        found = results.seeds(arm.name) if arm.jump is not None else {}
+        found = results.seeds(arm.name) if arm.jumps else {}
         if not found:
             continue
         for place in next(iter(found.values()))["curve"]:
@@ -414,7 +414,7 @@ def systems_table(results: Results) -> str:
     """Arms without jumps against plain training at the same rate and the same steps."""
     rows = []
     for arm in ARMS.values():
-        if arm.jump is not None or arm.name == f"plain-{rate_name(arm.rate)}":
+        if arm.jumps or arm.name == f"plain-{rate_name(arm.rate)}":
             continue
         rows += _system_rows(
             arm, results.seeds(arm.name), results.seeds(f"plain-{rate_name(arm.rate)}")

@@ -37,10 +37,10 @@ from relexkit import (
     gram,
     import_checkpoints,
     predict_weights,
-    round_checkpoint,
 )
 from relexkit.assess.backtest import backtest
-from relexkit.gram_matrix.jumps import jumps
+from relexkit.gram_matrix.jumps import attempts, jumps
+from relexkit.materialize import round_checkpoint
 from relexkit.trainer.config import G2DConfig, GRPOConfig
 from relexkit.trainer.evaluation.evaluate import RIGHT, evaluate
 from relexkit.trainer.evaluation.settings import EvaluationSettings
@@ -161,7 +161,12 @@ def trained(folder: Path, job: Job, result: Draft) -> None:
     curve = []
     for step in _marks(store.steps, landed):
         trained_steps = int(np.sum(store.steps <= step)) - len([s for s in landed if s <= step])
-        place = {"step": step, "trained": trained_steps, "jumped": step in landed}
+        place = {
+            "step": step,
+            "trained": trained_steps,
+            "tests": _tests(store, step),
+            "jumped": step in landed,
+        }
         curve.append(known.get(step) or place | models.recorded(step))
     result |= {
         "steps": int(store.steps[-1]),
@@ -170,6 +175,11 @@ def trained(folder: Path, job: Job, result: Draft) -> None:
         "reward": [entry["reward"] for entry in log if "reward" in entry],
         "entropy": [entry["entropy"] for entry in log if "entropy" in entry],
     }
+
+
+def _tests(store: TrajectoryStore, step: int) -> int:
+    """How many generations the tests of jumps have cost by then: one each."""
+    return sum("p_hurt" in attempt.numbers for attempt in attempts(store) if attempt.step < step)
 
 
 def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
@@ -324,7 +334,7 @@ def do(job: Job, out: Path, results: Path) -> None:
     if job.question != "train":  # another machine may have trained it
         make_run(folder, ARMS[job.arm], job.seed, max(job.steps, _trained_steps(folder)))
     QUESTIONS[job.question](folder, job, draft)
-    if job.question == "train" and ARMS[job.arm].jump is None:
+    if job.question == "train" and not ARMS[job.arm].jumps:
         place.parent.mkdir(parents=True, exist_ok=True)
         keep_gram(
             TrajectoryStore(folder / "run.zarr"), place.with_name(f"seed-{job.seed}-gram.npz")

@@ -28,7 +28,8 @@ def apply(
     seed: int = 0,
     memory_budget_bytes: int = 2**28,
 ) -> None:
-    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is.
+    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is. Of
+    a model that FSDP2 has split over processes each process fills what it holds.
 
     Tensors that are not float keep the model's values. An error while reading leaves the model
     partly changed.
@@ -104,13 +105,15 @@ class _Targets:
         import torch
 
         name, start = segment.tensor.name, segment.start
-        for target in self._flat[name]:
+        for first, target in self._flat[name]:
+            low, high = max(start, first), min(start + segment.numel, first + len(target))
+            if low >= high:
+                continue
             dtype = str(target.dtype).removeprefix("torch.")
-            bits = round_bits(
-                values, dtype, self._rounding, seed=self._seed, tensor=name, start=start
-            )
+            held = values[low - start : high - start]
+            bits = round_bits(held, dtype, self._rounding, seed=self._seed, tensor=name, start=low)
             block = torch.from_numpy(bits.view(f"int{bits.itemsize * 8}")).view(target.dtype)
-            target[start : start + segment.numel].copy_(block)
+            target[low - first : high - first].copy_(block)
 
 
 def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -138,12 +141,13 @@ def _named_as_stored(layout: Layout, model: torch.nn.Module) -> dict[str, torch.
 
 def _flat_tensors(
     store: TrajectoryStore, state: dict[str, torch.Tensor]
-) -> dict[str, list[torch.Tensor]]:
-    """For each moving tensor, flat views of its memory in the model, under its own name and those
-    tied to it; no views of a tensor that no step moves and the model lacks.
+) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """For each moving tensor, flat views of its memory in this process, each with the element that
+    it begins with, under its own name and those tied to it; no views of a tensor that no step moves
+    and the model lacks.
     """
     shared = store.layout.aliases()
-    flat: dict[str, list[torch.Tensor]] = {}
+    flat: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for tensor in store.layout.moving_tensors:
         names = [name for name in (tensor.name, *shared.get(tensor.name, ())) if name in state]
         wrong = [name for name in names if tuple(state[name].shape) != tensor.shape]
@@ -164,7 +168,7 @@ def _flat_tensors(
             raise RelexkitError(
                 f"tensor {tensor.name!r} of shape {list(tensor.shape)}: the model {problem}"
             )
-        flat[tensor.name] = [state[name].detach().view(-1) for name in names]
+        flat[tensor.name] = [_held_here(name, state[name].detach()) for name in names]
     _refuse_shared(flat)
     return flat
 
@@ -175,11 +179,31 @@ def _is_still(store: TrajectoryStore, tensor: TensorSpec) -> bool:
     return not any(store.encoding(part).touched(store, part) for part in parts)
 
 
-def _refuse_shared(flat: dict[str, list[torch.Tensor]]) -> None:
+def _held_here(name: str, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """The first element that this process holds of a tensor, and a flat view of what it holds.
+
+    Raises:
+        RelexkitError: a tensor that is not split by rows, as FSDP2 does.
+    """
+    if not hasattr(tensor, "to_local"):
+        return 0, tensor.view(-1)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
+        raise RelexkitError(
+            f"tensor {name!r} is split as {tensor.placements}; expected whole rows in every process"
+        )
+    return offsets[0] * math.prod(tensor.shape[1:]), tensor.to_local().view(-1)
+
+
+def _refuse_shared(flat: dict[str, list[tuple[int, torch.Tensor]]]) -> None:
     """Refuse a model in which tensors that differ in the store are one parameter."""
     owner: dict[int, str] = {}
     for name, views in flat.items():
-        for view in views:
+        for _, view in views:
             other = owner.setdefault(view.data_ptr(), name) if view.data_ptr() else name
             if other != name:
                 raise RelexkitError(

@@ -210,11 +210,9 @@ def test_a_run_with_jumps_that_is_resumed_ends_with_the_same_bits(base, tmp_path
     assert_same_run(whole, tmp_path / "stopped")
 
 
-def test_regrounding_needs_one_process(base, tmp_path):
+def test_two_processes_need_groups_for_every_part_of_the_gradient_noise(base, tmp_path):
     two = Processes()
     two.size = 2
-    with pytest.raises(RelexkitError, match="expected one process"):
-        check_processes(settings(base, tmp_path / "run", **REGROUNDING), two)
     with pytest.raises(
         RelexkitError, match="gradient_noise_parts: 4 parts of 2 groups in each of 2 processes"
     ):

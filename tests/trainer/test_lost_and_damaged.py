@@ -116,3 +116,12 @@ def test_a_lost_configuration_is_named(begun: Path) -> None:
     (begun / "run/config.yaml").write_bytes(b"")
     with pytest.raises(RelexkitError, match=r"config\.yaml: holds no options; expected those of"):
         train(options(begun, max_steps=4))
+
+
+def test_a_run_killed_in_its_first_moment_begins_again(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml.partial").write_text("model: ba")
+    folder = train(options(tmp_path, max_steps=1))
+    assert TrajectoryStore(folder / "run.zarr").steps.tolist() == [1]
+    assert not (folder / "config.yaml.partial").exists()

@@ -35,7 +35,7 @@ def test_every_arm_is_a_training_that_can_run(modules) -> None:
             config = GRPOConfig(model="m", output="o", max_steps=steps, **arm.settings)
             if arm.jump is not None:  # the last jump fits
                 assert steps % (arm.jump[1] + arm.jump[2]) == 0
-                assert config.regrounding_rule is not None
+                assert config.jump_rule is not None
         assert all(cut <= max(steps for _, steps in arm.lengths) for cut in arm.cuts)
     places = [job.result for job in arms.jobs() if job.question != "train"]
     assert len(places) == len(set(places))

@@ -15,6 +15,7 @@ from relexkit.trainer.config import GRPOConfig, dump_config
 from relexkit.trainer.policy.setup import own_dropout, quiet
 
 CONFIG = "config.yaml"
+_BEGUN = f"{CONFIG}.partial"  # all there is if the first moment of a run was its last
 _FREE = (
     "output",
     "save_steps",
@@ -65,7 +66,7 @@ def claim_folder(folder: Path, config: GRPOConfig) -> None:
                 f"{folder}: holds a run with other options ({', '.join(other)}); choose another"
                 " output"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(inside.name != _BEGUN for inside in folder.iterdir()):
         raise RelexkitError(
             f"{folder}: exists and is not the folder of a run; choose another output"
         )

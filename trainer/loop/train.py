@@ -21,15 +21,15 @@ from functools import partial
 from pathlib import Path
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
-from relexkit.extension import LiveAdvice, NotAStoreError, Processes
+from relexkit.extension import Jumper, LiveAdvice, NotAStoreError, Processes
 from relexkit.trainer.config import GRPOConfig
 from relexkit.trainer.evaluation.evaluate import evaluate
 from relexkit.trainer.evaluation.settings import EvaluationSettings, kept_files
 from relexkit.trainer.loop.engine import open_engine
 from relexkit.trainer.loop.folder import claim_folder, save_model
 from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
+from relexkit.trainer.loop.jump import try_jump
 from relexkit.trainer.loop.loggers import LOGGERS, logger_names
-from relexkit.trainer.loop.regrounding import is_due, jump, last_jump
 from relexkit.trainer.loop.rollout_log import truncate_after
 from relexkit.trainer.loop.run_log import RunLog
 from relexkit.trainer.loop.state import last_state, load_state, save_state
@@ -85,27 +85,29 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
         )
         if step:
             log.say(f"going on after step {step}{lost}")
-        rule, without_signal = config.regrounding_rule, 0
-        start = 0 if rule is None or recorder is None else last_jump(recorder)
+        sample = partial(roll_out, config, policy, task, problems, engine=engine)
+        jumper = Jumper(config.jump_rule, recorder, policy.model)
+        generation: Generation | None = None
+        without_signal = 0
         while step < config.max_steps:
-            if (
-                rule is not None
-                and recorder is not None
-                and is_due(rule, step, start, config.max_steps)
-            ):
-                log.say(
-                    f"step {step}: jumps to what {rule.method} predicts for step"
-                    f" {step + rule.jump_steps}"
+            number = (step - jumper.skipped) // config.generation_interval
+            if jumper.due(step, config.max_steps - step):
+                landed, generation = try_jump(
+                    jumper,
+                    step,
+                    config.max_steps - step,
+                    partial(sample, number),
+                    policy,
+                    log.say,
                 )
-                step, metrics = jump(rule, recorder, policy.model, step, start)
-                start = step
-                if _is_evaluated(config, step):
-                    metrics |= _validate(config, policy, task)
-                log.write(step, metrics)
-                continue
-            generation = roll_out(
-                config, policy, task, problems, step // config.generation_interval, engine
-            )
+                if landed > step:
+                    step, metrics = landed, jumper.landing
+                    if _is_evaluated(config, step):
+                        metrics |= _validate(config, policy, task)
+                    log.write(step, metrics)
+                    continue
+            if generation is None:
+                generation = sample(number)
             first = step + 1
             for index in range(min(config.generation_interval, config.max_steps - step)):
                 began = time.monotonic()
@@ -113,6 +115,7 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                     config, policy, generation, index % config.steps_per_generation, step + 1
                 )
                 step += 1
+                metrics |= jumper.take_told()
                 if recorder is not None:
                     recorder.record(step, metrics)
                     metrics |= recorder.live
@@ -121,6 +124,7 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
                 speed = _speed(config, metrics, generation, time.monotonic() - began)
                 log.write(step, metrics | speed, None if advice is None else advice.update())
             log_rollouts(folder / "rollouts", first, generation, processes)
+            generation = None
             without_signal = _warn_without_signal(log, metrics, step, first, without_signal)
             if (
                 config.save_steps
@@ -138,10 +142,6 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
 
 def check_processes(config: GRPOConfig, processes: Processes) -> None:
     """Refuse what cannot be done by so many processes."""
-    if config.regrounding is not None and processes.size > 1:
-        raise RelexkitError(
-            "regrounding: cannot write predictions into a sharded model; expected one process"
-        )
     if config.engine is not None and processes.size > 1:
         raise RelexkitError("engine: cannot take over sharded weights; expected one process")
     unit = processes.size * config.num_generations * config.steps_per_generation
@@ -180,9 +180,9 @@ def _resume(
     recorded = policy.processes.gather(_recorded(path))[0]
     due = step - step % config.record_every
     lacking = due > 0 and due not in (recorded or ())
-    if lacking and config.regrounding is not None:
+    if lacking and config.jump_rule is not None:
         raise RelexkitError(
-            f"{path}: lacks step {due}, from which regrounding predicts; restore the store from a"
+            f"{path}: lacks step {due}, from which jumps are predicted; restore the store from a"
             f" copy, or remove {folder / 'state'} to begin again"
         )
     open_recorder = partial(
@@ -194,7 +194,7 @@ def _resume(
         tokenizer=policy.tokenizer,
         files=kept_files(config),
         source=f"GRPO of {config.model} on {task_name(config.task)}",
-        sketch=config.regrounding is None,  # jumps are no part of a trajectory
+        sketch=config.jump_rule is None,  # jumps are no part of a trajectory
     )
     with own_dropout(policy.model):
         if recorded is None and step:
