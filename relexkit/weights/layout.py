@@ -146,8 +146,9 @@ class Layout:
             if segment.offset >= end:
                 break
             low, high = max(segment.offset, begin), min(segment.offset + segment.numel, end)
-            start = segment.start + low - segment.offset
-            clipped.append(Segment(segment.tensor, part, low, start, high - low))
+            if low < high:
+                start = segment.start + low - segment.offset
+                clipped.append(Segment(segment.tensor, part, low, start, high - low))
         return clipped
 
     @property

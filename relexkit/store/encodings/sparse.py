@@ -64,21 +64,22 @@ class Sparse(Encoding):
         dtype = step.spec.dtype
         signed = np.dtype(f"int{bits_dtype(dtype).itemsize * 8}")
 
-        def encode(span: tuple[int, int]) -> tuple[tuple[np.ndarray, ...], int]:
-            pieces, checksum = [], 0
+        def encode(span: tuple[int, int]) -> tuple[list[tuple[np.ndarray, ...]], int]:
+            updates, checksum = [], 0
             for begin, end in stretches(span, STRETCH):
                 current, reference = step.weights(begin, end), step.reference(begin, end)
                 columns, before, after = changes(reference, current)
                 step.refuse_nonfinite(after, begin + columns, dtype)
                 step.note(begin, columns, after)
                 checksum = extend_checksum(checksum, current)
-                pieces.append((columns + np.int32(begin - span[0]), (after - before).view(signed)))
-            columns, differences = (np.concatenate(column) for column in zip(*pieces, strict=True))
-            return encode_update(columns, differences, span[1] - span[0]), checksum
+                differences = (after - before).view(signed)
+                updates.append(encode_update(columns, differences, end - begin))
+            return updates, checksum
 
         checksums = []
-        for update, checksum in step.in_order(encode, blocks(step.spec.numel)):
-            step.put(*update)
+        for updates, checksum in step.in_order(encode, blocks(step.spec.numel)):
+            for update in updates:
+                step.put(*update)
             checksums.append(checksum)
         step.finish(content_checksum(checksums))
 
