@@ -302,7 +302,7 @@ def fit_trajectory(
 
 
 def spaced_rows(steps: np.ndarray, most: int) -> np.ndarray:
-    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, the last included."""
+    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last."""
     if len(steps) <= most:
         return np.arange(len(steps))
     wanted = steps[-1] * np.arange(1, most + 1) / most
