@@ -17,7 +17,9 @@ from relexkit.analysis.run_names import name_runs
 from relexkit.extension import (
     Observed,
     TrajectoryStore,
+    attempts,
     describe_steps,
+    described,
     observe,
     past_the_end,
     progress_bar,
@@ -145,6 +147,9 @@ def _subject(store: TrajectoryStore, name: str, path: str, run: Observed) -> Sub
         ("source", source),
         ("base", base),
     ]
+    decided = attempts(store)
+    if decided:
+        facts.append(("jumps", described(decided)))
     changed = _last_change(path)
     if changed:
         facts.append(("last step recorded", changed))

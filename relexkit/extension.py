@@ -8,7 +8,7 @@ may change freely.
 from relexkit.assess.advice import Advice, advise
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.forecast import Forecast, forecast
-from relexkit.assess.jump_decision import FixedJumps, JumpRule, Jumps, reward_test
+from relexkit.assess.jump_decision import FixedJumps, JumpRule, Jumps
 from relexkit.assess.metrics import informative_steps
 from relexkit.assess.observed import Observed, observe
 from relexkit.calls.source import OpenRun
@@ -30,7 +30,7 @@ from relexkit.geometry.shape import center, cosines_of_updates, decompose, r_squ
 from relexkit.geometry.spectrum import ScopeSpectrum, Spectrum, agreement, spectrum
 from relexkit.gram_matrix import Gram, gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.gram_matrix.jumps import Attempt, attempts, jumps
+from relexkit.gram_matrix.jumps import Attempt, attempts, described, jumps
 from relexkit.materialize import apply_step, temporary_folder
 from relexkit.materialize.alignment import Alignment, Projection
 from relexkit.materialize.directions import Directions
@@ -93,6 +93,7 @@ __all__ = [
     "cosines_of_updates",
     "decompose",
     "describe_steps",
+    "described",
     "forecast",
     "gram",
     "informative_steps",
@@ -115,7 +116,6 @@ __all__ = [
     "r_squared",
     "random_bits",
     "replace_folder",
-    "reward_test",
     "say",
     "show",
     "single_threaded_blas",

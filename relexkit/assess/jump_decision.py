@@ -94,7 +94,8 @@ class FixedJumps:
 class Jumps:
     """Adaptive jumps: after every ``every`` trained steps, one where the record since the last jump
     speaks for it, of at most as many steps; taken back if the rewards of the next rollouts speak
-    against it. The next attempt then waits twice as long.
+    against it, and then the next attempt waits twice as long. Where the record does not speak for
+    one it is asked again after a quarter of the steps, then half, and so on.
 
     Args:
         every: trained steps from one decision to the next, at least 12.

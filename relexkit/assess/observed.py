@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from relexkit.assess.metrics import Informative, informative_steps
+from relexkit.errors import StoreError
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
+from relexkit.gram_matrix.jumps import jumps
 from relexkit.gram_matrix.pca import pca_gram
+from relexkit.gram_matrix.segment import segment_gram
 from relexkit.results import Result
-from relexkit.store import TrajectoryStore
+from relexkit.store import TrajectoryStore, describe_steps
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +56,11 @@ class Observed(Result):
 
 
 def observe(
-    store: TrajectoryStore, *, until: int | None = None, compute: Compute = DEFAULT
+    store: TrajectoryStore,
+    *,
+    until: int | None = None,
+    since: int | None = None,
+    compute: Compute = DEFAULT,
 ) -> Observed:
     """The run as far as ``until``, or its last step: Gram matrices, learning rates and metrics over
     the same steps.
@@ -61,8 +68,33 @@ def observe(
     Of a run with jumps the steps before the first one. One pass over the deltas the first time; the
     result is kept in the store.
 
+    Args:
+        since: only the steps after this one, up to the next jump: a run of its own, whose base is
+            the weights there and whose steps count from it. One pass over them each time, in this
+            process.
+
     Raises:
-        RelexkitError: no recorded step is that early; for more see ``gram``.
+        RelexkitError: no recorded step is that early, or none between ``since`` and ``until``; for
+            more see ``gram``.
     """
+    if since is not None:
+        return _segment(store, since, until)
     gram = pca_gram(store, until=until, compute=compute)
     return Observed(gram, store.metrics()).until(int(gram.steps[-1]))
+
+
+def _segment(store: TrajectoryStore, since: int, until: int | None) -> Observed:
+    later = jumps(store)
+    later = later[later > since]
+    before = store.steps < (later[0] if len(later) else np.inf)
+    if until is not None:
+        before &= store.steps <= until
+    rows = np.flatnonzero((store.steps > since) & before)
+    if not len(rows):
+        raise StoreError(
+            f"{store.path}: no step follows {since} before the next jump or --until; expected one"
+            f" of its steps with later ones: {describe_steps(store.steps)}"
+        )
+    last = int(store.steps[rows[-1]]) - since
+    metrics = {name: values[rows] for name, values in store.metrics().items()}
+    return Observed(segment_gram(store, since).until(last), metrics)

@@ -15,6 +15,8 @@ class Options(OfGram):
 
     until: int | None = option(default=None, metavar="STEP")
     """advise as if the run had ended here"""
+    since: int | None = option(default=None, metavar="STEP")
+    """use only the steps after this one, relative to it, up to the next jump"""
 
 
 def run(options: Options) -> None:
@@ -24,7 +26,7 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        run_so_far = observed.observe(store, options.until)
+        run_so_far = observed.observe(store, options.until, options.since)
     if observed.silent:
         return
     with progress_bar():

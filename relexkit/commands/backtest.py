@@ -38,6 +38,8 @@ class Options(OfGram, Wide):
     """only these (hold is always there)"""
     until: tuple[int, ...] | None = option(default=None, metavar="STEP")
     """prefixes to predict from (default: up to eight)"""
+    since: int | None = option(default=None, metavar="STEP")
+    """use only the steps after this one, relative to it, up to the next jump"""
     scope: Scope = "global"
     """also each group's error and skill, unless global"""
     plot: Path | None = option(default=None, metavar="DIR")
@@ -52,7 +54,7 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        matrices = observed.observe(store).gram
+        matrices = observed.observe(store, since=options.since).gram
     if observed.silent:
         return
     ahead = None

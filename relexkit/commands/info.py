@@ -35,10 +35,12 @@ def run(options: Options) -> None:
 
 def print_info(store: TrajectoryStore, as_json: bool) -> None:
     """What a store holds."""
+    from relexkit.gram_matrix.jumps import attempts, described
     from relexkit.store import describe_steps
     from relexkit.store.summary import summary
 
-    document = summary(store)
+    decided = attempts(store)
+    document = summary(store) | {"jumps": [attempt.document() for attempt in decided]}
     sizes, checkpoint_bytes = document["bytes"], document["checkpoint_bytes"]
     if as_json:
         print_json(document)
@@ -77,6 +79,8 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
     if document["metrics"]:
         rows.append(("metrics", ", ".join(document["metrics"])))
+    if decided:
+        rows.append(("jumps", described(decided)))
     if document["files"]:
         held = ", ".join(f"{n} ({size_text(b)})" for n, b in document["files"].items())
         rows.append(("files", held))

@@ -49,7 +49,9 @@ class Observer:
             say(choice.reason)
         return replace(c, pca=choice.method)
 
-    def observe(self, store: TrajectoryStore, until: int | None = None) -> Observed:
+    def observe(
+        self, store: TrajectoryStore, until: int | None = None, since: int | None = None
+    ) -> Observed:
         """``observe``; if a jump ends the steps that are used, standard error says so."""
         from relexkit.assess.observed import observe
         from relexkit.gram_matrix.jumps import jumps
@@ -58,6 +60,8 @@ class Observer:
         for line in past_the_end(store.steps, until):
             if not self.silent:
                 say(line)
+        if since is not None:
+            return observe(store, until=until, since=since)
         led_to = jumps(store)
         if (
             len(led_to)

@@ -52,6 +52,8 @@ class Options(OfGram, Wide):
     """what a row of the table is"""
     until: int | None = option(default=None, metavar="STEP")
     """use only steps up to this one"""
+    since: int | None = option(default=None, metavar="STEP")
+    """use only the steps after this one, relative to it, up to the next jump"""
     centered: bool = False
     """PCA about the mean checkpoint instead of the base"""
     momentum: float | None = option(default=None, metavar="BETA")
@@ -75,7 +77,7 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     with observer(options.compute) as observed:
-        run_so_far = observed.observe(store, options.until)
+        run_so_far = observed.observe(store, options.until, options.since)
     if observed.silent:
         return
     matrices, informative = run_so_far.gram, run_so_far.informative

@@ -10,8 +10,9 @@ which is the jump itself where it was kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,16 @@ class Attempt:
         if self.kept:
             told[JUMP_METRIC] = float(self.length)
         return told
+
+    def document(self) -> dict[str, Any]:
+        """Plain numbers and words, for JSON."""
+        return {
+            "step": self.step,
+            "length": self.length,
+            "method": self.method,
+            "outcome": self.outcome,
+            **self.numbers,
+        }
 
     @property
     def outcome(self) -> str:
@@ -96,6 +107,28 @@ def attempts(store: TrajectoryStore) -> list[Attempt]:
             )
         )
     return found
+
+
+def described(made: Sequence[Attempt]) -> str:
+    """What came of attempts, in words: ``2 kept (12 to 18, 54 to 60), 1 taken back (30 to 36)``."""
+    words = []
+    for outcome in ("kept", "taken back", "no jump"):
+        found = [attempt for attempt in made if attempt.outcome == outcome]
+        places = [f"{a.step} to {a.step + a.length}" if a.length else str(a.step) for a in found]
+        if found and outcome == "no jump":
+            words.append(f"none at {', '.join(places)}")
+        elif found:
+            words.append(f"{len(found)} {outcome} ({', '.join(places)})")
+    return "; ".join(words)
+
+
+def step_after(store: TrajectoryStore, trained: int) -> int:
+    """The step that a run is at after so many trained ones, with the jumps before it."""
+    landed = set(jumps(store).tolist())
+    if not landed:
+        return trained
+    own = [int(step) for step in store.steps if step not in landed]
+    return own[trained - 1] if trained <= len(own) else trained
 
 
 def last_trained(store: TrajectoryStore, until: int | None) -> int | None:

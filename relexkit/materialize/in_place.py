@@ -28,8 +28,8 @@ def apply(
     seed: int = 0,
     memory_budget_bytes: int = 2**28,
 ) -> None:
-    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is. Of
-    a model that FSDP2 has split over processes each process fills what it holds.
+    """Load ``theta_0 + M^T a`` into a model in place, tensor by tensor, on whatever device it is;
+    of a model that FSDP2 has split over processes, what this process holds.
 
     Tensors that are not float keep the model's values. An error while reading leaves the model
     partly changed.

@@ -73,6 +73,15 @@ def are_whole(model: torch.nn.Module) -> bool:
     )
 
 
+def are_in_place(model: torch.nn.Module) -> bool:
+    """True if what is written into the model's own tensors, whole or as FSDP2's shards, is what it
+    trains on with.
+    """
+    return not _fsdp_modules(model) and not any(
+        _of_deepspeed(weight) for weight in named_weights(model).values()
+    )
+
+
 def describe_weights(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, whole shape and dtype of every weight, as ``whole_weights`` gives them. Gathers only
     where there is no other way.

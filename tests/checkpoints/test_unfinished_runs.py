@@ -16,7 +16,7 @@ from simulated import Run, simulate
 from stores import store_of
 from tiny_models import save_tiny_model
 
-from relexkit import Recorder, TrajectoryStore
+from relexkit import Recorder, TrajectoryStore, observe
 from relexkit.cli import main
 from relexkit.trainer.policy.setup import load_model
 
@@ -79,6 +79,47 @@ def test_a_jump_ends_what_is_looked_at_and_is_said(tmp_path, capsys, command) ->
         return
     same = out.replace(jumped.path, plain.path)
     assert asked(capsys, command, plain.path, "--json", "--until", 8) == (0, same, "")
+
+
+@pytest.fixture
+def after_a_jump(tmp_path) -> tuple[TrajectoryStore, TrajectoryStore]:
+    """A run with jumps to 9 and 25, and the steps between them as a run of its own."""
+    steps = np.arange(1, 31)
+    deltas = np.random.default_rng(1).integers(-8, 9, (30, 50)).cumsum(axis=0).astype(np.float32)
+    metrics = {"jump_steps": np.where(np.isin(steps, (9, 25)), 5.0, np.nan), "reward": steps / 30}
+    jumped = store_of(tmp_path / "jumped.zarr", {"w": deltas}, steps, metrics=metrics)
+    between = {"w": deltas[9:24] - deltas[8]}
+    return jumped, store_of(tmp_path / "alone.zarr", between, np.arange(1, 16))
+
+
+def test_the_steps_after_a_jump_are_a_run_of_their_own(after_a_jump) -> None:
+    jumped, alone = after_a_jump
+    found, expected = observe(jumped, since=9), observe(alone)
+    assert found.gram.steps.tolist() == expected.gram.steps.tolist()
+    np.testing.assert_allclose(found.gram.matrices, expected.gram.matrices, rtol=1e-6)
+    np.testing.assert_array_equal(found.gram.changed, expected.gram.changed)
+    np.testing.assert_array_equal(found.gram.moved, expected.gram.moved)
+    np.testing.assert_array_equal(found.metrics["reward"], np.arange(10, 25) / 30)
+    assert observe(jumped, since=9, until=13).gram.steps.tolist() == [1, 2, 3, 4]
+
+
+def targets(document: dict) -> list[int]:
+    """The steps that an answer is about."""
+    return document.get("steps") or [row["target"] for row in document["grid"]]
+
+
+@pytest.mark.parametrize("command", ["spectrum", "backtest", "advise"])
+def test_a_command_looks_at_the_steps_after_a_jump(after_a_jump, capsys, command) -> None:
+    jumped, alone = after_a_jump
+    status, out, err = asked(capsys, command, jumped.path, "--since", 9, "--json")
+    expected = json.loads(asked(capsys, command, alone.path, "--json")[1])
+    assert (status, err) == (0, "")
+    assert targets(json.loads(out)) == targets(expected)
+    _, out, err = asked(capsys, command, jumped.path, "--since", 30)
+    assert err == (
+        f"relexkit: {jumped.path}: no step follows 30 before the next jump or --until; expected one"
+        " of its steps with later ones: 30 steps from 1 to 30\n"
+    )
 
 
 def test_a_run_that_begins_with_a_jump_is_refused(tmp_path, capsys) -> None:

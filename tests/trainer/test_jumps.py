@@ -16,7 +16,6 @@ from relexkit import RelexkitError, TrajectoryStore, gram
 from relexkit.assess.jump_decision import Decision, Jumps, RewardTest
 from relexkit.gram_matrix.jumps import attempts, jumps
 from relexkit.record import jumping
-from relexkit.trainer.loop import jump as loop
 from relexkit.trainer.loop.rollout_log import read_rollouts
 from relexkit.trainer.loop.train import train
 
@@ -56,7 +55,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
             return tests[min(len(asked), len(tests)) - 1]
 
         monkeypatch.setattr(Jumps, "decide", decide)
-        monkeypatch.setattr(loop, "reward_test", test)
+        monkeypatch.setattr(jumping, "reward_test", test)
         return asked
 
     return forced
@@ -134,8 +133,14 @@ def finished() -> dict[RewardTest, Path]:
     return {}
 
 
-@pytest.mark.parametrize("verdict", [BETTER, WORSE], ids=["kept", "taken back"])
-@pytest.mark.parametrize("point", ["decide", "before", "jump", "after", "settle", "later"])
+POINTS = ("_decide", "before", "_jump", "after", "_conclude", "later")
+CUTS = [
+    *((verdict, point) for verdict in (BETTER, WORSE) for point in POINTS),
+    (WORSE, "_take_back"),
+]
+
+
+@pytest.mark.parametrize(("verdict", "point"), CUTS)
 def test_an_interruption_at_any_point_of_a_jump_ends_with_the_same_bits(
     base: Path,
     tmp_path: Path,
@@ -153,7 +158,10 @@ def test_an_interruption_at_any_point_of_a_jump_ends_with_the_same_bits(
         pass
 
     counts = {"roll_out": 0}
-    real = {name: getattr(jumping.Jumper, name) for name in ("decide", "jump", "settle")}
+    real = {
+        name: getattr(jumping.Jumper, name)
+        for name in ("_decide", "_jump", "_conclude", "_take_back")
+    }
 
     def stop_after(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **options: Any) -> Any:

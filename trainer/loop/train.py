@@ -16,9 +16,12 @@ CPU, and the number of processes changes rounding only.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from relexkit import Recorder, RelexkitError, TrajectoryStore
 from relexkit.extension import Jumper, LiveAdvice, NotAStoreError, Processes
@@ -28,7 +31,6 @@ from relexkit.trainer.evaluation.settings import EvaluationSettings, kept_files
 from relexkit.trainer.loop.engine import open_engine
 from relexkit.trainer.loop.folder import claim_folder, save_model
 from relexkit.trainer.loop.generation import Generation, log_rollouts, roll_out
-from relexkit.trainer.loop.jump import try_jump
 from relexkit.trainer.loop.loggers import LOGGERS, logger_names
 from relexkit.trainer.loop.rollout_log import truncate_after
 from relexkit.trainer.loop.run_log import RunLog
@@ -92,12 +94,10 @@ def train(config: GRPOConfig, *, trust_remote_code: bool = False) -> Path:
         while step < config.max_steps:
             number = (step - jumper.skipped) // config.generation_interval
             if jumper.due(step, config.max_steps - step):
-                landed, generation = try_jump(
-                    jumper,
+                landed, generation = jumper.attempt(
                     step,
                     config.max_steps - step,
-                    partial(sample, number),
-                    policy,
+                    partial(_rewarded, sample, number, processes),
                     log.say,
                 )
                 if landed > step:
@@ -266,6 +266,14 @@ def _speed(
         / config.steps_per_generation
     )
     return {"step_seconds": whole, "tokens_per_second": tokens / whole}
+
+
+def _rewarded(
+    sample: Callable[[int], Generation], number: int, processes: Processes
+) -> tuple[Generation, np.ndarray]:
+    """A generation, and its rewards ``[P, G]`` over all processes."""
+    generation = sample(number)
+    return generation, np.concatenate(processes.gather(generation.reward_PG.numpy()))
 
 
 def _is_evaluated(config: GRPOConfig, step: int) -> bool:
