@@ -20,7 +20,7 @@ import numpy as np
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.extrapolators import METHODS
@@ -323,7 +323,11 @@ def _too_early(gram: Gram) -> Advice:
 def _fit(whole: np.ndarray, gram: Gram) -> TrajectoryFit | None:
     try:
         return fit_trajectory(
-            whole, gram.steps, num_parameters=float(gram.num_parameters.sum()), rates=gram.rates
+            whole,
+            gram.steps,
+            num_parameters=float(gram.num_parameters.sum()),
+            rates=gram.rates,
+            spaced=SPACED,
         )
     except ExtrapolationError:
         return None

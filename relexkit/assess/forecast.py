@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 
 from relexkit.geometry.shape import decompose
-from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.results import Result
 
 _FACTORS = 2.0 ** np.arange(-2, 3.25, 0.5)  # f, [F]
-_MISFITS = np.r_[0.0, 10.0 ** np.arange(-3, 0.26, 0.25)]  # g, [H]
-# the model is a little too cautious and most likely right; a further error has no known size
-# (chosen on simulated runs)
+_MISFITS = np.r_[0.0, 10.0 ** np.arange(-3, 0.01, 0.25)]  # g, [H]
+# the model is a little too cautious (chosen on simulated runs); a further error may be any share
+# of a straight line's way, a tenth of it as likely as none
 _PRIOR_FH = np.outer(
-    np.exp(-(((np.log2(_FACTORS) + 0.2) / 0.3) ** 2) / 2), np.r_[60.0, np.ones(len(_MISFITS) - 1)]
+    np.exp(-(((np.log2(_FACTORS) + 0.2) / 0.3) ** 2) / 2), np.r_[0.1, np.diff(_MISFITS)]
 )
 _CHECK = 0.5  # independent checks that one prefix is worth
 _NUM_PREFIXES = 5
@@ -124,7 +124,7 @@ def forecast(
             prefix = matrix[:count, :count]
             if not len(later) or not np.trace(prefix) > 0:
                 continue
-            fit = fit_trajectory(prefix, steps[:count], num_parameters=size, rates=gram.rates)
+            fit = _fit(prefix, steps[:count], size, gram.rates)
             axes = _axes(prefix, num_directions)
             centres, spreads, further = _along(fit, steps[later].astype(np.float64), axes)
             errors = matrix[:count, later].T @ axes - centres
@@ -132,7 +132,7 @@ def forecast(
             checked = np.log(variances) + errors[:, None, None] ** 2 / variances
             support[..., : axes.shape[1]] -= _CHECK * checked.mean(axis=3) / 2
             num_checked += 1
-        fit = fit_trajectory(matrix, steps, num_parameters=size, rates=gram.rates)
+        fit = _fit(matrix, steps, size, gram.rates)
         centres, spreads, further = _along(fit, at, _axes(matrix, num_directions))
     support = support[..., : centres.shape[2]]
     posterior = np.exp(support - support.max(axis=(0, 1, 2)))
@@ -144,6 +144,12 @@ def forecast(
     )
     plain = 2 * ndtri(0.5 + level / 2) * spreads[0, -1]
     return Forecast(at, centres[0], low, high, level, (high - low)[-1] / plain, num_checked)
+
+
+def _fit(
+    matrix: np.ndarray, steps: np.ndarray, size: float, rates: np.ndarray | None
+) -> TrajectoryFit:
+    return fit_trajectory(matrix, steps, num_parameters=size, rates=rates, spaced=SPACED)
 
 
 def _variances(spreads_EJR: np.ndarray, further_JR: np.ndarray) -> np.ndarray:

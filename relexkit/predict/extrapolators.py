@@ -20,7 +20,7 @@ import numpy as np
 
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.shape import leading_eigenpairs
-from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.fits import FitError, Options, continued
@@ -185,11 +185,13 @@ def _row_of(steps: np.ndarray, step: float, option: str) -> int:
 
 
 def _trajectory_model(
-    weights: Callable[[TrajectoryFit, np.ndarray], np.ndarray],
+    weights: Callable[[TrajectoryFit, np.ndarray], np.ndarray], spaced: int | None = None
 ) -> Callable[[Gram, Options], Predict]:
     def fit(gram: Gram, options: Options) -> Predict:
         fits = [
-            fit_trajectory(matrix, gram.steps, num_parameters=float(size), rates=gram.rates)
+            fit_trajectory(
+                matrix, gram.steps, num_parameters=float(size), rates=gram.rates, spaced=spaced
+            )
             for matrix, size in zip(gram.matrices, gram.num_parameters, strict=True)
         ]
         return lambda targets: np.stack([weights(fit, targets) for fit in fits], axis=1)
@@ -235,7 +237,7 @@ METHODS: dict[str, Method] = {
         judged_by="drift",
     ),
     "drift": Method(
-        _trajectory_model(lambda fit, targets: fit.drift_weights(targets)),
+        _trajectory_model(lambda fit, targets: fit.drift_weights(targets), SPACED),
         "the trajectory model without coasting on momentum",
         needs_gram=True,
         scope="global",

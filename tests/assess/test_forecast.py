@@ -14,7 +14,7 @@ from relexkit.assess import forecast as module
 from relexkit.assess.forecast import Forecast, forecast
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.shape import decompose
-from relexkit.geometry.trajectory_model import fit_trajectory
+from relexkit.geometry.trajectory_model import SPACED, fit_trajectory
 
 
 def test_a_mixture_of_one_normal_has_its_own_quantile() -> None:
@@ -41,7 +41,8 @@ def test_coefficients_are_those_of_the_predicted_delta() -> None:
     seen = simulate(Run(drift=0.4, beta=0.9), 40, 0)
     gram, steps = seen @ seen.T, np.arange(1, 41)
     found: Forecast = forecast(gram_from(gram[None], steps, D), [60, 80], num_directions=2)
-    fit, parts = fit_trajectory(gram, steps, num_parameters=D), decompose(gram)
+    fit = fit_trajectory(gram, steps, num_parameters=D, spaced=SPACED)
+    parts = decompose(gram)
     directions = seen.T @ parts.left[:, :2] / parts.singular_values[:2]
     np.testing.assert_allclose(np.linalg.norm(directions, axis=0), 1)
     expected = np.array([seen.T @ fit.weights(t) for t in (60.0, 80.0)]) @ directions

@@ -22,6 +22,8 @@ from relexkit.geometry.trajectory_model.response import Clock
 _GRID = 4096
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
+SPACED = 16
+"""Recorded steps, evenly spaced, that tell what lasts from what does not (``spaced``)."""
 _DOUBT = 0.05  # p-value of the drift above which momentum and rounding are those of a walk
 # times the drift's gain: a state of the optimizer whose walk is worse by more is not tried with a
 # drift
@@ -162,7 +164,7 @@ class TrajectoryFit:
         in the observed ones. Without ``fading`` a turning drift only turns: it does not also die
         with the chance that one of its age does.
         """
-        along = self._gram @ axis[self._rows]
+        along = self.gram[self._rows] @ axis
         weights, left, spread = self._moments(
             np.asarray(targets, np.float64), np.outer(along, along), fading
         )
@@ -214,7 +216,12 @@ class TrajectoryFit:
 
 
 def fit_trajectory(
-    gram: np.ndarray, steps: np.ndarray, *, num_parameters: float, rates: np.ndarray | None = None
+    gram: np.ndarray,
+    steps: np.ndarray,
+    *,
+    num_parameters: float,
+    rates: np.ndarray | None = None,
+    spaced: int | None = None,
 ) -> TrajectoryFit:
     """The model fitted to a Gram matrix, usually the sum over a scope (``Gram.scoped("global")``):
     one fit for all targets.
@@ -225,6 +232,9 @@ def fit_trajectory(
         num_parameters: coordinates that the Gram matrix sums over; bounds the effective dimension.
         rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last
             recorded step; None for a constant one. Past its end it keeps its last value.
+        spaced: fit to so many recorded steps at most, evenly spaced. What lasts is then told from
+            what does not by long lags, whatever the noise is like at short ones and however often
+            the run was saved. None for all, which show the momentum best.
 
     A few tenths of a second at 100 steps, most of it the search for momentum and rounding; reads no
     weights. Of more than 200 recorded steps the last 100 and 100 spread over the earlier ones are
@@ -242,7 +252,8 @@ def fit_trajectory(
         raise ExtrapolationError(
             "nothing moved up to here, so there is no motion to continue; use later steps"
         )
-    rows, recorded, whole = _thin(len(steps)), steps, gram
+    rows = _thin(len(steps)) if spaced is None else spaced_rows(steps, spaced)
+    recorded, whole = steps, gram
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
     clocks = [Clock(unit, history, rates) for history in (0, _HISTORY)]
@@ -288,6 +299,14 @@ def fit_trajectory(
         _gram=gram,
         _parts=kept(parts, posterior),
     )
+
+
+def spaced_rows(steps: np.ndarray, most: int) -> np.ndarray:
+    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last."""
+    if len(steps) <= most:
+        return np.arange(len(steps))
+    wanted = steps[-1] * np.arange(1, most + 1) / most
+    return np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))
 
 
 def _thin(num_steps: int) -> np.ndarray:

@@ -15,7 +15,10 @@ _NUDGE = 1e-5  # of the search's coordinates, for slopes
 # logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation
 # time over the last step
 START = (2.2, -8.0, 0.0, 0.0, -0.7)
-_BOUNDS = [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)]
+_BOUNDS = np.array([(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)])
+# the first step of the search has length one: in these units it does not leap from no memory to
+# the most there is, from where it can end in an optimum with all of the momentum taken for memory
+_UNITS = np.array([1.0, 1.0, 0.1, 1.0, 1.0])
 WALK = 3
 """So many of these, the first ones, describe the walk."""
 
@@ -33,6 +36,7 @@ def search(
     from scipy.optimize import minimize
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
+    units = _UNITS[: len(origin)]
 
     def drift_of(
         response: np.ndarray, white: np.ndarray, lifetime: float, unit: float
@@ -43,7 +47,8 @@ def search(
         drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]), white)
         return unit / drift[-1, -1] * drift
 
-    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(scaled: np.ndarray) -> tuple[float, np.ndarray]:
+        x = units * scaled
         momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
         response, turned = (clock.response(times, expit(m)) for m in (momentum, momentum + _NUDGE))
         white, turned_white = response @ response.T, turned @ turned.T
@@ -81,17 +86,18 @@ def search(
             ]
         gradient = np.array([(pull * direction).sum() for direction in slopes])
         # the last term holds what the steps do not determine near the start
-        return float(value + 1e-6 * ((x - origin) ** 2).sum()), gradient + 2e-6 * (x - origin)
+        value += 1e-6 * ((x - origin) ** 2).sum()
+        return float(value), units * (gradient + 2e-6 * (x - origin))
 
     best = minimize(
         loss,
-        origin,
+        origin / units,
         jac=True,
         method="L-BFGS-B",
-        bounds=_BOUNDS[: len(origin)],
+        bounds=_BOUNDS[: len(origin)] / units[:, None],
         options={"ftol": 3e-8, "maxiter": 50},
     )
-    return float(best.fun), best.x
+    return float(best.fun), units * best.x
 
 
 def with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
