@@ -1,4 +1,6 @@
-"""The processes that work together under ``torchrun``: who leads, what all agree on."""
+"""The processes that work together under ``torchrun``: who leads, what all agree on; and the
+processors that one may use.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,13 @@ from typing import Any, TypeVar
 from relexkit.errors import RelexkitError
 
 _T = TypeVar("_T")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Processes:

@@ -82,6 +82,7 @@ def run(options: Options) -> None:
             steps=options.steps,
             rewind=options.rewind,
             continues=options.continues,
+            gram=True,
             progress=progress,
         )
     for note in result.notes:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from relexkit.geometry.shape import leading_eigenpairs, update_products
+from relexkit.geometry.shape import in_blocks, leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
 
@@ -131,7 +131,10 @@ def _walk_nulls(
     )  # the diagonal of the innovations' Gram matrices
     expected = (factor * sizes[:, None]) @ factor.T
     observed_NK, expected_NK = (
-        statistics(m, steps, centered=centered) for m in (matrices, expected)
+        np.concatenate(
+            in_blocks(lambda rows, m=m: statistics(m[rows], steps, centered=centered), len(m))
+        )
+        for m in (matrices, expected)
     )
     num_flips = int(min(_MOST_FLIPS, _FLIP_WORK // (len(matrices) * len(steps) ** 2)))
     num_flips = num_flips if num_flips >= _FEWEST_FLIPS and flip else 0

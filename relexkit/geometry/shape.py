@@ -5,9 +5,18 @@ Pure functions of matrices and steps, each written once; everything that fits or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+from relexkit.processes import cores
+
+_T = TypeVar("_T")
+
+_BLOCK = 256  # matrices that a thread takes at a time
 
 RANK_TOLERANCE = 1e-7
 """Directions with a singular value at most this fraction of the first are numerically zero and
@@ -44,7 +53,28 @@ def decompose(matrix: np.ndarray) -> Decomposition:
     """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at
     all.
     """
-    values, vectors = np.linalg.eigh(matrix)
+    return _from_eigenpairs(matrix, *np.linalg.eigh(matrix))
+
+
+def decompose_all(matrices: np.ndarray) -> list[Decomposition]:
+    """``decompose`` of each of ``[N, T, T]``."""
+    pairs = in_blocks(lambda rows: np.linalg.eigh(matrices[rows]), len(matrices))
+    found = ((v, u) for values, vectors in pairs for v, u in zip(values, vectors, strict=True))
+    return [_from_eigenpairs(m, v, u) for m, (v, u) in zip(matrices, found, strict=True)]
+
+
+def in_blocks(work: Callable[[slice], _T], count: int) -> list[_T]:
+    """What ``work`` makes of ``count`` matrices, block after block, on every core: the products and
+    decompositions of NumPy leave the interpreter free.
+    """
+    spans = [slice(begin, begin + _BLOCK) for begin in range(0, count, _BLOCK)]
+    if len(spans) < 2:
+        return [work(slice(0, count))]
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(work, spans))
+
+
+def _from_eigenpairs(matrix: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> Decomposition:
     values, vectors = values[::-1], vectors[:, ::-1]
     singular = np.sqrt(np.maximum(values, 0.0))
     # eigh resolves eigenvalues to about 1e-16 of the largest, singular values to the root of that

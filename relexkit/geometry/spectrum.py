@@ -19,6 +19,8 @@ from relexkit.geometry.shape import (
     Decomposition,
     center,
     decompose,
+    decompose_all,
+    in_blocks,
     leading_eigenpairs,
     r_squared,
     update_cosines,
@@ -201,8 +203,15 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
     energy = np.trace(chosen.matrices, axis1=1, axis2=2)
     total = energy.sum()
     about = center(chosen.matrices) if centered else chosen.matrices
-    parts = [decompose(matrix) for matrix in about]
-    agreements = _agreements(chosen.matrices, quarters(len(chosen.steps)), centered, parts)
+    parts = decompose_all(about)
+    agreements = np.concatenate(
+        in_blocks(
+            lambda rows: _agreements(
+                chosen.matrices[rows], quarters(len(chosen.steps)), centered, parts[rows]
+            ),
+            len(parts),
+        )
+    )
     scopes = []
     for row, name in enumerate(chosen.names):
         size = int(chosen.num_parameters[row])

@@ -21,7 +21,7 @@ from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.gram_matrix.factors import factor_gram
 from relexkit.gram_matrix.jumps import last_trained
 from relexkit.gram_matrix.matrices import Gram, mirror
-from relexkit.gram_matrix.onepass import Sums, Tick, ticker
+from relexkit.gram_matrix.onepass import Pass, Span, Sums, Tick, ticker
 from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
 from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import ProgressCallback, TrajectoryStore
@@ -74,6 +74,37 @@ def gram(
     changed, moved, unit_moves = counts
     whole = Gram(store.steps, names, sizes, matrices[0], changed, moved, unit_moves, rates=rates)
     return whole.until(last_trained(store, None))
+
+
+def gram_of_columns(
+    store: TrajectoryStore, part: int, span: Span, *, memory_budget_bytes: int = 2**28
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrices ``float64 [S, T, T]`` and counts ``int64 [S, 3, T]`` (changed, moved, unit
+    moves) of columns ``begin:end`` of a part, for the S tensors in it; no factors.
+
+    Those of disjoint spans add up to those of the part, so any engine may compute them, anywhere
+    that the store can be opened. Keeps nothing. One pass over the columns; memory: the budget.
+
+    Args:
+        span: begins at a multiple of 65,536 and ends at one or at the end of the part.
+
+    Raises:
+        StoreError: a damaged chunk, or the store was replaced meanwhile.
+    """
+    num_steps = len(store.steps)
+    sums = Pass(
+        store=store,
+        part=part,
+        kernel=_OuterProducts(num_steps, 0),
+        num_rows=num_steps,
+        spans=[span],
+        budget=memory_budget_bytes,
+    ).run()
+    store.check_unchanged()
+    is_log = store.encoding(part).is_log
+    result = _from_sparse(sums, None, 0) if is_log else _from_dense(sums, 0)
+    mirror(result.matrices)
+    return result.matrices, result.counts
 
 
 def known_steps(store: TrajectoryStore) -> int:

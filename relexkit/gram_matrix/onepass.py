@@ -31,6 +31,7 @@ Span = tuple[int, int]
 _WORK_BYTES = (
     32  # of an entry in a window of the log: column and place as indices, value, and temporaries
 )
+_LOG_WINDOW = 2**22  # columns; what is looked up of each stays near the cache
 _WINDOW_BYTES = (
     2**25
 )  # of decoded rows: enough work to share out, little enough to stay near the cache
@@ -179,7 +180,7 @@ class Pass:
                 inner,
                 end - begin,
                 share // _WORK_BYTES,
-                min(share // per_column, store.encoding(part).window),
+                min(share // per_column, _LOG_WINDOW),
             )
             spans = [(begin + low, begin + high) for low, high in windows]
             results = pool.map(

@@ -4,11 +4,9 @@ background.
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +18,7 @@ from relexkit.errors import CheckpointError, StoreError
 from relexkit.geometry.sketch import Sketch
 from relexkit.ingest.columns import Columns
 from relexkit.ingest.write_queue import WriteQueue
+from relexkit.processes import cores
 from relexkit.store import StoreWriter, blocks
 from relexkit.store.encodings.bits import (
     CHECKSUM_BLOCK,
@@ -27,12 +26,13 @@ from relexkit.store.encodings.bits import (
     block_checksums,
     content_checksum,
 )
+from relexkit.store.passes import in_order
 from relexkit.weights.dtypes import bits_dtype, nonfinite_index
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 
-_WORKERS = min(4, os.cpu_count() or 1)
+_WORKER_BYTES = 2**25  # at least what a worker holds of a step in which every weight changes
 _QUEUE_BYTES = 2**24  # encoded but not yet written; a larger array waits until the queue is empty
 
 
@@ -80,7 +80,8 @@ class Appender:
         self._previous: Columns | None = None
         self._last_step = int(self._store.steps[-1]) if len(self._store.steps) else 0
         self._kept: dict[int, np.ndarray] | None = None
-        self._pool = ThreadPoolExecutor(_WORKERS)
+        self._workers = max(1, min(cores(), memory_budget_bytes // _WORKER_BYTES))
+        self._pool = ThreadPoolExecutor(self._workers)
         self.queue = WriteQueue(_QUEUE_BYTES)
         self._failed = False
         self._scratch = threading.local()
@@ -215,13 +216,7 @@ class Appender:
 
     def in_order(self, work: Callable[[_S], _T], spans: Iterable[_S]) -> Iterator[_T]:
         """Results of the workers, who are each at most one piece of work ahead."""
-        ahead: deque[Future[_T]] = deque()
-        for span in spans:
-            ahead.append(self._pool.submit(work, span))
-            if len(ahead) > _WORKERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        return in_order(self._pool, work, spans, self._workers)
 
 
 class _PartOfStep:

@@ -24,6 +24,9 @@ from relexkit.checkpoints.tied import heads_on_one_side, with_heads
 from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
+from relexkit.gram_matrix.exact import gram as gram_matrices
+from relexkit.gram_matrix.exact import known_steps
+from relexkit.gram_matrix.pca import choose
 from relexkit.ingest.append import Appender
 from relexkit.ingest.branches import check_branch, compare_steps, is_base_throughout
 from relexkit.ingest.columns import base_reader
@@ -73,6 +76,7 @@ def import_checkpoints(
     rewind: bool = False,
     continues: bool = False,
     known_until: int = 0,
+    gram: bool = False,
     memory_budget_bytes: int = 5 * 2**26,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
@@ -106,6 +110,9 @@ def import_checkpoints(
         continues: the run goes on from the store although no step is in both.
         known_until: the recorded steps up to this one need not be compared, because the caller has
             just imported them.
+        gram: also compute the Gram matrices of what was added, as the command does, so that no
+            later question about the run's shape reads weights; of runs for which ``--pca auto``
+            approximates them they are left to the question.
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory;
             what does not fit is read again from its file.
 
@@ -174,6 +181,8 @@ def import_checkpoints(
                 if new:
                     append_all(view, new, writer, over, memory_budget_bytes, progress)
     store = TrajectoryStore(out)
+    if gram and known_steps(store) < len(store.steps) and choose(store).method == "exact":
+        gram_matrices(store, memory_budget_bytes=memory_budget_bytes, progress=progress)
     if new and is_base_throughout(store):
         notes.append(
             "every step equals the base bit for bit: nothing was trained, or these are not the"

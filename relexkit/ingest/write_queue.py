@@ -22,6 +22,7 @@ class WriteQueue:
         self._most = most_bytes
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[tuple[Future[None], int]] = deque()
+        self._waiting_bytes = 0
         self._failure: BaseException | None = None
 
     def put(self, write: Callable[..., None], *arguments: Any) -> None:
@@ -37,6 +38,7 @@ class WriteQueue:
         )
         self._wait(max(0, self._most - size))
         self._pending.append((self._thread.submit(self._call, write, *arguments), size))
+        self._waiting_bytes += size
 
     def finish(self) -> None:
         """Wait until every call is made; raises as ``put`` does."""
@@ -51,10 +53,10 @@ class WriteQueue:
 
     def _wait(self, num_bytes: int) -> None:
         """Wait until no more than ``num_bytes`` are in the queue."""
-        while self._pending and (
-            num_bytes == 0 or sum(size for _, size in self._pending) > num_bytes
-        ):
-            self._pending.popleft()[0].result()
+        while self._pending and (num_bytes == 0 or self._waiting_bytes > num_bytes):
+            call, size = self._pending.popleft()
+            self._waiting_bytes -= size
+            call.result()
         if self._failure is not None:
             raise self._failure
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import zarr
 
+from relexkit.processes import cores
 from relexkit.store.codecs import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, Grid, create_array
-from relexkit.store.passes import ProgressCallback, blocks
+from relexkit.store.fastpath.chunk_files import Encoded, chunk_files
+from relexkit.store.passes import ProgressCallback, blocks, in_order, stretches
 from relexkit.weights.dtypes import bits_dtype
 from relexkit.weights.layout import Layout
 
@@ -25,20 +28,44 @@ def write_base(
     its ``base_sha256``.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hasher:
-        for part, spec in enumerate(layout.parts):
+    with ThreadPoolExecutor(cores()) as pool:
+        for part in range(len(layout.parts)):
             array = create_base_array(group, layout, part)
-            assert array.shards is not None
-            shard = array.shards[0]
-            for begin in range(0, spec.numel, shard):
-                end = min(begin + shard, spec.numel)
-                bits = read_base(part, begin, end)
-                hashed = hasher.submit(digest.update, bits.data.cast("B"))
-                array[begin:end] = bits
-                hashed.result()
+            for bits in _written(array, partial(read_base, part), pool):
+                digest.update(bits.data.cast("B"))
             if progress:
                 progress("writing the base", part + 1, len(layout.parts))
     return digest.hexdigest()
+
+
+def _written(
+    array: zarr.Array, read: Callable[[int, int], np.ndarray], pool: ThreadPoolExecutor
+) -> Iterator[np.ndarray]:
+    """Write all of an array, and yield its content in order."""
+    assert array.shards is not None
+    direct = chunk_files(array)
+    shards = blocks(array.shape[0], array.shards[0])
+    if direct is None:
+        for begin, end in shards:
+            array[begin:end] = bits = read(begin, end)
+            yield bits
+        return
+
+    def encode(span: tuple[int, int]) -> tuple[np.ndarray, Encoded]:
+        bits = read(*span)
+        return bits, direct.encode(bits)
+
+    for number, span in enumerate(shards):
+        shard = direct.open_shard((number,))
+        try:
+            pieces = stretches(span, direct.chunk)
+            for bits, chunks in in_order(pool, encode, pieces, cores()):
+                shard.append(chunks)
+                yield bits
+            shard.close()
+        except BaseException:
+            shard.discard()
+            raise
 
 
 def create_base_array(group: zarr.Group, layout: Layout, part: int) -> zarr.Array:

@@ -4,11 +4,17 @@ how they report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from relexkit.store.encodings.bits import BLOCK, CHECKSUM_BLOCK
+
+_S = TypeVar("_S")
+_T = TypeVar("_T")
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
@@ -45,3 +51,18 @@ def column_windows(
         filled += int(count)
     if numel:
         yield first * BLOCK, numel
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[_S], _T], items: Iterable[_S], ahead: int
+) -> Iterator[_T]:
+    """Results of the workers of a pool in the order of ``items``, at most ``ahead`` of them waiting
+    or in work.
+    """
+    pending: deque[Future[_T]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -23,6 +23,7 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 """Float formats that can move in a run, with the unsigned integer type that carries their bits."""
 
 _EXPONENT_MASK = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_LARGEST = {"float32": np.inf, "bfloat16": (2 - 2**-7) * 2.0**127, "float16": 65504.0}
 
 Rounding = Literal["stochastic", "nearest"]
 ROUNDINGS = ("stochastic", "nearest")
@@ -42,7 +43,9 @@ def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float32":
         return bits.view(np.float32)
     if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        words = bits.astype(np.uint32)
+        words <<= np.uint32(16)
+        return words.view(np.float32)
     return bits.view(np.float16).astype(np.float32)
 
 
@@ -120,9 +123,12 @@ def round_bits(
             f"cannot round to {dtype} with {rounding} rounding; expected {', '.join(FLOAT_DTYPES)}"
             f" and {' or '.join(ROUNDINGS)}"
         )
-    bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
-    if bad is not None:
-        raise _does_not_fit(tensor, start + bad, values[bad], dtype)
+    largest = _LARGEST[dtype]
+    inside = not len(values) or (values.min() > -largest and values.max() < largest)
+    if not inside:  # or NaN
+        bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
+        if bad is not None:
+            raise _does_not_fit(tensor, start + bad, values[bad], dtype)
     if dtype == "float32":
         bits = np.ascontiguousarray(values).view(np.uint32)
     elif rounding == "nearest":
@@ -131,7 +137,7 @@ def round_bits(
         bits = _round_stochastic(
             values, dtype, random_bits(seed, tensor, start, start + len(values))
         )
-    bad = nonfinite_index(bits, dtype)
+    bad = None if inside else nonfinite_index(bits, dtype)
     if bad is not None:
         raise _does_not_fit(tensor, start + bad, values[bad], dtype)
     return bits
@@ -150,13 +156,21 @@ def _round_nearest(values: np.ndarray, dtype: str) -> np.ndarray:
             return values.astype(np.float16).view(np.uint16)
     bits = values.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + (odd + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
+    odd += np.uint32(0x7FFF)
+    odd += bits
+    return _upper_halves(odd)
+
+
+def _upper_halves(words: np.ndarray) -> np.ndarray:
+    """The upper 16 bits of ``uint32 [n]``."""
+    words >>= np.uint32(16)
+    return words.astype(np.uint16)
 
 
 def _round_stochastic(values: np.ndarray, dtype: str, random: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     if dtype == "bfloat16":
-        return ((bits + random) >> np.uint32(16)).astype(np.uint16)
+        return _upper_halves(bits + random)
     # float16: 13 dropped bits for normal numbers; below 2**-14 the spacing is fixed at 2**-24.
     dropped = random >> np.uint16(3)
     result = ((bits + dropped) & np.uint32(0xFFFFE000)).view(np.float32)

@@ -8,8 +8,10 @@ files on disk and of parallel work.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -136,9 +138,13 @@ class Layout:
         """The pieces that lie in columns ``begin:end`` of ``part``, clipped to them, in column
         order.
         """
+        whole = self._by_part[part]
         end = self.parts[part].numel if end is None else end
+        first = bisect_right(whole, begin, key=lambda s: s.offset + s.numel)
         clipped = []
-        for segment in self._by_part[part]:
+        for segment in itertools.islice(whole, first, None):
+            if segment.offset >= end:
+                break
             low, high = max(segment.offset, begin), min(segment.offset + segment.numel, end)
             if low < high:
                 start = segment.start + low - segment.offset

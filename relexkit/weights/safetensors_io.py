@@ -135,10 +135,10 @@ class SafetensorsFile:
                 f" {', '.join(_DTYPES)}"
             )
         begin, end = entry["data_offsets"]
-        if any(type(number) is not int for number in (begin, end, *entry["shape"])):
+        if {type(number) for number in (begin, end, *entry["shape"])} != {int}:
             raise ValueError(f"tensor {name!r} has a shape or an offset that is not a whole number")
         info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]][0])
-        if any(n < 0 for n in info.shape) or begin < 0 or end - begin != info.num_bytes:
+        if min((begin, *info.shape)) < 0 or end - begin != info.num_bytes:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} of shape {list(info.shape)} and dtype {info.dtype}"
                 f" claims bytes {begin}:{end}; the header is damaged: write or download the file"

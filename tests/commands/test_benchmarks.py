@@ -2,6 +2,7 @@
 took is not looked at.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -56,6 +57,40 @@ def test_pipeline_and_agreement_run_on_a_tiny_synthetic_run(tmp_path: Path) -> N
     check_agreement(numbers["agreement"])
     assert numbers["pipeline"]["bfloat16"]["disk"]["exact"]
     assert "relexkit: extrapolate" in printed
+    assert "over `cp -r`" in printed.partition("Budgets")[2]
+
+
+def test_a_budget_is_met_by_the_median_or_by_the_largest() -> None:
+    """Worked out by hand; the module is of the benchmarks, which are programs."""
+    spec = importlib.util.spec_from_file_location("budgets", PROGRAM.with_name("budgets.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["budgets"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+
+    def all_took(*seconds: float) -> list[dict[str, Any]]:
+        return [{"all": {"wall_seconds": s}} for s in seconds]
+
+    pipeline = {
+        "relexkit": all_took(9.0, 12.0, 8.0),
+        "copied": all_took(10.0, 10.0, 10.0),
+        "released": all_took(90.0, 144.0, 80.0),
+        "disk": {"steps": 1.0, "checkpoints": 200.0},
+    }
+    memory = [
+        {s: {"peak_bytes": n * 2**20} for s in ("import", "Gram", "extrapolate")} for n in (9, 1100)
+    ]
+    found = module.budgets({"pipeline": {"bfloat16": pipeline}, "memory": memory})
+    assert [(b.what.split(",")[0], b.met) for b in found] == [
+        ("import + Gram + one checkpoint", True),  # 0.9, 1.2, 0.8
+        ("the same", False),  # 1/10, 1/12, 1/10
+        ("steps on disk", True),
+        ("peak memory of import", False),
+        ("peak memory of Gram", False),
+        ("peak memory of extrapolate", False),
+    ]
+    assert found[0].cells() == [found[0].what, "1", "0.9", "0.8 to 1.2", "met"]
 
 
 @pytest.mark.slow

@@ -133,6 +133,23 @@ def test_energy_shares_and_scopes_add_up() -> None:
             np.testing.assert_allclose(s.moved, (joined != 0).mean(axis=1))
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_many_tensors_in_blocks_are_what_their_svd_says(centered: bool) -> None:
+    deltas = {
+        f"model.layers.{i}.mlp.up_proj.weight": trajectory("walk", STEPS, 9, seed=i).deltas
+        for i in range(600)
+    }
+    found = spectrum(gram_of(deltas, STEPS), centered=centered)
+    assert [s.name for s in found.scopes] == list(deltas)
+    for s, rows in zip(found.scopes, deltas.values(), strict=True):
+        expected = np.linalg.svd(rows - rows.mean(axis=0) * centered)[1]
+        np.testing.assert_allclose(
+            s.singular_values, expected[: len(s.singular_values)], atol=1e-6 * expected[0]
+        )
+        assert s.null is not None
+        assert s.null.observed["first"] == pytest.approx(expected[0] ** 2 / (expected**2).sum())
+
+
 def test_a_prefix_uses_only_its_steps() -> None:
     deltas = trajectory("walk", STEPS, 40, seed=6).deltas
     [found] = spectrum(gram_of({"w": deltas}, STEPS), until=8).scopes

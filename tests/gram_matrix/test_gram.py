@@ -15,8 +15,8 @@ import zarr
 from runs import EMBEDDING, HEAD, Run, Weights, raw_bits, write_checkpoint, write_run
 
 from relexkit import Gram, RelexkitError, StoreError, TrajectoryStore, gram, import_checkpoints
-from relexkit.gram_matrix.exact import _OuterProducts
-from relexkit.store import WriterLock
+from relexkit.gram_matrix.exact import _OuterProducts, gram_of_columns
+from relexkit.store import WriterLock, blocks, kept
 from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.dtypes import round_to_mantissa_bits
 
@@ -307,6 +307,72 @@ def test_a_kept_result_is_used_without_reading_weights(
     again = gram(TrajectoryStore(path))
     for name in ("matrices", "changed", "moved", "unit_moves", "steps"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("encoding", ["auto", "float"])
+def test_an_import_that_computes_the_matrices_leaves_nothing_to_read(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    density = 0.05 if encoding == "auto" else 1.0
+    run = write_run(tmp_path, motion="drift", density=density, steps=(2, 3, 7), seed=11)
+    expected = gram(imported(run, tmp_path / "plain.zarr", encoding=encoding))
+    for steps in (":2", None):  # the second import adds to what the first has kept
+        imported(run, tmp_path / "run.zarr", encoding=encoding, gram=True, steps=steps)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    for name in ("read_update", "read_row", "read_base", "read_state"):
+        monkeypatch.setattr(TrajectoryStore, name, refuse)
+    found = gram(TrajectoryStore(tmp_path / "run.zarr"))
+    scale = np.abs(expected.matrices).max()
+    np.testing.assert_allclose(found.matrices, expected.matrices, rtol=0, atol=TOLERANCE * scale)
+    for name in ("changed", "moved", "unit_moves", "steps"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("encoding", ["auto", "float"])
+def test_columns_computed_by_another_engine_add_up(encoding: str, tmp_path: Path) -> None:
+    """As docs/performance.md shows it, on the threads of dask."""
+    dask = pytest.importorskip("dask")
+    density = 0.05 if encoding == "auto" else 1.0
+    run = write_run(tmp_path, shapes=BIG, density=density, steps=(2, 3, 7), seed=11)
+    store = imported(run, tmp_path / "run.zarr", encoding=encoding)
+
+    @dask.delayed
+    def of(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        return gram_of_columns(TrajectoryStore(store.path), 0, span)
+
+    spans = list(blocks(store.layout.parts[0].numel, 2**16))
+    assert len(spans) > 2
+    found = dask.compute(*map(of, spans), scheduler="threads")
+    expected = gram(store)
+    names = [s.tensor.name for s in store.layout.segments_in(0)]
+    rows = [expected.names.index(name) for name in names]
+    scale = np.abs(expected.matrices).max()
+    np.testing.assert_allclose(
+        sum(m for m, _ in found), expected.matrices[rows], rtol=0, atol=TOLERANCE * scale
+    )
+    np.testing.assert_array_equal(sum(c for _, c in found)[:, 0], expected.changed[rows])
+    np.testing.assert_array_equal(sum(c for _, c in found)[:, 1], expected.moved[rows])
+
+
+def test_matrices_of_many_tensors_lie_in_few_files_and_in_those_of_earlier_stores(
+    fresh: tuple[Run, TrajectoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = fresh
+    expected = gram(store)
+    folder = Path(store.path) / "gram" / "0" / "matrices"
+    assert len([p for p in (folder / "c").rglob("*") if p.is_file()]) == 1
+    assert zarr.open_array(folder, mode="r").chunks[0] > 1
+    store.verify()
+    shutil.rmtree(Path(store.path) / "gram")
+    monkeypatch.setattr(kept, "_grid", kept._grid_before)
+    gram(store)
+    monkeypatch.undo()
+    assert zarr.open_array(folder, mode="r").chunks[0] == 1
+    store.verify()
+    np.testing.assert_array_equal(gram(TrajectoryStore(store.path)).matrices, expected.matrices)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from relexkit.store.encodings.bits import (
     CHECKSUM_BLOCK,
     apply_update,
     block_checksums,
-    changed_columns,
+    changes,
     clip_update,
     content_checksum,
     decode_columns,
@@ -89,7 +89,7 @@ def test_the_largest_part_keeps_its_last_column() -> None:
     data=st.data(),
     dtype=st.sampled_from([np.uint16, np.uint32, np.uint8]),
 )
-def test_changed_columns_are_those_that_differ(
+def test_changes_are_the_columns_that_differ_with_the_bits_there(
     length: int, skip: int, data: st.DataObject, dtype: type
 ) -> None:
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -102,7 +102,10 @@ def test_changed_columns_are_those_that_differ(
         data.draw(st.sets(st.integers(0, max(0, length - 1)), max_size=length)) if length else ()
     ):
         after[column] ^= dtype(data.draw(st.integers(1, top)))
-    np.testing.assert_array_equal(changed_columns(before, after), np.flatnonzero(before != after))
+    columns, old, new = changes(before, after)
+    np.testing.assert_array_equal(columns, np.flatnonzero(before != after))
+    np.testing.assert_array_equal(old, before[columns])
+    np.testing.assert_array_equal(new, after[columns])
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,7 +122,7 @@ def test_an_update_moves_one_state_to_the_next_exactly(length: int, seed: int, d
     after[chosen] = random.integers(
         0, np.iinfo(dtype).max, int(chosen.sum()), dtype=dtype, endpoint=True
     )
-    columns = changed_columns(before, after)
+    columns, _, _ = changes(before, after)
     signed = np.dtype(f"int{8 * np.dtype(dtype).itemsize}")
     differences = (after[columns] - before[columns]).view(signed)  # wraps: 0xFFFF to 0 is one unit
     gaps, indptr = encode_columns(columns, length)

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,20 @@ class Hub:
     """
 
     def __init__(self, scratch: Path):
-        from huggingface_hub import HfApi
-
-        self._api, self._scratch = HfApi(), scratch
+        self._scratch = scratch
         self._in_use: dict[
             tuple[str, str], int
         ] = {}  # how often each is open; in the order of last use
         shutil.rmtree(scratch, ignore_errors=True)
+
+    @cached_property
+    def _api(self) -> Any:
+        """Loaded when the hub is asked: other imports have one as well, and it takes half a
+        second.
+        """
+        from huggingface_hub import HfApi
+
+        return HfApi()
 
     def steps(self, source: str) -> dict[int, str]:
         """Step -> commit, of the branches and tags that are named for a step.

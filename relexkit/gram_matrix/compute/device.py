@@ -8,7 +8,6 @@ memory and copied on a stream of their own, so that decoding, transfer and arith
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,13 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from relexkit.errors import RelexkitError
+from relexkit.processes import cores
 
 PIECE = 2**13
 """Columns whose products are accumulated in float32, and in cache, before the sum goes to float64.
 """
 
-WORKERS = min(4, os.cpu_count() or 1)
-"""Threads of a pass."""
+WORKERS = min(16, cores())
+"""Threads of a pass; they share its memory."""
 
 _APART = 16  # elements between rows of a buffer
 

@@ -36,11 +36,25 @@ def num_blocks(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
-def changed_columns(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """Ascending columns ``int32 [n]`` at which two bit arrays ``[D]`` differ; temporaries take one
-    byte per element.
+def changes(previous: np.ndarray, current: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending columns ``int32 [n]`` at which two bit arrays ``[D]`` differ, and the bits there
+    before and after.
+
+    Eight bytes are compared at a time; temporaries take a byte for each of these and what differs.
     """
-    return np.flatnonzero(previous != current).astype(np.int32)
+    lanes = 8 // current.itemsize
+    whole = len(current) // lanes * lanes
+    old, new = previous[:whole].view(np.uint64), current[:whole].view(np.uint64)
+    words = np.flatnonzero(old != new)
+    before, after = old[words].view(previous.dtype), new[words].view(current.dtype)
+    inside = np.flatnonzero(before != after)
+    columns = words[inside // lanes] * lanes + inside % lanes
+    rest = whole + np.flatnonzero(previous[whole:] != current[whole:])
+    return (
+        np.concatenate([columns, rest]).astype(np.int32),
+        np.concatenate([before[inside], previous[rest]]),
+        np.concatenate([after[inside], current[rest]]),
+    )
 
 
 def encode_columns(columns: np.ndarray, numel: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,12 @@ ROW_CHUNK = 2**15
 """A pass holds all steps of a chunk at once: 128 MiB of float32 for 1000 steps."""
 
 
+STRETCH = 2**20
+"""Elements of a step that are read and differenced at a time, so that they stay in cache: a chunk
+of the base.
+"""
+
+
 class Place(NamedTuple):
     """Columns ``begin:end`` of a part at one recorded step, by its row; -1 for the base."""
 

@@ -11,13 +11,18 @@ import zarr
 
 from relexkit.store.codecs import DENSE_CODECS, create_array, rows_of
 from relexkit.store.encodings.bits import content_checksum, extend_checksum
-from relexkit.store.encodings.protocol import ROW_CHUNK, Encoding, PartOfStep, Place, Recorded
+from relexkit.store.encodings.protocol import (
+    ROW_CHUNK,
+    STRETCH,
+    Encoding,
+    PartOfStep,
+    Place,
+    Recorded,
+)
 from relexkit.store.fastpath.arrays import WritableArrays
 from relexkit.store.fastpath.chunk_files import Encoded, RowWriter
 from relexkit.store.passes import blocks, stretches
 from relexkit.weights.layout import Part
-
-_STRETCH = 2**20  # elements that are read and differenced at a time: a chunk of the base
 
 
 class Rows(Encoding):
@@ -64,7 +69,7 @@ class Rows(Encoding):
         def encode(span: tuple[int, int]) -> tuple[Encoded, int, np.ndarray | None]:
             chunks: Encoded = []
             checksum, sketch = 0, None
-            for begin, end in stretches(span, _STRETCH):
+            for begin, end in stretches(span, STRETCH):
                 current, base = step.weights(begin, end), step.reference(begin, end)
                 row = self.encode(step, begin, current, base)
                 more = self.sketch(step, begin, row)

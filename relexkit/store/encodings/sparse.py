@@ -11,16 +11,16 @@ from relexkit.store.codecs import LOG_CODECS, ROWS, Grid, create_array, rows_of
 from relexkit.store.encodings.bits import (
     Update,
     apply_update,
-    block_checksums,
-    changed_columns,
+    changes,
     content_checksum,
     encode_update,
+    extend_checksum,
     num_blocks,
 )
-from relexkit.store.encodings.protocol import Encoding, PartOfStep, Place, Recorded
+from relexkit.store.encodings.protocol import STRETCH, Encoding, PartOfStep, Place, Recorded
 from relexkit.store.fastpath.arrays import WritableArrays
 from relexkit.store.fastpath.chunk_files import RowWriter
-from relexkit.store.passes import blocks
+from relexkit.store.passes import blocks, stretches
 from relexkit.weights.dtypes import bits_dtype
 from relexkit.weights.layout import Part
 
@@ -64,20 +64,23 @@ class Sparse(Encoding):
         dtype = step.spec.dtype
         signed = np.dtype(f"int{bits_dtype(dtype).itemsize * 8}")
 
-        def encode(span: tuple[int, int]) -> tuple[tuple[np.ndarray, ...], list[int]]:
-            begin, end = span
-            current, reference = step.weights(begin, end), step.reference(begin, end)
-            columns = changed_columns(reference, current)
-            after = current[columns]
-            step.refuse_nonfinite(after, begin + columns, dtype)
-            differences = (after - reference[columns]).view(signed)
-            step.note(begin, columns, after)
-            return encode_update(columns, differences, end - begin), block_checksums(current)
+        def encode(span: tuple[int, int]) -> tuple[list[tuple[np.ndarray, ...]], int]:
+            updates, checksum = [], 0
+            for begin, end in stretches(span, STRETCH):
+                current, reference = step.weights(begin, end), step.reference(begin, end)
+                columns, before, after = changes(reference, current)
+                step.refuse_nonfinite(after, begin + columns, dtype)
+                step.note(begin, columns, after)
+                checksum = extend_checksum(checksum, current)
+                differences = (after - before).view(signed)
+                updates.append(encode_update(columns, differences, end - begin))
+            return updates, checksum
 
-        checksums: list[int] = []
-        for update, checksum in step.in_order(encode, blocks(step.spec.numel)):
-            step.put(*update)
-            checksums += checksum
+        checksums = []
+        for updates, checksum in step.in_order(encode, blocks(step.spec.numel)):
+            for update in updates:
+                step.put(*update)
+            checksums.append(checksum)
         step.finish(content_checksum(checksums))
 
     def read_state(self, store: Recorded, place: Place) -> np.ndarray:

@@ -87,9 +87,13 @@ class ChunkFiles:
 
     def open_row(self, row: int) -> RowWriter:
         """Begin a row that lies in one shard; what is not appended stays unwritten."""
-        assert self._sharded
         assert self._array.shape[-1] <= self._file_numel
-        return _ShardRow(self._path((row, 0)), self._file_numel // self.chunk, self._unflushed)
+        return self.open_shard((row, 0))
+
+    def open_shard(self, place: tuple[int, ...]) -> RowWriter:
+        """Begin the shard at ``place`` in the grid; what is not appended stays unwritten."""
+        assert self._sharded
+        return _ShardRow(self._path(place), self._file_numel // self.chunk, self._unflushed)
 
     def _path(self, place: tuple[int, ...]) -> Path:
         return self._folder.joinpath("c", *map(str, place))
