@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from runs import write_run
 from simulated import LABELLED, Run, judge, recorded, simulate
+from study_runs import study_run
 
 from relexkit.assess.advice import HEADLINES, Check, advise, objection
 from relexkit.cli import main
@@ -59,7 +60,7 @@ def test_advice_brings_its_numbers_and_what_would_change_it() -> None:
     advice = advise(gram)
     assert advice.verdict == "extrapolate"
     assert advice.headline.startswith(
-        f"The weights extrapolate to about step {advice.target} with --method {advice.method};"
+        f"The weights extrapolate to about step {advice.target} with --method {advice.method},"
     )
     assert advice.target == 96, "no farther than the record reaches"
     assert "of this run's own past" in advice.reasons[0]
@@ -125,12 +126,36 @@ def test_saving_less_often_turns_no_advice_around(run: Run, seed: int) -> None:
     assert not {"extrapolate", "not-a-line"} <= said
 
 
+@pytest.mark.parametrize(
+    ("arm", "seed", "until", "verdict"),
+    [
+        ("plain-3e-6", 4, 50, "extrapolate"),
+        ("plain-1e-5", 4, 50, "keep-training"),
+        ("plain-1e-4", 1, 50, "not-a-line"),
+    ],
+)
+def test_how_often_a_real_run_was_saved_turns_no_advice_around(
+    arm: str, seed: int, until: int, verdict: str
+) -> None:
+    """From 16 saved steps on it is the same; from fewer the same, or that they are too few."""
+    for every in (1, 3, 5, 10):
+        run = study_run(arm, seed, until, every)
+        advice = advise(run)
+        if advice.verdict != verdict:
+            assert len(run.steps) < 16
+            assert "too few" in advice.reasons[0]
+        elif verdict == "not-a-line":
+            assert len(run.steps) >= 16
+
+
 def test_few_saved_steps_are_too_few_and_not_coasting() -> None:
     steps = np.arange(10, 70, 10)
     gram = recorded(simulate(Run(drift=0.5), 60, 0), steps)
     advice = advise(gram, {"frac_reward_zero_std": np.zeros(6)})
     assert advice.verdict == "keep-training"
-    assert advice.reasons == ("6 recorded steps: too few to tell a drift from a walk.",)
+    assert advice.reasons == (
+        "6 recorded steps: too few to tell a drift from a walk; it takes 16, evenly spread.",
+    )
 
 
 def test_nothing_moved() -> None:
@@ -183,7 +208,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "keep-training"
     assert document["steps"] == [1, 2, 3]
-    assert document["reasons"] == ["3 recorded steps: too few to tell a drift from a walk."]
+    assert document["reasons"] == [
+        "3 recorded steps: too few to tell a drift from a walk; it takes 16, evenly spread."
+    ]
     assert main(["advise", store, "--until", "0"]) == 1
     assert "--until 0 keeps no step" in capsys.readouterr().err
 
