@@ -591,32 +591,61 @@ def done_table(results: Results) -> str:
 # -- figure and page -------------------------------------------------------------------------------
 
 
+def mean_curve(found: dict[int, Result], kind: str, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Thousand rollouts and mean accuracy over seeds, as far as all of them go: at the places that
+    they share, or else every ``step`` thousand, between places in proportion.
+    """
+    curves = [
+        (
+            np.array([c["trained"] + c.get("tests", 0) for c in r["curve"]])
+            * (r["rollouts_per_step"] / 1000),
+            np.array([c[kind] for c in r["curve"]]),
+        )
+        for r in found.values()
+    ]
+    shared = min(len(x) for x, _ in curves)
+    first = curves[0][0][:shared]
+    if all(np.array_equal(x[:shared], first) for x, _ in curves):
+        return first, np.mean([y[:shared] for _, y in curves], axis=0)
+    grid = np.arange(0, min(x[-1] for x, _ in curves) + step / 2, step)
+    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+
+
+LOOKS = {None: "-", "adaptive": "--", "relex": ":", "drift": "-."}
+"""How lines are drawn, by the kind of jumps."""
+
+
 def draw_curves(results: Results, folder: Path) -> None:
-    """Accuracy against rollouts: rates as lines, jumps dashed."""
+    """Accuracy against rollouts: rates as colours, kinds of jumps as lines."""
     shades = dict(
         zip(RATES, ("#B0B0B0", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#404040"), strict=True)
     )
 
     with style.styled():
-        figure = style.new_figure(3.0)
+        figure = style.new_figure(3.2)
         axes = figure.subplots(1, 2)
         for arm in ARMS.values():
             found = results.seeds(arm.name)
             plain = arm.name == f"plain-{rate_name(arm.rate)}"
-            usual = arm.jump is not None and arm.jump[1:] == (25, 25) and arm.jump[0] != "two-point"
-            if not found or not (plain or usual):
+            adaptive = arm.name.startswith("adaptive")
+            usual = arm.jump is not None and arm.jump[1:] == (25, 25) and arm.rate == 3e-6
+            if not found or not (plain or usual or adaptive):
                 continue
-            look = "-" if plain else "--" if arm.jump and arm.jump[0] == "drift" else ":"
+            jumps = None if plain else "adaptive" if adaptive else arm.jump[0]
+            if jumps not in LOOKS:
+                continue
             for axis, kind in zip(axes, KINDS, strict=True):
-                shared = min(len(r["curve"]) for r in found.values())
-                places = next(iter(found.values()))["curve"][:shared]
-                x = [p["trained"] * 8 * arm.prompts / 1000 for p in places]
-                y = np.mean(
-                    [[p[kind] for p in r["curve"][:shared]] for r in found.values()], axis=0
-                )
-                label = f"{rate_name(arm.rate)}" + ("" if plain else f", {arm.jump[0]} 25+25")
+                x, y = mean_curve(found, kind, 3.2)
+                names = {None: "", "adaptive": ", adaptive jumps"}
+                label = rate_name(arm.rate) + names.get(jumps, f", {jumps} 25+25")
                 axis.plot(
-                    x, y, look, color=shades[arm.rate], marker="o", markersize=2.5, label=label
+                    x,
+                    y,
+                    LOOKS[jumps],
+                    color=shades[arm.rate],
+                    marker="o",
+                    markersize=2.5,
+                    label=label,
                 )
                 axis.set(xlabel="thousand rollouts", ylabel=f"{kind} accuracy", xlim=(0, 40))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
