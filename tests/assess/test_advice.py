@@ -230,10 +230,11 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
 
     def warnings(*options: str) -> list[str]:
         method = options[1] if options else "relex"
+        last = options[3] if len(options) > 2 else "6"
         folder = str(tmp_path / method)
         assert main(["extrapolate", store, "-o", folder, "--to", "60", *options]) == 0
         out, err = capsys.readouterr()
-        assert f"step-60, {method} from steps 1 to 6" in out
+        assert f"step-60, {method} from steps 1 to {last}" in out
         return [line for line in err.splitlines() if line.startswith("warning: ")]
 
     assert warnings() == [
@@ -243,3 +244,5 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
     assert len(warnings("--method", "two-point")) == 1, "the Gram matrices are there by now"
     assert warnings("--method", "hold") == []
     assert warnings("--method", "average") == []
+    (so_far,) = warnings("--method", "least-squares", "--until", "5")
+    assert so_far.endswith(f"`relexkit advise {store} --until 5` says why")
