@@ -200,6 +200,8 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
             return _advice("keep-training", [_few(len(steps)), *drift], findings)
         return _advice("not-a-line", [*drift, *_in_vain(record)], findings)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
+    if trusted.get("drift"):  # the method whose worth on the task is known
+        trusted = {"drift": trusted["drift"]}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
     if farthest == 1.0:
         return _advice("keep-training", [*_too_little(record), *drift], findings)

@@ -144,8 +144,9 @@ def test_how_often_a_real_run_was_saved_turns_no_advice_around(
         if advice.verdict != verdict:
             assert len(run.steps) < 16
             assert "too few" in advice.reasons[0]
-        elif verdict == "not-a-line":
-            assert len(run.steps) >= 16
+        else:
+            assert verdict != "not-a-line" or len(run.steps) >= 16
+            assert advice.method == ("drift" if verdict == "extrapolate" else None)
 
 
 def test_few_saved_steps_are_too_few_and_not_coasting() -> None:
@@ -230,10 +231,11 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
 
     def warnings(*options: str) -> list[str]:
         method = options[1] if options else "relex"
+        last = options[3] if len(options) > 2 else "6"
         folder = str(tmp_path / method)
         assert main(["extrapolate", store, "-o", folder, "--to", "60", *options]) == 0
         out, err = capsys.readouterr()
-        assert f"step-60, {method} from steps 1 to 6" in out
+        assert f"step-60, {method} from steps 1 to {last}" in out
         return [line for line in err.splitlines() if line.startswith("warning: ")]
 
     assert warnings() == [
@@ -243,3 +245,5 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
     assert len(warnings("--method", "two-point")) == 1, "the Gram matrices are there by now"
     assert warnings("--method", "hold") == []
     assert warnings("--method", "average") == []
+    (so_far,) = warnings("--method", "least-squares", "--until", "5")
+    assert so_far.endswith(f"`relexkit advise {store} --until 5` says why")
