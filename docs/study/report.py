@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from relexkit import Gram, spectrum
 from relexkit.analysis import style
 from relexkit.assess.advice import Advice, advise
+from relexkit.assess.task_evidence import Worth, standing
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- what report.py made -->", "<!-- end -->")
@@ -341,7 +342,7 @@ def _line_cells(matrices: Gram, metrics: dict[str, np.ndarray], cut: int) -> lis
         "{:.2g} ({:.2g} to {:.2g})".format(fit.drift_to_noise, *fit.drift_to_noise_interval),
         "on" if np.isinf(lasting) else f"{lasting:.3g}",
         *(said(advised(matrices, metrics, cut, interval)) for interval in (1, 5, 10)),
-        f"times {rate_factor(found, cut):.2g}",
+        f"times {rate_factor(found):.2g}",
     ]
 
 
@@ -358,7 +359,7 @@ def said(advice: Advice) -> str:
     return f"to {advice.target} by {advice.method}"
 
 
-def rate_factor(advice: Advice, cut: int) -> float:
+def rate_factor(advice: Advice) -> float:
     """By what factor the record says that the rate could be raised; 1 without evidence of a drift.
 
     At a small rate a run's drift keeps its direction for a distance, so ``k`` times the rate makes
@@ -366,10 +367,97 @@ def rate_factor(advice: Advice, cut: int) -> float:
     whatever the rate. Where the two meet the run is no line any more: ``k = ell rho_T / T``.
     """
     fit = advice.fit
-    if fit is None or fit.p_value > 0.05:
-        return 1.0
-    lasting = min(fit.correlation_time, 8.0 * cut)
-    return max(1.0, lasting * fit.drift_to_noise / cut)
+    return 1.0 if fit is None or fit.p_value > 0.05 else max(1.0, standing(fit))
+
+
+def worth_rows(results: Results) -> list[Worth]:
+    """What predictions by the drift gained on the task, from first jumps of 25 steps and from
+    finished runs asked at step 50: the table of ``relexkit.assess.task_evidence``.
+    """
+    rows = []
+    for rate in RATES:
+        name = rate_name(rate)
+        plain = results.seeds(f"plain-{name}")
+        jumped = results.seeds(f"drift-25+25-{name}")
+        asked = results.others(f"plain-{name}", "from-50")
+        for cut, found in ((25, jumped), (50, asked)):
+            cases = {
+                seed: _case(results, name, plain, seed, cut, result)
+                for seed, result in found.items()
+            }
+            gains = {
+                seed: (standing(case[0].fit), *case[1:])
+                for seed, case in cases.items()
+                if case is not None and case[0].fit is not None and np.isfinite(case[2])
+            }
+            if gains:
+                stand, gained, trained_by = np.array(list(gains.values())).T
+                spread = (round(float(stand.min()), 2), round(float(stand.max()), 2))
+                means = (round(float(v.mean()), 3) for v in (gained, trained_by))
+                rows.append(Worth(name, cut, 2 * cut, tuple(gains), spread, *means))
+    return rows
+
+
+def confusion_table(results: Results) -> str:
+    """Advice after so many steps against what the drift's prediction of twice as many gained."""
+    outcomes = ("gained half of what training did, or more", "gained less", "lost")
+    counts: dict[str, np.ndarray] = {}
+    for rate in RATES:
+        name = rate_name(rate)
+        plain = results.seeds(f"plain-{name}")
+        jumped = results.seeds(f"drift-25+25-{name}")
+        for cut, found in ((25, jumped), (50, results.others(f"plain-{name}", "from-50"))):
+            for seed, result in found.items():
+                case = _case(results, name, plain, seed, cut, result)
+                if case is None:
+                    continue
+                advice, gained, trained = case
+                outcome = 0 if gained >= trained / 2 else 1 if gained >= 0 else 2
+                tally = counts.setdefault(advice.verdict, np.zeros(len(outcomes), np.int64))
+                tally[outcome] += 1
+    return table(("advice", *outcomes), ([v, *map(str, n)] for v, n in counts.items()))
+
+
+def _case(
+    results: Results, rate: str, plain: dict[int, Result], seed: int, cut: int, result: Result
+) -> tuple[Advice, float, float] | None:
+    """Advice at step ``cut``, and gains of the prediction of twice as many steps and of training;
+    None where one of them has not been measured.
+    """
+    kept = results.gram(f"plain-{rate}", seed)
+    held, trained = (seed in plain and at_step(plain[seed], s) for s in (cut, 2 * cut))
+    predicted = _first_jump(result) if "curve" in result else _by_drift(result, 2 * cut)
+    if not (kept and held and predicted):
+        return None
+    reached = trained or {"greedy": np.nan}
+    gained, gained_by_training = (p["greedy"] - held["greedy"] for p in (predicted, reached))
+    return advised(*kept, cut, 1), gained, gained_by_training
+
+
+def _first_jump(result: Result) -> Result | None:
+    return next((c for c in result["curve"] if c["jumped"]), None)
+
+
+def _by_drift(result: Result, target: int) -> Result | None:
+    rows = result["predictions"]
+    return next((r for r in rows if (r["method"], r["target"]) == ("drift", target)), None)
+
+
+def worth_table(results: Results) -> str:
+    """The evidence that the advice knows of."""
+    rows = [
+        (
+            w.rate,
+            f"{w.until} to {w.target}",
+            str(len(w.seeds)),
+            "{:.2g} to {:.2g}".format(*w.standing),
+            f"{w.gained:+.3f}",
+            f"{w.trained:+.3f}",
+        )
+        for w in worth_rows(results)
+    ]
+    head = ("rate", "predicted", "seeds", "drift to noise x lasting", "gained", "trained")
+    return table(head, rows)
 
 
 def advice_table(results: Results) -> str:
@@ -543,7 +631,9 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "Jumps inside the training": jumps_table,
     "Predicted steps on the task: greedy accuracy against hold": predictions_table,
     "What the record of a run says": line_table,
-    "Advice against the task": advice_table,
+    "What a drift was worth on the task": worth_table,
+    "Advice against the task": confusion_table,
+    "Advice against the task, run by run": advice_table,
     "Other systems, other batches, KL, random rewards, warm-up": systems_table,
     "G2D": g2d_table,
     "Precision": precision_table,

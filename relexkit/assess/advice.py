@@ -2,7 +2,9 @@
 
 The advice is never more confident than the run's own record: extrapolation is advised only to
 distances at which the method beat standing still from the latest prefixes that could be checked,
-and only with evidence of a drift beyond what a walk shows. Of the trajectory model only the drift
+and only with evidence of a drift beyond what a walk shows, as strong and lasting as in runs whose
+task gained (``relexkit.assess.task_evidence``). What lasts is told by ``SPACED`` evenly spaced
+steps, so that it matters little how often the run was saved. Of the trajectory model only the drift
 is used: its motion on the optimizer's momentum comes nearer to the weights of a walk as well, and
 costs accuracy there. ``advise`` is one pure function, so a trainer can call it on the small Gram
 matrix that it keeps while it trains.
@@ -19,6 +21,7 @@ import numpy as np
 
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.metrics import Informative, informative_steps
+from relexkit.assess.task_evidence import GAINING, standing, worth
 from relexkit.errors import ExtrapolationError
 from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_trajectory
 from relexkit.gram_matrix import Gram
@@ -30,8 +33,8 @@ Verdict = Literal["extrapolate", "keep-training", "not-a-line", "hidden-by-preci
 
 HEADLINES: dict[Verdict, str] = {
     "extrapolate": (
-        "The weights extrapolate to about step {target} with --method {method}; only a sweep tells"
-        " whether the task gains."
+        "The weights extrapolate to about step {target} with --method {method}, as in runs that"
+        " gained on the task; a sweep tells whether this one does."
     ),
     "keep-training": "Keep training.",
     "not-a-line": "This run is not on a line: do not extrapolate it.",
@@ -56,7 +59,7 @@ _ASKED = (
     *(n for n, m in METHODS.items() if m.goes_on and not m.cheap and m.judged_by is None),
 )
 _CHANCE = 0.05  # p-value of the drift above which there is no evidence of one
-_FEWEST_STEPS = 8  # below, saving less often would change the verdict
+_FEWEST_STEPS = 8  # below, nothing is told
 _FEWEST_INFORMATIVE, _INFORMATIVE_SHARE = 8, 0.3
 _RECENT_CHECKS = 4  # of the latest prefixes that can be checked at a distance
 _LEAST_SKILL, _LEAST_WINS = 0.1, 0.75
@@ -190,10 +193,15 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         return _advice("keep-training", [sparse, *drift], findings)
     doubt = _doubt(fit)
     if doubt is not None:
-        return _advice("keep-training", [doubt, *drift], findings)
+        few = [_few(len(steps))] if len(steps) < SPACED else []
+        return _advice("keep-training", [*few, doubt, *drift], findings)
     if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
+        if len(steps) < SPACED:
+            return _advice("keep-training", [_few(len(steps)), *drift], findings)
         return _advice("not-a-line", [*drift, *_in_vain(record)], findings)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
+    if trusted.get("drift"):  # the method whose worth on the task is known
+        trusted = {"drift": trusted["drift"]}
     farthest = max((checks[-1].ratio for checks in trusted.values() if checks), default=1.0)
     if farthest == 1.0:
         return _advice("keep-training", [*_too_little(record), *drift], findings)
@@ -202,12 +210,20 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     }
     method = max(rivals, key=lambda m: rivals[m].skill)
     best, target = rivals[method], int(farthest * steps[-1])
+    known = worth(fit)
+    if standing(fit) < GAINING:
+        weights = (
+            f"{method} would come nearer to the weights of step {target} than standing still does"
+            f" (skill {best.skill:+.2f}, {best.won} of {best.made} checks won), but in runs like"
+            " this one that was worth nothing on the task."
+        )
+        return _advice("keep-training", [weights, known, *drift], findings)
     reached = (
         f"At {best.ratio:g} times the last step {method} beat standing still in {best.won} of"
         f" {best.made} checks of this run's own past, with {100 * best.skill:.0f} % less squared"
         " error on average; that is what to expect, not more."
     )
-    return _advice("extrapolate", [reached, *drift], findings, method, target)
+    return _advice("extrapolate", [reached, known, *drift], findings, method, target)
 
 
 def objection(
@@ -266,9 +282,9 @@ def _advice(
         ),
         "keep-training": (
             (
-                "Evidence of a drift, and two or more checks from later prefixes in which some"
-                " method beats standing still by a tenth of the squared error: more steps, or the"
-                " same ones saved more often."
+                "A drift that stands above the noise and lasts as in runs that gained on the task,"
+                " and two or more checks in which some method beats standing still by a tenth of"
+                " the squared error: more steps, or the same ones saved more often."
             ),
             "Larger batches or a smaller learning rate raise the drift over the noise.",
         ),
@@ -305,18 +321,21 @@ def _advice(
 def _too_early(gram: Gram) -> Advice:
     moved = np.trace(gram.matrices.sum(axis=0)) > 0
     seen = f"{len(gram.steps)} recorded step{'s' * (len(gram.steps) != 1)}"
-    why = (
-        f"{seen}: too few to tell a drift from a walk."
-        if moved
-        else f"Nothing has moved over {seen}."
-    )
+    why = _few(len(gram.steps)) if moved else f"Nothing has moved over {seen}."
     needed = (
-        f"At least {_FEWEST_STEPS} recorded steps with motion, better 20."
+        f"At least {_FEWEST_STEPS} recorded steps with motion, better {SPACED} or more."
         if moved
         else "Any change of the weights."
     )
     return Advice(
         "keep-training", HEADLINES["keep-training"], None, None, (why,), None, (needed,), {}, None
+    )
+
+
+def _few(num_steps: int) -> str:
+    return (
+        f"{num_steps} recorded step{'s' * (num_steps != 1)}: too few to tell a drift from a walk;"
+        f" it takes {SPACED}, evenly spread."
     )
 
 

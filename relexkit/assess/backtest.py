@@ -110,9 +110,12 @@ class Horizon:
         tail = (
             ", the farthest that could be checked; nothing is known beyond" if self.beyond else ""
         )
+        spread = f"between {self.low:.2f} and {self.high:.2f} over {prefixes}"
+        if f"{self.low:.2f}" == f"{self.high:.2f}":
+            spread = f"none of {prefixes} tells more or less"
         return (
-            f"{self.method}: has beaten hold up to {self.ratio:.2f} times the last step{tail} "
-            f"(between {self.low:.2f} and {self.high:.2f} over {prefixes})"
+            f"{self.method}: has beaten hold up to {self.ratio:.2f} times the last step{tail}"
+            f" ({spread})"
         )
 
 

@@ -31,10 +31,10 @@ def run(options: Options) -> None:
         return
     with progress_bar():
         advice = advise(run_so_far.gram, run_so_far.metrics)
+    store_so_far = options.store + ("" if options.until is None else f" --until {options.until}")
+    command = advice.next_command and advice.next_command.format(store=store_so_far)
     if options.json:
-        document = advice.document()
-        if advice.next_command:
-            document["next_command"] = advice.next_command.format(store=options.store)
+        document = advice.document() | {"next_command": command}
         print_json({"steps": run_so_far.gram.steps.tolist(), **document})
         return
     show(advice.headline)
@@ -45,5 +45,5 @@ def run(options: Options) -> None:
         show(f"\n{heading}:")
         for sentence in sentences:
             show(f"  - {sentence}")
-    if advice.next_command:
-        show(f"\nNext:\n  {advice.next_command.format(store=options.store)}")
+    if command:
+        show(f"\nNext:\n  {command}")

@@ -113,6 +113,7 @@ def _warn(
         return
     advice = advise(seen.gram, seen.metrics)
     last_step = float(seen.gram.steps[-1])
-    against = objection(advice, name_of(prediction.method), last_step, targets, store.path)
+    asked_of = store.path if until is None else f"{store.path} --until {until}"
+    against = objection(advice, name_of(prediction.method), last_step, targets, asked_of)
     if against:
         say(f"warning: {against}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from runs import write_run
 from simulated import LABELLED, Run, judge, recorded, simulate
+from study_runs import study_run
 
 from relexkit.assess.advice import HEADLINES, Check, advise, objection
 from relexkit.cli import main
@@ -59,7 +60,7 @@ def test_advice_brings_its_numbers_and_what_would_change_it() -> None:
     advice = advise(gram)
     assert advice.verdict == "extrapolate"
     assert advice.headline.startswith(
-        f"The weights extrapolate to about step {advice.target} with --method {advice.method};"
+        f"The weights extrapolate to about step {advice.target} with --method {advice.method},"
     )
     assert advice.target == 96, "no farther than the record reaches"
     assert "of this run's own past" in advice.reasons[0]
@@ -125,12 +126,37 @@ def test_saving_less_often_turns_no_advice_around(run: Run, seed: int) -> None:
     assert not {"extrapolate", "not-a-line"} <= said
 
 
+@pytest.mark.parametrize(
+    ("arm", "seed", "until", "verdict"),
+    [
+        ("plain-3e-6", 4, 50, "extrapolate"),
+        ("plain-1e-5", 4, 50, "keep-training"),
+        ("plain-1e-4", 1, 50, "not-a-line"),
+    ],
+)
+def test_how_often_a_real_run_was_saved_turns_no_advice_around(
+    arm: str, seed: int, until: int, verdict: str
+) -> None:
+    """From 16 saved steps on it is the same; from fewer the same, or that they are too few."""
+    for every in (1, 3, 5, 10):
+        run = study_run(arm, seed, until, every)
+        advice = advise(run)
+        if advice.verdict != verdict:
+            assert len(run.steps) < 16
+            assert "too few" in advice.reasons[0]
+        else:
+            assert verdict != "not-a-line" or len(run.steps) >= 16
+            assert advice.method == ("drift" if verdict == "extrapolate" else None)
+
+
 def test_few_saved_steps_are_too_few_and_not_coasting() -> None:
     steps = np.arange(10, 70, 10)
     gram = recorded(simulate(Run(drift=0.5), 60, 0), steps)
     advice = advise(gram, {"frac_reward_zero_std": np.zeros(6)})
     assert advice.verdict == "keep-training"
-    assert advice.reasons == ("6 recorded steps: too few to tell a drift from a walk.",)
+    assert advice.reasons == (
+        "6 recorded steps: too few to tell a drift from a walk; it takes 16, evenly spread.",
+    )
 
 
 def test_nothing_moved() -> None:
@@ -183,7 +209,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "keep-training"
     assert document["steps"] == [1, 2, 3]
-    assert document["reasons"] == ["3 recorded steps: too few to tell a drift from a walk."]
+    assert document["reasons"] == [
+        "3 recorded steps: too few to tell a drift from a walk; it takes 16, evenly spread."
+    ]
     assert main(["advise", store, "--until", "0"]) == 1
     assert "--until 0 keeps no step" in capsys.readouterr().err
 
@@ -203,10 +231,11 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
 
     def warnings(*options: str) -> list[str]:
         method = options[1] if options else "relex"
+        last = options[3] if len(options) > 2 else "6"
         folder = str(tmp_path / method)
         assert main(["extrapolate", store, "-o", folder, "--to", "60", *options]) == 0
         out, err = capsys.readouterr()
-        assert f"step-60, {method} from steps 1 to 6" in out
+        assert f"step-60, {method} from steps 1 to {last}" in out
         return [line for line in err.splitlines() if line.startswith("warning: ")]
 
     assert warnings() == [
@@ -216,3 +245,5 @@ def test_extrapolate_warns_in_one_line_where_the_advice_speaks_against_it(
     assert len(warnings("--method", "two-point")) == 1, "the Gram matrices are there by now"
     assert warnings("--method", "hold") == []
     assert warnings("--method", "average") == []
+    (so_far,) = warnings("--method", "least-squares", "--until", "5")
+    assert so_far.endswith(f"`relexkit advise {store} --until 5` says why")

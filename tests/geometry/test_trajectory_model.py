@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
+from simulated import Run, simulate
 from strategies import gram_of
+from study_runs import study_run
 
 from relexkit import Prediction
 from relexkit.errors import ExtrapolationError
+from relexkit.geometry.shape import decompose
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory, posterior
 from relexkit.geometry.trajectory_model import fit as module
 from relexkit.geometry.trajectory_model.response import Clock
@@ -468,3 +471,36 @@ def test_no_fit_gives_an_interval_without_width() -> None:
     for low, high in (fit.drift_to_noise_interval, fit.correlation_time_interval):
         assert low < high
     assert fit.drift_to_noise_interval[0] < fit.drift_to_noise < fit.drift_to_noise_interval[1]
+
+
+def test_the_search_does_not_take_momentum_for_memory() -> None:
+    """A real run by AdamW with beta1 0.9, on which the search leapt to a memory of 0.9 and a
+    momentum near 0, and so to no evidence of the drift.
+    """
+    run = study_run("plain-3e-6", 4, 150, 2)
+    fit = fit_trajectory(run.matrices[0], run.steps, num_parameters=1e6, spaced=40)
+    assert 0.8 < fit.momentum < 0.95
+    assert fit.memory < 0.5
+    assert fit.p_value < 1e-6
+
+
+def test_evenly_spaced_steps_do_not_depend_on_what_else_was_saved() -> None:
+    deltas = simulate(Run(drift=0.3, beta=0.9), 64, 0)
+    fits = []
+    for steps in (np.arange(1, 65), np.arange(2, 65, 2), np.arange(4, 65, 4)):
+        gram = deltas[steps - 1] @ deltas[steps - 1].T
+        fits.append(fit_trajectory(gram, steps, num_parameters=D, spaced=16))
+        np.testing.assert_array_equal(fits[-1].steps, steps)
+        weights = fits[-1].drift_weights([128.0])[0]
+        assert set(steps[weights != 0]) <= set(range(4, 65, 4))
+    for fit in fits[1:]:
+        assert fit.drift_to_noise == pytest.approx(fits[0].drift_to_noise, rel=1e-3)
+
+
+def test_coefficients_of_a_fit_to_some_steps_are_those_of_its_prediction() -> None:
+    deltas = simulate(Run(drift=0.4), 60, 0)
+    gram, steps = deltas @ deltas.T, np.arange(1, 61)
+    fit = fit_trajectory(gram, steps, num_parameters=D, spaced=16)
+    axis = decompose(gram).left[:, 0] / decompose(gram).singular_values[0]
+    expected = (deltas.T @ fit.weights(90.0)) @ (deltas.T @ axis)
+    np.testing.assert_allclose(fit.coefficients([90.0], axis)[0], expected, rtol=1e-9)
