@@ -130,12 +130,12 @@ def _walk_nulls(
         (half * inverse).sum(axis=2), 0.0
     )  # the diagonal of the innovations' Gram matrices
     expected = (factor * sizes[:, None]) @ factor.T
-    observed_NK, expected_NK = (
-        np.concatenate(
-            in_blocks(lambda rows, m=m: statistics(m[rows], steps, centered=centered), len(m))
-        )
-        for m in (matrices, expected)
-    )
+
+    def of(whole: np.ndarray) -> np.ndarray:
+        each = in_blocks(lambda rows: statistics(whole[rows], steps, centered=centered), len(whole))
+        return np.concatenate(each)
+
+    observed_NK, expected_NK = of(matrices), of(expected)
     num_flips = int(min(_MOST_FLIPS, _FLIP_WORK // (len(matrices) * len(steps) ** 2)))
     num_flips = num_flips if num_flips >= _FEWEST_FLIPS and flip else 0
     nulls = []

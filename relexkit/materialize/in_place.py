@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -179,7 +179,7 @@ def _is_still(store: TrajectoryStore, tensor: TensorSpec) -> bool:
     return not any(store.encoding(part).touched(store, part) for part in parts)
 
 
-def _held_here(name: str, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _held_here(name: str, tensor: Any) -> tuple[int, torch.Tensor]:
     """The first element that this process holds of a tensor, and a flat view of what it holds.
 
     Raises:

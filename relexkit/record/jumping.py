@@ -12,8 +12,8 @@ killed and resumed decides the same again. With several processes every one make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -171,7 +171,8 @@ class Jumper:
         """What this process holds of the model's tensors, where it is kept and not where the last
         pass has gathered it.
         """
-        for module in self._model.modules():
+        modules: Iterable[Any] = self._model.modules()
+        for module in modules:
             if hasattr(module, "reshard"):
                 module.reshard()
         return [

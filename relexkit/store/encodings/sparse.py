@@ -65,7 +65,8 @@ class Sparse(Encoding):
         signed = np.dtype(f"int{bits_dtype(dtype).itemsize * 8}")
 
         def encode(span: tuple[int, int]) -> tuple[list[tuple[np.ndarray, ...]], int]:
-            updates, checksum = [], 0
+            updates: list[tuple[np.ndarray, ...]] = []
+            checksum = 0
             for begin, end in stretches(span, STRETCH):
                 current, reference = step.weights(begin, end), step.reference(begin, end)
                 columns, before, after = changes(reference, current)
