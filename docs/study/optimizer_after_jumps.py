@@ -3,8 +3,8 @@
     python docs/study/optimizer_after_jumps.py OUT [--seeds S ...]
 
 Trains the arm relex-25+25-3e-6 of arms.py, with its optimizer treated after every jump as the rule
-says. ``keep``, which is what the trainer does, is that arm itself. Answers are JSON files as those
-of study.py.
+says. To keep the moments, which is what the trainer does, is that arm itself. Answers are JSON files
+as those of study.py, in docs/study/optimizer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS.parent / "optimizer")
     asked = parser.parse_args()
     arm = ARMS[ARM]
     optimizers: list[Any] = []
@@ -73,7 +73,7 @@ def main() -> None:
 
             Jumper._land = landed  # type: ignore[method-assign]
             job = Job(0, seed, ARM, "train", 200)
-            place = asked.results / f"{ARM}-{name}" / f"seed-{seed}.json"
+            place = asked.results / name / f"seed-{seed}.json"
             if place.exists():
                 continue
             answer = Draft(place, {"rate": arm.rate, "rule": name})

@@ -232,9 +232,10 @@ def fit_trajectory(
         num_parameters: coordinates that the Gram matrix sums over; bounds the effective dimension.
         rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last
             recorded step; None for a constant one. Past its end it keeps its last value.
-        spaced: fit to so many recorded steps at most, evenly spaced. What lasts is then told from
-            what does not by long lags, whatever the noise is like at short ones and however often
-            the run was saved. None for all, which show the momentum best.
+        spaced: where there are twice as many recorded steps or more, fit to so many, evenly spaced.
+            What lasts is then told from what does not by long lags, whatever the noise is like at
+            short ones and however often the run was saved. None for all, which show the momentum
+            best.
 
     A few tenths of a second at 100 steps, most of it the search for momentum and rounding; reads no
     weights. Of more than 200 recorded steps the last 100 and 100 spread over the earlier ones are
@@ -302,8 +303,10 @@ def fit_trajectory(
 
 
 def spaced_rows(steps: np.ndarray, most: int) -> np.ndarray:
-    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last."""
-    if len(steps) <= most:
+    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last; of all
+    where that would leave less than two steps between them, which tells no more and is less.
+    """
+    if len(steps) < 2 * most:
         return np.arange(len(steps))
     wanted = steps[-1] * np.arange(1, most + 1) / most
     return np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))
