@@ -3,8 +3,8 @@
     python docs/study/optimizer_after_jumps.py OUT [--seeds S ...]
 
 Trains the arm relex-25+25-3e-6 of arms.py, with its optimizer treated after every jump as the rule
-says. To keep the moments, which is what the trainer does, is that arm itself. Answers are JSON files
-as those of study.py, in docs/study/optimizer.
+says. To keep the moments, which is what the trainer does, is that arm itself. Answers are JSON
+files as those of study.py, in docs/study/optimizer.
 """
 
 from __future__ import annotations
