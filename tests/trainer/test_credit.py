@@ -291,7 +291,10 @@ def test_a_run_with_nothing_to_learn_from_says_so(base, tmp_path, capsys):
         ),
         ({"gradient_noise_parts": 1}, "1 parts cannot be compared"),
         ({"lampo_temperature": 0}, "lampo_temperature: 0.0 is too small"),
-        ({"regrounding": {"train_steps": 5}}, "lacks train_steps or jump_steps"),
+        (
+            {"regrounding": {"train_steps": 5}},
+            "lacks jump_steps; expected train_steps and jump_steps",
+        ),
         (
             {"regrounding": {"train_steps": 5, "jump_steps": 5, "methods": "relex"}},
             "key 'methods' is unknown",
