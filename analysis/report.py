@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from relexkit.extension import (
     past_the_end,
     progress_bar,
     say,
+    write_file,
 )
 from relexkit.options import option
 
@@ -101,10 +101,7 @@ def write_report(
     subject = _subject(opened, name, named[name], run)
     text = build_page(subject, run, others=others, sweep=sweep_result, progress=progress)
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, text.encode())
     return path
 
 

@@ -125,3 +125,22 @@ def test_a_run_killed_in_its_first_moment_begins_again(tmp_path: Path) -> None:
     folder = train(options(tmp_path, max_steps=1))
     assert TrajectoryStore(folder / "run.zarr").steps.tolist() == [1]
     assert not (folder / "config.yaml.partial").exists()
+
+
+def test_a_final_model_that_cannot_be_written_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from relexkit.trainer.loop import folder as place
+
+    save_tiny_model(tmp_path / "base")
+
+    def full(temporary: Path, final: Path) -> None:
+        assert (temporary / "model.safetensors").exists()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "replace_folder", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(options(tmp_path, max_steps=1))
+    assert not (tmp_path / "run" / ".final.partial").exists()
+    assert (train(options(tmp_path, max_steps=1)) / "final" / "model.safetensors").exists()

@@ -5,7 +5,6 @@ arXiv 2605.21266).
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relexkit import RelexkitError
+from relexkit.extension import write_file
 from relexkit.trainer.policy.sampling import stream_seed
 
 if TYPE_CHECKING:
@@ -154,16 +154,11 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """The pairs in TRL's preference format, a JSON line each with ``prompt``, ``chosen`` and
     ``rejected``.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w") as file:
-        for pair in pairs:
-            file.write(
-                json.dumps(
-                    {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-                )
-                + "\n"
-            )
-    os.replace(temporary, path)
+    lines = [
+        json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}) + "\n"
+        for pair in pairs
+    ]
+    write_file(path, "".join(lines).encode())
 
 
 def _by_prompt(rollouts: pyarrow.Table) -> dict[str, list[dict[str, Any]]]:

@@ -89,10 +89,14 @@ def save_model(folder: Path, model: Any, tokenizer: Any, processes: Processes) -
 
     def write() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        with quiet(), own_dropout(model):
-            model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        replace_folder(temporary, folder)
+        try:
+            with quiet(), own_dropout(model):
+                model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            replace_folder(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     processes.lead(write)
