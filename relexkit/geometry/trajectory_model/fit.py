@@ -303,8 +303,8 @@ def fit_trajectory(
 
 
 def spaced_rows(steps: np.ndarray, most: int) -> np.ndarray:
-    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last; of all
-    where that would leave less than two steps between them, which tells no more and is less.
+    """Indices of at most so many of the recorded ``steps [T]``, evenly spaced, with the last; of
+    all where that would leave less than two steps between them.
     """
     if len(steps) < 2 * most:
         return np.arange(len(steps))
