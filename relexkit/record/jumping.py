@@ -74,12 +74,17 @@ class Jumper:
         """Steps that were jumped over so far."""
         self.landing: dict[str, float] = {}
         """Metrics of the last jump that was kept."""
-        if rule is not None and recorder is not None:
-            self._wait = self._patience = rule.every
-            self._again = rule.shortest
-            recorder.flush()
-            for attempt in attempts(recorder.store):
-                self._follow(attempt)
+        if recorder is None:
+            return
+        recorder.flush()
+        made = attempts(recorder.store)
+        if rule is None:  # a run that had jumps goes on without: its steps keep their numbers
+            self.skipped = sum(attempt.length for attempt in made if attempt.kept)
+            return
+        self._wait = self._patience = rule.every
+        self._again = rule.shortest
+        for attempt in made:
+            self._follow(attempt)
 
     def due(self, step: int, most: int) -> bool:
         """Whether it is time to ask: enough steps were trained since the last jump or question, and
@@ -167,14 +172,16 @@ class Jumper:
         decision, self._weights = self._processes.gather(self._processes.lead(ask))[0]
         return decision
 
-    def _held(self) -> list[torch.Tensor]:
-        """What this process holds of the model's tensors, where it is kept and not where the last
-        pass has gathered it.
-        """
+    def _reshard(self) -> None:
+        """Have FSDP2 use the model's own tensors, not what the last pass has gathered of them."""
         modules: Iterable[Any] = self._model.modules()
         for module in modules:
             if hasattr(module, "reshard"):
                 module.reshard()
+
+    def _held(self) -> list[torch.Tensor]:
+        """What this process holds of the model's tensors."""
+        self._reshard()
         return [
             (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
             for tensor in self._model.state_dict().values()
@@ -183,13 +190,13 @@ class Jumper:
     def _jump(self) -> None:
         """Put the prediction into the model."""
         store = self._rule_and_recorder[1].store
-        self._held()
+        self._reshard()
         self._processes.agree(lambda: apply(store, self._model, self._weights))
 
     def _take_back(self, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         import torch
 
-        self._held()
+        self._reshard()
         with torch.no_grad():
             for held, copy in copies:
                 held.copy_(copy)
@@ -229,9 +236,3 @@ class Jumper:
             self._again *= 2
             return
         self._again = rule.shortest
-
-
-def _held_here(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()

@@ -80,8 +80,13 @@ def test_the_next_question_follows_from_the_store_alone(
     assert not jumper.due(next_question, 5)  # no room for the shortest jump, of six steps
 
 
-def test_without_a_rule_nothing_is_ever_due() -> None:
-    assert not Jumper(None, None, torch.nn.Linear(2, 2)).due(10**6, 10**6)
+def test_without_a_rule_nothing_is_ever_due(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    assert not Jumper(None, None, model).due(10**6, 10**6)
+    recorder = recorded(tmp_path, [attempt(24, KEPT), attempt(60, BACK)])
+    goes_on = Jumper(None, recorder, model)  # type: ignore[arg-type]
+    assert goes_on.skipped == 8
+    assert not goes_on.due(10**6, 10**6)
 
 
 @pytest.mark.slow
