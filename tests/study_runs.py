@@ -21,3 +21,13 @@ def study_run(arm: str, seed: int, until: int, every: int = 1) -> Gram:
     whole += np.triu(whole, 1).T
     rows = np.flatnonzero((steps <= until) & (steps % every == 0))
     return gram_from(whole[None][:, rows[:, None], rows], steps[rows], int(kept["num_parameters"]))
+
+
+def stretch(whole: Gram, start: int, count: int) -> Gram:
+    """So many steps after one, relative to the weights there, of a run of which every step is
+    there.
+    """
+    matrix = np.pad(whole.matrices[0], (1, 0))  # the base, step 0
+    rows = np.arange(start + 1, start + count + 1)
+    part = matrix[np.ix_(rows, rows)] - matrix[rows, start][:, None] - matrix[start, rows]
+    return gram_from((part + matrix[start, start])[None], rows - start, whole.num_parameters[0])
