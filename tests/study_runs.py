@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from kept_gram import load_gram
 from strategies import gram_from
 
 from relexkit.gram_matrix import Gram
@@ -14,13 +15,10 @@ RESULTS = Path(__file__).parents[1] / "docs" / "study" / "results"
 
 def study_run(arm: str, seed: int, until: int, every: int = 1) -> Gram:
     """The run up to a step, as if only every so many steps had been saved."""
-    kept = np.load(RESULTS / arm / f"seed-{seed}-gram.npz")
-    steps = kept["steps"]
-    whole = np.zeros((len(steps), len(steps)))
-    whole[np.triu_indices(len(steps))] = kept["upper"]
-    whole += np.triu(whole, 1).T
-    rows = np.flatnonzero((steps <= until) & (steps % every == 0))
-    return gram_from(whole[None][:, rows[:, None], rows], steps[rows], int(kept["num_parameters"]))
+    kept, _ = load_gram(RESULTS / arm / f"seed-{seed}-gram.npz")
+    rows = np.flatnonzero((kept.steps <= until) & (kept.steps % every == 0))
+    matrices = kept.matrices[:, rows[:, None], rows]
+    return gram_from(matrices, kept.steps[rows], int(kept.num_parameters[0]))
 
 
 def stretch(whole: Gram, start: int, count: int) -> Gram:

@@ -154,7 +154,7 @@ def _adaptive() -> Iterable[Arm]:
             name=f"adaptive-{rate_name(rate)}",
             rate=rate,
             options={"jumps": "adaptive"},
-            lengths=((0 if rate < 3e-5 else 1, 200 if rate < 3e-5 else 75),),
+            lengths=((0, 200), (5, 360)) if rate < 3e-5 else ((1, 75),),
             seeds=_FIVE,
         )
 

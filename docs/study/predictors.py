@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from arms import RATES, rate_name
-from report import as_gram
+from kept_gram import as_gram, load_gram
 
 from relexkit import Prediction, predict_weights
 from relexkit.gram_matrix import Gram
@@ -126,19 +126,16 @@ def stretches(rate: float) -> list[Gram]:
     """Every stretch of 50 steps of the plain runs, relative to where it begins."""
     found = []
     for path in sorted((RESULTS / f"plain-{rate_name(rate)}").glob("seed-*-gram.npz")):
-        kept = np.load(path)
-        steps, count = kept["steps"], len(kept["steps"])
-        whole = np.zeros((count, count))
-        whole[np.triu_indices(count)] = kept["upper"]
-        whole += np.triu(whole, 1).T
-        whole = np.pad(whole, (1, 0))  # the base, step 0
+        kept, _ = load_gram(path)
+        steps, count = kept.steps, len(kept.steps)
+        whole = np.pad(kept.matrices[0], (1, 0))  # the base, step 0
         for start in STARTS:
             rows = np.arange(start + 1, start + TRAINED + max(LATER) + 1)
             if rows[-1] > count or steps[rows[-1] - 1] != rows[-1]:
                 continue
             part = whole[np.ix_(rows, rows)] - whole[rows, start][:, None] - whole[start, rows]
             part += whole[start, start]
-            found.append(as_gram(rows - start, part, int(kept["num_parameters"])))
+            found.append(as_gram(rows - start, part, int(kept.num_parameters[0])))
     return found
 
 

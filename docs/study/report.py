@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from arms import ARMS, CUTS, METHODS, RATES, RATIOS, Arm, rate_name
+from kept_gram import every, load_gram
 from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
@@ -57,28 +58,7 @@ class Results:
         place = self.folder / arm / f"seed-{seed}-gram.npz"
         if not place.exists():
             return None
-        kept = np.load(place)
-        steps = kept["steps"]
-        whole = np.zeros((len(steps), len(steps)))
-        whole[np.triu_indices(len(steps))] = kept["upper"]
-        whole += np.triu(whole, 1).T
-        return as_gram(steps, whole, int(kept["num_parameters"])), {
-            "frac_reward_zero_std": kept["frac_reward_zero_std"]
-        }
-
-
-def as_gram(steps: np.ndarray, whole: np.ndarray, num_parameters: int) -> Gram:
-    """A Gram matrix as a group of its own; counts of changed weights say nothing."""
-    counts = np.zeros((1, len(steps)), np.int64)
-    size = np.array([num_parameters])
-    return Gram(steps, ("model",), size, whole[None], counts, counts, counts)
-
-
-def every(matrices: Gram, interval: int) -> tuple[Gram, np.ndarray]:
-    """The run as if only every so many steps had been saved, and which rows these are."""
-    rows = np.flatnonzero(matrices.steps % interval == 0)
-    whole = matrices.matrices[0][np.ix_(rows, rows)]
-    return as_gram(matrices.steps[rows], whole, int(matrices.num_parameters[0])), rows
+        return load_gram(place)
 
 
 # -- numbers ---------------------------------------------------------------------------------------

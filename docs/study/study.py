@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
+from kept_gram import keep_gram
 
 from relexkit import (
     Prediction,
@@ -187,23 +188,6 @@ def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
     before = {int(steps[row - 1]) for row in np.flatnonzero(np.isin(steps, list(landed)))}
     regular = {int(step) for step in steps if step % EVERY == 0}
     return sorted({0, int(steps[-1])} | regular | before | landed)
-
-
-def keep_gram(store: TrajectoryStore, place: Path) -> None:
-    """The Gram matrix of the whole model, from which spectrum, null and advice follow: every step
-    to 150, every fifth one after it.
-    """
-    matrices = gram(store)
-    rows = np.flatnonzero((matrices.steps <= 150) | (matrices.steps % 5 == 0))
-    whole = matrices.matrices.sum(axis=0)[np.ix_(rows, rows)]
-    still = store.metrics()["frac_reward_zero_std"][rows]
-    np.savez_compressed(
-        place,
-        steps=matrices.steps[rows],
-        upper=whole[np.triu_indices(len(rows))].astype(np.float32),
-        num_parameters=matrices.num_parameters.sum(),
-        frac_reward_zero_std=still.astype(np.float32),
-    )
 
 
 def predicted(folder: Path, job: Job, result: Draft) -> None:

@@ -22,8 +22,7 @@ import numpy as np
 from relexkit.assess.backtest import CHEAP, Backtest, backtest
 from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.assess.task_evidence import GAINING, standing, worth
-from relexkit.errors import ExtrapolationError
-from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_whole
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.extrapolators import METHODS
@@ -176,7 +175,7 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         return _too_early(gram)
     with single_threaded_blas():
         result = backtest(gram, _ASKED)
-        fit = _fit(whole, gram)
+        fit = fit_whole(gram, SPACED)
     record = {m: _record(result, m) for m in result.methods if METHODS[m].moves}
     findings = Findings(record, fit, last_step)
     drift = _drift_reasons(fit)
@@ -339,19 +338,6 @@ def _few(num_steps: int) -> str:
     )
 
 
-def _fit(whole: np.ndarray, gram: Gram) -> TrajectoryFit | None:
-    try:
-        return fit_trajectory(
-            whole,
-            gram.steps,
-            num_parameters=float(gram.num_parameters.sum()),
-            rates=gram.rates,
-            spaced=SPACED,
-        )
-    except ExtrapolationError:
-        return None
-
-
 def _hidden(gram: Gram) -> str | None:
     """A sentence if few weights change at a step and many of the changes are of one unit in the
     last place.
@@ -416,8 +402,7 @@ def _drift_reasons(fit: TrajectoryFit | None) -> list[str]:
     )
     return [
         f"Drift to noise {fit.drift_to_noise:.2g} (90 %: {low:.2g} to {high:.2g}), lasting"
-        f" {lasting}; chance of this evidence on a walk {fit.p_value:.2g}; momentum"
-        f" {fit.momentum:.2f}."
+        f" {lasting}; chance of this evidence on a walk {fit.p_value:.2g}."
     ]
 
 

@@ -149,6 +149,7 @@ def _spectrum_document(result: Spectrum, informative: Informative | None) -> dic
         "scopes": scopes,
         "null": null,
         "whole": _null_document(result.whole),
+        "walk_momentum": result.momentum,
         "model": result.fit.summary() if result.fit else None,
         "informative_steps": asdict(informative) if informative else None,
     }
@@ -316,7 +317,7 @@ def _headline(result: Spectrum) -> list[str]:
             f" {whole.p_value['r2']:.2g})"
         )
         lines.append(
-            f"Whole run against {whole.num_flips} walks with momentum {fit.momentum:.2f} and its"
+            f"Whole run against {whole.num_flips} walks with momentum {result.momentum:.2f} and its"
             f" own updates, signs flipped: first direction {first}; {line}."
         )
     low, high = fit.drift_to_noise_interval

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relexkit.geometry.shape import in_blocks, leading_eigenpairs, update_products
-from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model import TrajectoryFit, fit_whole
 from relexkit.gram_matrix import Gram
 
 STATISTICS = ("first", "first_two", "r2", "cosine", "straightness", "agreement")
@@ -95,11 +95,8 @@ def calibrate(
     would fit into a few tenths of a second, the analytic null is then alone.
     """
     matrices, steps = gram.matrices, gram.steps
-    whole = matrices.sum(axis=0)
-    fitted, rounding = None, 0.0
-    if len(steps) >= 3 and np.trace(whole) > 0:
-        size = float(gram.num_parameters.sum())
-        fitted = fit_trajectory(whole, steps, num_parameters=size, rates=gram.rates)
+    whole, fitted, rounding = matrices.sum(axis=0), fit_whole(gram), 0.0
+    if fitted is not None:
         rounding = fitted.rounding
         factor = np.linalg.cholesky(fitted.walk_covariance(momentum))
         momentum = fitted.momentum if momentum is None else momentum

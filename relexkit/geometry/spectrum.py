@@ -26,7 +26,7 @@ from relexkit.geometry.shape import (
     update_cosines,
     walk_gram,
 )
-from relexkit.geometry.trajectory_model import TrajectoryFit
+from relexkit.geometry.trajectory_model import SPACED, TrajectoryFit, fit_whole
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.results import Result
@@ -124,8 +124,9 @@ class Spectrum(Result):
         null: the spectrum of a walk without direction with the run's own step sizes, momentum and
             learning rates; only its ratios, R^2 and coefficients mean anything.
         whole: statistics of all groups together beside those of their walk.
-        fit: the trajectory model of all groups together; None with fewer than three steps, or if
-            nothing moved.
+        momentum: of that walk.
+        fit: the trajectory model of all groups together, told by ``SPACED`` steps as in ``advise``;
+            None with fewer than three steps, or if nothing moved.
     """
 
     steps: np.ndarray
@@ -134,6 +135,7 @@ class Spectrum(Result):
     scopes: list[ScopeSpectrum]
     null: ScopeSpectrum
     whole: WalkNull
+    momentum: float
     fit: TrajectoryFit | None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -237,7 +239,9 @@ def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) 
     walk_parts = decompose(center(walk) if centered else walk)
     walk_agreement = _agreements(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
     null = _shape("walk without direction", walk, chosen.steps, walk_parts, walk_agreement)
-    return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.fitted)
+    many = len(chosen.steps) >= 2 * SPACED
+    drift = fit_whole(chosen, SPACED) if many else nulls.fitted
+    return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.momentum, drift)
 
 
 def _shape(

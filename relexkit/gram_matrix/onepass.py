@@ -329,7 +329,15 @@ class _Counting:
             moved[: before - old],
             moved,
         )
-        return [*self.kernel.product(rows, *constants), new_counts]
+        taken = _updates(rows) if self.kernel.of_updates else rows
+        return [*self.kernel.product(taken, *constants), new_counts]
+
+
+def _updates(rows: Any) -> Any:
+    """Differences of deltas ``rows [T, n]``, the first delta first."""
+    updates = rows.copy() if isinstance(rows, np.ndarray) else rows.clone()
+    updates[1:] -= rows[:-1]
+    return updates
 
 
 def _true(mask: Any) -> Any:

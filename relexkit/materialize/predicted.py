@@ -17,13 +17,11 @@ from relexkit.materialize.output import AS_RECORDED, Output, Written
 from relexkit.materialize.planning import plan
 from relexkit.materialize.recorded import checkout
 from relexkit.materialize.sharing import card_metadata
-from relexkit.materialize.sums import stream_sums
+from relexkit.materialize.sums import stream_bits
 from relexkit.materialize.versions import write_versions
 from relexkit.predict.extrapolators import step_text
 from relexkit.predict.prediction import PLAIN, Prediction
 from relexkit.store import TrajectoryStore
-from relexkit.weights.dtypes import round_bits
-from relexkit.weights.layout import Segment
 
 
 def extrapolate(
@@ -68,15 +66,14 @@ def extrapolate(
         versions = write_versions(output.sync, Path(out), partial(checkout, store), make)
         return [Written(p.target, v.folder, v.already) for p, v in zip(made, versions, strict=True)]
     plans = plan(store, to, prediction, compute)
-    dtype, rounding, seed = output.dtype, output.rounding, output.seed
     metadata = card_metadata(store, "finetune", ("relexkit", "extrapolated"))
     weights, jobs, written = [], [], []
     for planned in plans:
         provenance = {
             **planned.provenance,
-            "dtype": dtype or "as recorded",
-            "rounding": rounding,
-            "seed": seed,
+            "dtype": output.dtype or "as recorded",
+            "rounding": output.rounding,
+            "seed": output.seed,
         }
         folder = Path(out) / f"step-{step_text(planned.target)}"
         already = is_finished(folder, provenance)
@@ -87,22 +84,14 @@ def extrapolate(
                 FolderJob(folder, provenance, model_card(provenance, planned.variance, metadata))
             )
     if jobs:
-        with PendingFolders(store, jobs, dtype) as writers:
-
-            def consume(index: int, segment: Segment, values: np.ndarray) -> None:
-                name, start = segment.tensor.name, segment.start
-                bits = round_bits(
-                    values,
-                    dtype or segment.tensor.dtype,
-                    rounding,
-                    seed=seed,
-                    tensor=name,
-                    start=start,
-                )
-                writers.write(index, segment, bits)
-
-            stream_sums(
-                store, np.stack(weights), consume, compute.memory_budget_bytes, compute.progress
+        with PendingFolders(store, jobs, output.dtype) as writers:
+            stream_bits(
+                store,
+                np.stack(weights),
+                output,
+                writers.write,
+                compute.memory_budget_bytes,
+                compute.progress,
             )
             writers.write_fixed()
     return written

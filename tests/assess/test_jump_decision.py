@@ -84,8 +84,7 @@ def after_a_jump(seed: int, before: float, after: float, memory: float) -> Gram:
 def test_after_a_jump_only_a_drift_that_goes_on_is_followed(kind: str) -> None:
     """What the momentum still carries of a drift that ended is none."""
     found = [
-        Jumps().decide(after_a_jump(seed, *AFTER_A_JUMP[kind]), 100).length > 0
-        for seed in range(4)
+        Jumps().decide(after_a_jump(seed, *AFTER_A_JUMP[kind]), 100).length > 0 for seed in range(4)
     ]
     # false jumps at 5 % at most: two or more of four come up with probability 0.014
     assert all(found) if AFTER_A_JUMP[kind][1] else sum(found) < 2

@@ -15,6 +15,7 @@ import zarr
 from runs import EMBEDDING, HEAD, Run, Weights, raw_bits, write_checkpoint, write_run
 
 from relexkit import Gram, RelexkitError, StoreError, TrajectoryStore, gram, import_checkpoints
+from relexkit.geometry.shape import update_cosines
 from relexkit.gram_matrix.exact import _OuterProducts, gram_of_columns
 from relexkit.store import WriterLock, blocks, kept
 from relexkit.store.encodings.table import ENCODINGS
@@ -158,6 +159,29 @@ def test_exact_rows(dtype: str, tmp_path: Path) -> None:
     found = gram(store)
     assert_equal_to_direct(found, run)
     assert_counts_are_direct(found, run, bitwise=False)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "sparse"])
+@pytest.mark.parametrize("shape", [(160,), (300, 400)])
+def test_updates_of_a_long_line_keep_their_products(
+    encoding: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    # the square of an update is about 1/11000 of that of the last delta
+    rng = np.random.default_rng(0)
+    base, line = rng.normal(size=shape), rng.normal(size=shape)
+    bits = {"dense": torch.float32, "sparse": torch.bfloat16}[encoding]
+    weights, path = {}, base.copy()
+    for step in range(151):
+        weights[step] = {HEAD: torch.from_numpy(path).to(bits)}
+        path = path + 1e-4 * (line + rng.normal(size=shape))
+    run = written(tmp_path, weights)
+    store = imported(run, tmp_path / "run.zarr")
+    found = gram(store)
+    deltas = deltas_of(run, HEAD, store.mantissa_bits if encoding == "dense" else None)
+    updates = np.diff(deltas, axis=0, prepend=0)
+    norms = np.linalg.norm(updates, axis=1)
+    expected = (updates[1:] * updates[:-1]).sum(axis=1) / (norms[1:] * norms[:-1])
+    assert np.abs(update_cosines(found.matrices[0]) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("mantissa_bits", [4, 10, 23])

@@ -31,6 +31,11 @@ the search for momentum and rounding; ``posterior``, what is averaged over; ``fi
 model and its predictions.
 """
 
-from relexkit.geometry.trajectory_model.fit import SPACED, TrajectoryFit, fit_trajectory
+from relexkit.geometry.trajectory_model.fit import (
+    SPACED,
+    TrajectoryFit,
+    fit_trajectory,
+    fit_whole,
+)
 
-__all__ = ["SPACED", "TrajectoryFit", "fit_trajectory"]
+__all__ = ["SPACED", "TrajectoryFit", "fit_trajectory", "fit_whole"]

@@ -26,6 +26,7 @@ from relexkit.geometry.trajectory_model.likelihood import (
 )
 from relexkit.geometry.trajectory_model.posterior import RATIOS, Drift, integrate, kept, quantiles
 from relexkit.geometry.trajectory_model.response import Clock
+from relexkit.gram_matrix import Gram
 
 # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _GRID = 4096
@@ -230,6 +231,22 @@ class TrajectoryFit:
         weights = np.zeros((len(at), len(self.steps)))
         weights[:, self._rows] = mean
         return weights, left, np.maximum(0.0, square - ((mean @ metric) * mean).sum(axis=1))
+
+
+def fit_whole(gram: Gram, spaced: int | None = None) -> TrajectoryFit | None:
+    """``fit_trajectory`` of all groups together; None with fewer than three steps, or if nothing
+    moved.
+    """
+    whole = gram.matrices.sum(axis=0)
+    if len(gram.steps) < 3 or not np.trace(whole) > 0:
+        return None
+    return fit_trajectory(
+        whole,
+        gram.steps,
+        num_parameters=float(gram.num_parameters.sum()),
+        rates=gram.rates,
+        spaced=spaced,
+    )
 
 
 def fit_trajectory(

@@ -15,9 +15,7 @@ _NUDGE = 1e-5  # of the search's coordinates, for slopes
 # logit of momentum, log rounding, memory of the noise, carried momentum, log drift-to-noise ratio,
 # log correlation time over the last step
 START = (2.2, -8.0, 0.0, 0.0, 0.0, -0.7)
-_BOUNDS = np.array(
-    [(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (0.0, 30.0), (-10.0, 10.0), (-5.0, 4.0)]
-)
+_BOUNDS = np.array([(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (0.0, 30.0), (-10.0, 10.0), (-5.0, 4.0)])
 # the first step of the search has length one: in these units it does not leap from no memory to
 # the most there is, from where it can end in an optimum with all of the momentum taken for memory
 _UNITS = np.array([1.0, 1.0, 0.1, 1.0, 1.0, 1.0])

@@ -24,6 +24,8 @@ PIECE = 2**13
 WORKERS = min(16, cores())
 """Threads of a pass; they share its memory."""
 
+_NARROW = 2**14  # columns whose products are cheap enough for float64
+
 _APART = 16  # elements between rows of a buffer
 
 _SMALLEST, _LARGEST = (
@@ -133,6 +135,8 @@ class CpuEngine:
 
     def product(self, kernel: Kernel, segment: int, rows: np.ndarray) -> list[np.ndarray]:
         """Sum of the products of pieces of the kernel's width."""
+        if rows.shape[1] <= _NARROW:
+            return wide_product(kernel, segment, rows)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = _sum_of_pieces(kernel, rows, kernel.constants(segment))
         return sums if fits_float32(sums[0], rows) else wide_product(kernel, segment, rows)
@@ -151,15 +155,19 @@ def _sum_of_pieces(
 
 
 def fits_float32(product: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether a product of ``rows`` summed from float32 neither overflowed nor lost squares to
-    underflow.
+    """Whether a product of ``rows`` summed from float32 has columns enough for its errors to
+    average out, and neither overflowed nor lost squares to underflow.
     """
+    if rows.shape[1] <= _NARROW:
+        return False
     largest = np.abs(product).max(initial=0.0)
     return bool(_SMALLEST < largest < _LARGEST) or not rows.any()
 
 
 def wide_product(kernel: Kernel, segment: int, rows: np.ndarray) -> list[np.ndarray]:
-    """The product in float64 throughout: for deltas whose squares leave the range of float32."""
+    """The product in float64 throughout: for few columns, and for deltas whose squares leave the
+    range of float32.
+    """
     return _sum_of_pieces(
         kernel,
         rows.astype(np.float64),
