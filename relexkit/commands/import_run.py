@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from relexkit.commands.console import progress_bar, say
+from relexkit.commands.console import say
 from relexkit.commands.info import print_info
+from relexkit.commands.observer import working_together
 from relexkit.options import Json, option
 
 if TYPE_CHECKING:
@@ -67,14 +68,15 @@ class Options(SourceOptions):
 
 def run(options: Options) -> None:
     """Import, and print what the store then holds."""
-    from relexkit.ingest.importer import import_checkpoints
+    with working_together() as (team, progress):
+        if options.dry_run:
+            if not team.rank:
+                from relexkit.commands.dry_run import print_estimate
 
-    if options.dry_run:
-        from relexkit.commands.dry_run import print_estimate
+                print_estimate(options.source, options.steps, options.reading(), options.json)
+            return
+        from relexkit.ingest.importer import import_checkpoints
 
-        print_estimate(options.source, options.steps, options.reading(), options.json)
-        return
-    with progress_bar() as progress:
         result = import_checkpoints(
             options.source,
             options.out,
@@ -83,8 +85,11 @@ def run(options: Options) -> None:
             rewind=options.rewind,
             continues=options.continues,
             gram=True,
+            team=team,
             progress=progress,
         )
+    if team.rank:
+        return
     for note in result.notes:
         say(note)
     for what, reason in result.left_out.items():

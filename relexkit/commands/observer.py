@@ -13,7 +13,8 @@ from relexkit.options import OfStore, group
 
 if TYPE_CHECKING:
     from relexkit.assess.observed import Observed
-    from relexkit.store import TrajectoryStore
+    from relexkit.gram_matrix.compute.distributed import Team
+    from relexkit.store import ProgressCallback, TrajectoryStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Observer:
 
     def __init__(self, compute: Compute):
         self.silent = compute.team.rank > 0
-        self.compute = replace(compute, progress=None) if self.silent else compute
+        self.compute = compute
 
     def decided(self, store: TrajectoryStore, until: int | None) -> Compute:
         """``compute`` with the PCA that ``auto`` means; a reason worth reading goes to standard
@@ -74,10 +75,21 @@ class Observer:
 
 
 @contextmanager
+def working_together(device: str = "cpu") -> Iterator[tuple[Team, ProgressCallback | None]]:
+    """The processes that torchrun started, or this one alone, and a progress bar in the first of
+    them.
+    """
+    from relexkit.gram_matrix.compute.distributed import team
+
+    with team(device) as together, progress_bar() as progress:
+        yield together, None if together.rank else progress
+
+
+@contextmanager
 def observer(compute: Compute) -> Iterator[Observer]:
     """Opens the group of processes, and a progress bar in the first of them."""
-    from relexkit.gram_matrix.compute.distributed import local_device, team
+    from relexkit.gram_matrix.compute.distributed import local_device
 
     device = local_device(compute.device)
-    with team(device) as together, progress_bar() as progress:
-        yield Observer(replace(compute, device=device, team=together, progress=progress))
+    with working_together(device) as (team, progress):
+        yield Observer(replace(compute, device=device, team=team, progress=progress))

@@ -147,8 +147,11 @@ class Appender:
         expected = {t.name: (t.shape, t.dtype) for t in self._layout.tensors}
         check_tensors(expected, checkpoint, f"the store {self._store.path}", where)
         check_factors(factors_in(self._layout), checkpoint, where)
+        owners = {t.name: t.part for t in self._layout.tensors}
         for tensor in self._layout.tensors:
-            if tensor.tied_to and not equal_tensors(checkpoint, tensor.name, tensor.tied_to):
+            if not tensor.tied_to or owners[tensor.tied_to] not in self._owned:
+                continue
+            if not equal_tensors(checkpoint, tensor.name, tensor.tied_to):
                 raise CheckpointError(
                     f"{where}: tensors {tensor.name!r} and {tensor.tied_to!r} differ but were tied"
                     " so far; import into a new store"

@@ -14,10 +14,13 @@ from relexkit.checkpoints.same_tensors import WIDENED, check_tensors
 from relexkit.checkpoints.small_files import merged_files
 from relexkit.checkpoints.tied import tied_tensors
 from relexkit.errors import CheckpointError
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.ingest.columns import base_reader
 from relexkit.ingest.reading import DEFAULT_MANTISSA_BITS, Reading
-from relexkit.store import About, ProgressCallback, build_layout, create_store
+from relexkit.ingest.shared_writer import creation
+from relexkit.store import About, build_layout, create_store
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
+from relexkit.weights.layout import Layout
 
 _SAMPLE_ELEMENTS = 2**14
 
@@ -35,9 +38,22 @@ def create_for(
     steps: list[int],
     base: Base,
     reading: Reading,
-    progress: ProgressCallback | None,
+    compute: Compute,
 ) -> list[str]:
-    """Create the store; returns anything odd about tied weights, in words."""
+    """Create the store, with the processes of ``compute.team``; returns anything odd about tied
+    weights, in words.
+    """
+    team = compute.team
+    layout, about, notes = team.share(lambda: _planned(run, steps, base, reading))
+    read_base = base_reader(base.checkpoint, layout)
+    create_store(out, layout, read_base, about, compute.progress, creation(layout, team))
+    return notes
+
+
+def _planned(
+    run: Run, steps: list[int], base: Base, reading: Reading
+) -> tuple[Layout, About, list[str]]:
+    """Layout and description of the store, and anything odd about tied weights, in words."""
     with closing(run.checkpoint(steps[0])) as first:
         names = {n: (i.shape, i.dtype) for n, i in first.tensors.items()}
         check_tensors(names, base.checkpoint, f"step {steps[0]}", base.words, widen=True)
@@ -56,8 +72,7 @@ def create_for(
         files=files,
         mantissa_bits=reading.mantissa_bits or DEFAULT_MANTISSA_BITS,
     )
-    create_store(out, layout, base_reader(base.checkpoint, layout), about, progress)
-    return notes
+    return layout, about, notes
 
 
 def _choose_encodings(

@@ -20,10 +20,13 @@ from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import named_base
 from relexkit.checkpoints.protocol import WholeTensors
 from relexkit.errors import CheckpointError
+from relexkit.gram_matrix.compute.distributed import ALONE
+from relexkit.gram_matrix.compute.settings import DEFAULT
 from relexkit.ingest.creation import Base, create_for
 from relexkit.ingest.importer import append_all, seen_alike, select_steps
 from relexkit.ingest.reading import PLAIN, Reading
-from relexkit.store import StoreWriter, TrajectoryStore
+from relexkit.ingest.shared_writer import SharedWriter
+from relexkit.store import TrajectoryStore
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype
 from relexkit.weights.safetensors_io import ITEM_BYTES, TensorInfo
 
@@ -143,17 +146,16 @@ def _of_miniature(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "miniature.zarr"
         small, small_base = _SlicedRun(view), _Slice(base)
-        create_for(out, small, sample, Base(small_base, "the base"), reading, None)
+        create_for(out, small, sample, Base(small_base, "the base"), reading, DEFAULT)
         times: list[float] = []
-        with StoreWriter(out) as writer:
+        with SharedWriter(out, ALONE) as writer:
             began, small.opening_seconds = time.perf_counter(), 0.0
             append_all(
                 small,
                 sample,
                 writer,
                 small_base,
-                2**28,
-                lambda *_: times.append(time.perf_counter()),
+                replace(DEFAULT, progress=lambda *_: times.append(time.perf_counter())),
             )
             opening = small.opening_seconds
             working = time.perf_counter() - began - opening

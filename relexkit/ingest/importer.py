@@ -5,7 +5,7 @@ and differenced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,8 @@ from relexkit.checkpoints.tied import heads_on_one_side, with_heads
 from relexkit.checkpoints.version_run import WeightSyncRun
 from relexkit.checkpoints.view import RunView
 from relexkit.errors import CheckpointError, RelexkitError
+from relexkit.gram_matrix.compute.distributed import ALONE, Team
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.exact import gram as gram_matrices
 from relexkit.gram_matrix.exact import known_steps
 from relexkit.gram_matrix.pca import choose
@@ -32,6 +34,7 @@ from relexkit.ingest.branches import check_branch, compare_steps, is_base_throug
 from relexkit.ingest.columns import base_reader
 from relexkit.ingest.creation import Base, create_for, sampled_density
 from relexkit.ingest.reading import Reading
+from relexkit.ingest.shared_writer import SharedWriter
 from relexkit.store import (
     NotAStoreError,
     ProgressCallback,
@@ -78,6 +81,7 @@ def import_checkpoints(
     known_until: int = 0,
     gram: bool = False,
     memory_budget_bytes: int = 5 * 2**26,
+    team: Team = ALONE,
     progress: ProgressCallback | None = None,
 ) -> ImportResult:
     """Import checkpoints into the store ``out``; run again, it adds what is new or was interrupted.
@@ -115,6 +119,8 @@ def import_checkpoints(
             approximates them they are left to the question.
         memory_budget_bytes: bound on the weights of the previous step (or base) kept in memory;
             what does not fit is read again from its file.
+        team: every process of it makes this call, where all see source and ``out``; each reads,
+            encodes and writes the parts that it owns, and the first one commits the steps.
 
     From the hub one revision at a time is downloaded into ``OUT.download``, checked, differenced
     and deleted: the disk never holds more than two checkpoints, and heads are not tested for being
@@ -124,14 +130,16 @@ def import_checkpoints(
     a run that differs, or shares no step, is refused. Weight-sync deltas need one copy of the model
     beside ``OUT`` while they are applied.
 
-    Reads every checkpoint once, and the base twice; a head and an embedding that may be tied are
-    read once more, and so is what does not fit the budget. Memory: the budget, a few blocks of
-    2**22 elements, the changes of one step, and for dense encodings two rows of a part.
+    Reads every checkpoint once, and the base twice (a process its parts); a head and an embedding
+    that may be tied are read once more, and so is what does not fit the budget. Memory: the budget,
+    a few blocks of 2**22 elements, the changes of one step, and for dense encodings two rows of a
+    part.
 
     Raises:
         CheckpointError: a checkpoint is damaged, not finite, or does not have the base's tensors.
         StoreError: ``out`` is something else, belongs to another run, is being written, or the disk
             is full.
+        RelexkitError: another process of the team failed.
     """
     reading = Reading(
         base=base,
@@ -141,85 +149,140 @@ def import_checkpoints(
         step_map=step_map,
         exclude=tuple(exclude),
     )
-    with closing(Hub(Path(f"{out}.download"))) as hub:
+    compute = Compute(team=team, memory_budget_bytes=memory_budget_bytes, progress=progress)
+    joining = _Joining(steps=steps, rewind=rewind, continues=continues, known_until=known_until)
+    with team.together():
+        result = _imported(source, out, reading, joining, compute)
+        if gram:
+            result.notes.extend(_keep_gram_matrices(result.store, compute))
+        if result.added and team.share(lambda: is_base_throughout(result.store)):
+            result.notes.append(
+                "every step equals the base bit for bit: nothing was trained, or these are not the"
+                " trained weights (a merged folder beside an adapter may be the base: --format"
+                " peft)"
+            )
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Joining:
+    """Which steps are wanted, and how they join those of a store; see ``import_checkpoints``."""
+
+    steps: str | None
+    rewind: bool
+    continues: bool
+    known_until: int
+
+
+def _imported(
+    source: str | Path, out: str | Path, reading: Reading, joining: _Joining, compute: Compute
+) -> ImportResult:
+    team = compute.team
+    with ExitStack() as stack:
+        hub = stack.enter_context(closing(Hub(Path(f"{out}.download"))))
         run: Run
         if is_hub(source):
-            run = HubRun(str(source), hub, step_map)
+            _refuse_several(source, team)
+            run = HubRun(str(source), hub, reading.step_map)
         else:
             run = open_run(
                 source,
-                source_format=source_format,
-                step_map=step_map,
+                source_format=reading.source_format,
+                step_map=reading.step_map,
                 kept=TrajectoryStore(out) if _is_store(out) else None,
                 scratch=_scratch(out),
             )
-        wanted = select_steps(run.steps, steps)
-        base_checkpoint, base_words, wanted = _open_base(run, base, wanted, source, hub)
-        with closing(base_checkpoint):
-            view, over, said = seen_alike(run, base_checkpoint, wanted[0], exclude)
-            notes = [*run.notes, *said]
-            created = not _is_store(out)
-            if created:
-                sampled = wanted[:1] if is_hub(source) else wanted
-                notes += create_for(out, view, sampled, Base(over, base_words), reading, progress)
-            left_out = {**run.left_out, **_step_zero(run, base, view, over)}
-            with StoreWriter(out) as writer:
-                if not created:
-                    _check_same_base(writer.store, over, reading)
-                    if isinstance(run, HubRun):
-                        run.check_commits(
-                            writer.store.files(), [int(s) for s in writer.store.steps]
-                        )
-                    else:
-                        linked = continues or isinstance(run, WeightSyncRun)  # by its versions
-                        notes += _join(writer, view, wanted, rewind, linked, known_until)
-                if is_hub(base_words):  # the store has it by now, and the disk needs the room
-                    base_checkpoint.close()
-                    view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], exclude)
-                recorded = {int(s) for s in writer.store.steps}
-                new = _new_steps(wanted, recorded, source, out)
-                if new:
-                    append_all(view, new, writer, over, memory_budget_bytes, progress)
-    store = TrajectoryStore(out)
-    if gram and known_steps(store) < len(store.steps) and choose(store).method == "exact":
-        gram_matrices(store, memory_budget_bytes=memory_budget_bytes, progress=progress)
-    if new and is_base_throughout(store):
-        notes.append(
-            "every step equals the base bit for bit: nothing was trained, or these are not the"
-            " trained weights (a merged folder beside an adapter may be the base: --format peft)"
+        wanted = team.share(lambda: select_steps(run.steps, joining.steps))
+        base_checkpoint, base_words, wanted = _open_base(
+            run, reading.base, wanted, source, hub, team
         )
-    return ImportResult(store, new, [s for s in wanted if s in recorded], notes, left_out)
+        stack.enter_context(closing(base_checkpoint))
+        view, over, said = seen_alike(run, base_checkpoint, wanted[0], reading.exclude)
+        notes = [*run.notes, *said]
+        created = team.share(lambda: not _is_store(out))
+        if created:
+            sampled = wanted[:1] if is_hub(source) else wanted
+            notes += create_for(out, view, sampled, Base(over, base_words), reading, compute)
+        left_out = team.share(lambda: {**run.left_out, **_step_zero(run, reading, view, over)})
+        if not team.rank:
+            writer = stack.enter_context(SharedWriter(out, team))
+            if not created:
+                _check_same_base(writer.store, over, reading)
+                notes += _join(writer, run, view, wanted, joining)
+        team.share(lambda: None)  # the first process has the lock, and has removed what it must
+        if team.rank:
+            writer = stack.enter_context(SharedWriter(out, team))
+        if is_hub(base_words):  # the store has it by now, and the disk needs the room
+            base_checkpoint.close()
+            view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], reading.exclude)
+        recorded = {int(s) for s in writer.store.steps}
+        new = _new_steps(wanted, recorded, source, out)
+        if new:
+            append_all(view, new, writer, over, compute)
+    team.share(lambda: None)  # the first process has released the store
+    already = [s for s in wanted if s in recorded]
+    return ImportResult(TrajectoryStore(out), new, already, notes, left_out)
+
+
+def _keep_gram_matrices(store: TrajectoryStore, compute: Compute) -> list[str]:
+    """Compute what is missing of the Gram matrices, unless ``--pca auto`` approximates those of
+    such a run; what a person should know of it.
+    """
+
+    def missing() -> bool:
+        return known_steps(store) < len(store.steps)
+
+    if not compute.team.share(lambda: missing() and choose(store).method == "exact"):
+        return []
+    gram_matrices(
+        store,
+        team=compute.team,
+        memory_budget_bytes=compute.memory_budget_bytes,
+        progress=compute.progress,
+    )
+    if not compute.team.share(missing):
+        return []
+    return [
+        f"warning: the Gram matrices cannot be kept in {store.path} (no space, or another process"
+        " keeps some): the steps are safe, and the next question computes them"
+    ]
 
 
 def _join(
-    writer: StoreWriter,
-    run: Run,
-    wanted: list[int],
-    rewind: bool,
-    continues: bool,
-    known_until: int,
+    writer: StoreWriter, run: Run, view: Run, wanted: list[int], joining: _Joining
 ) -> list[str]:
     """Check that the run is the one in the store, and remove what it has written anew if asked to;
     returns what a person should know.
     """
+    if isinstance(run, HubRun):
+        recorded_steps = [int(s) for s in writer.store.steps]
+        run.check_commits(writer.store.files(), recorded_steps)
+        return []
+    continues = joining.continues or isinstance(run, WeightSyncRun)  # by its versions
+    known_until = joining.known_until
     store = writer.store
-    comparison = compare_steps(store, run, known_until)
+    comparison = compare_steps(store, view, known_until)
     recorded = {int(s) for s in store.steps}
     new = [s for s in wanted if s not in recorded]
     notes = check_branch(
-        store, run, comparison, new, rewind=rewind, continues=continues or known_until > 0
+        store,
+        view,
+        comparison,
+        new,
+        rewind=joining.rewind,
+        continues=continues or known_until > 0,
     )
     last = max(comparison.last_agreeing(), known_until)
     removed = [s for s in recorded if s > last]
-    if rewind and last and removed:
+    if joining.rewind and last and removed:
         writer.truncate(last)
         notes.append(f"removed, to be recorded anew, what was recorded after step {last}")
     return notes
 
 
-def _step_zero(run: Run, base: str | Path | None, view: Run, over: Checkpoint) -> dict[str, str]:
+def _step_zero(run: Run, reading: Reading, view: Run, over: Checkpoint) -> dict[str, str]:
     """What to say of a step 0 beside a base that was given."""
-    if base is None or 0 not in run.steps or isinstance(run, HubRun):
+    if reading.base is None or 0 not in run.steps or isinstance(run, HubRun):
         return {}
     with closing(view.checkpoint(0)) as first:
         if first.factors:
@@ -311,8 +374,17 @@ def select_steps(available: Sequence[int], selection: str | None) -> list[int]:
     return chosen
 
 
+def _refuse_several(source: str | Path, team: Team) -> None:
+    """The hub's revisions are downloaded one at a time, by one process."""
+    if team.size > 1:
+        raise RelexkitError(
+            f"{source}: is downloaded by one process, and {team.size} were started; leave torchrun"
+            " out, or download it first"
+        )
+
+
 def _open_base(
-    run: Run, base: str | Path | None, wanted: list[int], source: str | Path, hub: Hub
+    run: Run, base: str | Path | None, wanted: list[int], source: str | Path, hub: Hub, team: Team
 ) -> tuple[Checkpoint, str, list[int]]:
     after_base = [s for s in wanted if s > 0]
     if not after_base:
@@ -321,6 +393,7 @@ def _open_base(
         )
     base = named_base(run, after_base[0]) if base is None else base
     if base is not None and is_hub(base):
+        _refuse_several(base, team)
         opened = hub.open(str(base))
         return opened, opened.description, after_base
     if base is not None:
@@ -385,17 +458,15 @@ def _check_same_base(store: TrajectoryStore, base: Checkpoint, reading: Reading)
 
 
 def append_all(
-    run: Run,
-    steps: list[int],
-    writer: StoreWriter,
-    base: Checkpoint,
-    memory_budget_bytes: int,
-    progress: ProgressCallback | None,
+    run: Run, steps: list[int], writer: SharedWriter, base: Checkpoint, compute: Compute
 ) -> None:
-    """Append steps of a run that fits the store, in order."""
+    """Append steps of a run that fits the store, in order; every process of the writer's team makes
+    this call.
+    """
     with closing(run.checkpoint(steps[0])) as first:
         still = first.still
-    with closing(Appender(writer, base, memory_budget_bytes, still=still)) as appender:
+    budget, owned = compute.memory_budget_bytes, writer.owned
+    with closing(Appender(writer, base, budget, owned=owned, still=still)) as appender:
         for done, step in enumerate(steps, 1):
             checkpoint = run.checkpoint(step)
             try:
@@ -403,5 +474,5 @@ def append_all(
             except BaseException:
                 checkpoint.close()
                 raise
-            if progress:
-                progress("importing", done, len(steps))
+            if compute.progress:
+                compute.progress("importing", done, len(steps))

@@ -1,31 +1,29 @@
-"""Weighted sums of the deltas for all predictions at once, in one pass over them.
-
-A prediction is ``theta_0 + M^T a``. From dense rows that is a weighted sum of rows; from the sparse
-log, with ``E`` the values of the updates, ``M^T a = E^T (L^T a)``: a scatter-add of the log with
-the suffix sums of ``a``.
-"""
+"""Predicted weights ``theta_0 + M^T a``, for all predictions in one pass over the deltas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import chain, repeat
 
 import numpy as np
 
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.factors import FactorSums
+from relexkit.materialize.moved import Directions, Piece, Updates, Window, pieces
+from relexkit.materialize.output import Output
 from relexkit.processes import cores
-from relexkit.store import ProgressCallback, TrajectoryStore, blocks
-from relexkit.store.encodings.bits import BLOCK, Update, apply_update, clip_update
-from relexkit.weights.dtypes import to_float32
-from relexkit.weights.layout import Layout, Segment, TensorSpec
+from relexkit.store import ProgressCallback, TrajectoryStore, stretches
+from relexkit.store.encodings.bits import BLOCK
+from relexkit.weights.dtypes import random_bits, rounded, to_float32
+from relexkit.weights.layout import Layout, Segment
 
 _WORKERS = min(16, cores())
-_WINDOW = 2**20  # columns at most: a chunk of the base, and sums that stay in cache
+_WINDOW = 2**20  # columns at most: a chunk of the base
 
 Consume = Callable[[int, Segment, np.ndarray], None]
-"""Receives ``(index of the prediction, piece of a tensor, its float32 values)``; called from
-several threads.
+"""Receives ``(index of the prediction, piece of a tensor, its float32 values or its bits)``, called
+from several threads; the array is written again once it has returned.
 """
 
 
@@ -37,129 +35,120 @@ def stream_sums(
     progress: ProgressCallback | None,
     *,
     onto_base: bool = True,
-    only: TensorSpec | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) for every row of ``weights
-    [P, N, T]`` to ``consume``.
+    """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) in float32 for every row of
+    ``weights [P, N, T]`` to ``consume``.
 
     It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight
-    are not read. With ``only`` nothing but that tensor is.
+    are not read. With ``only`` nothing but the tensors of these names is.
 
     Raises:
         StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received
             is of no use.
     """
+    spread = Directions(weights)
+
+    def predict(piece: Piece, row: int) -> None:
+        whole = to_float32(piece.bits, piece.segment.tensor.dtype) if onto_base else None
+        for index, (which, scale) in enumerate(spread.targets(row)):
+            values = piece.values(which, scale, onto_base=onto_base)
+            consume(index, piece.segment, piece.filled(values, whole))
+
+    _each_piece(store, spread.directions, predict, budget, progress, only)
+
+
+def stream_bits(
+    store: TrajectoryStore,
+    weights: np.ndarray,
+    output: Output,
+    consume: Consume,
+    compute: Compute,
+    only: Collection[str] | None = None,
+) -> None:
+    """``stream_sums`` rounded to ``output.dtype`` (the tensor's if None): passes on bits. All
+    predictions draw the same random bits.
+
+    Raises:
+        StoreError: as for ``stream_sums``.
+        RelexkitError: a value that the dtype cannot hold.
+    """
+    spread = Directions(weights)
+
+    def predict(piece: Piece, row: int) -> None:
+        tensor, start = piece.segment.tensor, piece.segment.start
+        dtype = output.dtype or tensor.dtype
+        same = dtype == tensor.dtype  # what does not move needs no rounding
+        whole = piece.bits if same else to_float32(piece.bits, tensor.dtype)
+        some = same and isinstance(piece.at, np.ndarray)
+        places = start + piece.at if some else range(start, start + len(whole))
+        random = None
+        if output.rounding == "stochastic" and dtype != "float32" and len(places):
+            drawn = random_bits(output.seed, tensor.name, start, start + len(whole))
+            random = drawn[piece.at] if some else drawn
+        for index, (which, scale) in enumerate(spread.targets(row)):
+            values = piece.values(which, scale, onto_base=True)
+            if same:
+                bits = piece.filled(rounded(values, dtype, random, tensor.name, places), whole)
+            else:
+                bits = rounded(piece.filled(values, whole), dtype, random, tensor.name, places)
+            consume(index, piece.segment, bits)
+
+    budget, progress = compute.memory_budget_bytes, compute.progress
+    _each_piece(store, spread.directions, predict, budget, progress, only)
+
+
+def _each_piece(
+    store: TrajectoryStore,
+    directions: np.ndarray,
+    work: Callable[[Piece, int], None],
+    budget: int,
+    progress: ProgressCallback | None,
+    only: Collection[str] | None,
+) -> None:
+    """Call ``work(piece, row of its tensor in directions)`` for every piece, by every core."""
     layout = store.layout
     row_of = {t.name: row for row, t in enumerate(layout.moving_tensors)}
-    used = np.flatnonzero(weights.any(axis=(0, 1)))
+    used = np.flatnonzero(directions.any(axis=(0, 1)))
     num_rows = int(used[-1]) + 1 if len(used) else 0
-    fits = budget // (2 * _WORKERS * 4 * (len(weights) + 4)) // 2**16 * 2**16
+    fits = budget // (2 * _WORKERS * 4 * (len(directions) + 4)) // 2**16 * 2**16
     width = max(2**18, min(_WINDOW, fits))
 
-    def predict(window: _Window, updates: list[Update] | FactorSums | None) -> None:
-        segments = window.segments
-        weight = weights[:, [row_of[s.tensor.name] for s in segments], :num_rows]
-        base = store.read_base(window.part, window.begin, window.end)
-        if isinstance(updates, FactorSums):
-            sums = updates.columns(window.begin, window.end)
-        elif updates is None:
-            sums = _dense_sums(store, window, base, weight)
-        else:
-            sums = _sparse_sums(window, base, updates, weight)
-        if onto_base:
-            _add_base(sums, base, window.dtype)
-        for index, values in enumerate(sums):
-            for segment in segments:
-                low = segment.offset - window.begin
-                if only is None or segment.tensor.name == only.name:
-                    consume(index, segment, values[low : low + segment.numel])
+    def of_window(part: int, span: tuple[int, int], updates: Updates) -> None:
+        window = Window(store, part, *span)
+        rows = [row_of[s.tensor.name] for s in window.segments]
+        for piece in pieces(store, window, updates, directions[:, rows, :num_rows]):
+            if only is None or piece.segment.tensor.name in only:
+                work(piece, row_of[piece.segment.tensor.name])
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for part, spec in enumerate(layout.parts):
-            first, last = (0, spec.numel) if only is None else _span(layout, part, only)
-            if not spec.moves or first == last:
-                continue
-            stretches: Iterable[tuple[int, int, list[Update] | FactorSums | None]] = [
-                (first, last, None)
-            ]
-            if spec.factors is not None:
-                weight = weights[:, row_of[layout.segments_in(part)[0].tensor.name]]
-                stretches = [(0, spec.numel, FactorSums(store, part, weight, budget // 2))]
+            spans = _spans(layout, part, only) if spec.moves else []
+            taken: Iterable[tuple[int, int, Updates]] = [(*span, None) for span in spans]
+            if spec.factors is not None and spans:
+                weights = directions[:, row_of[layout.segments_in(part)[0].tensor.name]]
+                taken = [(*spans[0], FactorSums(store, part, weights, budget // 2))]
             elif store.encoding(part).is_log:
-                stretches = store.read_log(part, num_rows, budget // 2, pool, (first, last))
-            for begin, end, updates in stretches:
-                windows = [
-                    _Window(layout, part, begin + low, begin + high)
-                    for low, high in blocks(end - begin, width)
-                ]
-                list(pool.map(predict, windows, repeat(updates)))
+                logs = (store.read_log(part, num_rows, budget // 2, pool, span) for span in spans)
+                taken = chain.from_iterable(logs)
+            for begin, end, updates in taken:
+                windows = stretches((begin, end), width)
+                list(pool.map(of_window, repeat(part), windows, repeat(updates)))
                 if progress:
-                    progress(
-                        "predicting", part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
-                    )
+                    done, total = part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
+                    progress("predicting", done, total)
     store.check_unchanged()
 
 
-def _span(layout: Layout, part: int, tensor: TensorSpec) -> tuple[int, int]:
-    """The columns of a part that hold a tensor, from the beginning of a block to an end of one."""
-    pieces = [s for s in layout.segments_of(tensor) if s.part == part]
-    if not pieces:
-        return 0, 0
-    first, last = pieces[0].offset, pieces[-1].offset + pieces[-1].numel
-    return first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, layout.parts[part].numel)
-
-
-class _Window:
-    """Columns ``begin:end`` of a part."""
-
-    def __init__(self, layout: Layout, part: int, begin: int, end: int):
-        self.part, self.begin, self.end = part, begin, end
-        self.segments = layout.segments_in(part, begin, end)
-        self.dtype = layout.parts[part].dtype
-
-
-def _add_base(sums: np.ndarray, base: np.ndarray, dtype: str) -> None:
-    """Add the base, in bits ``[n]``, to ``sums [P, n]`` in place; a -0.0 that does not move stays
-    one.
+def _spans(layout: Layout, part: int, only: Collection[str] | None) -> list[tuple[int, int]]:
+    """The columns of a part that hold the tensors of these names (None: all), from the beginning of
+    a block to an end of one.
     """
-    minus = np.flatnonzero(base == base.dtype.type(1 << (8 * base.itemsize - 1)))
-    still = [minus[values[minus] == 0] for values in sums]
-    sums += to_float32(base, dtype)
-    for values, columns in zip(sums, still, strict=True):
-        values[columns] = -0.0
-
-
-def _sparse_sums(
-    window: _Window, base: np.ndarray, updates: list[Update], weights: np.ndarray
-) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, in a sparse part; ``weights [P, S, T]``."""
-    begin, end = window.begin, window.end
-    suffix = weights[:, :, ::-1].cumsum(axis=2)[:, :, ::-1].astype(np.float32)
-    state = base.copy()
-    sums = np.zeros((len(weights), end - begin), np.float32)
-    edges = np.array([*(s.offset - begin for s in window.segments), end - begin], np.int32)
-    for row, update in enumerate(updates):
-        local, differences = clip_update(update, begin, end)
-        counts = np.diff(np.searchsorted(local, edges))
-        local = local.astype(np.intp)  # NumPy gathers by other integers at half the speed
-        before, after = apply_update(state, local, differences)
-        values = to_float32(after, window.dtype) - to_float32(before, window.dtype)
-        for target, total in enumerate(sums):
-            total[local] += np.repeat(suffix[target, :, row], counts) * values
-    return sums
-
-
-def _dense_sums(
-    store: TrajectoryStore, window: _Window, base: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """``M^T a``, ``float32 [P, n]``, in a part of dense rows; ``weights [P, S, T]``."""
-    sums = np.zeros((len(weights), window.end - window.begin), np.float32)
-    for row in np.flatnonzero(weights.any(axis=(0, 1))):
-        delta = store.read_delta(window.part, int(row), window.begin, window.end, base)
-        for index, segment in enumerate(window.segments):
-            low = segment.offset - window.begin
-            for target, total in enumerate(sums):
-                total[low : low + segment.numel] += (
-                    np.float32(weights[target, index, row]) * delta[low : low + segment.numel]
-                )
-    return sums
+    numel, spans = layout.parts[part].numel, list[tuple[int, int]]()
+    for segment in layout.segments_in(part):
+        if only is None or segment.tensor.name in only:
+            begin = segment.offset // BLOCK * BLOCK
+            end = min(-(-(segment.offset + segment.numel) // BLOCK) * BLOCK, numel)
+            joins = spans and begin <= spans[-1][1]
+            spans.append((spans.pop()[0] if joins else begin, end))
+    return spans

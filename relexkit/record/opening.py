@@ -15,7 +15,6 @@ from typing import Any
 from relexkit.checkpoints.small_files import model_files
 from relexkit.errors import RelexkitError, StoreError
 from relexkit.store import TrajectoryStore, describe_steps
-from relexkit.weights.layout import Layout
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -97,16 +96,3 @@ def check_still(store: TrajectoryStore, still: Collection[str]) -> None:
                 f"tensors near {name!r} were recorded otherwise in {store.path}; expected the same"
                 " include, exclude and frozen parameters as when it was made"
             )
-
-
-def owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
-    """The parts that a process writes: the largest first, each to the process that has the
-    least.
-    """
-    loads = [0] * size
-    owned: list[list[int]] = [[] for _ in range(size)]
-    for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):
-        least = loads.index(min(loads))
-        loads[least] += layout.parts[part].numel
-        owned[least].append(part)
-    return sorted(owned[rank])

@@ -36,12 +36,18 @@ from relexkit.record.opening import (
     check_still,
     files_of,
     give_back_memory,
-    owned_parts,
     refuse_existing,
     refuse_other_base,
     still_names,
 )
-from relexkit.store import About, StoreWriter, TrajectoryStore, blocks, create_store
+from relexkit.store import (
+    About,
+    StoreWriter,
+    TrajectoryStore,
+    blocks,
+    create_store,
+    owned_parts,
+)
 from relexkit.weights.dtypes import bits_dtype, to_float32
 from relexkit.weights.layout import Layout
 

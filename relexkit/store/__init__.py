@@ -20,13 +20,13 @@ uses those before it:
 """
 
 from relexkit.store.base import base_sha256
-from relexkit.store.create import About, create_store
+from relexkit.store.create import About, Shared, create_store
 from relexkit.store.fastpath.chunk_files import Encoded
 from relexkit.store.format import FORMAT_VERSION, SAFE_FILE_NAME
 from relexkit.store.lock import WriterLock
 from relexkit.store.opened import describe_steps
 from relexkit.store.opening import NotAStoreError
-from relexkit.store.packing import build_layout
+from relexkit.store.packing import build_layout, owned_parts
 from relexkit.store.passes import ProgressCallback, blocks, column_windows, stretches
 from relexkit.store.reader import TrajectoryStore
 from relexkit.store.writer import StoreWriter
@@ -38,6 +38,7 @@ __all__ = [
     "Encoded",
     "NotAStoreError",
     "ProgressCallback",
+    "Shared",
     "StoreWriter",
     "TrajectoryStore",
     "WriterLock",
@@ -47,5 +48,6 @@ __all__ = [
     "column_windows",
     "create_store",
     "describe_steps",
+    "owned_parts",
     "stretches",
 ]

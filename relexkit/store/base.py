@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -11,31 +11,59 @@ import numpy as np
 import zarr
 
 from relexkit.processes import cores
-from relexkit.store.codecs import BASE_CHUNK, BASE_SHARD, DENSE_CODECS, Grid, create_array
+from relexkit.store.codecs import (
+    BASE_CHUNK,
+    BASE_SHARD,
+    DENSE_CODECS,
+    WRITE_ALL,
+    Grid,
+    create_array,
+)
 from relexkit.store.fastpath.chunk_files import Encoded, chunk_files
 from relexkit.store.passes import ProgressCallback, blocks, in_order, stretches
 from relexkit.weights.dtypes import bits_dtype
 from relexkit.weights.layout import Layout
 
+ReadBase = Callable[[int, int, int], np.ndarray]
+"""``(part, begin, end) -> bits`` of the base weights."""
+
 
 def write_base(
     group: zarr.Group,
     layout: Layout,
-    read_base: Callable[[int, int, int], np.ndarray],
+    read_base: ReadBase,
+    owned: Collection[int],
     progress: ProgressCallback | None,
 ) -> str:
-    """Write the base of every part, as ``read_base`` gives it to ``(part, begin, end)``, and return
-    its ``base_sha256``.
+    """Write the base of the ``owned`` parts, whose arrays are there, and return the ``base_sha256``
+    of all parts: others are only read.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(cores()) as pool:
-        for part in range(len(layout.parts)):
-            array = create_base_array(group, layout, part)
-            for bits in _written(array, partial(read_base, part), pool):
+        for part, spec in enumerate(layout.parts):
+            read = partial(read_base, part)
+            pieces: Iterable[np.ndarray] = (read(*span) for span in blocks(spec.numel))
+            if part in owned:
+                pieces = _written(_array(group, part), read, pool)
+            for bits in pieces:
                 digest.update(bits.data.cast("B"))
             if progress:
                 progress("writing the base", part + 1, len(layout.parts))
     return digest.hexdigest()
+
+
+def write_base_parts(group: zarr.Group, read_base: ReadBase, owned: Collection[int]) -> None:
+    """Write the base of the ``owned`` parts, whose arrays are there."""
+    with ThreadPoolExecutor(cores()) as pool:
+        for part in owned:
+            for _ in _written(_array(group, part), partial(read_base, part), pool):
+                pass
+
+
+def _array(group: zarr.Group, part: int) -> zarr.Array:
+    array = group[f"base/{part}"]
+    assert isinstance(array, zarr.Array)
+    return array.with_config(WRITE_ALL)
 
 
 def _written(
@@ -77,7 +105,7 @@ def create_base_array(group: zarr.Group, layout: Layout, part: int) -> zarr.Arra
     return create_array(group, f"base/{part}", grid, bits_dtype(spec.dtype), DENSE_CODECS)
 
 
-def base_sha256(layout: Layout, read_base: Callable[[int, int, int], np.ndarray]) -> str:
+def base_sha256(layout: Layout, read_base: ReadBase) -> str:
     """Content hash of base weights: sha256 of the raw little-endian bits of all parts in order. One
     pass.
     """

@@ -4,9 +4,10 @@ that a crash shows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import numpy as np
 import zarr
 
 from relexkit.errors import StoreError
-from relexkit.store.base import write_base
+from relexkit.store.base import ReadBase, create_base_array, write_base, write_base_parts
 from relexkit.store.durable import make_folder
 from relexkit.store.encodings.table import format_version, is_exact
 from relexkit.store.fastpath.keys import delete_below, delete_key
-from relexkit.store.fastpath.local import for_writing, unflushed_of
+from relexkit.store.fastpath.local import flush, for_writing, unflushed_of
 from relexkit.store.format import create_file_array, create_step_arrays, json_checksum
 from relexkit.store.lock import WriterLock
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
@@ -44,24 +45,48 @@ class About:
     mantissa_bits: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """How one of several processes takes part in creating a store.
+
+    Attributes:
+        owned: the parts whose base it writes.
+        leads: whether it does all the rest; one process does.
+        wait: returns when all have called it.
+    """
+
+    owned: Collection[int]
+    leads: bool
+    wait: Callable[[], object]
+
+
 def create_store(
     path: str | Path,
     layout: Layout,
-    read_base: Callable[[int, int, int], np.ndarray],
+    read_base: ReadBase,
     about: About,
     progress: ProgressCallback | None = None,
+    shared: Shared | None = None,
 ) -> None:
     """Write a store without steps: layout, base weights, files. Killed half-way, the next call
     starts over.
 
     Args:
         read_base: ``(part, begin, end) -> bits`` of the base weights.
+        shared: several processes make this call at once, each with its own.
 
     Raises:
         StoreError: something is at ``path`` already, another process writes it, or the disk is
             full.
     """
     path = str(path)
+    shared = shared or Shared(owned=range(len(layout.parts)), leads=True, wait=lambda: None)
+    if not shared.leads:
+        shared.wait()
+        with _writing(path) as place:
+            write_base_parts(zarr.open_group(place, mode="r+"), read_base, shared.owned)
+        shared.wait()
+        return
     with WriterLock(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
@@ -73,31 +98,44 @@ def create_store(
             "layout": layout.to_json(),
             "files": sorted(about.files),
         }
-        place = for_writing(path)
-        unflushed = unflushed_of(place)
-        try:
+        with _writing(path) as place:
             if "://" not in path:
                 make_folder(Path(path))
             group = zarr.create_group(place, attributes={"relexkit": attributes})
-            digest = write_base(group, layout, read_base, progress)
+            for part in range(len(layout.parts)):
+                create_base_array(group, layout, part)
+            shared.wait()
+            digest = write_base(group, layout, read_base, shared.owned, progress)
             create_step_arrays(group, layout)
             for name, content in about.files.items():
                 data = np.frombuffer(content, np.uint8)
                 create_file_array(group, name, len(data))[:] = data
             attributes |= {"state": "ready", "base": {"description": about.base, "sha256": digest}}
-            if unflushed is not None:
-                unflushed.flush()
+            flush(place)
+            shared.wait()
             group.attrs["relexkit"] = attributes | {"checksum": json_checksum(attributes)}
-            if unflushed is not None:
-                unflushed.flush()
-        except OSError as error:
-            raise StoreError(
-                f"{path}: cannot be written ({error.strerror or error}); free space and run the"
-                " command again"
-            ) from error
-        finally:
-            if unflushed is not None:
-                unflushed.close()
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[Any]:
+    """Where Zarr writes a store; what was written is on the disk when the block ends.
+
+    Raises:
+        StoreError: something could not be written.
+    """
+    place = for_writing(path)
+    try:
+        yield place
+        flush(place)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror or error}); free space and run the"
+            " command again"
+        ) from error
+    finally:
+        unflushed = unflushed_of(place)
+        if unflushed is not None:
+            unflushed.close()
 
 
 def _clear_for_creation(path: str) -> None:

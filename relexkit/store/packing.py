@@ -1,4 +1,4 @@
-"""Tensors packed into the parts of a new store."""
+"""Tensors packed into the parts of a new store, and parts dealt to the processes that write it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from relexkit.store.encodings.table import ENCODINGS
 from relexkit.weights.dtypes import FLOAT_DTYPES
 from relexkit.weights.layout import Factors, Layout, Part, TensorSpec
 from relexkit.weights.safetensors_io import TensorInfo
+
+_PARTS = 32  # are enough for processes to share evenly; more would be more files a step
+_LEAST_NUMEL = 2**25  # of a part that is cut for that reason
 
 
 def build_layout(
@@ -23,12 +26,15 @@ def build_layout(
     Args:
         encodings: encoding of each float dtype that occurs; other dtypes become ``fixed`` parts.
         tied: alias name -> name of the tensor whose elements it shares.
-        part_numel: largest part by encoding; what the encoding itself allows if not given.
+        part_numel: largest part by encoding; if not given what the encoding allows, less where
+            there would be fewer than ``_PARTS`` parts for processes to share.
         factors: tensors whose deltas are kept as factors.
         still: float tensors that no step moves; they get sparse parts of their own, whose log stays
             empty.
     """
     tied, limits, factors = tied or {}, part_numel or {}, factors or {}
+    total = sum(TensorInfo(shape, dtype).numel for _, shape, dtype in tensors)
+    enough = max(_LEAST_NUMEL, 1 << (-(-total // _PARTS) - 1).bit_length())
     specs: list[TensorSpec] = []
     sizes: list[list] = []  # [numel, dtype, encoding, factors], grown in place
     open_part: dict[tuple[str, bool], int] = {}
@@ -63,7 +69,7 @@ def build_layout(
             if name in still
             else encodings[dtype]
         )
-        limit = limits.get(encoding, ENCODINGS[encoding].part_numel)
+        limit = limits.get(encoding, min(ENCODINGS[encoding].part_numel, enough))
         part = open_part.get((dtype, name in still))
         # a tensor that has to be cut starts a part of its own, and its pieces are the parts that
         # follow
@@ -87,3 +93,16 @@ def build_layout(
         open_part[dtype, name in still] = part
     parts = tuple(Part(numel=n, dtype=d, encoding=e, factors=f) for n, d, e, f in sizes)
     return Layout(tuple(specs), parts)
+
+
+def owned_parts(layout: Layout, rank: int, size: int) -> list[int]:
+    """The parts that a process writes: the largest first, each to the process that has the
+    least.
+    """
+    loads = [0] * size
+    owned: list[list[int]] = [[] for _ in range(size)]
+    for part in sorted(range(len(layout.parts)), key=lambda p: -layout.parts[p].numel):
+        least = loads.index(min(loads))
+        loads[least] += layout.parts[part].numel
+        owned[least].append(part)
+    return sorted(owned[rank])

@@ -9,6 +9,7 @@ are exact for the three formats.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -123,23 +124,36 @@ def round_bits(
             f"cannot round to {dtype} with {rounding} rounding; expected {', '.join(FLOAT_DTYPES)}"
             f" and {' or '.join(ROUNDINGS)}"
         )
+    stochastic = rounding == "stochastic" and dtype != "float32"
+    random = random_bits(seed, tensor, start, start + len(values)) if stochastic else None
+    return rounded(values, dtype, random, tensor, range(start, start + len(values)))
+
+
+def rounded(
+    values: np.ndarray,
+    dtype: str,
+    random: np.ndarray | None,
+    tensor: str,
+    places: Sequence[int] | np.ndarray,
+) -> np.ndarray:
+    """``round_bits`` with the random bits ``uint16 [n]`` of the values, None to round to nearest;
+    ``places`` are their indices in the tensor.
+    """
     largest = _LARGEST[dtype]
     inside = not len(values) or (values.min() > -largest and values.max() < largest)
     if not inside:  # or NaN
         bad = nonfinite_index(np.ascontiguousarray(values).view(np.uint32), "float32")
         if bad is not None:
-            raise _does_not_fit(tensor, start + bad, values[bad], dtype)
+            raise _does_not_fit(tensor, places[bad], values[bad], dtype)
     if dtype == "float32":
         bits = np.ascontiguousarray(values).view(np.uint32)
-    elif rounding == "nearest":
+    elif random is None:
         bits = _round_nearest(values, dtype)
     else:
-        bits = _round_stochastic(
-            values, dtype, random_bits(seed, tensor, start, start + len(values))
-        )
+        bits = _round_stochastic(values, dtype, random)
     bad = None if inside else nonfinite_index(bits, dtype)
     if bad is not None:
-        raise _does_not_fit(tensor, start + bad, values[bad], dtype)
+        raise _does_not_fit(tensor, places[bad], values[bad], dtype)
     return bits
 
 

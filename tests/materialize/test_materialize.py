@@ -150,15 +150,18 @@ def test_sixteen_bit_predictions_are_the_nearest_to_a_float64_svd(
     assert differ <= 2e-3 * total
 
 
+@pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("case", ["sparse", "float"])
-def test_several_targets_in_one_call_equal_single_calls(case: str, tmp_path: Path) -> None:
+def test_several_targets_in_one_call_equal_single_calls(
+    case: str, rank: int, tmp_path: Path
+) -> None:
     _, store = make(tmp_path, case)
     targets = [9, 21.5, 400]
     together = extrapolate(
         store,
         targets,
         tmp_path / "together",
-        Prediction(options=Options(rank=2)),
+        Prediction(options=Options(rank=rank)),
         output=Output(seed=5),
     )
     assert [p.folder.name for p in together] == ["step-9", "step-21.5", "step-400"]
@@ -167,7 +170,7 @@ def test_several_targets_in_one_call_equal_single_calls(case: str, tmp_path: Pat
             store,
             [target],
             tmp_path / "single",
-            Prediction(options=Options(rank=2)),
+            Prediction(options=Options(rank=rank)),
             output=Output(seed=5),
         )
         assert (single.folder / "model.safetensors").read_bytes() == (
@@ -229,6 +232,10 @@ def test_stochastic_rounding_does_not_depend_on_the_blocking(
             output=Output(dtype="bfloat16", seed=3),
             compute=Compute(memory_budget_bytes=budget),
         )
+        results.append((p.folder / "model.safetensors").read_bytes())
+    for setting, value in (("sums._WORKERS", 1), ("moved._ENTRIES", 100), ("moved._PIECE", 3000)):
+        monkeypatch.setattr(f"relexkit.materialize.{setting}", value)
+        [p] = extrapolate(store, [60], tmp_path / setting, output=Output(dtype="bfloat16", seed=3))
         results.append((p.folder / "model.safetensors").read_bytes())
     for kind in ENCODINGS.values():
         monkeypatch.setattr(kind, "part_numel", 70_001)

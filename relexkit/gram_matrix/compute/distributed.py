@@ -1,8 +1,8 @@
-"""Several processes on one pass: ``torchrun --nproc-per-node N -m relexkit ...`` divides the
-columns and adds the sums.
+"""Several processes on one piece of work: ``torchrun --nproc-per-node N -m relexkit ...`` divides
+the columns of a pass, or the parts of a store, and puts together what they give.
 
 Every process makes the same calls. An error in one of them is raised in all, and a process that
-dies ends the others with a stated error: nothing is written before all have answered.
+dies ends the others with a stated error: nothing is completed before all have answered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,10 +43,17 @@ class Team:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Work of this process alone; ends when all have done theirs, with the error of the first
-        that failed.
+        """Work of this process; ends when all have done theirs, with the error of the first that
+        failed.
+
+        There may be calls of the team in it: what fails here reaches the others in whichever call
+        they make next.
         """
         yield
+
+    def gather(self, make: Callable[[], _T]) -> list[_T]:
+        """What every process makes, in every process; or the error of the first that failed."""
+        return [make()]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum over the processes, in every process."""
@@ -62,7 +69,7 @@ ALONE = Team()
 
 
 class FailedTogether(RelexkitError):
-    """An error that every process raises; only the first one has to print it."""
+    """An error that ends the work of every process; only the first one has to print it."""
 
     def __init__(self, message: str, rank: int):
         super().__init__(message)
@@ -88,26 +95,41 @@ class _TorchTeam(Team):
         except (
             RuntimeError
         ) as error:  # gloo: the connection to a peer is gone, or nobody answered in time
-            raise RelexkitError(
+            message = (
                 f"process {self.rank} of {self.size}: another process ended or does not answer"
-                f" ({str(error).splitlines()[0]}); nothing was written: look for its message and"
-                " run the command again"
-            ) from error
+                f" ({str(error).splitlines()[0]}); nothing is left half-written: look for its"
+                " message and run the command again"
+            )
+            raise FailedTogether(message, 0) from error
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             yield
+        except FailedTogether:
+            raise  # the others have it too
         except (RelexkitError, OSError, MemoryError) as error:
             failure = error
+        self._answers(failure, None)
+
+    def gather(self, make: Callable[[], _T]) -> list[_T]:
+        made, failure = None, None
+        try:
+            made = make()
+        except (RelexkitError, OSError, MemoryError) as error:
+            failure = error
+        return self._answers(failure, made)
+
+    def _answers(self, failure: Exception | None, made: Any) -> list[Any]:
+        """What all processes have made, unless one has failed."""
+        message = None if failure is None else str(failure) or type(failure).__name__
         with self._alive():
-            messages = self._processes.gather(
-                None if failure is None else str(failure) or type(failure).__name__
-            )
-        said = next((m for m in messages if m is not None), None)
+            answers = self._processes.gather((message, made))
+        said = next((m for m, _ in answers if m is not None), None)
         if said is not None:
             raise FailedTogether(said, self.rank) from failure
+        return [value for _, value in answers]
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         import torch
@@ -117,13 +139,8 @@ class _TorchTeam(Team):
             return self._processes.sum(total).cpu().numpy()
 
     def share(self, make: Callable[[], _T]) -> _T:
-        made: list[_T] = []
-        with self.together():
-            if self.rank == 0:
-                made.append(make())
-        with self._alive():
-            [first, *_] = self._processes.gather(made)
-        return first[0]
+        [first, *_] = self.gather(lambda: make() if self.rank == 0 else None)
+        return first  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -58,3 +58,9 @@ def for_writing(path: str) -> Any:
 def unflushed_of(store: Any) -> durable.Unflushed | None:
     """The notes of a ``DurableStore``; None for any other, which keeps what it has taken."""
     return store.unflushed if isinstance(store, DurableStore) else None
+
+
+def flush(store: Any) -> None:
+    """Put on the disk what a ``DurableStore`` has written; any other keeps what it has taken."""
+    if isinstance(store, DurableStore):
+        store.unflushed.flush()
