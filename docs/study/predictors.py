@@ -23,6 +23,7 @@ from relexkit.gram_matrix import Gram
 RESULTS = Path(__file__).parent / "results"
 TRAINED, LATER = 25, (6, 12, 25)
 STARTS = (0, 25, 50, 100)
+RIDGE = 1e-3
 Predictor = Callable[[Gram, float], np.ndarray]
 """Gram matrix of T steps and a target -> weights ``[T]`` over their deltas."""
 
@@ -108,6 +109,39 @@ def anderson(memory: int, regularisation: float) -> Predictor:
     return predict
 
 
+def learned(others: list[Gram]) -> Predictor:
+    """What later coefficients of the first direction are, in units of the last one, as a ridge
+    regression on the earlier ones learned from stretches of other runs; the last step moves by the
+    difference along that direction. After NExt (arXiv 2604.11446), whose network learns from
+    adapters' factors.
+    """
+    paths = [along_first(gram, TRAINED)[1] for gram in others]
+    inputs = np.array([path[:TRAINED] / path[TRAINED - 1] for path in paths])
+    center = inputs.mean(axis=0)
+    spread = inputs - center
+    inner = spread.T @ spread + RIDGE * len(paths) * np.eye(TRAINED)
+    shares = np.linalg.solve(inner, spread.T)
+
+    def predict(gram: Gram, target: float) -> np.ndarray:
+        direction, path = along_first(gram, TRAINED)
+        answers = np.array([p[round(target) - 1] / p[TRAINED - 1] for p in paths])
+        reached = answers.mean() + (path / path[-1] - center) @ shares @ answers
+        return unit(gram, -1) + (reached - 1) * path[-1] * direction
+
+    return predict
+
+
+def along_first(gram: Gram, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first direction of so many steps as weights over them, of length one and towards the
+    last, and the coefficients of all steps along it.
+    """
+    matrix = gram.matrices[0]
+    values, vectors = np.linalg.eigh(matrix[:count, :count])
+    direction = vectors[:, -1] / np.sqrt(values[-1])
+    path = matrix[:, :count] @ direction
+    return direction * np.sign(path[count - 1]), path * np.sign(path[count - 1])
+
+
 PREDICTORS: dict[str, Predictor] = {
     **{name: named(name) for name in ("relex", "two-point", "least-squares", "drift", "model")},
     "relex, half the way": damped("relex", 0.5),
@@ -122,8 +156,11 @@ PREDICTORS: dict[str, Predictor] = {
 }
 
 
-def stretches(rate: float) -> list[Gram]:
-    """Every stretch of 50 steps of the plain runs, relative to where it begins."""
+LEARNED = "learned from other seeds, rank 1"
+
+
+def stretches(rate: float) -> list[tuple[str, Gram]]:
+    """Every stretch of 50 steps of the plain runs, relative to where it begins, and whose it is."""
     found = []
     for path in sorted((RESULTS / f"plain-{rate_name(rate)}").glob("seed-*-gram.npz")):
         kept, _ = load_gram(path)
@@ -135,7 +172,7 @@ def stretches(rate: float) -> list[Gram]:
                 continue
             part = whole[np.ix_(rows, rows)] - whole[rows, start][:, None] - whole[start, rows]
             part += whole[start, start]
-            found.append(as_gram(rows - start, part, int(kept.num_parameters[0])))
+            found.append((path.name, as_gram(rows - start, part, int(kept.num_parameters[0]))))
     return found
 
 
@@ -159,9 +196,19 @@ def main() -> None:
     heads = [f"{rate_name(rate)}, +{later}" for rate in rates for later in LATER]
     print("| predictor | " + " | ".join(heads) + " |")
     print("| --- |" + " --- |" * len(heads))
-    for name, predict in PREDICTORS.items():
+    everything = [run for rate in rates for run in runs[rate]]
+    from_others = {
+        seed: learned([gram for other, gram in everything if other != seed])
+        for seed in {seed for seed, _ in everything}
+    }
+    for name in (*PREDICTORS, LEARNED):
         means = [
-            np.mean([skill(gram, predict, later) for gram in runs[rate]])
+            np.mean(
+                [
+                    skill(gram, PREDICTORS.get(name, from_others[seed]), later)
+                    for seed, gram in runs[rate]
+                ]
+            )
             for rate in rates
             for later in LATER
         ]
