@@ -38,13 +38,18 @@ class Team:
         """The values that all processes give, in the order of their ranks, in every process."""
         return [value]
 
-    def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
-        """This process's columns of a part: a share of its blocks; who gets the larger shares
-        changes with ``turn``.
+    def spans(self, *numels: int) -> list[list[tuple[int, int]]]:
+        """This process's columns of parts of so many: a share of the blocks of all of them
+        together, so that few parts are divided.
         """
-        num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
-        first, last = (num_blocks * i // self.size for i in (place, place + 1))
-        return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
+        counts = [-(-numel // BLOCK) for numel in numels]
+        low, high = (sum(counts) * i // self.size for i in (self.rank, self.rank + 1))
+        shares, before = [], 0
+        for numel, count in zip(numels, counts, strict=True):
+            first, last = max(low - before, 0), min(high - before, count)
+            shares.append([(first * BLOCK, min(last * BLOCK, numel))] if first < last else [])
+            before += count
+        return shares
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
