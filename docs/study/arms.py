@@ -231,7 +231,7 @@ def jobs() -> list[Job]:
                 for priority, steps in arm.lengths
             ]
             for place, cut in enumerate(arm.cuts):
-                needed = next(p for p, steps in sorted(arm.lengths) if steps >= cut)
+                needed = next(p for p, steps in sorted(arm.lengths) if steps > cut)
                 found.append(Job(needed + late + 1 + place, seed, arm.name, "predict", cut))
             last = max(priority for priority, _ in arm.lengths)
             found += [Job(last + late + 1, seed, arm.name, question, 0) for question in arm.further]

@@ -351,16 +351,14 @@ def rate_factor(advice: Advice) -> float:
 
 
 def worth_rows(results: Results) -> list[Worth]:
-    """What predictions by the drift gained on the task, from first jumps of 25 steps and from
-    finished runs asked at step 50: the table of ``relexkit.assess.task_evidence``.
+    """What predictions by the drift gained on the task: the table of
+    ``relexkit.assess.task_evidence``.
     """
     rows = []
     for rate in RATES:
         name = rate_name(rate)
         plain = results.seeds(f"plain-{name}")
-        jumped = results.seeds(f"drift-25+25-{name}")
-        asked = results.others(f"plain-{name}", "from-50")
-        for cut, found in ((25, jumped), (50, asked)):
+        for cut, found in _predicted_twice(results, name):
             cases = {
                 seed: _case(results, name, plain, seed, cut, result)
                 for seed, result in found.items()
@@ -385,8 +383,7 @@ def confusion_table(results: Results) -> str:
     for rate in RATES:
         name = rate_name(rate)
         plain = results.seeds(f"plain-{name}")
-        jumped = results.seeds(f"drift-25+25-{name}")
-        for cut, found in ((25, jumped), (50, results.others(f"plain-{name}", "from-50"))):
+        for cut, found in _predicted_twice(results, name):
             for seed, result in found.items():
                 case = _case(results, name, plain, seed, cut, result)
                 if case is None:
@@ -396,6 +393,15 @@ def confusion_table(results: Results) -> str:
                 tally = counts.setdefault(advice.verdict, np.zeros(len(outcomes), np.int64))
                 tally[outcome] += 1
     return table(("advice", *outcomes), ([v, *map(str, n)] for v, n in counts.items()))
+
+
+def _predicted_twice(results: Results, rate: str) -> Iterable[tuple[int, dict[int, Result]]]:
+    """Steps from which twice as many were predicted, and by seed what knows it: a finished run
+    that was asked, or one whose first jump it was.
+    """
+    for cut in sorted(CUTS):
+        jumped = results.seeds(f"drift-25+25-{rate}") if cut == 25 else {}
+        yield cut, results.others(f"plain-{rate}", f"from-{cut}") | jumped
 
 
 def _case(

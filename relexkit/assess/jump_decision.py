@@ -64,6 +64,10 @@ class FixedJumps:
 
     tested: ClassVar[bool] = False
     """Whether the rewards decide if a jump stays."""
+    remembers: ClassVar[bool] = False
+    """Whether a segment after a jump comes with the optimizer's momentum (``momentum_of``); fixed
+    jumps start anew, as published.
+    """
 
     def __post_init__(self) -> None:
         if not (isinstance(self.train_steps, int) and self.train_steps >= 3):
@@ -108,6 +112,7 @@ class Jumps:
     methods: tuple[str, ...] = ("drift", "relex", "two-point")
 
     tested: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.every, int) and self.every >= _FEWEST):
@@ -130,10 +135,12 @@ class Jumps:
 
         The longest of ``every`` steps, half and a quarter of them at which one of the methods beat
         standing still from each of four prefixes of the segment, at the same ratio of target to
-        last step, never more than 2; of several methods the one whose smallest skill is largest.
+        last step, never more than 2, nor farther than the drift may keep its direction; of several
+        methods the one whose smallest skill is largest.
 
         Args:
-            segment: steps since the last jump (``segment_gram``), which count from it.
+            segment: steps since the last jump (``segment_gram``), which count from it; after a
+                jump with the optimizer's momentum (``momentum_of``).
             most: steps that are left.
 
         Reads no weights; about a second.
@@ -153,8 +160,12 @@ class Jumps:
         drift = f"the drift of {trained} steps stands {low:.2g} to {high:.2g} times above the noise"
         if low <= _LEAST_DRIFT:
             return Decision(0, None, f"{drift}, not certainly above it", evidence)
+        lasting = fit.correlation_time_interval[1]
+        if lasting < self.shortest:
+            turning = f"{drift}, but it turns within {lasting:.2g} steps"
+            return Decision(0, None, turning, evidence)
         with single_threaded_blas():
-            for length, skills in self._checked(segment, most):
+            for length, skills in self._checked(segment, min(most, lasting)):
                 method = max(skills, key=lambda m: skills[m], default=None)
                 if method is not None and skills[method] > 0:
                     why = (
@@ -164,7 +175,7 @@ class Jumps:
                     return Decision(length, method, why, evidence | {"skill": skills[method]})
         return Decision(0, None, f"{drift}, but no method always beat standing still", evidence)
 
-    def _checked(self, segment: Gram, most: int) -> Iterator[tuple[int, dict[str, float]]]:
+    def _checked(self, segment: Gram, most: float) -> Iterator[tuple[int, dict[str, float]]]:
         """Every length, longest first, and the smallest skill of every method at it."""
         trained = len(segment.steps)
         last = float(segment.steps[-1])
@@ -191,6 +202,18 @@ class Jumps:
 JumpRule = FixedJumps | Jumps
 
 
+def momentum_of(first: Gram) -> float | None:
+    """The optimizer's momentum from the steps before the first jump, as ``Gram.momentum`` of the
+    segments after it; None if it cannot be fitted.
+
+    A jump leaves the optimizer as it is. Where it started with the run its momentum shows in the
+    first steps; in 25 steps after a jump alone momentum and a drift look alike.
+    """
+    with single_threaded_blas():
+        fit = _fit(first)
+    return None if fit is None else fit.momentum
+
+
 def _nearest(steps: np.ndarray, target: float) -> int:
     return int(np.abs(steps - target).argmin())
 
@@ -202,6 +225,7 @@ def _fit(segment: Gram) -> TrajectoryFit | None:
             segment.steps,
             num_parameters=float(segment.num_parameters.sum()),
             rates=segment.rates,
+            momentum=segment.momentum,
         )
     except ExtrapolationError:
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from relexkit.commands.console import print_json, progress_bar, show
+from relexkit.commands.console import print_json, show
+from relexkit.commands.observer import working_together
 from relexkit.commands.sync import Sync
 from relexkit.options import OfStore, group, option
 
@@ -30,11 +31,15 @@ def run(options: Options) -> None:
 
     store = TrajectoryStore(options.store)
     sync = options.sync.chosen(adapter=options.adapter)
-    with progress_bar() as progress:
+    with working_together() as (team, progress):
         if options.adapter:
-            folder = checkout_adapter(store, options.step, options.out)
+            folder = team.share(lambda: checkout_adapter(store, options.step, options.out))
         else:
-            folder = checkout(store, options.step, options.out, sync=sync, progress=progress)
+            folder = checkout(
+                store, options.step, options.out, sync=sync, team=team, progress=progress
+            )
+    if team.rank:
+        return
     exact = (store.exact and (options.adapter or not store.has_factors)) or options.step == 0
     if options.json:
         print_json({"step": options.step, "folder": str(folder), "exact": exact})

@@ -4,7 +4,7 @@ summed over scopes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class Gram(Result):
             result the estimated error of the approximation. Taken as rounding alone if not given.
         rates: learning rate of every optimizer step, in any unit, ``float64 [S]``, possibly past
             the last recorded one (``relexkit.gram_matrix.rates``); None if constant or unknown.
+        momentum: of a stretch inside a run, that of the optimizer as earlier steps tell it
+            (``fit_trajectory``); None if unknown.
     """
 
     steps: np.ndarray
@@ -49,6 +51,7 @@ class Gram(Result):
     unit_moves: np.ndarray
     uncertainty: np.ndarray = field(default_factory=lambda: np.empty(0))
     rates: np.ndarray | None = None
+    momentum: float | None = None
 
     def __post_init__(self) -> None:
         if not self.uncertainty.size:
@@ -82,30 +85,27 @@ class Gram(Result):
             raise RelexkitError(
                 f"--until {step} keeps no step; the store holds {describe_steps(self.steps)}"
             )
-        return Gram(
-            self.steps[:count],
-            self.names,
-            self.num_parameters,
-            self.matrices[:, :count, :count],
-            self.changed[:, :count],
-            self.moved[:, :count],
-            self.unit_moves[:, :count],
-            self.uncertainty[:, :count],
-            self.rates,
+        return replace(
+            self,
+            steps=self.steps[:count],
+            matrices=self.matrices[:, :count, :count],
+            changed=self.changed[:, :count],
+            moved=self.moved[:, :count],
+            unit_moves=self.unit_moves[:, :count],
+            uncertainty=self.uncertainty[:, :count],
         )
 
     def only(self, rows: np.ndarray) -> Gram:
         """Some of the N tensors or groups, by their rows."""
-        return Gram(
-            self.steps,
-            tuple(self.names[row] for row in rows),
-            self.num_parameters[rows],
-            self.matrices[rows],
-            self.changed[rows],
-            self.moved[rows],
-            self.unit_moves[rows],
-            self.uncertainty[rows],
-            self.rates,
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            num_parameters=self.num_parameters[rows],
+            matrices=self.matrices[rows],
+            changed=self.changed[rows],
+            moved=self.moved[rows],
+            unit_moves=self.unit_moves[rows],
+            uncertainty=self.uncertainty[rows],
         )
 
     def scoped(self, scope: str) -> Gram:
@@ -125,16 +125,15 @@ class Gram(Result):
 
         unit = add(self.unit_moves)
         unit[np.isin(np.arange(len(names)), index[(self.unit_moves < 0).any(axis=1)])] = -1
-        return Gram(
-            self.steps,
-            names,
-            add(self.num_parameters),
-            add(self.matrices),
-            add(self.changed),
-            add(self.moved),
-            unit,
-            add(self.uncertainty),
-            self.rates,
+        return replace(
+            self,
+            names=names,
+            num_parameters=add(self.num_parameters),
+            matrices=add(self.matrices),
+            changed=add(self.changed),
+            moved=add(self.moved),
+            unit_moves=unit,
+            uncertainty=add(self.uncertainty),
         )
 
     def groups(self, scope: str) -> list[str]:

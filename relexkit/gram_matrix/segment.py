@@ -13,9 +13,9 @@ from relexkit.store import TrajectoryStore, blocks
 _COLUMNS = 2**18  # of the deltas that are in memory
 
 
-def segment_gram(store: TrajectoryStore, start: int) -> Gram:
-    """Gram matrices of the steps after ``start``, which count from it, of their deltas against the
-    weights at ``start``.
+def segment_gram(store: TrajectoryStore, start: int, until: int | None = None) -> Gram:
+    """Gram matrices of the steps after ``start``, to ``until`` if given, which count from
+    ``start``, of their deltas against the weights there.
 
     One pass over these steps; keeps nothing, and gives the same bits whatever was computed before.
     Moves of one unit in the last place are not counted. Memory: 20 bytes for each of 262,144
@@ -25,6 +25,8 @@ def segment_gram(store: TrajectoryStore, start: int) -> Gram:
         start: a recorded step, or 0 for the base.
     """
     rows = np.flatnonzero(store.steps > start)
+    if until is not None:
+        rows = rows[store.steps[rows] <= until]
     origin = None if start == 0 else store.row_of(start)
     tensors = store.layout.moving_tensors
     places = {tensor.name: place for place, tensor in enumerate(tensors)}

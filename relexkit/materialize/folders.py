@@ -20,6 +20,7 @@ from relexkit.checkpoints.formats.hub import REVISIONS_FILE
 from relexkit.checkpoints.formats.peft_config import CONFIG
 from relexkit.checkpoints.tied import with_tie
 from relexkit.errors import RelexkitError, StoreError, printable
+from relexkit.gram_matrix.compute.distributed import ALONE, Team
 from relexkit.store import TrajectoryStore, WriterLock, blocks
 from relexkit.store.durable import replace_folder
 from relexkit.weights.dtypes import FLOAT_DTYPES, ROUNDINGS
@@ -46,10 +47,15 @@ class FolderJob:
 class PendingFolders:
     """Checkpoint folders of a store's tensors under temporary names; renamed when the block
     succeeds, else removed.
+
+    Every process of ``team`` enters the block. Each writes weight files of its own; the first one
+    makes the folders and completes them.
     """
 
-    def __init__(self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None):
-        self._store, self._jobs, self._dtype = store, jobs, dtype
+    def __init__(
+        self, store: TrajectoryStore, jobs: list[FolderJob], dtype: str | None, team: Team = ALONE
+    ):
+        self._store, self._jobs, self._dtype, self._team = store, jobs, dtype, team
         self._aliases = store.layout.aliases()
         self._tied = {t.name: t.tied_to for t in store.layout.tensors if t.tied_to}
         sizes = Counter[str]()
@@ -64,21 +70,31 @@ class PendingFolders:
             )
             for t in self._store.layout.tensors
         }
+        share = self._team.rank, self._team.size
         with ExitStack() as stack:
-            self._folders = [
-                stack.enter_context(temporary_folder(job.folder)) for job in self._jobs
-            ]
+            self._folders = self._team.share(
+                lambda: [stack.enter_context(temporary_folder(job.folder)) for job in self._jobs]
+            )
             self._writers = [
-                stack.enter_context(closing(SafetensorsFolderWriter(f, tensors)))
+                stack.enter_context(closing(SafetensorsFolderWriter(f, tensors, share=share)))
                 for f in self._folders
             ]
             self._stack = stack.pop_all()
         return self
 
+    @property
+    def needed(self) -> set[str]:
+        """The tensors that this process writes; of tied ones those that have the elements."""
+        return {self._tied.get(name, name) for name in self._writers[0].names}
+
     def write(self, index: int, segment: Segment, bits: np.ndarray) -> None:
-        """Write a piece of a tensor, and of every tensor tied to it, into folder ``index``."""
+        """Write a piece of a tensor, and of every tensor tied to it, into folder ``index``; what
+        other processes write is left out.
+        """
+        writer = self._writers[index]
         for name in (segment.tensor.name, *self._aliases.get(segment.tensor.name, ())):
-            self._writers[index].write(name, segment.start, bits)
+            if name in writer.names:
+                writer.write(name, segment.start, bits)
 
     def write_fixed(self) -> None:
         """Write the tensors that are not float into every folder."""
@@ -86,8 +102,11 @@ class PendingFolders:
             if spec.moves:
                 continue
             for begin, end in blocks(spec.numel):
+                segments = self._store.layout.segments_in(part, begin, end)
+                if not any(segment.tensor.name in self.needed for segment in segments):
+                    continue
                 raw = self._store.read_base(part, begin, end)
-                for segment in self._store.layout.segments_in(part, begin, end):
+                for segment in segments:
                     low = segment.offset - begin
                     for index in range(len(self._jobs)):
                         self.write(index, segment, raw[low : low + segment.numel])
@@ -99,6 +118,12 @@ class PendingFolders:
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
+            if self._team.rank:
+                for writer in self._writers:
+                    writer.flush()
+            self._team.gather(lambda: None)
+            if self._team.rank:
+                return
             files = self._store.files()
             if "config.json" in files:
                 files["config.json"] = with_tie(files["config.json"], self._tensors, self._tied)

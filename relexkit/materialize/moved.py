@@ -181,6 +181,8 @@ def _log_sums(
         counts = [len(c) for c, _ in taken]
         order = np.argsort(np.concatenate([c for c, _ in taken]), kind="stable")
         entries = np.concatenate([c for c, _ in taken])[order]
+        if not len(entries):
+            continue
         differences = np.concatenate([d.view(state.dtype) for _, d in taken])[order]
         fresh = np.ones(len(entries), bool)
         np.not_equal(entries[1:], entries[:-1], out=fresh[1:])

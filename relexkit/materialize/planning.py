@@ -44,20 +44,26 @@ class Plan:
 def plan(
     store: TrajectoryStore, to: Sequence[float], prediction: Prediction, compute: Compute
 ) -> list[Plan]:
-    """Weights and provenance for every target, in order; nothing for all but the first process. See
+    """Weights and provenance for every target, in order, in every process of the team. See
     ``extrapolate``.
     """
     targets = [float(target) for target in dict.fromkeys(to)]
     check_request(targets, prediction)
     method, until = method_of(prediction.method), prediction.until
-    num_used = len(_used_steps(store, until))
+    _used_steps(store, until)
     observed = (
         pca_gram(store, until=until, compute=compute)
         if method.needs_gram
         else _shape_only(store).until(until)
     )
-    if compute.team.rank:
-        return []
+    return compute.team.share(lambda: _of_targets(store, targets, prediction, observed))
+
+
+def _of_targets(
+    store: TrajectoryStore, targets: list[float], prediction: Prediction, observed: Gram
+) -> list[Plan]:
+    method = method_of(prediction.method)
+    used = _used_steps(store, prediction.until)
     weights = predict_weights(observed, targets, prediction)
     settings = {
         "method": name_of(prediction.method),
@@ -65,7 +71,7 @@ def plan(
         "scope": prediction.scope or method.scope,
         "scale": prediction.scale,
     }
-    content = f"{content_checksum(store.checksums()[:num_used].ravel().tolist()):08x}"
+    content = f"{content_checksum(store.checksums()[: len(used)].ravel().tolist()):08x}"
     with single_threaded_blas():
         variance = _variance(observed) if method.needs_gram else None
     return [
@@ -77,7 +83,7 @@ def plan(
                 "kind": "extrapolated",
                 "target": target,
                 **settings,
-                "steps": [int(s) for s in store.steps[:num_used]],
+                "steps": used.tolist(),
                 "content": content,
                 "base": store.attributes["base"],
                 "source": store.attributes["source"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import chain, repeat
 
 import numpy as np
 
+from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.factors import FactorSums
 from relexkit.materialize.moved import Directions, Piece, Updates, Window, pieces
 from relexkit.materialize.output import Output
@@ -15,7 +16,7 @@ from relexkit.processes import cores
 from relexkit.store import ProgressCallback, TrajectoryStore, stretches
 from relexkit.store.encodings.bits import BLOCK
 from relexkit.weights.dtypes import random_bits, rounded, to_float32
-from relexkit.weights.layout import Layout, Segment, TensorSpec
+from relexkit.weights.layout import Layout, Segment
 
 _WORKERS = min(16, cores())
 _WINDOW = 2**20  # columns at most: a chunk of the base
@@ -34,13 +35,13 @@ def stream_sums(
     progress: ProgressCallback | None,
     *,
     onto_base: bool = True,
-    only: TensorSpec | None = None,
+    only: Collection[str] | None = None,
 ) -> None:
     """Pass ``theta_0 + M^T a`` (``M^T a`` alone unless ``onto_base``) in float32 for every row of
     ``weights [P, N, T]`` to ``consume``.
 
     It receives piece after piece, in any order. Steps beyond the last one with a non-zero weight
-    are not read. With ``only`` nothing but that tensor is.
+    are not read. With ``only`` nothing but the tensors of these names is.
 
     Raises:
         StoreError: a damaged chunk, or the store was replaced meanwhile: what ``consume`` received
@@ -62,8 +63,8 @@ def stream_bits(
     weights: np.ndarray,
     output: Output,
     consume: Consume,
-    budget: int,
-    progress: ProgressCallback | None,
+    compute: Compute,
+    only: Collection[str] | None = None,
 ) -> None:
     """``stream_sums`` rounded to ``output.dtype`` (the tensor's if None): passes on bits. All
     predictions draw the same random bits.
@@ -93,7 +94,8 @@ def stream_bits(
                 bits = rounded(piece.filled(values, whole), dtype, random, tensor.name, places)
             consume(index, piece.segment, bits)
 
-    _each_piece(store, spread.directions, predict, budget, progress, None)
+    budget, progress = compute.memory_budget_bytes, compute.progress
+    _each_piece(store, spread.directions, predict, budget, progress, only)
 
 
 def _each_piece(
@@ -102,7 +104,7 @@ def _each_piece(
     work: Callable[[Piece, int], None],
     budget: int,
     progress: ProgressCallback | None,
-    only: TensorSpec | None,
+    only: Collection[str] | None,
 ) -> None:
     """Call ``work(piece, row of its tensor in directions)`` for every piece, by every core."""
     layout = store.layout
@@ -116,33 +118,37 @@ def _each_piece(
         window = Window(store, part, *span)
         rows = [row_of[s.tensor.name] for s in window.segments]
         for piece in pieces(store, window, updates, directions[:, rows, :num_rows]):
-            if only is None or piece.segment.tensor.name == only.name:
+            if only is None or piece.segment.tensor.name in only:
                 work(piece, row_of[piece.segment.tensor.name])
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for part, spec in enumerate(layout.parts):
-            span = (0, spec.numel) if only is None else _span(layout, part, only)
-            if not spec.moves or span[0] == span[1]:
-                continue
-            taken: Iterable[tuple[int, int, Updates]] = [(*span, None)]
-            if spec.factors is not None:
+            spans = _spans(layout, part, only) if spec.moves else []
+            taken: Iterable[tuple[int, int, Updates]] = [(*span, None) for span in spans]
+            if spec.factors is not None and spans:
                 weights = directions[:, row_of[layout.segments_in(part)[0].tensor.name]]
-                taken = [(*span, FactorSums(store, part, weights, budget // 2))]
+                taken = [(*spans[0], FactorSums(store, part, weights, budget // 2))]
             elif store.encoding(part).is_log:
-                taken = store.read_log(part, num_rows, budget // 2, pool, span)
+                logs = (store.read_log(part, num_rows, budget // 2, pool, span) for span in spans)
+                taken = chain.from_iterable(logs)
             for begin, end, updates in taken:
-                spans = stretches((begin, end), width)
-                list(pool.map(of_window, repeat(part), spans, repeat(updates)))
+                windows = stretches((begin, end), width)
+                list(pool.map(of_window, repeat(part), windows, repeat(updates)))
                 if progress:
                     done, total = part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
                     progress("predicting", done, total)
     store.check_unchanged()
 
 
-def _span(layout: Layout, part: int, tensor: TensorSpec) -> tuple[int, int]:
-    """The columns of a part that hold a tensor, from the beginning of a block to an end of one."""
-    pieces = [s for s in layout.segments_of(tensor) if s.part == part]
-    if not pieces:
-        return 0, 0
-    first, last = pieces[0].offset, pieces[-1].offset + pieces[-1].numel
-    return first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, layout.parts[part].numel)
+def _spans(layout: Layout, part: int, only: Collection[str] | None) -> list[tuple[int, int]]:
+    """The columns of a part that hold the tensors of these names (None: all), from the beginning of
+    a block to an end of one.
+    """
+    numel, spans = layout.parts[part].numel, list[tuple[int, int]]()
+    for segment in layout.segments_in(part):
+        if only is None or segment.tensor.name in only:
+            begin = segment.offset // BLOCK * BLOCK
+            end = min(-(-(segment.offset + segment.numel) // BLOCK) * BLOCK, numel)
+            joins = spans and begin <= spans[-1][1]
+            spans.append((spans.pop()[0] if joins else begin, end))
+    return spans

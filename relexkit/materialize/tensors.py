@@ -91,7 +91,7 @@ def tensor_sums(store: TrajectoryStore, name: str, weights: np.ndarray) -> np.nd
     def consume(index: int, segment: Segment, values: np.ndarray) -> None:
         sums[index, segment.start : segment.start + segment.numel] = values
 
-    stream_sums(store, full, consume, _BUDGET, None, onto_base=False, only=tensor)
+    stream_sums(store, full, consume, _BUDGET, None, onto_base=False, only={tensor.name})
     return sums.reshape(len(weights), *tensor.shape)
 
 

@@ -190,7 +190,12 @@ def _trajectory_model(
     def fit(gram: Gram, options: Options) -> Predict:
         fits = [
             fit_trajectory(
-                matrix, gram.steps, num_parameters=float(size), rates=gram.rates, spaced=spaced
+                matrix,
+                gram.steps,
+                num_parameters=float(size),
+                rates=gram.rates,
+                momentum=gram.momentum,
+                spaced=spaced,
             )
             for matrix, size in zip(gram.matrices, gram.num_parameters, strict=True)
         ]

@@ -13,13 +13,15 @@ killed and resumed decides the same again. With several processes every one make
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from relexkit.assess.jump_decision import Decision, JumpRule, reward_test
+from relexkit.assess.jump_decision import Decision, JumpRule, momentum_of, reward_test
 from relexkit.errors import RelexkitError
-from relexkit.gram_matrix.jumps import Attempt, attempts
+from relexkit.gram_matrix import Gram
+from relexkit.gram_matrix.jumps import Attempt, attempts, last_trained
 from relexkit.gram_matrix.segment import from_segment, segment_gram
 from relexkit.materialize.in_place import apply
 from relexkit.predict.extrapolators import predict_weights
@@ -69,6 +71,7 @@ class Jumper:
         self._processes = Processes()
         self._weights = np.empty((0, 0))
         self._told: dict[str, float] = {}
+        self._momentum: float | None = None
         self._start = self._asked = self._wait = self._patience = self._again = 0
         self.skipped = 0
         """Steps that were jumped over so far."""
@@ -104,7 +107,8 @@ class Jumper:
         do what comes out: a jump that stays is recorded, after one that does not the weights are
         what they were, bit for bit.
 
-        One pass over the steps since the last jump, by the first process. Collective.
+        One pass over the steps since the last jump, and once over those before the first, by the
+        first process. Collective.
 
         Args:
             sample: the rollouts of the next step by the weights as they are, and their rewards
@@ -161,7 +165,7 @@ class Jumper:
         recorder.flush()
 
         def ask() -> tuple[Decision, np.ndarray]:
-            segment = segment_gram(recorder.store, self._start)
+            segment = self._segment()
             decision = rule.decide(segment, most)
             if decision.method is None:
                 return decision, np.empty((0, 0))
@@ -171,6 +175,17 @@ class Jumper:
 
         decision, self._weights = self._processes.gather(self._processes.lead(ask))[0]
         return decision
+
+    def _segment(self) -> Gram:
+        """The steps since the last jump."""
+        rule, recorder = self._rule_and_recorder
+        segment = segment_gram(recorder.store, self._start)
+        if not (self._start and rule.remembers):
+            return segment
+        if self._momentum is None:
+            first = segment_gram(recorder.store, 0, last_trained(recorder.store, None))
+            self._momentum = momentum_of(first)
+        return replace(segment, momentum=self._momentum)
 
     def _reshard(self) -> None:
         """Have FSDP2 use the model's own tensors, not what the last pass has gathered of them."""

@@ -194,6 +194,11 @@ class SafetensorsFolderWriter:
             larger file).
         stem: of the files' names.
         metadata: further entries of the files' headers.
+        share: ``(rank, size)`` of one of several processes that write the folder, each its own
+            files, of which there are then as many at least; the first one also writes the index.
+
+    Attributes:
+        names: of the tensors in the files that this process writes.
     """
 
     def __init__(
@@ -203,9 +208,12 @@ class SafetensorsFolderWriter:
         max_shard_bytes: int = 5_000_000_000,
         stem: str = "model",
         metadata: Mapping[str, str] | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
+        rank, size = share
         shards: list[dict[str, TensorInfo]] = [{}]
-        filled = 0
+        filled, num_bytes = 0, sum(info.num_bytes for info in tensors.values())
+        max_shard_bytes = min(max_shard_bytes, -(-num_bytes // size))
         for name, info in tensors.items():
             if filled and filled + info.num_bytes > max_shard_bytes:
                 shards.append({})
@@ -220,21 +228,20 @@ class SafetensorsFolderWriter:
         self._files: list[int] = []
         self._data_start: list[int] = []
         self._metadata = {"format": "pt", **(metadata or {})}
-        self._dtypes = {name: info.dtype for name, info in tensors.items()}
         try:
-            for file_name, shard in zip(names, shards, strict=True):
+            for file_name, shard in zip(names[rank::size], shards[rank::size], strict=True):
                 self._create(folder / file_name, shard)
         except BaseException:
             self.close()
             raise
-        if total > 1:
+        self.names = self._place.keys()
+        if total > 1 and rank == 0:
             weight_map = {
                 name: file_name
                 for file_name, shard in zip(names, shards, strict=True)
                 for name in shard
             }
-            size = sum(info.num_bytes for info in tensors.values())
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             (folder / f"{stem}.safetensors.index.json").write_text(
                 json.dumps(index, indent=2) + "\n"
             )
@@ -271,6 +278,11 @@ class SafetensorsFolderWriter:
         while view:
             count = os.pwrite(self._files[file], view, position)
             view, position = view[count:], position + count
+
+    def flush(self) -> None:
+        """Put what was written on the disk."""
+        for fd in self._files:
+            os.fsync(fd)
 
     def close(self) -> None:
         """Close all files."""

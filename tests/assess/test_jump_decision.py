@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
 from relexkit import RelexkitError
-from relexkit.assess.jump_decision import FixedJumps, Jumps, reward_test
+from relexkit.assess.jump_decision import FixedJumps, Jumps, momentum_of, reward_test
 from relexkit.gram_matrix import Gram
 
 DIMENSION = 3000
@@ -51,6 +53,43 @@ def test_a_walk_is_not_followed() -> None:
     assert sum(length > 0 for length in lengths) <= 1
 
 
+# drift of the 25 steps before a jump and of the 25 after it, and correlation of their noise
+AFTER_A_JUMP = {
+    "the drift ended": (0.45, 0.0, 0.0),
+    "a weak drift ended": (0.25, 0.0, 0.0),
+    "there never was one": (0.0, 0.0, 0.0),
+    "the noise coasts, the drift ended": (0.6, 0.0, 0.5),
+    "the drift goes on": (0.45, 0.45, 0.0),
+    "half of it goes on": (0.45, 0.25, 0.0),
+}
+
+
+def after_a_jump(seed: int, before: float, after: float, memory: float) -> Gram:
+    """The segment of 25 steps after the first 25 of a run with momentum 0.9."""
+    rng = np.random.default_rng(seed)
+    direction, state, noise, position = rng.normal(size=DIMENSION), 0.0, 0.0, 0.0
+    path = []
+    for step in range(1, 51):
+        kept = memory if step > 1 else 0.0
+        noise = kept * noise + np.sqrt(1 - kept**2) * rng.normal(size=DIMENSION)
+        gradient = (before if step <= 25 else after) * direction + noise
+        state = 0.9 * state + 0.1 * gradient
+        position = position + state / (1 - 0.9**step)
+        path.append(position)
+    segment = gram_of(np.array(path[25:]) - path[24])
+    return replace(segment, momentum=momentum_of(gram_of(np.array(path[:25]))))
+
+
+@pytest.mark.parametrize("kind", AFTER_A_JUMP)
+def test_after_a_jump_only_a_drift_that_goes_on_is_followed(kind: str) -> None:
+    """What the momentum still carries of a drift that ended is none."""
+    found = [
+        Jumps().decide(after_a_jump(seed, *AFTER_A_JUMP[kind]), 100).length > 0 for seed in range(4)
+    ]
+    # false jumps at 5 % at most: two or more of four come up with probability 0.014
+    assert all(found) if AFTER_A_JUMP[kind][1] else sum(found) < 2
+
+
 def test_a_drift_below_the_noise_is_not_followed_and_the_reason_has_its_numbers() -> None:
     decision = Jumps().decide(gram_of(walk(0, drift=0.15)), 100)
     assert (decision.length, decision.method) == (0, None)
@@ -72,6 +111,20 @@ def bent(life: float) -> np.ndarray:
     path = walk(1) * 0.02
     path[:, 0] += 10 * (1 - np.exp(-np.arange(1, 26) / life))
     return path
+
+
+def test_a_drift_that_turns_within_a_few_steps_is_not_followed_for_longer() -> None:
+    rng = np.random.default_rng(4)
+    direction, updates = rng.normal(size=DIMENSION), []
+    for _ in range(25):
+        direction = 0.7 * direction + np.sqrt(0.51) * rng.normal(size=DIMENSION)
+        updates.append(direction + rng.normal(size=DIMENSION))
+    turning = gram_of(np.cumsum(updates, axis=0))
+    found = Jumps().decide(turning, 100)
+    assert found.length == 0
+    assert "but it turns within" in found.reason
+    assert found.evidence["p_value"] < 1e-6
+    assert found.evidence["drift_to_noise"] > 1
 
 
 def test_a_method_that_lost_in_these_steps_is_not_used() -> None:

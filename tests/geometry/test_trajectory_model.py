@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import multivariate_normal
 from simulated import Run, simulate
 from strategies import gram_of
-from study_runs import study_run
+from study_runs import stretch, study_run
 
 from relexkit import Prediction
 from relexkit.errors import ExtrapolationError
@@ -104,7 +104,8 @@ def test_loss_is_the_gaussian_likelihood() -> None:
     clock = Clock(1.0, 0, None)
     response = clock.response(IRREGULAR.astype(float), 0.8)
     walk, drift = response @ response.T, clock.covariance(response, np.exp(-1 / 25.0))
-    part = posterior._drift(deltas @ deltas.T, posterior._Noise.of(walk, 1e-3), drift, 25.0, np.inf)
+    noise = posterior._Noise.of(walk, 1e-3, np.zeros(25))
+    part = posterior._drift(deltas @ deltas.T, noise, drift, 25.0, np.inf)
     found = []
     for index in (5, 30, 50):
         covariance = walk + 1e-3 * walk[-1, -1] * np.eye(25) + part.strengths[index] * drift
@@ -149,6 +150,46 @@ def test_weights_are_the_posterior_mean_of_conditional_means(target: float) -> N
     np.testing.assert_allclose(
         fit.drift_weights([target])[0], standing, atol=1e-5 * np.abs(standing).max()
     )
+
+
+def continued(seed: int, *, before: float, after: float, steps: int = 25) -> np.ndarray:
+    """Deltas of steps of a run with momentum 0.9 whose drift was ``before`` for 40 steps and is
+    ``after`` in these.
+    """
+    rng = np.random.default_rng(seed)
+    gradients = rng.standard_normal((40 + steps, D))
+    gradients += np.repeat([before, after], [40, steps])[:, None] * rng.standard_normal(D)
+    return momentum(gradients, 0.9)[40:].cumsum(axis=0)
+
+
+def test_weights_of_a_stretch_know_what_its_optimizer_held() -> None:
+    steps, target = np.arange(1, 26), 40.0
+    deltas = continued(3, before=0.5, after=0.2)
+    fit = fitted(deltas, steps, momentum=0.9)
+    assert (fit.momentum, fit.warm) == (pytest.approx(0.9), True)
+    times, history = np.r_[steps, target], 64
+    response = momentum(np.eye(history + 40), 0.9)[history:].cumsum(axis=0)[times.astype(int) - 1]
+    place = np.arange(history + 40)
+    lag = np.abs(place[:, None] - place)
+    held = response[:, :history].sum(axis=1)
+    walk = response @ fit.memory**lag @ response.T
+    fixed = walk + fit.carried**2 * np.outer(held, held)
+    survival = np.minimum(1.0, 25 / np.maximum(25, place - history + 0.5))
+    expected = np.zeros(25)
+    for part, share in fit._parts:
+        correlation = np.exp(-lag / part.lifetime)
+        dying = response * np.exp(-np.maximum(0, place - history + 0.5) / part.decay)
+        drift = dying @ correlation @ dying.T
+        cross = drift[:-1, -1]
+        if np.isfinite(part.lifetime):
+            cross = response[:-1] @ correlation @ (response[-1] * survival)
+        for strength, weight in zip(part.strengths, share, strict=True):
+            covariance = (fixed + strength * drift)[:-1, :-1]
+            covariance += fit.rounding * walk[-2, -2] * np.eye(25)
+            expected += weight * np.linalg.solve(covariance, fixed[:-1, -1] + strength * cross)
+    np.testing.assert_allclose(fit.weights(target), expected, atol=1e-5 * np.abs(expected).max())
+    without = fixed[:-1, :-1] + fit.rounding * walk[-2, -2] * np.eye(25)
+    np.testing.assert_allclose(fit.walk_covariance(), without, rtol=1e-6)  # jitter
 
 
 def test_a_grid_of_several_optimizer_steps_gives_nearly_the_same_weights(
@@ -285,6 +326,49 @@ def test_a_memory_of_the_noise_is_told_from_momentum_and_drift(memory: float) ->
     assert abs(fit.memory - memory) < 0.1
     assert fit.p_value < 1e-6
     assert fit.correlation_time_interval[1] == np.inf
+
+
+def test_a_drift_that_ended_before_a_stretch_is_what_its_optimizer_held_and_no_evidence() -> None:
+    """Momentum goes on for ten steps more, and would be a drift to a fit that took it for noise."""
+    steps = np.arange(1, 26)
+    deltas = [continued(seed, before=0.5, after=0.0) for seed in range(10)]
+    fits = [fitted(path, steps, momentum=0.9) for path in deltas]
+    assert sum(fit.p_value < 0.05 for fit in fits) < 3  # of ten at 5 %: probability 0.01
+    for path, fit in zip(deltas, fits, strict=True):
+        assert fit.carried == pytest.approx(0.5, rel=0.2)
+        coasting = fit.drift_weights([60.0])[0] @ path - path[-1]
+        assert np.linalg.norm(coasting) < 0.1 * np.linalg.norm(path[-1])
+
+
+@pytest.mark.parametrize("drift", [0.1, 0.3])
+def test_a_drift_that_goes_on_is_found_in_a_stretch(drift: float) -> None:
+    fit = fitted(continued(5, before=drift, after=drift), np.arange(1, 26), momentum=0.9)
+    response = momentum(np.eye(64 + 25), 0.9)[64:].sum(axis=0)
+    true = (drift * response.sum()) ** 2 / (response @ response)
+    assert fit.p_value < 0.01
+    low, high = fit.drift_to_noise_interval
+    assert low / 1.5 < true < 1.5 * high
+
+
+def test_known_momentum_finds_the_drift_of_real_steps_that_looks_like_a_slow_walk() -> None:
+    """Some of these stretches seem to have none where momentum is fitted to them alone."""
+    alone, known = [], []
+    for arm, seeds in (("plain-3e-6", (3,)), ("plain-1e-5", (1, 2, 3))):
+        for seed in seeds:
+            run = study_run(arm, seed, 75)
+            first = stretch(run, 0, 25)
+            size = float(first.num_parameters[0])
+            whole = fit_trajectory(first.matrices[0], first.steps, num_parameters=size)
+            for start in (25, 50):
+                part = stretch(run, start, 25)
+                for found, given in ((alone, None), (known, whole.momentum)):
+                    fit = fit_trajectory(
+                        part.matrices[0], part.steps, num_parameters=size, momentum=given
+                    )
+                    found.append(fit)
+    assert max(fit.p_value for fit in known) < 1e-6
+    assert all(1 < fit.drift_to_noise_interval[0] < 10 for fit in known)
+    assert sum(fit.p_value > 0.05 for fit in alone) >= 3
 
 
 @pytest.mark.parametrize("scale", [30, 60])

@@ -60,6 +60,8 @@ def test_a_segment_is_a_run_from_its_own_start(store):
     for name, matrix in zip(found.names, found.matrices, strict=True):
         relative = DELTAS[name][5:].astype(np.float64) - DELTAS[name][4]
         np.testing.assert_allclose(matrix, relative @ relative.T, rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(segment_gram(store, 14, 16).steps, [1, 2])
+    np.testing.assert_array_equal(segment_gram(store, 14, 16).matrices, found.until(2).matrices)
     whole = segment_gram(store, 0)
     for name, matrix in zip(whole.names, whole.matrices, strict=True):
         np.testing.assert_allclose(

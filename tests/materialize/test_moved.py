@@ -54,3 +54,10 @@ def test_sums_over_the_log_equal_weighted_deltas(
         np.testing.assert_allclose(
             tensor_sums(store, name, weights), wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max()
         )
+
+
+def test_a_log_without_an_entry_adds_nothing(tmp_path: Path) -> None:
+    norm = "model.norm.weight"  # alone in its part
+    run = write_run(tmp_path, dtypes={norm: "float16"}, frozen=[norm])
+    store = import_checkpoints(run.source, tmp_path / "run.zarr", base=run.base).store
+    assert not tensor_sums(store, norm, np.ones((2, len(store.steps)))).any()

@@ -14,7 +14,8 @@ from stores import store_of
 from tiny_models import tiny_model
 
 from relexkit import Prediction, TrajectoryStore, apply, predict_weights
-from relexkit.assess.jump_decision import Jumps
+from relexkit.assess.jump_decision import FixedJumps, Jumps
+from relexkit.geometry.trajectory_model import fit_trajectory
 from relexkit.gram_matrix.jumps import Attempt, attempts, jumps
 from relexkit.gram_matrix.segment import segment_gram
 from relexkit.record.jumping import Jumper
@@ -78,6 +79,30 @@ def test_the_next_question_follows_from_the_store_alone(
     due = [step for step in range(next_question + 1) if jumper.due(step, 100)]
     assert due == [next_question]
     assert not jumper.due(next_question, 5)  # no room for the shortest jump, of six steps
+
+
+def test_a_segment_after_a_jump_comes_with_the_momentum_of_the_first_steps(tmp_path: Path) -> None:
+    """A fixed rule predicts from the steps since the last jump alone."""
+    rng = np.random.default_rng(0)
+    gradients = 0.4 * rng.normal(size=600) + rng.normal(size=(32, 600))
+    state, position, path = 0.0, 0.0, []
+    for step, gradient in enumerate(gradients, 1):
+        state = 0.9 * state + 0.1 * gradient
+        position = position + state / (1 - 0.9**step) + (6 * state if step == 17 else 0)
+        path.append(position)
+    steps = np.r_[1:17, 22, 23:38]
+    landed = np.where(steps == 22, 6.0, np.nan)
+    deltas = {"w": np.array(path, np.float32)}
+    store = store_of(tmp_path / "s.zarr", deltas, steps, metrics={"jump_steps": landed})
+    first = fit_trajectory(segment_gram(store, 0, 16).matrices[0], steps[:16], num_parameters=600)
+    assert first.momentum == pytest.approx(0.9, abs=0.05)
+    told = {}
+    for rule in (Jumps(every=12), FixedJumps(train_steps=12, jump_steps=6)):
+        jumper = Jumper(rule, Recorded(store), torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        assert jumper._start == 22
+        told[type(rule)] = jumper._segment().momentum
+        assert jumper._segment().steps.tolist() == list(range(1, 16))
+    assert told == {Jumps: first.momentum, FixedJumps: None}
 
 
 def test_without_a_rule_nothing_is_ever_due(tmp_path: Path) -> None:

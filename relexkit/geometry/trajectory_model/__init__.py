@@ -15,6 +15,10 @@ parameter have the covariance
 The best linear predictor under the model is a vector of weights over the observed deltas, ``a(t) =
 K^-1 k(t)``, with variance ``k(t, t) - k(t)^T K^-1 k(t)`` per parameter.
 
+Of a stretch inside a run, whose optimizer was warm, the momentum may be given instead, as earlier
+steps tell it. Then what it held at the start is fitted, ``gamma^2 h h^T`` with ``h`` how far it
+carries, so a drift that ended there is no evidence of one.
+
 The bias correction matters: without it, a fresh optimizer's first updates, which are several times
 larger than the later ones, look like a drift that dies out. Parameters are not independent, so the
 likelihood counts ``effective_dimension`` of them, measured from the scatter of the whitened Gram

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
-from relexkit.geometry.trajectory_model.likelihood import START, WALK, expit, search, with_rounding
+from relexkit.geometry.trajectory_model.likelihood import (
+    ALONE,
+    CONTINUED,
+    START,
+    WALK,
+    expit,
+    logit,
+    search,
+    with_rounding,
+)
 from relexkit.geometry.trajectory_model.posterior import RATIOS, Drift, integrate, kept, quantiles
 from relexkit.geometry.trajectory_model.response import Clock
 from relexkit.gram_matrix import Gram
@@ -22,6 +31,7 @@ from relexkit.gram_matrix import Gram
 # optimizer steps resolved one by one; longer runs are resolved in this many equal stretches
 _GRID = 4096
 _HISTORY = 64  # gradients before the base that a warm optimizer's momentum still remembers
+_CARRIED = 0.3  # where the search for it starts
 _MOST, _RECENT = 200, 100  # recorded steps used by a fit, and how many of them are the latest
 SPACED = 16
 """Recorded steps, evenly spaced, that tell what lasts from what does not (``spaced``)."""
@@ -42,6 +52,8 @@ class TrajectoryFit:
             optimizer's.
         warm: whether the optimizer had a history before the base (a resumed run, or no bias
             correction).
+        carried: what the momentum held at the base besides noise, as the constant gradient that
+            would have left it there, in units of the noise; 0 unless the momentum was given.
         rounding: ``nu^2`` as a share of the walk's variance at the last step.
         drift_to_noise: variance of the drift over that of the walk at the last step (``rho_T``);
             posterior median.
@@ -62,6 +74,7 @@ class TrajectoryFit:
     momentum: float
     warm: bool
     memory: float
+    carried: float
     rounding: float
     drift_to_noise: float
     drift_to_noise_interval: tuple[float, float]
@@ -113,15 +126,16 @@ class TrajectoryFit:
         }
 
     def walk_covariance(self, momentum: float | None = None) -> np.ndarray:
-        """Covariance of walk and rounding alone at the recorded steps, up to a factor, ``[T, T]``:
-        the run without drift.
+        """Covariance of walk, carried momentum and rounding at the recorded steps, up to a factor,
+        ``[T, T]``: the run without drift.
 
         ``momentum`` replaces what was fitted, then of noise without a memory. Positive definite.
         """
         beta, memory = (self.momentum, self.memory) if momentum is None else (momentum, 0.0)
         response = self._clock.response(self.steps.astype(np.float64), beta)
         walk = self._clock.covariance(response, memory)
-        return with_rounding(walk, self.rounding)
+        coasted = self.carried * self._clock.coasted(response)
+        return with_rounding(walk, self.rounding) + np.outer(coasted, coasted)
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
         """Share of the scope's variance that falls on tensors with Gram matrices ``[N, T, T]``, by
@@ -182,6 +196,9 @@ class TrajectoryFit:
         walked = ahead if coasting else np.repeat(seen[-1:], len(at), axis=0)
         walk = self._clock.cross_covariance(seen, self.memory, walked)
         walk_ahead = self._clock.variance(walked, self.memory)
+        coasted, coasted_ahead = (self.carried * self._clock.coasted(r) for r in (seen, walked))
+        walk += np.outer(coasted, coasted_ahead)
+        walk_ahead += coasted_ahead**2
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a
         # line goes on.
         middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
@@ -238,6 +255,7 @@ def fit_trajectory(
     *,
     num_parameters: float,
     rates: np.ndarray | None = None,
+    momentum: float | None = None,
     spaced: int | None = None,
 ) -> TrajectoryFit:
     """The model fitted to a Gram matrix, usually the sum over a scope (``Gram.scoped("global")``):
@@ -249,6 +267,10 @@ def fit_trajectory(
         num_parameters: coordinates that the Gram matrix sums over; bounds the effective dimension.
         rates: learning rate of every optimizer step from 1 on, in any unit, possibly past the last
             recorded step; None for a constant one. Past its end it keeps its last value.
+        momentum: of an optimizer that these steps go on with, as earlier ones of the run tell it;
+            None to fit it. An optimizer that starts with the steps shows it in the first ones; to a
+            fit of few steps of a warm one a drift may be a slow walk. What this one's momentum
+            holds at the base may be anything, and is no evidence of a drift.
         spaced: where there are twice as many recorded steps or more, fit to so many, evenly spaced.
             What lasts is then told from what does not by long lags, whatever the noise is like at
             short ones and however often the run was saved. None for all, which show the momentum
@@ -274,16 +296,21 @@ def fit_trajectory(
     recorded, whole = steps, gram
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
-    clocks = [Clock(unit, history, rates) for history in (0, _HISTORY)]
-    walks = [(*search(gram, steps, clock, START[:WALK]), clock) for clock in clocks]
-    (null, walk_only, walk_clock), (second, start, other) = sorted(walks, key=itemgetter(0))
-    drifts = [(*search(gram, steps, walk_clock, (*walk_only, *START[WALK:])), walk_clock)]
-    if second - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
-        drifts.append((*search(gram, steps, other, (*start, *START[WALK:])), other))
+    start, free, histories = START[:WALK], ALONE, (0, _HISTORY)
+    if momentum is not None:
+        start = (logit(momentum), *START[1:3], _CARRIED)
+        free, histories = CONTINUED, (_HISTORY,)
+    clocks = [Clock(unit, history, rates) for history in histories]
+    walks = [(*search(gram, steps, clock, start, free), clock) for clock in clocks]
+    (null, walk_only, walk_clock), *others = sorted(walks, key=itemgetter(0))
+    drifts = [(*search(gram, steps, walk_clock, (*walk_only, *START[WALK:]), free), walk_clock)]
+    for loss, walk, clock in others:
+        if loss - null < 1 + _FAR_BEHIND * (null - drifts[0][0]):
+            drifts.append((*search(gram, steps, clock, (*walk, *START[WALK:]), free), clock))
     loss, parameters, clock = min(drifts, key=itemgetter(0))
     # The walk of the best drift may, on its own, explain more than the walk fitted first: then that
     # fit had missed the optimum, and the difference is not evidence of a drift.
-    again, walk_there = search(gram, steps, clock, tuple(parameters[:WALK]))
+    again, walk_there = search(gram, steps, clock, tuple(parameters[:WALK]), free)
     if again < null:
         null, walk_only, walk_clock = again, walk_there, clock
     parts, posterior, effective = integrate(gram, steps, clock, parameters, num_parameters)
@@ -303,6 +330,7 @@ def fit_trajectory(
         momentum=expit(parameters[0]),
         warm=clock.history > 0,
         memory=float(parameters[2]),
+        carried=float(parameters[3]),
         rounding=float(np.exp(parameters[1])),
         drift_to_noise=strong[1],
         drift_to_noise_interval=(strong[0], strong[2]),

@@ -12,22 +12,30 @@ from relexkit.geometry.trajectory_model.response import Clock
 
 _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _NUDGE = 1e-5  # of the search's coordinates, for slopes
-# logit of momentum, log rounding, memory of the noise, log drift-to-noise ratio, log correlation
-# time over the last step
-START = (2.2, -8.0, 0.0, 0.0, -0.7)
-_BOUNDS = np.array([(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (-10.0, 10.0), (-5.0, 4.0)])
+# logit of momentum, log rounding, memory of the noise, carried momentum, log drift-to-noise ratio,
+# log correlation time over the last step
+START = (2.2, -8.0, 0.0, 0.0, 0.0, -0.7)
+_BOUNDS = np.array([(-6.0, 4.0), (-16.0, 6.0), (0.0, 0.9), (0.0, 30.0), (-10.0, 10.0), (-5.0, 4.0)])
 # the first step of the search has length one: in these units it does not leap from no memory to
 # the most there is, from where it can end in an optimum with all of the momentum taken for memory
-_UNITS = np.array([1.0, 1.0, 0.1, 1.0, 1.0])
-WALK = 3
+_UNITS = np.array([1.0, 1.0, 0.1, 1.0, 1.0, 1.0])
+WALK = 4
 """So many of these, the first ones, describe the walk."""
+ALONE, CONTINUED = (0, 1, 2), (1, 2, 3)
+"""Those of the walk that are searched: of a run, and of a stretch inside one whose momentum is
+known.
+"""
 
 
 def search(
-    gram: np.ndarray, steps: np.ndarray, clock: Clock, start: tuple[float, ...]
+    gram: np.ndarray,
+    steps: np.ndarray,
+    clock: Clock,
+    start: tuple[float, ...],
+    free: tuple[int, ...] = ALONE,
 ) -> tuple[float, np.ndarray]:
-    """Least ``-log p`` per parameter over momentum, rounding and, if the start has them, strength
-    and life of a drift.
+    """Least ``-log p`` per parameter over the ``free`` parameters of the walk and, if the start has
+    them, strength and life of a drift; the others stay.
     """
     from scipy.linalg.lapack import (
         dpotrf,
@@ -36,7 +44,8 @@ def search(
     from scipy.optimize import minimize
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
-    units = _UNITS[: len(origin)]
+    places = np.r_[np.array(free), np.arange(WALK, len(origin))]
+    units, center = _UNITS[places], origin[places]
 
     def drift_of(
         response: np.ndarray, white: np.ndarray, lifetime: float, unit: float
@@ -49,13 +58,18 @@ def search(
 
     def loss(scaled: np.ndarray) -> tuple[float, np.ndarray]:
         x = units * scaled
-        momentum, noise, memory, ratio, lifetime = np.r_[x, 0.0, 0.0][:5]
+        there = np.r_[origin, 0.0, 0.0][: len(START)]
+        there[places] = x
+        momentum, noise, memory, carried, ratio, lifetime = there
         response, turned = (clock.response(times, expit(m)) for m in (momentum, momentum + _NUDGE))
         white, turned_white = response @ response.T, turned @ turned.T
         walk = clock.covariance(response, memory, white)
         unit = walk[-1, -1]
         drift = drift_of(response, white, lifetime, unit)
-        covariance = walk + np.exp(noise) * unit * eye + np.exp(ratio) * drift
+        coasted, turned_coasted = clock.coasted(response), clock.coasted(turned)
+        coasting = np.outer(coasted, coasted)
+        covariance = walk + carried**2 * coasting + np.exp(noise) * unit * eye
+        covariance += np.exp(ratio) * drift
         covariance += _JITTER * covariance[-1, -1] * eye
         left, failed = dpotrf(covariance, lower=1)
         assert not failed, "jitter keeps every covariance within the bounds positive definite"
@@ -74,30 +88,32 @@ def search(
 
         faster = clock.covariance(turned, memory, turned_white)
         longer = clock.covariance(response, memory + _NUDGE, white)
+        turning = np.outer(turned_coasted, turned_coasted) - coasting
         slopes = [
-            slope(faster, drift_of(turned, turned_white, lifetime, faster[-1, -1])),
+            slope(faster, drift_of(turned, turned_white, lifetime, faster[-1, -1]))
+            + carried**2 * turning / _NUDGE,
             np.exp(noise) * unit * eye,
             slope(longer, longer[-1, -1] / unit * drift),
+            2 * carried * coasting,
+            np.exp(ratio) * drift,
+            slope(walk, drift_of(response, white, lifetime + _NUDGE, unit)),
         ]
-        if len(x) > WALK:
-            slopes += [
-                np.exp(ratio) * drift,
-                slope(walk, drift_of(response, white, lifetime + _NUDGE, unit)),
-            ]
-        gradient = np.array([(pull * direction).sum() for direction in slopes])
+        gradient = np.array([(pull * slopes[place]).sum() for place in places])
         # the last term holds what the steps do not determine near the start
-        value += 1e-6 * ((x - origin) ** 2).sum()
-        return float(value), units * (gradient + 2e-6 * (x - origin))
+        value += 1e-6 * ((x - center) ** 2).sum()
+        return float(value), units * (gradient + 2e-6 * (x - center))
 
     best = minimize(
         loss,
-        origin / units,
+        center / units,
         jac=True,
         method="L-BFGS-B",
-        bounds=_BOUNDS[: len(origin)] / units[:, None],
+        bounds=_BOUNDS[places] / units[:, None],
         options={"ftol": 3e-8, "maxiter": 50},
     )
-    return float(best.fun), units * best.x
+    found = origin.copy()
+    found[places] = units * best.x
+    return float(best.fun), found
 
 
 def with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
@@ -105,6 +121,11 @@ def with_rounding(walk: np.ndarray, rounding: float) -> np.ndarray:
     definite.
     """
     return walk + (rounding + _JITTER) * walk[-1, -1] * np.eye(len(walk))
+
+
+def logit(share: float) -> float:
+    """From a share to a logit."""
+    return float(np.log(share / (1 - share)))
 
 
 def expit(value: float) -> float:

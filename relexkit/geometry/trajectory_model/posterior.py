@@ -44,11 +44,11 @@ class _Noise:
     walk: float
 
     @classmethod
-    def of(cls, walk: np.ndarray, rounding: float) -> _Noise:
-        """From the walk's covariance ``[T, T]`` and the rounding as a share of its last
-        variance.
+    def of(cls, walk: np.ndarray, rounding: float, coasted: np.ndarray) -> _Noise:
+        """From the walk's covariance ``[T, T]``, the rounding as a share of its last variance, and
+        how far what the momentum holds at the base carries ``[T]``.
         """
-        left = np.linalg.cholesky(with_rounding(walk, rounding))
+        left = np.linalg.cholesky(with_rounding(walk, rounding) + np.outer(coasted, coasted))
         return cls(np.linalg.inv(left), 2 * float(np.log(np.diag(left)).sum()), float(walk[-1, -1]))
 
 
@@ -85,7 +85,9 @@ def integrate(
     """
     response = clock.response(steps.astype(np.float64), expit(parameters[0]))
     noise = _Noise.of(
-        clock.covariance(response, float(parameters[2])), float(np.exp(parameters[1]))
+        clock.covariance(response, float(parameters[2])),
+        float(np.exp(parameters[1])),
+        parameters[3] * clock.coasted(response),
     )
     parts = []
     white = response @ response.T

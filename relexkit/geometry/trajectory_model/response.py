@@ -42,6 +42,12 @@ class Clock:
         response *= (1 - beta) / (1 - beta ** (np.arange(1, count + 1) + self.history))
         return _summed(padded, beta, backwards=True)
 
+    def coasted(self, response: np.ndarray) -> np.ndarray:
+        """What a unit of gradient at every step before the base adds, ``[len(response)]``: how far
+        its momentum carries.
+        """
+        return response[:, : self.history].sum(axis=1)
+
     def covariance(
         self, response: np.ndarray, correlation: float, white: np.ndarray | None = None
     ) -> np.ndarray:
