@@ -51,8 +51,7 @@ def _on_axes(draw: Callable[[_A, Axes], None]) -> Callable[[_A, Axes | None], Ax
 @_on_axes
 def draw_spectrum(answer: Spectrum, axes: Axes) -> None:
     """Share of the first direction of the groups with most energy, beside that of their walks."""
-    known = [s for s in answer.scopes if s.null is not None and len(s.singular_values)]
-    shown = sorted(known, key=lambda s: -s.energy_share)[:_MOST_GROUPS]
+    shown = [s for s in answer.leading(_MOST_GROUPS) if s.null and len(s.singular_values)]
     places = np.arange(len(shown))
     axes.barh(places, [s.explained_variance_ratio[0] for s in shown], color=style.RUN, label="run")
     walks = [s.null.expected["first"] if s.null else np.nan for s in shown]

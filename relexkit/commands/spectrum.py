@@ -216,20 +216,14 @@ def _print_spectrum(result: Spectrum, options: Options, informative: Informative
             percent(float(s.moved[-1])),
         ]
 
-    ordered = (
-        result.scopes
-        if result.scope in ("global", "layer")
-        else sorted(
-            result.scopes,
-            key=lambda s: -s.energy_share if s.energy_share == s.energy_share else 1.0,
-        )
-    )
-    shown = ordered if options.all else ordered[:_SHOWN_ROWS]
-    for s in shown:
+    count = len(result.groups.names) if options.all else _SHOWN_ROWS
+    ordered = result.scope in ("global", "layer")
+    for s in result.scopes[:count] if ordered else result.leading(count):
         table.add_row(*cells(s))
     print_table(table, least=_LEAST, wide=options.wide)
-    if len(shown) < len(ordered):
-        show(f"({len(ordered) - len(shown)} more rows hold less energy: --all shows them)")
+    more = len(result.groups.names) - count
+    if more > 0:
+        show(f"({more} more rows hold less energy: --all shows them)")
     for line in spectrum_notes(result, informative):
         show(line)
 
@@ -247,6 +241,8 @@ def _with_null(null: WalkNull, name: str) -> str:
 
 def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> list[str]:
     """What a reader of the table must know, in sentences."""
+    import numpy as np
+
     notes = [
         (
             "1st, 1st-2nd: explained variance ratio of the first direction, the first two. R²:"
@@ -266,13 +262,12 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
             f" ({informative.metric}); between them the optimizer coasts on its momentum, which"
             " looks like a line but is not one."
         )
-    still = [s.name for s in result.scopes if not len(s.singular_values)]
+    groups = result.groups
+    still = [groups.names[row] for row in np.flatnonzero(groups.still)]
     if still:
         shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
         notes.append(f"Never moved, so there is no variance to explain: {shown}.")
-    doubtful = max(
-        (s.ratio_error for s in result.scopes if s.ratio_error == s.ratio_error), default=0.0
-    )
+    doubtful = float(np.nanmax(groups.ratio_error[~groups.still], initial=0.0))
     if doubtful > 1e-5:
         notes.append(
             "Approximate (randomized PCA): the first two ratios are off by at most about"
@@ -283,14 +278,10 @@ def spectrum_notes(result: Spectrum, informative: Informative | None = None) -> 
             "One recorded step: there is one direction by definition; record more steps to learn"
             " anything."
         )
-    changes = [
-        (float(s.changed.sum()) * s.num_parameters, s.unit_moves)
-        for s in result.scopes
-        if not math.isnan(s.unit_moves)
-    ]
-    total = sum(count for count, _ in changes)
-    if total and total < 0.5 * sum(s.num_parameters for s in result.scopes) * len(result.steps):
-        share = sum(count * unit for count, unit in changes) / total
+    known = ~np.isnan(groups.unit_moves)
+    total = int(groups.num_changed[known].sum())
+    if total and total < 0.5 * int(groups.num_parameters.sum()) * len(result.steps):
+        share = float((groups.num_changed * groups.unit_moves)[known].sum()) / total
         notes.append(
             f"Resolution: few weights change at a step, {100 * share:.0f} % of the changes by"
             " exactly one unit in the last place: the stored precision hides most of the motion."

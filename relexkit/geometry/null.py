@@ -20,6 +20,7 @@ Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -62,6 +63,61 @@ class WalkNull:
 
 
 @dataclass(frozen=True)
+class Walk:
+    """The walk without direction that all groups of a run share.
+
+    Attributes:
+        steps: that it is recorded at.
+        factor: ``L [T, T]``.
+        centered: whether statistics are about the mean checkpoint.
+        flip: whether there is a fit, without which flipped signs mean little.
+    """
+
+    steps: np.ndarray
+    factor: np.ndarray
+    centered: bool
+    flip: bool
+
+    def num_flips(self, num_groups: int) -> int:
+        """Sign-flips of each of so many groups."""
+        count = int(min(_MOST_FLIPS, _FLIP_WORK // (num_groups * len(self.steps) ** 2)))
+        return count if count >= _FEWEST_FLIPS and self.flip else 0
+
+    def nulls(
+        self, matrices: np.ndarray, num_flips: int, rng: np.random.Generator
+    ) -> list[WalkNull]:
+        """Of each of ``[N, T, T]``."""
+        inverse = np.linalg.inv(self.factor)
+        half = inverse @ matrices
+        sizes = np.maximum(
+            (half * inverse).sum(axis=2), 0.0
+        )  # the diagonal of the innovations' Gram matrices
+        expected = (self.factor * sizes[:, None]) @ self.factor.T
+        observed_NK, expected_NK = self._statistics(matrices), self._statistics(expected)
+        nulls = []
+        for row in range(len(matrices)):
+            low, high, reached = np.full((3, len(STATISTICS)), np.nan)
+            if num_flips and sizes[row].any():
+                flipped = _flips(half[row] @ inverse.T, self.factor, num_flips, rng)
+                flipped_FK = statistics(flipped, self.steps, centered=self.centered)
+                low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
+                reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
+                reached[np.isnan(observed_NK[row]) | np.isnan(flipped_FK).any(axis=0)] = np.nan
+            seen, walk, least, most, p_value = (
+                dict(zip(STATISTICS, v.tolist(), strict=True))
+                for v in (observed_NK[row], expected_NK[row], low, high, reached)
+            )
+            nulls.append(WalkNull(seen, walk, least, most, p_value, expected[row], num_flips))
+        return nulls
+
+    def _statistics(self, matrices: np.ndarray) -> np.ndarray:
+        def of(rows: slice) -> np.ndarray:
+            return statistics(matrices[rows], self.steps, centered=self.centered)
+
+        return np.concatenate(in_blocks(of, len(matrices)))
+
+
+@dataclass(frozen=True)
 class Null:
     """The nulls of N groups and the walk that they share.
 
@@ -70,21 +126,42 @@ class Null:
         rounding: its share of rounding at the last step.
         fitted: the trajectory model of the whole run; None where there were too few steps or
             nothing moved.
-        groups: one for each matrix.
-        whole: of their sum.
+        whole: of the sum of all groups.
     """
 
     momentum: float
     rounding: float
     fitted: TrajectoryFit | None
-    groups: list[WalkNull]
     whole: WalkNull
+    _walk: Walk
+    _matrices: np.ndarray
+    _rng: np.random.Generator
+
+    @cached_property
+    def groups(self) -> list[WalkNull]:
+        """One for each matrix."""
+        if len(self._matrices) == 1:
+            return [self.whole]
+        return self._walk.nulls(self._matrices, self._num_flips, self._rng)
+
+    def of(self, rows: np.ndarray) -> list[WalkNull]:
+        """Of some groups; without flips, whose signs are drawn group after group, at the cost of
+        these alone.
+        """
+        if self._num_flips or len(rows) == len(self._matrices):
+            return [self.groups[row] for row in rows]
+        return self._walk.nulls(self._matrices[rows], 0, self._rng)
+
+    @property
+    def _num_flips(self) -> int:
+        return self._walk.num_flips(len(self._matrices))
 
 
 def calibrate(
     gram: Gram, *, centered: bool = False, momentum: float | None = None, seed: int = 0
 ) -> Null:
-    """Nulls of the N disjoint groups of ``gram``, whose sum is the whole run.
+    """Nulls of the N disjoint groups of ``gram``, whose sum is the whole run; those of the groups
+    are computed once they are asked for.
 
     Args:
         centered: about the mean checkpoint instead of the base.
@@ -104,52 +181,9 @@ def calibrate(
         momentum = 0.0
         factor = np.linalg.cholesky(np.minimum.outer(steps, steps).astype(np.float64))
     rng = np.random.default_rng(seed)
-    together = _walk_nulls(whole[None], steps, factor, centered, rng, fitted is not None)
-    groups = (
-        together
-        if len(matrices) == 1
-        else _walk_nulls(matrices, steps, factor, centered, rng, fitted is not None)
-    )
-    return Null(momentum, rounding, fitted, groups, together[0])
-
-
-def _walk_nulls(
-    matrices: np.ndarray,
-    steps: np.ndarray,
-    factor: np.ndarray,
-    centered: bool,
-    rng: np.random.Generator,
-    flip: bool,
-) -> list[WalkNull]:
-    inverse = np.linalg.inv(factor)
-    half = inverse @ matrices
-    sizes = np.maximum(
-        (half * inverse).sum(axis=2), 0.0
-    )  # the diagonal of the innovations' Gram matrices
-    expected = (factor * sizes[:, None]) @ factor.T
-
-    def of(whole: np.ndarray) -> np.ndarray:
-        each = in_blocks(lambda rows: statistics(whole[rows], steps, centered=centered), len(whole))
-        return np.concatenate(each)
-
-    observed_NK, expected_NK = of(matrices), of(expected)
-    num_flips = int(min(_MOST_FLIPS, _FLIP_WORK // (len(matrices) * len(steps) ** 2)))
-    num_flips = num_flips if num_flips >= _FEWEST_FLIPS and flip else 0
-    nulls = []
-    for row in range(len(matrices)):
-        low, high, reached = np.full((3, len(STATISTICS)), np.nan)
-        if num_flips and sizes[row].any():
-            flipped = _flips(half[row] @ inverse.T, factor, num_flips, rng)
-            flipped_FK = statistics(flipped, steps, centered=centered)
-            low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
-            reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
-            reached[np.isnan(observed_NK[row]) | np.isnan(flipped_FK).any(axis=0)] = np.nan
-        seen, walk, least, most, p_value = (
-            dict(zip(STATISTICS, v.tolist(), strict=True))
-            for v in (observed_NK[row], expected_NK[row], low, high, reached)
-        )
-        nulls.append(WalkNull(seen, walk, least, most, p_value, expected[row], num_flips))
-    return nulls
+    walk = Walk(steps, factor, centered, fitted is not None)
+    [together] = walk.nulls(whole[None], walk.num_flips(1), rng)
+    return Null(momentum, rounding, fitted, together, walk, matrices, rng)
 
 
 def _flips(

@@ -113,15 +113,15 @@ def r_squared(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def update_cosines(matrix: np.ndarray) -> np.ndarray:
-    """Cosines between neighbouring step-to-step updates, ``[T - 1]``: near 1 on a line, near 0 on a
-    walk without direction.
+    """Cosines between neighbouring step-to-step updates, ``[..., T - 1]``: near 1 on a line, near 0
+    on a walk without direction.
 
     NaN where an update is zero.
     """
     squares, products = update_products(matrix)
     norms = np.sqrt(squares)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return products / (norms[1:] * norms[:-1])
+        return products / (norms[..., 1:] * norms[..., :-1])
 
 
 def cosines_of_updates(matrices: np.ndarray) -> np.ndarray:

@@ -8,13 +8,15 @@ direction). *Uncentered* is energy about the base model, as RELEX (arXiv 2605.21
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from relexkit.geometry.null import WalkNull, calibrate
+from relexkit.geometry.null import Null, WalkNull, calibrate
 from relexkit.geometry.shape import (
     Decomposition,
     center,
@@ -74,40 +76,73 @@ class ScopeSpectrum:
     """Spectrum of one tensor or group; arrays over its R non-zero directions unless said.
 
     Attributes:
-        energy_share: share of the run's total energy (sum of squared deltas over all recorded
-            steps); NaN if nothing moved.
-        r2: of each coefficient's straight line against the steps.
+        parts: its decomposition.
+        steps: ``[T]``.
         agreement: ``[3]``, of the first quarter, half and three quarters of the steps; see the
             function of that name.
         update_cosines: ``[T - 1]``, see the function of that name.
+        energy_share: share of the run's total energy (sum of squared deltas over all recorded
+            steps); NaN if nothing moved.
         changed, moved: ``[T]``, shares of its weights that differ from the previous step, and from
             the base.
         unit_moves: share of all changes that are exactly one unit in the last place; NaN if
             unknown.
         null: the same statistics of a walk without direction with its own step sizes; None for the
             null itself.
-        ratio_error: estimated error of the first two ratios: rounding, or that of the randomized
-            PCA.
-        angle_error: estimated angle in radians between the first direction and the true one: large
-            where the first two singular values are nearly equal, because there it is hardly
-            determined. NaN if nothing moved.
+        uncertainty: norm of the error of its Gram matrix.
     """
 
     name: str
-    num_parameters: int
-    energy_share: float
-    singular_values: np.ndarray
-    explained_variance_ratio: np.ndarray
-    coefficients: np.ndarray
-    r2: np.ndarray
+    parts: Decomposition
+    steps: np.ndarray
     agreement: np.ndarray
     update_cosines: np.ndarray
+    num_parameters: int
+    energy_share: float
     changed: np.ndarray
     moved: np.ndarray
     unit_moves: float
     null: WalkNull | None = None
-    ratio_error: float = float("nan")
-    angle_error: float = float("nan")
+    uncertainty: float = 0.0
+
+    @property
+    def singular_values(self) -> np.ndarray:
+        """``S [R]``, descending."""
+        return self.parts.singular_values
+
+    @property
+    def explained_variance_ratio(self) -> np.ndarray:
+        """``lambda / trace(G)``."""
+        return self.parts.explained_variance_ratio
+
+    @cached_property
+    def coefficients(self) -> np.ndarray:
+        """``C = U S``, ``[T, R]``."""
+        return self.parts.coefficients
+
+    @cached_property
+    def r2(self) -> np.ndarray:
+        """Of each coefficient's straight line against the steps."""
+        return r_squared(self.coefficients, self.steps)
+
+    @property
+    def ratio_error(self) -> float:
+        """Estimated error of the first two ratios: rounding, or that of the randomized PCA."""
+        return self.uncertainty / self.parts.total if len(self.singular_values) else float("nan")
+
+    @property
+    def angle_error(self) -> float:
+        """Estimated angle in radians between the first direction and the true one: large where the
+        first two singular values are nearly equal, because there it is hardly determined. NaN if
+        nothing moved.
+
+        Davis and Kahan 1970: an error of that norm turns the first eigenvector by at most this
+        angle.
+        """
+        if not len(self.singular_values):
+            return float("nan")
+        first, second = [*(self.singular_values[:2] ** 2), 0.0][:2]
+        return math.asin(min(1.0, self.uncertainty / max(first - second, 1e-300)))
 
     def num_directions(self, share: float) -> int | None:
         """Fewest directions that together hold ``share`` of the variance; None if nothing moved."""
@@ -116,11 +151,79 @@ class ScopeSpectrum:
         return int(np.searchsorted(np.cumsum(self.explained_variance_ratio), share - 1e-12) + 1)
 
 
+class Groups:
+    """The groups of a scope: what needs no decomposition, as arrays over all N of them, and the
+    spectra of those that are asked for.
+
+    Attributes:
+        names: of the groups.
+        num_parameters: ``[N]``.
+        energy_share, ratio_error, unit_moves: ``[N]``, see ``ScopeSpectrum``.
+        num_changed: ``[N]``, changes of all weights at all steps.
+        still: ``[N]``, whether it never moved.
+    """
+
+    def __init__(self, gram: Gram, centered: bool, nulls: Null):
+        self._gram, self._centered, self._nulls = gram, centered, nulls
+        energy = np.trace(gram.matrices, axis1=1, axis2=2)
+        about = energy
+        if centered:
+            about = np.concatenate(in_blocks(self._energy_about_mean, len(energy)))
+        self.names, self.num_parameters = gram.names, gram.num_parameters
+        self.still = about <= 0
+        self.num_changed = gram.changed.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.energy_share = energy / energy.sum()
+            self.ratio_error = np.where(self.still, np.nan, gram.uncertainty[:, -1] / about)
+            known = (gram.unit_moves >= 0).all(axis=1) & (self.num_changed > 0)
+            units = gram.unit_moves.sum(axis=1) / self.num_changed
+            self.unit_moves = np.where(known, units, np.nan)
+
+    def of(self, rows: np.ndarray) -> list[ScopeSpectrum]:
+        """Spectra of some groups."""
+        gram, matrices = self._gram, self._gram.matrices[rows]
+        parts = decompose_all(self._about(rows))
+        prefixes = quarters(len(gram.steps))
+
+        def agreements_of(block: slice) -> np.ndarray:
+            return _agreements(matrices[block], prefixes, self._centered, parts[block])
+
+        agreements = np.concatenate(in_blocks(agreements_of, len(rows)))
+        shares = np.maximum(1, gram.num_parameters[rows])[:, None]
+        changed, moved = gram.changed[rows] / shares, gram.moved[rows] / shares
+        cosines, nulls = update_cosines(matrices), self._nulls.of(rows)
+        return [
+            ScopeSpectrum(
+                name=gram.names[row],
+                parts=parts[index],
+                steps=gram.steps,
+                agreement=agreements[index],
+                update_cosines=cosines[index],
+                num_parameters=int(gram.num_parameters[row]),
+                energy_share=float(self.energy_share[row]),
+                changed=changed[index],
+                moved=moved[index],
+                unit_moves=float(self.unit_moves[row]),
+                null=nulls[index],
+                uncertainty=float(gram.uncertainty[row, -1]),
+            )
+            for index, row in enumerate(rows.tolist())
+        ]
+
+    def _energy_about_mean(self, rows: slice) -> np.ndarray:
+        return np.trace(self._about(rows), axis1=1, axis2=2)
+
+    def _about(self, rows: np.ndarray | slice) -> np.ndarray:
+        matrices = self._gram.matrices[rows]
+        return center(matrices) if self._centered else matrices
+
+
 @dataclass(frozen=True, repr=False)
 class Spectrum(Result):
     """Spectra of all groups of a scope.
 
     Attributes:
+        groups: of the scope; ``scopes`` are their spectra, ``leading`` those of some.
         null: the spectrum of a walk without direction with the run's own step sizes, momentum and
             learning rates; only its ratios, R^2 and coefficients mean anything.
         whole: statistics of all groups together beside those of their walk.
@@ -132,11 +235,23 @@ class Spectrum(Result):
     steps: np.ndarray
     scope: str
     centered: bool
-    scopes: list[ScopeSpectrum]
+    groups: Groups
     null: ScopeSpectrum
     whole: WalkNull
     momentum: float
     fit: TrajectoryFit | None
+
+    @cached_property
+    def scopes(self) -> list[ScopeSpectrum]:
+        """The spectra of all groups, computed at the first use."""
+        with single_threaded_blas():
+            return self.groups.of(np.arange(len(self.groups.names)))
+
+    def leading(self, count: int) -> list[ScopeSpectrum]:
+        """The spectra of the groups with most energy; computes no others."""
+        order = np.argsort(-self.groups.energy_share, kind="stable")  # NaN last
+        with single_threaded_blas():
+            return self.groups.of(order[:count])
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each group: every statistic beside that of its walk, ``NAME`` and
@@ -202,80 +317,22 @@ def spectrum(
 
 def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) -> Spectrum:
     nulls = calibrate(chosen, centered=centered, momentum=momentum)
-    energy = np.trace(chosen.matrices, axis1=1, axis2=2)
-    total = energy.sum()
-    about = center(chosen.matrices) if centered else chosen.matrices
-    parts = decompose_all(about)
-    agreements = np.concatenate(
-        in_blocks(
-            lambda rows: _agreements(
-                chosen.matrices[rows], quarters(len(chosen.steps)), centered, parts[rows]
-            ),
-            len(parts),
-        )
-    )
-    scopes = []
-    for row, name in enumerate(chosen.names):
-        size = int(chosen.num_parameters[row])
-        unit, changes = chosen.unit_moves[row], chosen.changed[row].sum()
-        scopes.append(
-            replace(
-                _shape(name, chosen.matrices[row], chosen.steps, parts[row], agreements[row]),
-                num_parameters=size,
-                energy_share=float(energy[row] / total) if total else float("nan"),
-                changed=chosen.changed[row] / max(1, size),
-                moved=chosen.moved[row] / max(1, size),
-                unit_moves=(
-                    float(unit.sum() / changes) if changes and (unit >= 0).all() else float("nan")
-                ),
-                null=nulls.groups[row],
-                ratio_error=_ratio_error(parts[row], float(chosen.uncertainty[row, -1])),
-                angle_error=_angle_error(
-                    parts[row].singular_values, float(chosen.uncertainty[row, -1])
-                ),
-            )
-        )
-    walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(chosen.steps)
-    walk_parts = decompose(center(walk) if centered else walk)
-    walk_agreement = _agreements(walk[None], quarters(len(chosen.steps)), centered, [walk_parts])[0]
-    null = _shape("walk without direction", walk, chosen.steps, walk_parts, walk_agreement)
-    many = len(chosen.steps) >= 2 * SPACED
-    drift = fit_whole(chosen, SPACED) if many else nulls.fitted
-    return Spectrum(chosen.steps, scope, centered, scopes, null, nulls.whole, nulls.momentum, drift)
-
-
-def _shape(
-    name: str, matrix: np.ndarray, steps: np.ndarray, parts: Decomposition, agreement: np.ndarray
-) -> ScopeSpectrum:
-    """What the matrix of a group says, whatever else is known of it."""
-    unknown = np.full(len(steps), np.nan)
-    return ScopeSpectrum(
-        name=name,
+    steps = chosen.steps
+    walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(steps)
+    parts, unknown = decompose(center(walk) if centered else walk), np.full(len(steps), np.nan)
+    null = ScopeSpectrum(
+        name="walk without direction",
+        parts=parts,
+        steps=steps,
+        agreement=_agreements(walk[None], quarters(len(steps)), centered, [parts])[0],
+        update_cosines=update_cosines(walk),
         num_parameters=0,
         energy_share=float("nan"),
-        singular_values=parts.singular_values,
-        explained_variance_ratio=parts.explained_variance_ratio,
-        coefficients=parts.coefficients,
-        r2=r_squared(parts.coefficients, steps),
-        agreement=agreement,
-        update_cosines=update_cosines(matrix),
         changed=unknown,
         moved=unknown,
         unit_moves=float("nan"),
-        ratio_error=_ratio_error(parts, 0.0),
-        angle_error=_angle_error(parts.singular_values, 0.0),
     )
-
-
-def _ratio_error(parts: Decomposition, uncertainty: float) -> float:
-    return uncertainty / parts.total if len(parts.singular_values) else float("nan")
-
-
-def _angle_error(singular_values: np.ndarray, uncertainty: float) -> float:
-    """Davis and Kahan 1970: an error of that norm turns the first eigenvector by at most this
-    angle, in radians.
-    """
-    if not len(singular_values):
-        return float("nan")
-    first, second = np.pad(singular_values[:2] ** 2, (0, 1))[:2]
-    return float(np.arcsin(min(1.0, uncertainty / max(first - second, 1e-300))))
+    many = len(steps) >= 2 * SPACED
+    drift = fit_whole(chosen, SPACED) if many else nulls.fitted
+    groups = Groups(chosen, centered, nulls)
+    return Spectrum(steps, scope, centered, groups, null, nulls.whole, nulls.momentum, drift)

@@ -125,6 +125,23 @@ def test_many_groups_keep_the_analytic_null_alone() -> None:
     assert null.whole.num_flips == 199
 
 
+def test_some_groups_have_the_nulls_that_they_have_among_all() -> None:
+    rng = np.random.default_rng(5)
+    for count, flips in ((12, 199), (250, 0)):
+        walks = [walk_with_momentum(rng, 40, 20, 0.0) for _ in range(count)]
+        null = calibrate(
+            gram_from(np.array([d @ d.T for d in walks]), np.arange(1, 41), 5000), centered=True
+        )
+        some = null.of(np.array([7, 3]))
+        for found, row in zip(some, (7, 3), strict=True):
+            assert found.num_flips == flips
+            other = null.groups[row]
+            for name in ("observed", "expected", "p_value"):
+                wanted = pytest.approx(getattr(other, name), rel=1e-9, nan_ok=True)
+                assert getattr(found, name) == wanted
+            np.testing.assert_allclose(found.gram, other.gram, rtol=1e-9)
+
+
 def test_two_steps_have_an_analytic_null_and_no_fit() -> None:
     null = calibrate(gram_from(np.array([[[1.0, 0.2], [0.2, 2.0]]]), np.array([1, 2]), 10))
     assert null.fitted is None

@@ -5,12 +5,14 @@ itself.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from strategies import Trajectory, gram_of, trajectories, trajectory
 
+import relexkit.geometry.spectrum as module
 from relexkit import Gram, RelexkitError, spectrum
 from relexkit.geometry.shape import center, decompose, r_squared, update_cosines, walk_gram
 from relexkit.geometry.spectrum import agreement, quarters
@@ -303,3 +305,39 @@ def test_any_trajectory_keeps_its_energy_and_orthogonal_directions(given_run: Tr
     np.testing.assert_allclose(
         center(gram), centred @ centred.T, atol=1e-12 * max(np.trace(gram), 1e-300)
     )
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_leading_groups_are_those_of_all_with_most_energy(
+    centered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is decomposed for the others."""
+    rng = np.random.default_rng(8)
+    deltas = {f"w{i}": (1 + i % 7) * rng.standard_normal((len(STEPS), 12)) for i in range(30)}
+    deltas["still"] = np.zeros((len(STEPS), 4))
+    deltas["jumped"] = np.ones((len(STEPS), 4)) * 9.0
+    gram = gram_of(deltas, STEPS)
+    whole = spectrum(gram, centered=centered)
+    ordered = sorted(whole.scopes, key=lambda s: -s.energy_share)[:5]
+    decomposed = []
+    original = module.decompose_all
+
+    def counted(matrices: np.ndarray) -> list[Any]:
+        decomposed.append(len(matrices))
+        return original(matrices)
+
+    monkeypatch.setattr(module, "decompose_all", counted)
+    found = spectrum(gram, centered=centered).leading(5)
+    assert decomposed == [5]
+    for one, other in zip(found, ordered, strict=True):
+        assert one.name == other.name
+        np.testing.assert_equal(one.coefficients, other.coefficients)
+        np.testing.assert_equal(one.agreement, other.agreement)
+        assert one.null is not None
+        assert other.null is not None
+        assert one.null.observed == pytest.approx(other.null.observed, nan_ok=True)
+    still = {s.name for s in whole.scopes if not len(s.singular_values)}
+    assert {
+        name for name, still in zip(whole.groups.names, whole.groups.still, strict=True) if still
+    } == still
+    assert still == ({"still", "jumped"} if centered else {"still"})
