@@ -11,6 +11,7 @@ in docs/study/results alone, of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from arms import RATES, rate_name
 from kept_gram import as_gram, load_gram
 
 from relexkit import Prediction, predict_weights
+from relexkit.assess.jump_decision import momentum_of
 from relexkit.gram_matrix import Gram
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,9 +30,16 @@ Predictor = Callable[[Gram, float], np.ndarray]
 """Gram matrix of T steps and a target -> weights ``[T]`` over their deltas."""
 
 
-def named(method: str) -> Predictor:
-    """A method of ``relexkit extrapolate``."""
-    return lambda gram, target: predict_weights(gram, [target], Prediction(method=method))[0, 0]
+def named(method: str, momentum_known: bool = False) -> Predictor:
+    """A method of ``relexkit extrapolate``; with the momentum of the run's first steps, as after a
+    jump, or fitted to the stretch alone.
+    """
+
+    def predict(gram: Gram, target: float) -> np.ndarray:
+        given = gram if momentum_known else replace(gram, momentum=None)
+        return predict_weights(given, [target], Prediction(method=method))[0, 0]
+
+    return predict
 
 
 def unit(gram: Gram, row: int) -> np.ndarray:
@@ -144,6 +153,7 @@ def along_first(gram: Gram, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 PREDICTORS: dict[str, Predictor] = {
     **{name: named(name) for name in ("relex", "two-point", "least-squares", "drift", "model")},
+    "drift, momentum known": named("drift", momentum_known=True),
     "relex, half the way": damped("relex", 0.5),
     "two-point, half the way": damped("two-point", 0.5),
     "exponential average, 0.9": exponential_average(0.9),
@@ -160,19 +170,24 @@ LEARNED = "learned from other seeds, rank 1"
 
 
 def stretches(rate: float) -> list[tuple[str, Gram]]:
-    """Every stretch of 50 steps of the plain runs, relative to where it begins, and whose it is."""
+    """Every stretch of 50 steps of the plain runs, relative to where it begins, and whose it is;
+    all but the first with the momentum that the first one shows.
+    """
     found = []
     for path in sorted((RESULTS / f"plain-{rate_name(rate)}").glob("seed-*-gram.npz")):
         kept, _ = load_gram(path)
         steps, count = kept.steps, len(kept.steps)
         whole = np.pad(kept.matrices[0], (1, 0))  # the base, step 0
+        momentum = None
         for start in STARTS:
             rows = np.arange(start + 1, start + TRAINED + max(LATER) + 1)
             if rows[-1] > count or steps[rows[-1] - 1] != rows[-1]:
                 continue
             part = whole[np.ix_(rows, rows)] - whole[rows, start][:, None] - whole[start, rows]
             part += whole[start, start]
-            found.append((path.name, as_gram(rows - start, part, int(kept.num_parameters[0]))))
+            gram = as_gram(rows - start, part, int(kept.num_parameters[0]))
+            found.append((path.name, replace(gram, momentum=momentum)))
+            momentum = momentum or momentum_of(gram.until(TRAINED))
     return found
 
 
