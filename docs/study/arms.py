@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from second_task import SPELLING
+
 SORTING = {"name": "arithmetic", "family": "sorting"}
 RANDOM_REWARDS = {"name": f"{Path(__file__).with_name('random_rewards.py')}:make"}
 GROUP = 8
@@ -36,6 +38,7 @@ class Arm:
     Attributes:
         name: of its folder and in the tables.
         rate, prompts: learning rate, and prompts of a step, of eight rollouts each.
+        task: what is trained and evaluated; a task has a small model of its own to start from.
         jump: method, trained steps and jumped steps of fixed jumps; None for none.
         options: what else differs from plain GRPO, by names of ``trainer.config.GRPOConfig``.
         lengths: ``(priority, steps)``: a run is first trained to the step of least priority number,
@@ -48,6 +51,7 @@ class Arm:
     name: str
     rate: float
     prompts: int = PROMPTS
+    task: Mapping[str, Any] = field(default_factory=lambda: SORTING)
     jump: tuple[str, int, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[tuple[int, int], ...]
@@ -64,7 +68,7 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """Options of the training that are the arm's own."""
         own: dict[str, Any] = {
-            "task": SORTING,
+            "task": self.task,
             "learning_rate": self.rate,
             "generation_batch_size": GROUP * self.prompts,
             **self.options,
@@ -159,6 +163,24 @@ def _adaptive() -> Iterable[Arm]:
         )
 
 
+def _spelling() -> Iterable[Arm]:
+    """The second task: plain training, adaptive and fixed jumps at two rates, and a large rate."""
+    for rate in (3e-6, 1e-5, 1e-4):
+        settings: dict[str, Any] = {"rate": rate, "task": SPELLING}
+        steps = 150 if rate < 1e-4 else 75
+        name = rate_name(rate)
+        yield Arm(name=f"spelling-plain-{name}", lengths=((1, steps),), **settings)
+        if rate < 1e-4:
+            adaptive = {"jumps": "adaptive"}
+            relex = ("relex", 25, 25)
+            yield Arm(
+                name=f"spelling-adaptive-{name}", options=adaptive, lengths=((1, 200),), **settings
+            )
+            yield Arm(
+                name=f"spelling-relex-25+25-{name}", jump=relex, lengths=((4, 200),), **settings
+            )
+
+
 def _noise_scale() -> Iterable[Arm]:
     """Half and four times the prompts of a step."""
     for prompts in (16, 128):
@@ -210,7 +232,15 @@ def _warm_up() -> Iterable[Arm]:
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
-    for arms in (_plain(), _jumping(), _adaptive(), _noise_scale(), _systems(), _warm_up())
+    for arms in (
+        _plain(),
+        _jumping(),
+        _adaptive(),
+        _spelling(),
+        _noise_scale(),
+        _systems(),
+        _warm_up(),
+    )
     for arm in arms
 }
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ KINDS = ("greedy", "sampled")
 SHOWN_STEPS = (25, 50, 75, 100, 150, 300)
 ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
-TARGET_STEP, PROBLEMS = 150, 512
+TARGET_STEPS, PROBLEMS = (150, 300), 512
 
 Result = dict[str, Any]
 
@@ -120,18 +122,18 @@ def rollouts_to(places: np.ndarray, accuracy: float) -> float:
     return float(rollouts[last - 1] + share * (rollouts[last] - rollouts[last - 1]))
 
 
-def savings(plain: dict[int, Result], other: dict[int, Result], kind: str) -> str:
-    """How many times fewer rollouts ``other`` takes to the accuracy of ``plain`` at step 150, or to
+def savings(plain: dict[int, Result], other: dict[int, Result], kind: str, step: int) -> str:
+    """How many times fewer rollouts ``other`` takes to the accuracy of ``plain`` at a step, or to
     its own best if that is less, and which accuracy that is on average.
     """
-    seeds = [s for s in plain if s in other and at_step(plain[s], TARGET_STEP)]
+    seeds = [s for s in plain if s in other and at_step(plain[s], step)]
     if not seeds:
         return ""
 
     def ratio(seed: int, chosen: np.ndarray | None) -> tuple[float, float]:
         steps = [c["step"] for c in plain[seed]["curve"]]
         places, others = (curve(r[seed], kind, chosen) for r in (plain, other))
-        target = min(places[1][steps.index(TARGET_STEP)], others[1].max())
+        target = min(places[1][steps.index(step)], others[1].max())
         needed = rollouts_to(others, target)
         return (rollouts_to(places, target) / needed if needed else np.nan), target
 
@@ -158,11 +160,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def rates_table(results: Results) -> str:
+def rates_table(results: Results, task: str = "") -> str:
     """Accuracy of plain training by rate and step."""
     rows = []
     for rate in RATES:
-        found = results.seeds(f"plain-{rate_name(rate)}")
+        found = results.seeds(f"{task}plain-{rate_name(rate)}")
         if not found:
             continue
         cells = []
@@ -177,23 +179,23 @@ def rates_table(results: Results) -> str:
     return table(("rate", "seeds", *(f"step {s}" for s in SHOWN_STEPS)), rows)
 
 
-def savings_table(results: Results) -> str:
+def savings_table(results: Results, task: str = "") -> str:
     """Every arm against plain training at the same rate, and every rate against each other."""
     rows = []
-    plain = {rate: results.seeds(f"plain-{rate_name(rate)}") for rate in RATES}
-    for rate in (3e-6, 1e-5):
-        if not any(at_step(r, TARGET_STEP) for r in plain[rate].values()):
-            continue
-        others = [a for a in ARMS.values() if a.jumps and a.rate == rate]
-        others += [ARMS[f"plain-{rate_name(r)}"] for r in RATES if r > rate]
+    plain = {rate: results.seeds(f"{task}plain-{rate_name(rate)}") for rate in RATES}
+    for rate, step in product((3e-6, 1e-5), TARGET_STEPS):
+        reached = {s: r for s, r in plain[rate].items() if at_step(r, step)}
+        alike = [a for a in ARMS.values() if a.name.startswith("spelling-") == bool(task)]
+        others = [a for a in alike if a.jumps and a.rate == rate]
+        others += [
+            a for a in alike if a.rate > rate and a.name == f"{task}plain-{rate_name(a.rate)}"
+        ]
         for arm in others:
-            found = results.seeds(arm.name)
-            common = [seed for seed in found if seed in plain[rate]]
-            if common:
-                cells = [savings(plain[rate], found, kind) for kind in KINDS]
-                rows.append([rate_name(rate), arm.name, str(len(common)), *cells])
-    head = ("plain to step 150 at", "against", "seeds", "greedy", "sampled")
-    return table(head, rows)
+            found = {seed: r for seed, r in results.seeds(arm.name).items() if seed in reached}
+            if found:
+                cells = [savings(reached, found, kind, step) for kind in KINDS]
+                rows.append([rate_name(rate), str(step), arm.name, str(len(found)), *cells])
+    return table(("plain at", "to step", "against", "seeds", "greedy", "sampled"), rows)
 
 
 def jumps_table(results: Results) -> str:
@@ -488,7 +490,8 @@ def systems_table(results: Results) -> str:
     """Arms without jumps against plain training at the same rate and the same steps."""
     rows = []
     for arm in ARMS.values():
-        if arm.jumps or arm.name == f"plain-{rate_name(arm.rate)}":
+        alone = arm.name == f"plain-{rate_name(arm.rate)}" or arm.name.startswith("spelling-")
+        if arm.jumps or alone:
             continue
         rows += _system_rows(
             arm, results.seeds(arm.name), results.seeds(f"plain-{rate_name(arm.rate)}")
@@ -643,6 +646,8 @@ def draw_curves(results: Results, folder: Path) -> None:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "Plain training, greedy / sampled accuracy": rates_table,
     "Times fewer rollouts to plain training's accuracy": savings_table,
+    "Words backward, plain training": partial(rates_table, task="spelling-"),
+    "Words backward, times fewer rollouts": partial(savings_table, task="spelling-"),
     "Jumps inside the training": jumps_table,
     "Predicted steps on the task: greedy accuracy against hold": predictions_table,
     "What the record of a run says": line_table,

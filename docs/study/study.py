@@ -22,13 +22,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
 from kept_gram import keep_gram
+from second_task import make as make_spelling_model
 
 from relexkit import (
     Prediction,
@@ -93,7 +94,7 @@ def make_run(folder: Path, arm: Arm, seed: int, steps: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(
         GRPOConfig(
-            model=str(FOLDER),
+            model=str(_model(folder, arm)),
             output=str(folder),
             seed=seed,
             max_steps=steps,
@@ -108,12 +109,22 @@ def make_run(folder: Path, arm: Arm, seed: int, steps: int) -> None:
     )
 
 
+def _model(folder: Path, arm: Arm) -> Path:
+    """What a run begins with: the model of the package, or the second task's, made once."""
+    if arm.task is SORTING:
+        return FOLDER
+    place = folder.parents[2] / "spelling-model"
+    if not place.exists():
+        make_spelling_model(place)
+    return place
+
+
 class Models:
     """The models of a store, and what they answer."""
 
-    def __init__(self, store: TrajectoryStore, **precision: Any):
-        self.store, self._stored = store, StoredModel(store, Loading(**precision))
-        self._task = load_task(SORTING)
+    def __init__(self, store: TrajectoryStore, task: Mapping[str, Any] = SORTING):
+        self.store, self._stored = store, StoredModel(store, Loading())
+        self._task = load_task(task)
 
     def answers(self, weights: np.ndarray) -> Result:
         """Accuracies of ``theta_0 + M^T a``, and which problems were right, in hexadecimal."""
@@ -157,7 +168,7 @@ def trained(folder: Path, job: Job, result: Draft) -> None:
     make_run(folder, ARMS[job.arm], job.seed, job.steps)
     store = TrajectoryStore(folder / "run.zarr")
     log = read_log(folder)
-    models, landed = Models(store), set(jumps(store).tolist())
+    models, landed = Models(store, ARMS[job.arm].task), set(jumps(store).tolist())
     known = {entry["step"]: entry for entry in result.get("curve", [])}
     curve = []
     for step in _marks(store.steps, landed):
@@ -193,7 +204,7 @@ def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
 def predicted(folder: Path, job: Job, result: Draft) -> None:
     """What steps up to ``T_cut`` predict for later ones, on the task and in the weights."""
     store = TrajectoryStore(folder / "run.zarr")
-    matrices, models = gram(store), Models(store)
+    matrices, models = gram(store), Models(store, ARMS[job.arm].task)
     seen, cut = matrices.until(job.steps), job.steps
     asked = [("hold", cut), ("average", cut)]
     asked += [(method, round(ratio * cut)) for ratio in RATIOS for method in METHODS]

@@ -86,11 +86,11 @@ def test_rollouts_to_an_accuracy_by_hand(modules) -> None:
     jumped = {0: run(report, [0, 128, 256], [0, 50, 50], [0, 50, 100])}
     places = report.curve(plain[0], "greedy")
     np.testing.assert_allclose(report.rollouts_to(places, 0.375), 0.256 * 112.5)
-    assert report.savings(plain, jumped, "greedy").startswith("3.00 ")
-    assert report.savings(plain, jumped, "greedy").endswith("to 0.500")
+    assert report.savings(plain, jumped, "greedy", 150).startswith("3.00 ")
+    assert report.savings(plain, jumped, "greedy", 150).endswith("to 0.500")
     fewer = {0: run(report, [0, 128], [0, 50], [0, 50])}
-    assert report.savings(plain, fewer, "greedy").startswith("1.50 ")
-    assert report.savings(plain, fewer, "greedy").endswith("to 0.250")
+    assert report.savings(plain, fewer, "greedy", 150).startswith("1.50 ")
+    assert report.savings(plain, fewer, "greedy", 150).endswith("to 0.250")
 
 
 def test_intervals_are_over_seeds_from_three_on(modules) -> None:
