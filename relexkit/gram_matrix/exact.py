@@ -24,10 +24,13 @@ from relexkit.gram_matrix.factors import factor_gram
 from relexkit.gram_matrix.jumps import last_trained
 from relexkit.gram_matrix.matrices import Gram, mirror
 from relexkit.gram_matrix.onepass import Pass, Span, Sums, Tick, ticker
-from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
+from relexkit.gram_matrix.parts import Work, added_up, assemble, moving_parts
 from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.store.kept import common_prefix, identity, keep, kept, kept_attributes
+
+_PARTS_OF_PROCESS = 4
+"""Parts that are kept in the store at a time, for each of several processes."""
 
 
 def gram(
@@ -63,7 +66,10 @@ def gram(
     work = Work(store, open_engine(device), team, memory_budget_bytes)
     parts = moving_parts(store)
     tick = ticker(progress, "Gram matrices", sum(store.layout.parts[part].numel for part in parts))
-    results = {part: _part_gram(work, part, tick) for part in parts}
+    together = 1 if team.size == 1 else _PARTS_OF_PROCESS * team.size
+    results: dict[int, _PartGram] = {}
+    for first in range(0, len(parts), together):
+        results |= _part_grams(work, parts[first : first + together], tick)
     store.check_unchanged()
     matrices, counts = assemble(
         store,
@@ -103,7 +109,7 @@ def gram_of_columns(
         budget=memory_budget_bytes,
     ).run()
     store.check_unchanged()
-    result = _added_up(sums, None, 0, store.encoding(part).is_log)
+    result = _of_sums(sums, None, 0, store.encoding(part).is_log)
     mirror(result.matrices)
     return result.matrices, result.counts
 
@@ -143,26 +149,55 @@ class _OuterProducts:
         return [rows[self.old :] @ rows.T]
 
 
-def _part_gram(work: Work, part: int, tick: Tick) -> _PartGram:
-    store, team = work.store, work.team
-    known = team.share(lambda: _load(store, part))
-    num_steps, old = len(store.steps), 0 if known is None else known.matrices.shape[1]
-    if known is not None and old == num_steps:
-        tick(store.layout.parts[part].numel)
-        return known
-    if store.layout.parts[part].factors is not None:
-        result = _from_factors(work, part, old)
-        tick(store.layout.parts[part].numel)
-    else:
-        kernel = _OuterProducts(num_steps, old)
-        sums = run_shared(work, part, kernel, num_steps, old, tick)
-        result = _added_up(sums, known, old, store.encoding(part).is_log)
+def _part_grams(work: Work, parts: list[int], tick: Tick) -> dict[int, _PartGram]:
+    """Results of some parts, whose columns the processes share."""
+    store, team, num_steps = work.store, work.team, len(work.store.steps)
+    known = team.share(lambda: {part: _load(store, part) for part in parts})
+    missing = {
+        part: 0 if found is None else found.matrices.shape[1]
+        for part, found in known.items()
+        if found is None or found.matrices.shape[1] < num_steps
+    }
+    read = [part for part in missing if store.layout.parts[part].factors is None]
+    shares = team.spans(*(store.layout.parts[part].numel for part in read))
+    with team.together():
+        sums = {
+            part: Pass(
+                store=store,
+                part=part,
+                kernel=_OuterProducts(num_steps, missing[part]),
+                num_rows=num_steps,
+                old=missing[part],
+                spans=spans,
+                budget=work.budget,
+                engine=work.engine,
+                tick=tick,
+            ).run()
+            for part, spans in zip(read, shares, strict=True)
+        }
+    results = {}
+    for part, found in known.items():
+        if part in sums:
+            total, is_log = added_up(team, sums[part]), store.encoding(part).is_log
+            results[part] = _joined(_of_sums(total, found, missing[part], is_log), found)
+        else:
+            tick(store.layout.parts[part].numel)
+            if part in missing:
+                results[part] = _joined(_from_factors(work, part, missing[part]), found)
+            elif found is not None:
+                results[part] = found
+        if part in missing and team.rank == 0:
+            _save(store, part, results[part])
+    return results
+
+
+def _joined(result: _PartGram, known: _PartGram | None) -> _PartGram:
+    """Both halves of the matrices, with what was known before."""
     mirror(result.matrices)
     if known is not None:
+        old = known.matrices.shape[1]
         result.matrices[:, :old, :old] = known.matrices
         result.counts[:, :, :old] = known.counts
-    if team.rank == 0:
-        _save(store, part, result)
     return result
 
 
@@ -178,7 +213,7 @@ def _from_factors(work: Work, part: int, old: int) -> _PartGram:
     return result
 
 
-def _added_up(sums: Sums, known: _PartGram | None, old: int, is_log: bool) -> _PartGram:
+def _of_sums(sums: Sums, known: _PartGram | None, old: int, is_log: bool) -> _PartGram:
     """``L (E E^T) L^T`` from rows ``old:`` of ``E E^T`` and the cached matrices of the steps
     before. A log counts how many more weights differ from the base, dense rows how many do.
     """

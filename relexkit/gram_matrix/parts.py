@@ -47,14 +47,19 @@ def run_shared(work: Work, part: int, kernel: Any, num_rows: int, old: int, tick
         kernel=kernel,
         num_rows=num_rows,
         old=old,
-        spans=work.team.spans(work.store.layout.parts[part].numel, part),
+        spans=work.team.spans(work.store.layout.parts[part].numel)[0],
         budget=work.budget,
         engine=work.engine,
         tick=tick,
     )
     with work.team.together():
         sums = one.run()
-    return Sums([work.team.sum(product) for product in sums.products], work.team.sum(sums.counts))
+    return added_up(work.team, sums)
+
+
+def added_up(team: Team, sums: Sums) -> Sums:
+    """The sums of all processes, in every one."""
+    return Sums([team.sum(product) for product in sums.products], team.sum(sums.counts))
 
 
 def assemble(

@@ -94,6 +94,14 @@ def _targets(result: Mapping[str, Any]) -> Iterator[Budget]:
         yield Budget(f"a further target, over writing its bytes ({source})", 1.5, ratios)
 
 
+def _parallel(result: Mapping[str, Any]) -> Iterator[Budget]:
+    for way in ("two threads", "two processes"):
+        for work, found in result.items():
+            pairs = zip(found["one"], found[way], strict=True)
+            ratios = [both["seconds"] / one["seconds"] for one, both in pairs]
+            yield Budget(f"{work} by {way}, over one", 1 / 1.7, ratios)
+
+
 def _agreement(result: Mapping[str, Any]) -> Iterator[Budget]:
     yield Budget(
         "relative error of the predicted delta",
@@ -113,6 +121,7 @@ _PARTS: dict[str, Callable[[Any], Iterator[Budget]]] = {
     "pipeline": _pipeline,
     "questions": _questions,
     "targets": _targets,
+    "parallel": _parallel,
     "agreement": _agreement,
     "memory": _memory,
 }

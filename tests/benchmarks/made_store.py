@@ -34,6 +34,34 @@ def make_store(
     """Write a store of tensors of at most ``largest`` elements; returns it. Memory: one part and
     one row of it.
     """
+    store = base_store(path, num_parameters, dtype=dtype, largest=largest, seed=seed)
+    layout, sparse = store.layout, dtype != "float32"
+    with StoreWriter(path) as writer:
+        parts = enumerate(layout.parts) if sparse else ()
+        states = {p: store.read_base(p, 0, part.numel) for p, part in parts}
+        for step in range(1, num_steps + 1):
+            writer.begin(step)
+            for part, spec in enumerate(layout.parts):
+                if sparse:
+                    columns, differences = sparse_step(seed, part, spec.numel, step, density)
+                    states[part][columns] += differences.view(np.uint16)
+                    writer.write_sparse(part, columns, differences, _checksum(states[part]))
+                else:
+                    row = float_row(seed, part, spec.numel, step, num_steps)
+                    writer.write_row(part, row, _checksum(row))
+            writer.commit()
+    return TrajectoryStore(path)
+
+
+def base_store(
+    path: Path,
+    num_parameters: int,
+    *,
+    dtype: str = "float32",
+    largest: int = 2**24,
+    seed: int = 0,
+) -> TrajectoryStore:
+    """A store like that of ``make_store`` without steps."""
     shutil.rmtree(path, ignore_errors=True)
     sizes = [min(largest, num_parameters - begin) for begin in range(0, num_parameters, largest)]
     encoding = "float" if dtype == "float32" else "sparse"
@@ -54,23 +82,6 @@ def make_store(
         base,
         About(source="made up", base="made up", mantissa_bits=10),
     )
-    with StoreWriter(path) as writer:
-        states = (
-            {}
-            if encoding == "float"
-            else {p: base(p, 0, part.numel) for p, part in enumerate(layout.parts)}
-        )
-        for step in range(1, num_steps + 1):
-            writer.begin(step)
-            for part, spec in enumerate(layout.parts):
-                if encoding == "float":
-                    row = float_row(seed, part, spec.numel, step, num_steps)
-                    writer.write_row(part, row, _checksum(row))
-                else:
-                    columns, differences = _sparse_step(seed, part, spec.numel, step, density)
-                    states[part][columns] += differences.view(np.uint16)
-                    writer.write_sparse(part, columns, differences, _checksum(states[part]))
-            writer.commit()
     return TrajectoryStore(path)
 
 
@@ -114,11 +125,11 @@ def _normal(*place: int) -> np.ndarray:
     return _TABLE[begin : begin + place[-1]]
 
 
-def _sparse_step(
+def sparse_step(
     seed: int, part: int, numel: int, step: int, density: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights that hover at a rounding boundary move most, as in real runs: every column has a rate
-    of its own.
+    """Columns and differences of bits of a step. Weights that hover at a rounding boundary move
+    most, as in real runs: every column has a rate of its own.
     """
     random = np.random.default_rng([seed, part, step])
     restless = np.random.default_rng([seed, part]).integers(

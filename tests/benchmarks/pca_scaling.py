@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 PEERS = (
     "IncrementalPCA",
     "randomized_svd",
+    "covariance_eigh",
     "svd_compressed",
     "pca_lowrank",
     *(("RELEX",) if "RELEX_CLONE" in os.environ else ()),

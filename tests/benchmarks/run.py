@@ -288,7 +288,9 @@ def measure_questions(bench: Bench, num_tensors: int, num_steps: int) -> dict[st
 
 
 def measure_targets(bench: Bench) -> dict[str, Any]:
-    """One, two and four targets in one command; a further one against writing so many bytes."""
+    """One, two and four targets in one command; a further one against writing so many bytes, in
+    seconds of processor time.
+    """
     result: dict[str, Any] = {}
     out, counts = bench.work / "targets", (1, 2, 4)
     for source in bench.sources():
@@ -309,11 +311,21 @@ def measure_targets(bench: Bench) -> dict[str, Any]:
             remove(out)
             writing.append(write_once(bench.work / "written", costs[1][-1]["left_bytes"]))
         more = [
-            (four["wall_seconds"] - one["wall_seconds"]) / 3
+            (four["cpu_seconds"] - one["cpu_seconds"]) / 3
             for one, four in zip(costs[1], costs[4], strict=True)
         ]
         result[source] = {"costs": costs, "further_target_seconds": more, "write_seconds": writing}
     return result
+
+
+# -- more cores ------------------------------------------------------------------------------------
+
+
+def measure_parallel(bench: Bench) -> dict[str, Any]:
+    """One core, two threads, two processes, on the bfloat16 checkpoints."""
+    words = ("--run", bench.run, "--work", bench.work, "--rounds", str(bench.repeats))
+    found: dict[str, Any] = bench.json_of(sys.executable, HERE / "parallel.py", *words)
+    return found
 
 
 # -- agreement -------------------------------------------------------------------------------------
@@ -552,6 +564,21 @@ def report_targets(console: Console, result: dict[str, Any]) -> None:
         console.print(message, highlight=False, soft_wrap=True)
 
 
+def report_parallel(console: Console, result: dict[str, Any]) -> None:
+    """Seconds of the work, and how many times as fast as on one core."""
+    rows = []
+    for work, found in result.items():
+        for way, costs in found.items():
+            times = [
+                one["seconds"] / cost["seconds"]
+                for one, cost in zip(found["one"], costs, strict=True)
+            ]
+            cells = [spread([cost[key] for cost in costs]) for key in ("seconds", "cpu_seconds")]
+            rows.append([f"{work}, {way}", *cells, spread(times)])
+    headings = ["", "wall s", "processor s of one process", "times as fast"]
+    table(console, "One core and two", headings, rows)
+
+
 def report_agreement(console: Console, result: dict[str, Any]) -> None:
     """Relative errors of the predicted delta."""
     rows = []
@@ -606,6 +633,7 @@ REPORTS: dict[str, Callable[[Console, Any], None]] = {
     "pipeline": report_pipeline,
     "questions": report_questions,
     "targets": report_targets,
+    "parallel": report_parallel,
     "agreement": report_agreement,
     "memory": report_memory,
 }
@@ -645,12 +673,13 @@ def main() -> None:
                 bench, given.question_tensors, given.question_steps
             ),
             "targets": lambda: measure_targets(bench),
+            "parallel": lambda: measure_parallel(bench),
             "agreement": lambda: measure_agreement(bench),
             "memory": lambda: measure_memory(bench, given.memory_parameters, given.memory_steps),
         }
         for part in given.only or REPORTS:
-            if part == "agreement" and "bfloat16" not in bench.sources():
-                print("agreement: left out, the run has no bfloat16 checkpoints", file=sys.stderr)
+            if part in ("agreement", "parallel") and "bfloat16" not in bench.sources():
+                print(f"{part}: left out, the run has no bfloat16 checkpoints", file=sys.stderr)
                 continue
             print(f"measuring: {part}", file=sys.stderr)
             results[part] = measures[part]()

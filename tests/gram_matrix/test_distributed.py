@@ -93,19 +93,24 @@ def torchrun(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 2**16, 2**16 + 1, 10 * 2**16 + 5])
+@pytest.mark.parametrize(
+    "numels", [[0], [1], [2**16], [2**16 + 1], [10 * 2**16 + 5], [2**17, 0, 3, 9 * 2**16 + 1]]
+)
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_cover_a_part_once(numel: int, size: int) -> None:
-    for turn in range(3):
-        spans = []
-        for rank in range(size):
-            team = Team()
-            team.rank, team.size = rank, size
-            spans += team.spans(numel, turn)
-        covered = sorted(spans)
+def test_shares_cover_parts_once_and_divide_few(numels: list[int], size: int) -> None:
+    shares = []
+    for rank in range(size):
+        team = Team()
+        team.rank, team.size = rank, size
+        shares.append(team.spans(*numels))
+    for part, numel in enumerate(numels):
+        covered = sorted(span for share in shares for span in share[part])
         assert sum(end - begin for begin, end in covered) == numel
         assert all(begin % 2**16 == 0 for begin, _ in covered)
         assert all(a[1] == b[0] for a, b in pairwise(covered))
+    assert sum(len(spans) for share in shares for spans in share) <= len(numels) + size - 1
+    columns = [sum(end - begin for spans in share for begin, end in spans) for share in shares]
+    assert max(columns) - min(columns) <= (len(numels) + 1) * 2**16
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

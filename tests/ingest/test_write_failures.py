@@ -15,8 +15,10 @@ import pytest
 import torch
 from runs import raw_bits, store_content, write_run
 
-from relexkit import Recorder, TrajectoryStore, import_checkpoints
+from relexkit import Recorder, TrajectoryStore, gram, import_checkpoints
+from relexkit.cli import main
 from relexkit.errors import StoreError
+from relexkit.gram_matrix.exact import known_steps
 from relexkit.ingest.write_queue import WriteQueue
 from relexkit.store import durable
 
@@ -160,3 +162,32 @@ def test_the_queue_makes_no_call_after_a_failed_one() -> None:
     with pytest.raises(ValueError, match="the second one"):
         queue.close()
     assert made == [1]
+
+
+@pytest.mark.parametrize("what", ["create", "fsync", "rename"])
+def test_gram_matrices_that_cannot_be_kept_are_said_and_computed_later(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+) -> None:
+    run = write_run(tmp_path, steps=(1, 2, 4), extras=False)
+    words = ["import", str(run.source), "--base", str(run.base), "-o"]
+    assert main([*words, str(tmp_path / "whole.zarr")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    out = tmp_path / "run.zarr"
+    with monkeypatch.context() as patch:
+        failed = fail_once(patch, what, "gram/0/matrices/c/0/0/0")
+        assert main([*words, str(out)]) == 0
+        assert failed
+    said = capsys.readouterr().err
+    [warning] = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert f"the Gram matrices cannot be kept in {out}" in warning
+    assert "the steps are safe" in warning
+    store = TrajectoryStore(out)
+    store.verify()
+    assert store.steps.tolist() == [1, 2, 4]
+    assert known_steps(store) == 0
+    expected = gram(TrajectoryStore(tmp_path / "whole.zarr"))
+    np.testing.assert_array_equal(gram(store).matrices, expected.matrices)
+    assert known_steps(TrajectoryStore(out)) == 3

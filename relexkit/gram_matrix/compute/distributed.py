@@ -26,20 +26,30 @@ TIMEOUT = timedelta(hours=2)
 
 
 class Team:
-    """How this process, ``rank`` of ``size``, shares a pass with others. This class has no others,
-    and loads no PyTorch.
+    """How this process, ``rank`` of ``size``, shares work with others. This class has no others,
+    and loads no PyTorch; one that runs under another engine has its ``rank``, ``size`` and
+    ``exchange``.
     """
 
     rank = 0
     size = 1
 
-    def spans(self, numel: int, turn: int) -> list[tuple[int, int]]:
-        """This process's columns of a part: a share of its blocks; who gets the larger shares
-        changes with ``turn``.
+    def exchange(self, value: Any) -> list[Any]:
+        """The values that all processes give, in the order of their ranks, in every process."""
+        return [value]
+
+    def spans(self, *numels: int) -> list[list[tuple[int, int]]]:
+        """This process's columns of parts of so many: a share of the blocks of all of them
+        together, so that few parts are divided.
         """
-        num_blocks, place = -(-numel // BLOCK), (self.rank + turn) % self.size
-        first, last = (num_blocks * i // self.size for i in (place, place + 1))
-        return [(first * BLOCK, min(last * BLOCK, numel))] if first < last else []
+        counts = [-(-numel // BLOCK) for numel in numels]
+        low, high = (sum(counts) * i // self.size for i in (self.rank, self.rank + 1))
+        shares, before = [], 0
+        for numel, count in zip(numels, counts, strict=True):
+            first, last = max(low - before, 0), min(high - before, count)
+            shares.append([(first * BLOCK, min(last * BLOCK, numel))] if first < last else [])
+            before += count
+        return shares
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -49,19 +59,43 @@ class Team:
         There may be calls of the team in it: what fails here reaches the others in whichever call
         they make next.
         """
-        yield
+        failure: Exception | None = None
+        try:
+            yield
+        except FailedTogether:
+            raise  # the others have it too
+        except (RelexkitError, OSError, MemoryError) as error:
+            failure = error
+        self._answers(failure, None)
 
     def gather(self, make: Callable[[], _T]) -> list[_T]:
         """What every process makes, in every process; or the error of the first that failed."""
-        return [make()]
+        made, failure = None, None
+        try:
+            made = make()
+        except (RelexkitError, OSError, MemoryError) as error:
+            failure = error
+        return self._answers(failure, made)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum over the processes, in every process."""
-        return values
+        return values if self.size == 1 else np.sum(self.exchange(values), axis=0)
 
     def share(self, make: Callable[[], _T]) -> _T:
         """What the first process makes, in every process."""
-        return make()
+        [first, *_] = self.gather(lambda: make() if self.rank == 0 else None)
+        return first  # type: ignore[return-value]
+
+    def _answers(self, failure: Exception | None, made: Any) -> list[Any]:
+        """What all processes have made, unless one has failed."""
+        if self.size == 1 and failure is not None:
+            raise failure
+        message = None if failure is None else str(failure) or type(failure).__name__
+        answers = self.exchange((message, made))
+        said = next((m for m, _ in answers if m is not None), None)
+        if said is not None:
+            raise FailedTogether(said, self.rank) from failure
+        return [value for _, value in answers]
 
 
 ALONE = Team()
@@ -102,34 +136,9 @@ class _TorchTeam(Team):
             )
             raise FailedTogether(message, 0) from error
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        failure: Exception | None = None
-        try:
-            yield
-        except FailedTogether:
-            raise  # the others have it too
-        except (RelexkitError, OSError, MemoryError) as error:
-            failure = error
-        self._answers(failure, None)
-
-    def gather(self, make: Callable[[], _T]) -> list[_T]:
-        made, failure = None, None
-        try:
-            made = make()
-        except (RelexkitError, OSError, MemoryError) as error:
-            failure = error
-        return self._answers(failure, made)
-
-    def _answers(self, failure: Exception | None, made: Any) -> list[Any]:
-        """What all processes have made, unless one has failed."""
-        message = None if failure is None else str(failure) or type(failure).__name__
+    def exchange(self, value: Any) -> list[Any]:
         with self._alive():
-            answers = self._processes.gather((message, made))
-        said = next((m for m, _ in answers if m is not None), None)
-        if said is not None:
-            raise FailedTogether(said, self.rank) from failure
-        return [value for _, value in answers]
+            return self._processes.gather(value)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         import torch
@@ -137,10 +146,6 @@ class _TorchTeam(Team):
         total = torch.from_numpy(np.array(values, order="C")).to(self._device)
         with self._alive():
             return self._processes.sum(total).cpu().numpy()
-
-    def share(self, make: Callable[[], _T]) -> _T:
-        [first, *_] = self.gather(lambda: make() if self.rank == 0 else None)
-        return first  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
