@@ -147,6 +147,8 @@ class Case:
 
 
 _EVERY_SECOND = np.arange(2, 97, 2)
+_LINE_OF_LITTLE_USE = ("extrapolate", "keep-training")
+"""A drift a few times the noise predicts the weights, and in the study's runs it gained little."""
 _NOT = ("not-a-line", "keep-training")
 
 LABELLED: dict[str, Case] = {
@@ -166,9 +168,9 @@ LABELLED: dict[str, Case] = {
     ),
     "walk, every second step": Case(run=Run(beta=0.9), right=("not-a-line",), steps=_EVERY_SECOND),
     # lines that last
-    "line, strong": Case(run=Run(drift=0.5), right=("extrapolate",)),
-    "line, fair": Case(run=Run(drift=0.3), right=("extrapolate",)),
-    "line, momentum": Case(run=Run(drift=0.3, beta=0.9), right=("extrapolate",)),
+    "line, strong": Case(run=Run(drift=0.5), right=_LINE_OF_LITTLE_USE),
+    "line, fair": Case(run=Run(drift=0.3), right=_LINE_OF_LITTLE_USE),
+    "line, momentum": Case(run=Run(drift=0.3, beta=0.9), right=_LINE_OF_LITTLE_USE),
     "line, momentum, warm optimizer": Case(
         run=Run(drift=0.4, beta=0.9, warm=True), right=("extrapolate",)
     ),

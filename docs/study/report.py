@@ -32,6 +32,8 @@ HERE = Path(__file__).parent
 MARKS = ("<!-- what report.py made -->", "<!-- end -->")
 KINDS = ("greedy", "sampled")
 SHOWN_STEPS = (25, 50, 75, 100, 150, 300)
+LONGEST = 8.0
+"""How many times as long as the run its drift may last: more than that a record cannot tell."""
 ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
 TARGET_STEPS, PROBLEMS = (150, 300), 512
@@ -349,7 +351,10 @@ def rate_factor(advice: Advice) -> float:
     whatever the rate. Where the two meet the run is no line any more: ``k = ell rho_T / T``.
     """
     fit = advice.fit
-    return 1.0 if fit is None or fit.p_value > 0.05 else max(1.0, standing(fit))
+    if fit is None or fit.p_value > 0.05:
+        return 1.0
+    lasting = min(fit.correlation_time / float(fit.steps[-1]), LONGEST)
+    return max(1.0, fit.drift_to_noise * lasting)
 
 
 def worth_rows(results: Results) -> list[Worth]:

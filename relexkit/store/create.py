@@ -22,7 +22,7 @@ from relexkit.store.encodings.table import format_version, is_exact
 from relexkit.store.fastpath.keys import delete_below, delete_key
 from relexkit.store.fastpath.local import flush, for_writing, unflushed_of
 from relexkit.store.format import create_file_array, create_step_arrays, json_checksum
-from relexkit.store.lock import WriterLock
+from relexkit.store.lock import WriterLock, leading
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
 from relexkit.store.passes import ProgressCallback
 from relexkit.version import __version__
@@ -83,11 +83,11 @@ def create_store(
     shared = shared or Shared(owned=range(len(layout.parts)), leads=True, wait=lambda: None)
     if not shared.leads:
         shared.wait()
-        with _writing(path) as place:
+        with WriterLock(path, member=True), _writing(path) as place:
             write_base_parts(zarr.open_group(place, mode="r+"), read_base, shared.owned)
         shared.wait()
         return
-    with WriterLock(path):
+    with leading(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
             "format_version": format_version(layout),

@@ -6,26 +6,35 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import socket
 from pathlib import Path
+from uuid import uuid4
 
 from relexkit.errors import StoreError
 from relexkit.store.durable import make_folder
 from relexkit.store.lease import Lease
 
+_MEMBER = ".member-"
+
 
 class WriterLock(contextlib.AbstractContextManager):
     """The writer's lock: ``flock`` on a file beside the store, which names its owner and vanishes
     with the process; of a store behind an ``s3://`` URL a ``Lease``.
+
+    Args:
+        member: this process writes parts for the one that has the lock. It has a lock of its own,
+            so that nobody else begins to write before it ends, should that one die.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, member: bool = False):
         self._file = None
-        self._lease = Lease(path) if path.startswith("s3://") else None
+        self._lease = Lease(path) if path.startswith("s3://") and not member else None
         if "://" in path:
             return  # other object stores take no conditions; one writer is the user's promise
-        lock_path = os.path.realpath(path) + ".lock"  # one lock, whatever the spelling of the path
+        lock_path = os.path.realpath(path)  # one lock, whatever the spelling of the path
+        lock_path += f"{_MEMBER}{uuid4().hex}.lock" if member else ".lock"
         try:
             make_folder(Path(lock_path).parent)
             while True:
@@ -80,3 +89,21 @@ class WriterLock(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def leading(path: str) -> WriterLock:
+    """The lock of a store's writer, once no process of an earlier team still writes parts of it.
+
+    Raises:
+        StoreError: another process writes the store.
+    """
+    lock = WriterLock(path)
+    try:
+        if "://" not in path:
+            place = Path(os.path.realpath(path))
+            for other in place.parent.glob(f"{glob.escape(place.name)}{_MEMBER}*.lock"):
+                WriterLock(str(other.with_suffix(""))).close()  # it may be that of a dead one
+    except BaseException:
+        lock.close()
+        raise
+    return lock

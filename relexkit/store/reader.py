@@ -85,11 +85,15 @@ class TrajectoryStore(OpenedStore):
         return self._indptr[part]
 
     def _read_indptr(self, part: int) -> np.ndarray:
-        def read(row: int | slice) -> np.ndarray:
-            return np.asarray(self._arrays.array(f"updates/{part}/indptr")[row])
+        name, count = f"updates/{part}/indptr", len(self.steps)
+
+        def read(row: int) -> np.ndarray:
+            return np.asarray(self._arrays.array(name)[row])
 
         try:
-            return self._content(f"the index of part {part}", lambda: read(slice(len(self.steps))))
+            return self._content(
+                f"the index of part {part}", lambda: self._arrays.first_rows(name, count)
+            )
         except StoreError:  # a damaged chunk belongs to one step: find and name it
             rows = [
                 self._content(partial(self._where, row, part, 0), partial(read, row))

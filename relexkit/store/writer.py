@@ -26,7 +26,7 @@ from relexkit.store.format import (
     metric_key,
     metric_list,
 )
-from relexkit.store.lock import WriterLock
+from relexkit.store.lock import WriterLock, leading
 from relexkit.store.reader import TrajectoryStore
 from relexkit.store.recent_metrics import NAME as RECENT
 from relexkit.store.recent_metrics import NUM_RECENT, RecentMetrics
@@ -58,7 +58,7 @@ class StoreWriter:
 
     def __init__(self, path: str | Path, *, member: bool = False):
         self._member = member
-        self._lock = None if member else WriterLock(str(path))
+        self._lock = WriterLock(str(path), member=True) if member else leading(str(path))
         try:
             self.store = TrajectoryStore(path, locked=True)
             self._rows: dict[int, PartRow] = {}
@@ -89,8 +89,7 @@ class StoreWriter:
         unflushed = getattr(self, "_unflushed", None)
         if unflushed is not None:
             unflushed.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def _give_up_rows(self) -> None:
         rows = getattr(self, "_rows", {})
@@ -146,7 +145,7 @@ class StoreWriter:
             with self._writing():
                 log = np.full(self.arrays.array("steps").shape, -1, np.int64)
                 log[:keep] = self.store.steps[:keep]
-                self._check_lock()
+                self._lock.check()
                 self.arrays.array("steps")[:] = log
                 self._flush()  # before anything is written over what the log named
             self.arrays.forget()
@@ -234,7 +233,7 @@ class StoreWriter:
             self.arrays.set_row("checksums", self._row, self._checksums)
             self._write_metrics(metrics or {})
             self._flush()
-            self._check_lock()
+            self._lock.check()
             self.arrays.set_entry("steps", self._row, self._step)
             self._flush()
         self.store.add_step(self._step)
@@ -269,7 +268,7 @@ class StoreWriter:
         if recent is None or self._failure is not None or not recent.any:
             return
         with self._writing():
-            self._check_lock()
+            self._lock.check()
             recent.move(list(self._keys.values()))
             self._flush()  # before they are taken away
             recent.clear()
@@ -308,10 +307,6 @@ class StoreWriter:
         with self._writing():
             for name in self._arrays_of_parts():
                 delete_below(self._group, f"{name}/c/{self._row}")
-
-    def _check_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.check()
 
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -79,13 +78,12 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=20_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    print(json.dumps(machine()))
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(Path(folder), options.parameters, n) for n in options.steps]
-    for one in found:
-        print(json.dumps(one, indent=1))
-    print(
-        machine(), f"peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} kB"
-    )
+        for num_steps in options.steps:
+            found.append(measure(Path(folder), options.parameters, num_steps))
+            print(json.dumps(found[-1], indent=1), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from relexkit.store.fastpath.shards import shard_reader
+from relexkit.store.codecs import Grid, create_array
+from relexkit.store.fastpath.shards import read_rows, shard_reader
 
 
 def make(
@@ -139,3 +140,24 @@ def test_equals_zarr_in_any_zarr_store():
         np.testing.assert_array_equal(reader.read(0, begin, end), values[0, begin:end])
     with pytest.raises(FileNotFoundError, match="a chunk is missing"):
         reader.read(1, 0, 5)
+
+
+def test_rows_of_a_chunk_each_equal_zarr_or_are_left_to_it(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s")
+    array = create_array(group, "rows", Grid((8, 5), (1, 5)), "uint32")
+    values = np.random.default_rng(0).integers(0, 2**32, (6, 5), dtype=np.uint32)
+    values[2] = 0  # as fill values, but written
+    array[:6] = values
+    for count in (0, 1, 6):
+        np.testing.assert_array_equal(read_rows(array, count), values[:count])
+    assert read_rows(array, 7) is None  # never written
+    assert read_rows(array, 9) is None
+    chunk = tmp_path / "s/rows/c/3/0"
+    raw = chunk.read_bytes()
+    for at in range(len(raw)):
+        chunk.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        found = read_rows(array, 6)
+        assert found is None or np.array_equal(found, values)
+    chunk.write_bytes(raw[:-1])
+    assert read_rows(array, 6) is None
+    assert read_rows(create_array(group, "two", Grid((8, 6), (1, 3)), "uint32"), 1) is None

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import zarr
 from runs import Run, write_run
+from stores import store_of
 
 from relexkit import TrajectoryStore, import_checkpoints
 from relexkit.errors import StoreError
@@ -404,3 +405,17 @@ def test_a_step_with_a_part_missing_is_not_committed(
         with pytest.raises(StoreError, match="step 100 lacks parts"):
             writer.commit()
     assert 100 not in TrajectoryStore(path).steps
+
+
+def test_a_member_that_outlives_its_leader_keeps_others_out(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    store_of(path, {"w": np.ones((1, 3))}, np.array([1]))
+    with StoreWriter(path) as leader, StoreWriter(path, member=True) as member:
+        leader.close()  # as its death would
+        with pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} of"):
+            StoreWriter(path)
+        member.close()
+        StoreWriter(path).close()
+    (tmp_path / "s.zarr.member-0.lock").touch()  # of one that was killed
+    StoreWriter(path).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]

@@ -22,7 +22,7 @@ from relexkit.store.fastpath.chunk_files import (
     chunk_files,
 )
 from relexkit.store.fastpath.keys import has_key
-from relexkit.store.fastpath.shards import ShardReader, shard_reader
+from relexkit.store.fastpath.shards import ShardReader, read_rows, shard_reader
 
 _T = TypeVar("_T")
 
@@ -108,9 +108,15 @@ class ReadableArrays:
                 ):
                     if not has_key(self._group, f"{name}/c/{chunk}"):
                         raise ValueError("a chunk is missing")
-            return np.asarray(array[:rows])
+            return self.first_rows(name, rows)
 
         return self.guard(where, read)
+
+    def first_rows(self, name: str, rows: int | None) -> np.ndarray:
+        """The first ``rows`` (None: all) of an array. Errors are passed on unchanged."""
+        array = self.array(name)
+        direct = None if rows is None else read_rows(array, rows)
+        return np.asarray(array[:rows]) if direct is None else direct
 
     def guard(self, where: str | Callable[[], str], read: Callable[[], _T]) -> _T:
         """What ``read`` returns; an error names the place, which is only then put into words.
