@@ -11,6 +11,7 @@ in docs/study/results alone, of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,27 @@ from arms import RATES, rate_name
 from kept_gram import as_gram, load_gram
 
 from relexkit import Prediction, predict_weights
+from relexkit.assess.jump_decision import momentum_of
 from relexkit.gram_matrix import Gram
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED, LATER = 25, (6, 12, 25)
 STARTS = (0, 25, 50, 100)
+RIDGE = 1e-3
 Predictor = Callable[[Gram, float], np.ndarray]
 """Gram matrix of T steps and a target -> weights ``[T]`` over their deltas."""
 
 
-def named(method: str) -> Predictor:
-    """A method of ``relexkit extrapolate``."""
-    return lambda gram, target: predict_weights(gram, [target], Prediction(method=method))[0, 0]
+def named(method: str, momentum_known: bool = False) -> Predictor:
+    """A method of ``relexkit extrapolate``; with the momentum of the run's first steps, as after a
+    jump, or fitted to the stretch alone.
+    """
+
+    def predict(gram: Gram, target: float) -> np.ndarray:
+        given = gram if momentum_known else replace(gram, momentum=None)
+        return predict_weights(given, [target], Prediction(method=method))[0, 0]
+
+    return predict
 
 
 def unit(gram: Gram, row: int) -> np.ndarray:
@@ -108,8 +118,42 @@ def anderson(memory: int, regularisation: float) -> Predictor:
     return predict
 
 
+def learned(others: list[Gram]) -> Predictor:
+    """What later coefficients of the first direction are, in units of the last one, as a ridge
+    regression on the earlier ones learned from stretches of other runs; the last step moves by the
+    difference along that direction. After NExt (arXiv 2604.11446), whose network learns from
+    adapters' factors.
+    """
+    paths = [along_first(gram, TRAINED)[1] for gram in others]
+    inputs = np.array([path[:TRAINED] / path[TRAINED - 1] for path in paths])
+    center = inputs.mean(axis=0)
+    spread = inputs - center
+    inner = spread.T @ spread + RIDGE * len(paths) * np.eye(TRAINED)
+    shares = np.linalg.solve(inner, spread.T)
+
+    def predict(gram: Gram, target: float) -> np.ndarray:
+        direction, path = along_first(gram, TRAINED)
+        answers = np.array([p[round(target) - 1] / p[TRAINED - 1] for p in paths])
+        reached = answers.mean() + (path / path[-1] - center) @ shares @ answers
+        return unit(gram, -1) + (reached - 1) * path[-1] * direction
+
+    return predict
+
+
+def along_first(gram: Gram, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first direction of so many steps as weights over them, of length one and towards the
+    last, and the coefficients of all steps along it.
+    """
+    matrix = gram.matrices[0]
+    values, vectors = np.linalg.eigh(matrix[:count, :count])
+    direction = vectors[:, -1] / np.sqrt(values[-1])
+    path = matrix[:, :count] @ direction
+    return direction * np.sign(path[count - 1]), path * np.sign(path[count - 1])
+
+
 PREDICTORS: dict[str, Predictor] = {
     **{name: named(name) for name in ("relex", "two-point", "least-squares", "drift", "model")},
+    "drift, momentum known": named("drift", momentum_known=True),
     "relex, half the way": damped("relex", 0.5),
     "two-point, half the way": damped("two-point", 0.5),
     "exponential average, 0.9": exponential_average(0.9),
@@ -122,20 +166,28 @@ PREDICTORS: dict[str, Predictor] = {
 }
 
 
-def stretches(rate: float) -> list[Gram]:
-    """Every stretch of 50 steps of the plain runs, relative to where it begins."""
+LEARNED = "learned from other seeds, rank 1"
+
+
+def stretches(rate: float) -> list[tuple[str, Gram]]:
+    """Every stretch of 50 steps of the plain runs, relative to where it begins, and whose it is;
+    all but the first with the momentum that the first one shows.
+    """
     found = []
     for path in sorted((RESULTS / f"plain-{rate_name(rate)}").glob("seed-*-gram.npz")):
         kept, _ = load_gram(path)
         steps, count = kept.steps, len(kept.steps)
         whole = np.pad(kept.matrices[0], (1, 0))  # the base, step 0
+        momentum = None
         for start in STARTS:
             rows = np.arange(start + 1, start + TRAINED + max(LATER) + 1)
             if rows[-1] > count or steps[rows[-1] - 1] != rows[-1]:
                 continue
             part = whole[np.ix_(rows, rows)] - whole[rows, start][:, None] - whole[start, rows]
             part += whole[start, start]
-            found.append(as_gram(rows - start, part, int(kept.num_parameters[0])))
+            gram = as_gram(rows - start, part, int(kept.num_parameters[0]))
+            found.append((path.name, replace(gram, momentum=momentum)))
+            momentum = momentum or momentum_of(gram.until(TRAINED))
     return found
 
 
@@ -159,9 +211,19 @@ def main() -> None:
     heads = [f"{rate_name(rate)}, +{later}" for rate in rates for later in LATER]
     print("| predictor | " + " | ".join(heads) + " |")
     print("| --- |" + " --- |" * len(heads))
-    for name, predict in PREDICTORS.items():
+    everything = [run for rate in rates for run in runs[rate]]
+    from_others = {
+        seed: learned([gram for other, gram in everything if other != seed])
+        for seed in {seed for seed, _ in everything}
+    }
+    for name in (*PREDICTORS, LEARNED):
         means = [
-            np.mean([skill(gram, predict, later) for gram in runs[rate]])
+            np.mean(
+                [
+                    skill(gram, PREDICTORS.get(name, from_others[seed]), later)
+                    for seed, gram in runs[rate]
+                ]
+            )
             for rate in rates
             for later in LATER
         ]

@@ -16,13 +16,13 @@ from functools import cached_property
 import numpy as np
 
 from relexkit.gram_matrix.factors import FactorSums
-from relexkit.store import TrajectoryStore, stretches
-from relexkit.store.encodings.bits import Update, clip_update
+from relexkit.store import TrajectoryStore, column_windows, stretches
+from relexkit.store.encodings.bits import BLOCK, Update, clip_update, num_blocks
 from relexkit.weights.dtypes import to_float32
 from relexkit.weights.layout import Segment
 
 _PIECE = 2**16  # columns whose arithmetic stays in a core's own cache
-_ENTRIES = 2**19  # of the log that are summed at a time: some 40 MB
+_ENTRIES = 2**18  # of the log that a thread sums at a time: some 30 MB
 
 Updates = list[Update] | FactorSums | None
 """The log of a stretch of columns, the products of factors, or None for dense rows."""
@@ -115,6 +115,21 @@ class Piece:
     @cached_property
     def _minus_zeros(self) -> np.ndarray:
         return np.flatnonzero(self._base.view(np.uint32) == np.uint32(1 << 31))
+
+
+def windows(
+    store: TrajectoryStore, part: int, span: tuple[int, int], updates: Updates, most: int
+) -> Iterator[tuple[int, int]]:
+    """Consecutive windows over ``span``, of at most so many columns, and of few entries of a
+    log.
+    """
+    begin, end = span
+    if not isinstance(updates, list):
+        yield from stretches(span, most)
+        return
+    entries = store.entries(part, len(updates))[begin // BLOCK : num_blocks(end)]
+    for low, high in column_windows(entries, end - begin, _ENTRIES, most):
+        yield begin + low, begin + high
 
 
 def pieces(

@@ -10,10 +10,10 @@ import numpy as np
 
 from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.gram_matrix.factors import FactorSums
-from relexkit.materialize.moved import Directions, Piece, Updates, Window, pieces
+from relexkit.materialize.moved import Directions, Piece, Updates, Window, pieces, windows
 from relexkit.materialize.output import Output
 from relexkit.processes import cores
-from relexkit.store import ProgressCallback, TrajectoryStore, stretches
+from relexkit.store import ProgressCallback, TrajectoryStore
 from relexkit.store.encodings.bits import BLOCK
 from relexkit.weights.dtypes import random_bits, rounded, to_float32
 from relexkit.weights.layout import Layout, Segment
@@ -132,8 +132,8 @@ def _each_piece(
                 logs = (store.read_log(part, num_rows, budget // 2, pool, span) for span in spans)
                 taken = chain.from_iterable(logs)
             for begin, end, updates in taken:
-                windows = stretches((begin, end), width)
-                list(pool.map(of_window, repeat(part), windows, repeat(updates)))
+                cut = list(windows(store, part, (begin, end), updates, width))
+                list(pool.map(of_window, repeat(part), cut, repeat(updates)))
                 if progress:
                     done, total = part * 100 + 100 * end // spec.numel, len(layout.parts) * 100
                     progress("predicting", done, total)

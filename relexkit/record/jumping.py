@@ -42,12 +42,13 @@ def refuse_jumps_of(model: torch.nn.Module) -> None:
     if peft_model(model) is not None:
         raise RelexkitError(
             "jumps: of an adapter are not offered, because a prediction of its product is no pair"
-            " of factors; expected a model whose own weights are trained"
+            " of factors; expected a model whose own weights are trained: leave the jumps out, or"
+            " the adapter"
         )
     if not are_in_place(model):
         raise RelexkitError(
             "jumps: cannot be written into weights that FSDP1 or DeepSpeed keep elsewhere; expected"
-            " a plain model, DDP, or FSDP2"
+            " a plain model, DDP, or FSDP2 (fsdp_version: 2 in Accelerate)"
         )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,9 +18,13 @@ from disk import copy, same_files
 from runs import Run, store_content, write_run
 
 import relexkit
-from relexkit import Recorder, RelexkitError, TrajectoryStore, import_checkpoints
+from relexkit import Gram, Recorder, RelexkitError, TrajectoryStore, import_checkpoints
+from relexkit.assess.jump_decision import Decision, Jumps, RewardTest
 from relexkit.cli import main
 from relexkit.errors import StoreError
+from relexkit.gram_matrix.jumps import attempts
+from relexkit.record import jumping as record_jumping
+from relexkit.record.jumping import Jumper
 
 SHAPES = {"model.embed_tokens.weight": (30, 4), "model.norm.weight": (5,)}
 STEPS = [1, 2, 4]
@@ -44,6 +50,7 @@ class Scenario:
         outputs: names that are whole or absent.
         goes_on: the command may end well although an operation failed, as what failed is not asked
             for.
+        goes_back: run again it begins at its last saved state, and records steps after it anew.
     """
 
     prepare: Callable[[Path], None]
@@ -52,6 +59,7 @@ class Scenario:
     store: str | None = None
     outputs: tuple[str, ...] = ()
     goes_on: bool = False
+    goes_back: bool = False
 
 
 def command(*words: str) -> Callable[[Path], Outcome]:
@@ -175,8 +183,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def training() -> Scenario:
-    """``relexkit train``, two steps with their states."""
+def training(**options: Any) -> Scenario:
+    """``relexkit train``, two steps with their states unless ``options`` say otherwise."""
 
     def prepare(folder: Path) -> None:
         from tiny_models import save_tiny_model
@@ -187,12 +195,10 @@ def training() -> Scenario:
             model=str(save_tiny_model(folder / "base")),
             output=str(folder / "t"),
             task={"name": f"{Path(__file__).parents[1] / 'dense_task.py'}:make"},
-            max_steps=2,
-            save_steps=1,
-            generation_batch_size=8,
             num_generations=4,
             max_completion_length=3,
             device="cpu",
+            **{"max_steps": 2, "save_steps": 1, "generation_batch_size": 8, **options},
         )
         (folder / "config.yaml").write_text(dump_config(config))
 
@@ -204,6 +210,78 @@ def training() -> Scenario:
         return store, final, read_rollouts(folder / "t/rollouts").to_pylist()
 
     return Scenario(prepare, command("train", "@config.yaml"), result, store="t/run.zarr")
+
+
+def jumping() -> Scenario:
+    """``relexkit train`` with two jumps, of which one stays and one is taken back; a moment passes
+    before and after every part of them, so that a kill at random falls there.
+    """
+    plain = training(
+        max_steps=36,
+        save_steps=5,
+        generation_batch_size=16,
+        learning_rate=1e-3,
+        jumps={"every": 12},
+    )
+
+    def run(folder: Path) -> Outcome:
+        with forced_jumps(pause=0.1):
+            return plain.run(folder)
+
+    def result(folder: Path) -> Any:
+        from test_train import logged
+
+        from relexkit.trainer.loop.state import last_state
+
+        made = attempts(TrajectoryStore(folder / "t/run.zarr"))
+        assert [attempt.outcome for attempt in made] == ["kept", "taken back"]
+        last = last_state(folder / "t/state")
+        state = torch.load(folder / f"t/state/step-{last}/process-0.pt", weights_only=True)
+        tensors = {
+            (kind, name, key): value.numpy().tobytes()
+            for kind in ("model", "optimizer")
+            for name, values in state[kind].items()
+            for key, value in (values.items() if kind == "optimizer" else [("", values)])
+        }
+        return plain.result(folder), last, tensors, logged(folder / "t")
+
+    return Scenario(plain.prepare, run, result, store="t/run.zarr", goes_back=True)
+
+
+@contextlib.contextmanager
+def forced_jumps(pause: float) -> Iterator[None]:
+    """Every question ends in a jump, by another method the second time; the first stays, later ones
+    are taken back. Both follow from where the run stands.
+    """
+    start = 0
+
+    def slowly(name: str) -> Any:
+        real = getattr(Jumper, name)
+
+        def method(self: Jumper, *args: Any, **options: Any) -> Any:
+            nonlocal start
+            if name == "_decide":
+                start = self._start
+            time.sleep(pause)
+            found = real(self, *args, **options)
+            time.sleep(pause)
+            return found
+
+        return mock.patch.object(Jumper, name, method)
+
+    def decide(self: Jumps, segment: Gram, most: int) -> Decision:
+        assert (segment.momentum is None) == (start == 0)
+        return Decision(6, "drift" if start else "two-point", "forced", {"skill": 0.5})
+
+    def verdict(before_PG: np.ndarray, after_PG: np.ndarray) -> RewardTest:
+        return RewardTest(0.3, 0.1, 0.001) if start else RewardTest(0.2, 0.3, 0.9)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(Jumps, "decide", decide))
+        patches.enter_context(mock.patch.object(record_jumping, "reward_test", verdict))
+        for name in ("_decide", "_jump", "_take_back", "_conclude"):
+            patches.enter_context(slowly(name))
+        yield
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -233,6 +311,10 @@ SCENARIOS: dict[str, Scenario] = {
         outputs=("out",),
     ),
 }
+
+
+LONG: dict[str, Scenario] = {"train, jumps": jumping()}
+"""Those that take too long to try every operation of."""
 
 
 def recorded(path: Path) -> list[int] | None:

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, Outcome, Undisturbed
+from scenarios import LONG, SCENARIOS, Outcome, Undisturbed
 
 _IN_A_ROW = 4  # kills of one folder, before it is completed
 
@@ -60,7 +60,7 @@ class Victim:
     """
 
     def __init__(self, name: str, place: Path):
-        self.name, self.scenario = name, SCENARIOS[name]
+        self.name, self.scenario = name, (SCENARIOS | LONG)[name]
         self.place = place / name.replace(", ", "-")
         told = in_child(lambda: self.known())
         assert not told, told
@@ -109,7 +109,7 @@ class Victim:
                 break
             self.kills += 1
             steps = int((self.place / "steps").read_text())
-            if "watch" not in self.name and not self.scenario.outputs:
+            if not ("watch" in self.name or self.scenario.outputs or self.scenario.goes_back):
                 found.append(in_child(lambda steps=steps: self.look(steps)))
             else:
                 found.append(in_child(lambda: self.look(0)))
@@ -117,10 +117,10 @@ class Victim:
         return [f"{self.name}, kill {self.kills}: {problem}" for problem in found if problem]
 
 
-def kill(place: Path, kills: int, seed: int) -> None:
+def kill(place: Path, kills: int, seed: int, names: Iterable[str]) -> None:
     """At least ``kills`` kills, the commands taking turns; prints one line of JSON."""
     chance = random.Random(seed)
-    victims = [Victim(name, place) for name in SCENARIOS]
+    victims = [Victim(name, place) for name in names]
     problems: list[str] = []
     while sum(victim.kills for victim in victims) < kills:
         for victim in victims:
@@ -129,10 +129,19 @@ def kill(place: Path, kills: int, seed: int) -> None:
     print(json.dumps({"kills": {v.name: v.kills for v in victims}, "problems": problems}))
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_nothing_is_lost(kills: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "names"),
+    [
+        (20, ()),
+        pytest.param(1000, (), marks=pytest.mark.slow),
+        pytest.param(6, tuple(LONG), marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_nothing_is_lost(
+    kills: int, names: tuple[str, ...], tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(tmp_path), str(kills), "5"],
+        [sys.executable, "-W", "ignore", __file__, str(tmp_path), str(kills), "5", *names],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -144,4 +153,4 @@ def test_killed_at_random_moments_nothing_is_lost(kills: int, tmp_path: Path) ->
 
 
 if __name__ == "__main__":
-    kill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    kill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or SCENARIOS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -197,8 +198,33 @@ def test_what_cannot_jump_is_refused_before_the_training(tmp_path: Path) -> None
     with pytest.raises(RelexkitError, match="Trainer has no rollouts to test a jump with"):
         Rollouts(other, lambda sample: None)
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(RelexkitError, match="jumps: of an adapter are not offered"):
+    with pytest.raises(RelexkitError, match="leave the jumps out, or the adapter"):
         jumping.refuse_jumps_of(adapted)
+    sampling = {"_generate_and_score_completions": None, "_calculate_rewards": None}
+    with pytest.raises(RelexkitError, match="expected use_vllm=False"):
+        Rollouts(SimpleNamespace(**sampling, use_vllm=True), lambda sample: None)
+
+
+@pytest.mark.parametrize("kept_by", ["FSDP1", "ZeRO-3", "ZeRO-2"])
+def test_weights_that_are_kept_elsewhere_are_refused(kept_by: str) -> None:
+    model = tiny_model()
+    jumping.refuse_jumps_of(model)
+    weight = next(model.parameters())
+    if kept_by == "ZeRO-3":
+        weight.ds_id = 0
+    elif kept_by == "ZeRO-2":
+        weight._hp_mapping = None
+    else:
+        import torch.distributed as dist
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        finally:
+            dist.destroy_process_group()
+    with pytest.raises(RelexkitError, match="expected a plain model, DDP, or FSDP2"):
+        jumping.refuse_jumps_of(model)
 
 
 def test_the_step_of_so_many_trained_ones(tmp_path: Path) -> None:
