@@ -114,6 +114,21 @@ def test_any_engine_imports_and_predicts(made: Any, tmp_path: Path) -> None:
         assert all((whole[n] == tensor).all() for piece in pieces for n, tensor in piece.items())
 
 
+def test_a_store_behind_a_url(made: Any) -> None:
+    run, one = made
+    for steps in (":2", None):
+        found = together(
+            lambda team, steps=steps: import_checkpoints(
+                run.source, "memory://team.zarr", base=run.base, steps=steps, team=team
+            )
+        )
+        assert [type(error) for error in found if isinstance(error, Exception)] == []
+    store = TrajectoryStore("memory://team.zarr")
+    store.verify()
+    np.testing.assert_array_equal(store.steps, one.steps)
+    np.testing.assert_array_equal(store.checksums(), one.checksums())
+
+
 def test_an_error_in_one_is_that_of_all(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,7 +296,8 @@ def fit_trajectory(
     recorded, whole = steps, gram
     gram, steps = gram[np.ix_(rows, rows)], steps[rows]
     unit = max(1.0, float(steps[-1]) / _GRID)
-    start, free, histories = START[:WALK], ALONE, (0, _HISTORY)
+    start, free = START[:WALK], ALONE
+    histories: tuple[int, ...] = (0, _HISTORY)
     if momentum is not None:
         start = (logit(momentum), *START[1:3], _CARRIED)
         free, histories = CONTINUED, (_HISTORY,)
