@@ -17,8 +17,8 @@ from typing import ClassVar
 import numpy as np
 
 from relexkit.assess.backtest import backtest
-from relexkit.errors import ExtrapolationError, RelexkitError
-from relexkit.geometry.trajectory_model import TrajectoryFit, fit_trajectory
+from relexkit.errors import RelexkitError
+from relexkit.geometry.trajectory_model import fit_whole
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
 from relexkit.predict.extrapolators import check_request
@@ -149,7 +149,7 @@ class Jumps:
         if trained < _FEWEST or not np.trace(segment.matrices.sum(axis=0)) > 0:
             return Decision(0, None, f"{trained} steps are too few to decide from", {})
         with single_threaded_blas():
-            fit = _fit(segment)
+            fit = fit_whole(segment)
         if fit is None:
             return Decision(0, None, "these steps cannot be fitted", {})
         low, high = fit.drift_to_noise_interval
@@ -210,25 +210,12 @@ def momentum_of(first: Gram) -> float | None:
     first steps; in 25 steps after a jump alone momentum and a drift look alike.
     """
     with single_threaded_blas():
-        fit = _fit(first)
+        fit = fit_whole(first)
     return None if fit is None else fit.momentum
 
 
 def _nearest(steps: np.ndarray, target: float) -> int:
     return int(np.abs(steps - target).argmin())
-
-
-def _fit(segment: Gram) -> TrajectoryFit | None:
-    try:
-        return fit_trajectory(
-            segment.matrices.sum(axis=0),
-            segment.steps,
-            num_parameters=float(segment.num_parameters.sum()),
-            rates=segment.rates,
-            momentum=segment.momentum,
-        )
-    except ExtrapolationError:
-        return None
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,7 @@ def fit_whole(gram: Gram, spaced: int | None = None) -> TrajectoryFit | None:
         gram.steps,
         num_parameters=float(gram.num_parameters.sum()),
         rates=gram.rates,
+        momentum=gram.momentum,
         spaced=spaced,
     )
 
