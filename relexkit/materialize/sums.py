@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 
@@ -80,12 +80,13 @@ def stream_bits(
         dtype = output.dtype or tensor.dtype
         same = dtype == tensor.dtype  # what does not move needs no rounding
         whole = piece.bits if same else to_float32(piece.bits, tensor.dtype)
-        some = same and isinstance(piece.at, np.ndarray)
-        places = start + piece.at if some else range(start, start + len(whole))
+        places: Sequence[int] | np.ndarray = range(start, start + len(whole))
+        if same and isinstance(piece.at, np.ndarray):
+            places = piece.at + start
         random = None
         if output.rounding == "stochastic" and dtype != "float32" and len(places):
             drawn = random_bits(output.seed, tensor.name, start, start + len(whole))
-            random = drawn[piece.at] if some else drawn
+            random = drawn[piece.at] if same else drawn
         for index, (which, scale) in enumerate(spread.targets(row)):
             values = piece.values(which, scale, onto_base=True)
             if same:
