@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from relexkit.assess.jump_decision import momentum_of
 from relexkit.assess.metrics import Informative, informative_steps
 from relexkit.errors import StoreError
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
-from relexkit.gram_matrix.jumps import jumps
+from relexkit.gram_matrix.jumps import jumps, last_trained
 from relexkit.gram_matrix.pca import pca_gram
 from relexkit.gram_matrix.segment import segment_gram
 from relexkit.results import Result
@@ -70,8 +71,8 @@ def observe(
 
     Args:
         since: only the steps after this one, up to the next jump: a run of its own, whose base is
-            the weights there and whose steps count from it. One pass over them each time, in this
-            process.
+            the weights there and whose steps count from it. The optimizer's momentum comes from the
+            steps before it. One pass over all of them each time, in this process.
 
     Raises:
         RelexkitError: no recorded step is that early, or none between ``since`` and ``until``; for
@@ -97,4 +98,8 @@ def _segment(store: TrajectoryStore, since: int, until: int | None) -> Observed:
         )
     last = int(store.steps[rows[-1]]) - since
     metrics = {name: values[rows] for name, values in store.metrics().items()}
-    return Observed(segment_gram(store, since).until(last), metrics)
+    segment = segment_gram(store, since).until(last)
+    if since:
+        first = segment_gram(store, 0, last_trained(store, since))
+        segment = replace(segment, momentum=momentum_of(first))
+    return Observed(segment, metrics)
