@@ -155,7 +155,7 @@ def import_checkpoints(
         result = _imported(source, out, reading, joining, compute)
         if gram:
             result.notes.extend(_keep_gram_matrices(result.store, compute))
-        if result.added and team.share(lambda: is_base_throughout(result.store)):
+        if bool(result.added) and team.share(lambda: is_base_throughout(result.store)):
             result.notes.append(
                 "every step equals the base bit for bit: nothing was trained, or these are not the"
                 " trained weights (a merged folder beside an adapter may be the base: --format"

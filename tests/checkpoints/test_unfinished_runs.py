@@ -18,6 +18,7 @@ from tiny_models import save_tiny_model
 
 from relexkit import Recorder, TrajectoryStore, observe
 from relexkit.cli import main
+from relexkit.geometry.trajectory_model import fit_whole
 from relexkit.trainer.policy.setup import load_model
 
 TASK = f"{Path(__file__).parents[1] / 'dense_task.py'}:make_for_sweep"
@@ -100,6 +101,8 @@ def test_the_steps_after_a_jump_are_a_run_of_their_own(after_a_jump) -> None:
     np.testing.assert_array_equal(found.gram.changed, expected.gram.changed)
     np.testing.assert_array_equal(found.gram.moved, expected.gram.moved)
     np.testing.assert_array_equal(found.metrics["reward"], np.arange(10, 25) / 30)
+    first = fit_whole(observe(jumped).gram)  # the optimizer goes on as it was before the jump
+    assert found.gram.momentum == pytest.approx(first.momentum)
     assert observe(jumped, since=9, until=13).gram.steps.tolist() == [1, 2, 3, 4]
 
 
