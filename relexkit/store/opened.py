@@ -55,6 +55,10 @@ class OpenedStore:
         self._checksums = None
         self.steps = np.append(self.steps, step)
 
+    def forget_shapes(self) -> None:
+        """Note that this process has just made room for more steps."""
+        self._arrays.forget()
+
     @property
     def mantissa_bits(self) -> int | None:
         """Mantissa bits of float deltas; None if no part holds any."""

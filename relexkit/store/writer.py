@@ -116,6 +116,7 @@ class StoreWriter:
         self._give_up_rows()
         if self._member:
             self.arrays.forget()  # the leader may have made room for more rows
+            self.store.forget_shapes()
         else:
             self._discard_unfinished()
             self._reserve()
@@ -299,6 +300,7 @@ class StoreWriter:
                 array = self.arrays.array(name)
                 array.resize((2 * self._row, *array.shape[1:]))
         self.arrays.forget()
+        self.store.forget_shapes()
 
     def _discard_unfinished(self) -> None:
         """Delete what a crash or ``truncate`` left in the first uncommitted row, so that a rewrite

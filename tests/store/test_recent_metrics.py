@@ -56,6 +56,11 @@ def test_every_step_reads_back_while_written_and_after_a_kill(path, tmp_path):
             record(writer, step, logged(step))
             expected.append(logged(step))
             assert_has(TrajectoryStore(path), expected)
+            assert_has(writer.store, expected)  # room for rows 65 and 129 is made meanwhile
+            np.testing.assert_array_equal(
+                writer.store.read_delta(0, step - 1, 0, 4, np.empty(0, np.uint16)), np.full(4, step)
+            )
+            assert len(writer.store.checksums()) == step
             if step in (5, MOST, MOST + 1, 2 * MOST + 3):  # the writer is killed here
                 killed = shutil.copytree(path, tmp_path / f"killed-{step}")
                 shutil.rmtree(f"{killed}.lock", ignore_errors=True)

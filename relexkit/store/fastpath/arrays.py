@@ -35,7 +35,7 @@ class ReadableArrays:
     def __init__(self, group: zarr.Group, path: str):
         self._group, self._path = group, path
         self._arrays: dict[str, zarr.Array] = {}
-        self._readers: dict[str, ShardReader | None] = {}
+        self._readers: dict[str, tuple[ShardReader | None]] = {}
 
     def forget(self) -> None:
         """Open every array anew: a writer may have replaced what describes them."""
@@ -61,12 +61,13 @@ class ReadableArrays:
         Raises:
             StoreError: it is a group. (What Zarr raises of an absent or damaged one goes through.)
         """
-        if name not in self._arrays:
+        known = self._arrays.get(name)  # once: another thread may forget it meanwhile
+        if known is None:
             node = self._group[name]
             if not isinstance(node, zarr.Array):
                 raise StoreError(f"{self._path}: {name} is not an array")
-            self._arrays[name] = node
-        return self._arrays[name]
+            self._arrays[name] = known = node
+        return known
 
     def read(
         self, name: str, row: int | None, begin: int, end: int, out: np.ndarray | None = None
@@ -74,9 +75,10 @@ class ReadableArrays:
         """``[row, begin:end]``, or ``[begin:end]`` without a row, in ``out`` if given. Errors are
         passed on unchanged.
         """
-        if name not in self._readers:
-            self._readers[name] = shard_reader(self.array(name))
-        reader = self._readers[name]
+        known = self._readers.get(name)
+        if known is None:
+            self._readers[name] = known = (shard_reader(self.array(name)),)
+        [reader] = known
         if reader is not None:
             return reader.read(row, begin, end, out)
         array = self.array(
