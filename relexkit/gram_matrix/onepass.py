@@ -329,11 +329,11 @@ class _Counting:
             moved[: before - old],
             moved,
         )
-        taken = _updates(rows) if self.kernel.of_updates else rows
+        taken = updates_of(rows) if self.kernel.of_updates else rows
         return [*self.kernel.product(taken, *constants), new_counts]
 
 
-def _updates(rows: Any) -> Any:
+def updates_of(rows: Any) -> Any:
     """Differences of deltas ``rows [T, n]``, the first delta first."""
     updates = rows.copy() if isinstance(rows, np.ndarray) else rows.clone()
     updates[1:] -= rows[:-1]

@@ -33,7 +33,7 @@ from relexkit.gram_matrix.compute.settings import DEFAULT, Compute
 from relexkit.gram_matrix.jumps import last_trained
 from relexkit.gram_matrix.lowrank.subspace import complete, good_enough, orthonormal
 from relexkit.gram_matrix.matrices import Gram
-from relexkit.gram_matrix.onepass import Pass, Span, Tick, ticker
+from relexkit.gram_matrix.onepass import Pass, Span, Tick, ticker, updates_of
 from relexkit.gram_matrix.parts import Work, assemble, moving_parts, run_shared
 from relexkit.gram_matrix.rates import learning_rates
 from relexkit.store import TrajectoryStore, describe_steps
@@ -161,8 +161,8 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Subspace:
-    """Kernel of a pass: ``rows (rows^T Q)``; with ``norms`` also squared norms of rows and products
-    of neighbours.
+    """Kernel of a pass: ``rows (rows^T Q)``; with ``norms`` also squared norms of rows and of
+    updates, which on a line would be lost in a difference of the former.
     """
 
     bases: np.ndarray
@@ -178,7 +178,7 @@ class _Subspace:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         num_rows = self.bases.shape[1]
-        return (self.bases.shape[1:], *(((num_rows,), (num_rows - 1,)) if self.norms else ()))
+        return (self.bases.shape[1:], *(((num_rows,), (num_rows,)) if self.norms else ()))
 
     def constants(self, segment: int) -> tuple[np.ndarray, ...]:
         return (self.bases[segment].astype(np.float32),)
@@ -186,9 +186,10 @@ class _Subspace:
     def product(self, rows: Any, *constants: Any) -> list[Any]:
         [basis] = constants
         image = rows @ (basis.T @ rows).T
-        return (
-            [image, (rows * rows).sum(1), (rows[1:] * rows[:-1]).sum(1)] if self.norms else [image]
-        )
+        if not self.norms:
+            return [image]
+        updates = updates_of(rows)
+        return [image, (rows * rows).sum(1), (updates * updates).sum(1)]
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick)
         sums = run_shared(work, part, kernel, num_rows, 0, quiet)
         images = sums.products[0]
         if number == 0:
-            norms, counts = _norms(*sums.products[1:]), sums.counts
+            norms, counts = np.stack(sums.products[1:], axis=1), sums.counts
             if store.encoding(part).is_log:
                 counts[:, 1] = counts[:, 1].cumsum(axis=1)
         with single_threaded_blas():
@@ -241,15 +242,6 @@ def _part(work: Work, part: int, num_rows: int, settings: _Settings, tick: Tick)
         arrays = {"bases": bases, "images": images, "norms": norms, "counts": counts}
         keep(store, f"randomized/{part}", arrays, _key(store, part, num_rows, settings))
     return result
-
-
-def _norms(squares: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """Squared norms ``[S, T]`` and inner products of neighbours ``[S, T - 1]`` -> squared norms of
-    deltas and of steps.
-    """
-    steps = squares.copy()
-    steps[:, 1:] += squares[:, :-1] - 2 * neighbours
-    return np.stack([squares, np.maximum(steps, 0.0)], axis=1)
 
 
 def _key(store: TrajectoryStore, part: int, num_rows: int, settings: _Settings) -> dict[str, Any]:
