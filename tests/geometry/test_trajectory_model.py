@@ -81,29 +81,74 @@ def fitted(deltas: np.ndarray, steps: np.ndarray, **options: np.ndarray) -> Traj
 # -- the algebra, against dense matrices and explicit recursions -----------------------------------
 
 
+def explicit(
+    times: np.ndarray, beta: float, history: int = 0, rates: np.ndarray | None = None
+) -> np.ndarray:
+    """What a gradient of every optimizer step adds to the delta at every time, ``[T, history +
+    S]``.
+    """
+    count = int(np.ceil(times.max()))
+    updates = momentum(np.eye(history + count), beta)[history:]
+    updates *= (np.ones(count) if rates is None else rates[:count])[:, None]
+    return np.clip(times[:, None] - np.arange(count), 0, 1) @ updates
+
+
+def correlations(count: int, correlation: float) -> np.ndarray:
+    return correlation ** np.abs(np.arange(count)[:, None] - np.arange(count)).astype(float)
+
+
+TIMES = np.r_[IRREGULAR.astype(float), 97.5, 97.75, 300.0]
+
+
+@pytest.mark.parametrize("history", [0, 64])
 @pytest.mark.parametrize("beta", [0.0, 0.6, 0.9])
-def test_response_is_what_the_optimizer_does_to_a_gradient(beta: float) -> None:
-    rates = np.random.default_rng(0).uniform(0.5, 2.0, 80)
-    explicit = (momentum(np.eye(80), beta) * rates[:, None]).cumsum(axis=0)[IRREGULAR - 1]
-    response = Clock(1.0, 0, rates).response(IRREGULAR.astype(float), beta)
-    np.testing.assert_allclose(response, explicit, atol=1e-12)
+def test_deltas_are_what_the_optimizer_does_to_gradients(beta: float, history: int) -> None:
+    rates = np.random.default_rng(0).uniform(0.5, 2.0, 300)
+    response = Clock(1.0, history, rates).at(TIMES).response(beta)
+    dense = explicit(TIMES, beta, history, rates)
+    np.testing.assert_allclose(response.coasted(), dense[:, :history].sum(axis=1), atol=1e-10)
+    dying = np.exp(-np.maximum(0, np.arange(dense.shape[1]) - history + 0.5) / 40)
+    np.testing.assert_allclose(response.reached(40.0), dense @ dying, rtol=1e-10)
 
 
-@pytest.mark.parametrize("lifetime", [0.7, 12.0, 500.0, np.inf])
-def test_drift_covariance_is_the_double_sum_over_gradients(lifetime: float) -> None:
-    clock = Clock(1.0, 64, None)
-    response = clock.response(IRREGULAR.astype(float), 0.9)
-    place = np.arange(response.shape[1])
-    dense = response @ np.exp(-np.abs(place[:, None] - place) / lifetime) @ response.T
-    np.testing.assert_allclose(clock.covariance(response, np.exp(-1 / lifetime)), dense, rtol=1e-9)
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.9, 0.9 + 1e-9, np.exp(-1 / 500), 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("history", [0, 64])
+def test_covariance_is_the_double_sum_over_gradients(
+    history: int, beta: float, correlation: float
+) -> None:
+    rates = np.random.default_rng(0).uniform(0.5, 2.0, 300)
+    response = Clock(1.0, history, rates).at(TIMES).response(beta)
+    dense = explicit(TIMES, beta, history, rates)
+    between = correlations(dense.shape[1], correlation)
+    found = response.covariance(correlation)
+    np.testing.assert_allclose(found, dense @ between @ dense.T, rtol=1e-9)
+    np.testing.assert_allclose(response.variance(correlation), np.diagonal(found), rtol=1e-12)
+    share = np.random.default_rng(1).uniform(0.2, 1.0, 300)
+    count = len(IRREGULAR)
+    later = dense[count:] * np.r_[np.ones(history + 80), share[80:]]
+    np.testing.assert_allclose(
+        response.onward(correlation, found[:count, :count], share),
+        dense[:count] @ between @ later.T,
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("unit", [2.5, 4.0])
+def test_a_grid_of_stretches_is_a_clock_of_its_own(unit: float) -> None:
+    """Stretches of several optimizer steps are like steps, whose momentum and correlation are those
+    across them.
+    """
+    coarse = Clock(unit, 0, None).at(TIMES).response(0.9).covariance(0.8)
+    steps = Clock(1.0, 0, None).at(TIMES / unit).response(0.9**unit).covariance(0.8**unit)
+    np.testing.assert_allclose(coarse, steps, rtol=1e-12)
 
 
 def test_loss_is_the_gaussian_likelihood() -> None:
     """Up to a constant, and with the scale at its best: ``-log p / D`` of explicit draws."""
     deltas = trajectory(0, 80, drift=0.3, lifetime=20, beta=0.8)[IRREGULAR - 1]
-    clock = Clock(1.0, 0, None)
-    response = clock.response(IRREGULAR.astype(float), 0.8)
-    walk, drift = response @ response.T, clock.covariance(response, np.exp(-1 / 25.0))
+    response = Clock(1.0, 0, None).at(IRREGULAR.astype(float)).response(0.8)
+    walk, drift = response.covariance(0.0), response.covariance(np.exp(-1 / 25.0))
     noise = posterior._Noise.of(walk, 1e-3, np.zeros(25))
     part = posterior._drift(deltas @ deltas.T, noise, drift, 25.0, np.inf)
     found = []
@@ -298,13 +343,9 @@ def test_hyperparameters_of_a_turning_drift_are_recovered(lifetime: float, beta:
     assert low <= lifetime * 1.5  # correlation times are averaged over a grid with a spacing of two
     assert high >= lifetime / 1.5
     assert lifetime / 2 <= fit.correlation_time <= 2 * lifetime
-    response = Clock(1.0, 0, None).response(np.array([80.0]), beta)
-    lag = np.abs(np.arange(80)[:, None] - np.arange(80))
-    true = (
-        0.36
-        * (response @ np.exp(-lag / lifetime) @ response.T).item()
-        / (response @ response.T).item()
-    )
+    response = explicit(np.array([80.0]), beta)
+    drift = response @ correlations(80, np.exp(-1 / lifetime)) @ response.T
+    true = 0.36 * drift.item() / (response @ response.T).item()
     assert true / 1.6 < fit.drift_to_noise < 1.6 * true
     assert fit.effective_dimension == pytest.approx(
         D, rel=0.5

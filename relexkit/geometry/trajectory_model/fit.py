@@ -132,9 +132,8 @@ class TrajectoryFit:
         ``momentum`` replaces what was fitted, then of noise without a memory. Positive definite.
         """
         beta, memory = (self.momentum, self.memory) if momentum is None else (momentum, 0.0)
-        response = self._clock.response(self.steps.astype(np.float64), beta)
-        walk = self._clock.covariance(response, memory)
-        coasted = self.carried * self._clock.coasted(response)
+        response = self._clock.at(self.steps.astype(np.float64)).response(beta)
+        walk, coasted = response.covariance(memory), self.carried * response.coasted()
         return with_rounding(walk, self.rounding) + np.outer(coasted, coasted)
 
     def shares(self, matrices: np.ndarray) -> np.ndarray:
@@ -192,29 +191,38 @@ class TrajectoryFit:
         ``metric [T, T]``.
         """
         times = self.steps[self._rows].astype(np.float64)
-        seen, ahead = np.split(self._clock.response(np.r_[times, at], self.momentum), [len(times)])
-        walked = ahead if coasting else np.repeat(seen[-1:], len(at), axis=0)
-        walk = self._clock.cross_covariance(seen, self.memory, walked)
-        walk_ahead = self._clock.variance(walked, self.memory)
-        coasted, coasted_ahead = (self.carried * self._clock.coasted(r) for r in (seen, walked))
-        walk += np.outer(coasted, coasted_ahead)
-        walk_ahead += coasted_ahead**2
+        union = np.unique(np.r_[times, at])
+        seen, ahead = np.searchsorted(union, times), np.searchsorted(union, at)
+        count = int(seen[-1]) + 1  # of the steps that are not later than the last observed one
+        grid = self._clock.at(union)
+        response = grid.response(self.momentum)
         # A drift that turns has been seen for s steps and survives to step t with chance s / t; a
         # line goes on.
-        middles = self._clock.unit * (np.arange(seen.shape[1]) - self._clock.history + 0.5)
-        survivors = ahead * (times[-1] / np.maximum(middles, times[-1])) if fading else ahead
+        whole = np.ones(len(grid.middles))
+        survivors = times[-1] / np.maximum(grid.middles, times[-1]) if fading else whole
+        walked = ahead if coasting else np.repeat(seen[-1:], len(at))
+
+        def between(correlation: float, share: np.ndarray, to: np.ndarray) -> np.ndarray:
+            """Covariance of the observed steps with others, ``[T, J]``."""
+            known = response.covariance(correlation, count)
+            if to.max() >= count:
+                onward = response.onward(correlation, known, share)
+                known = np.concatenate([known, onward], axis=1)
+            return known[np.ix_(seen, to)]
+
+        carried = self.carried * response.coasted()
+        walk = between(self.memory, whole, walked) + np.outer(carried[seen], carried[walked])
+        walk_ahead = (response.variance(self.memory) + carried**2)[walked]
         mean, left, square = np.zeros((len(at), len(times))), np.zeros(len(at)), np.zeros(len(at))
         for part, share in self._parts:
-            lasting = (
-                survivors if np.isfinite(part.lifetime) else self._clock.decayed(ahead, part.decay)
-            )
-            past = self._clock.decayed(seen, part.decay)
-            drift = self._clock.cross_covariance(
-                past, np.exp(-1 / part.lifetime), lasting
-            )  # [T, J]
-            drift_ahead = self._clock.variance(
-                self._clock.decayed(ahead, part.decay), np.exp(-1 / part.lifetime)
-            )
+            if np.isfinite(part.decay):
+                reached = response.reached(part.decay)
+                drift, drift_ahead = np.outer(reached[seen], reached[ahead]), reached[ahead] ** 2
+            else:
+                correlation = float(np.exp(-1 / part.lifetime))
+                lasting = survivors if np.isfinite(part.lifetime) else whole
+                drift = between(correlation, lasting, ahead)
+                drift_ahead = response.variance(correlation)[ahead]
             strengths = part.strengths[:, None]
             cross = (walk + strengths[..., None] * drift).transpose(
                 2, 0, 1

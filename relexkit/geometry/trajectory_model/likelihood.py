@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from relexkit.geometry.trajectory_model.response import Clock
+from relexkit.geometry.trajectory_model.response import Clock, Response
 
 _JITTER = 1e-10  # of the last step's variance: keeps the factorisation of a noiseless line finite
 _NUDGE = 1e-5  # of the search's coordinates, for slopes
@@ -44,16 +44,15 @@ def search(
     from scipy.optimize import minimize
 
     times, origin, eye = steps.astype(np.float64), np.array(start), np.eye(len(steps))
+    grid = clock.at(times)
     places = np.r_[np.array(free), np.arange(WALK, len(origin))]
     units, center = _UNITS[places], origin[places]
 
-    def drift_of(
-        response: np.ndarray, white: np.ndarray, lifetime: float, unit: float
-    ) -> np.ndarray:
+    def drift_of(response: Response, lifetime: float, unit: float) -> np.ndarray:
         """Covariance of the drift, which has variance ``unit`` at the last step."""
         if len(origin) == WALK:
             return np.zeros((len(times), len(times)))
-        drift = clock.covariance(response, np.exp(-np.exp(-lifetime) / times[-1]), white)
+        drift = response.covariance(np.exp(-np.exp(-lifetime) / times[-1]))
         return unit / drift[-1, -1] * drift
 
     def loss(scaled: np.ndarray) -> tuple[float, np.ndarray]:
@@ -61,12 +60,11 @@ def search(
         there = np.r_[origin, 0.0, 0.0][: len(START)]
         there[places] = x
         momentum, noise, memory, carried, ratio, lifetime = there
-        response, turned = (clock.response(times, expit(m)) for m in (momentum, momentum + _NUDGE))
-        white, turned_white = response @ response.T, turned @ turned.T
-        walk = clock.covariance(response, memory, white)
+        response, turned = (grid.response(expit(m)) for m in (momentum, momentum + _NUDGE))
+        walk = response.covariance(memory)
         unit = walk[-1, -1]
-        drift = drift_of(response, white, lifetime, unit)
-        coasted, turned_coasted = clock.coasted(response), clock.coasted(turned)
+        drift = drift_of(response, lifetime, unit)
+        coasted, turned_coasted = response.coasted(), turned.coasted()
         coasting = np.outer(coasted, coasted)
         covariance = walk + carried**2 * coasting + np.exp(noise) * unit * eye
         covariance += np.exp(ratio) * drift
@@ -86,17 +84,16 @@ def search(
             moved = walk_there - walk + np.exp(ratio) * (drift_there - drift)
             return (moved + np.exp(noise) * (walk_there[-1, -1] - unit) * eye) / _NUDGE
 
-        faster = clock.covariance(turned, memory, turned_white)
-        longer = clock.covariance(response, memory + _NUDGE, white)
+        faster, longer = turned.covariance(memory), response.covariance(memory + _NUDGE)
         turning = np.outer(turned_coasted, turned_coasted) - coasting
         slopes = [
-            slope(faster, drift_of(turned, turned_white, lifetime, faster[-1, -1]))
+            slope(faster, drift_of(turned, lifetime, faster[-1, -1]))
             + carried**2 * turning / _NUDGE,
             np.exp(noise) * unit * eye,
             slope(longer, longer[-1, -1] / unit * drift),
             2 * carried * coasting,
             np.exp(ratio) * drift,
-            slope(walk, drift_of(response, white, lifetime + _NUDGE, unit)),
+            slope(walk, drift_of(response, lifetime + _NUDGE, unit)),
         ]
         gradient = np.array([(pull * slopes[place]).sum() for place in places])
         # the last term holds what the steps do not determine near the start

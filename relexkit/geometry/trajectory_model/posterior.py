@@ -83,19 +83,18 @@ def integrate(
     """Kinds of drift, posterior over them and their strengths ``[L, C]``, effective dimension; what
     the walk is stays fixed.
     """
-    response = clock.response(steps.astype(np.float64), expit(parameters[0]))
+    response = clock.at(steps.astype(np.float64)).response(expit(parameters[0]))
     noise = _Noise.of(
-        clock.covariance(response, float(parameters[2])),
+        response.covariance(float(parameters[2])),
         float(np.exp(parameters[1])),
-        parameters[3] * clock.coasted(response),
+        parameters[3] * response.coasted(),
     )
     parts = []
-    white = response @ response.T
     for lifetime in _LIFETIMES * steps[-1]:
-        drift = clock.covariance(response, np.exp(-1 / lifetime), white)
+        drift = response.covariance(np.exp(-1 / lifetime))
         parts.append(_drift(gram, noise, drift, lifetime, np.inf))
     for decay in _DECAYS * steps[-1]:
-        reached = clock.decayed(response, decay).sum(axis=1)
+        reached = response.reached(decay)
         drift = np.outer(reached, reached)
         parts.append(_drift(gram, noise, drift, np.inf, decay))
     losses = np.array([part.losses for part in parts])
