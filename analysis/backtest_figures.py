@@ -101,12 +101,10 @@ def mapped_methods(result: Backtest) -> list[str]:
 
 def map_panel(axes: Axes, result: Backtest, method: str) -> None:
     """Skill of one method against hold by prefix and later step."""
-    skill = np.maximum(result.skill(method), _FLOOR)
-    columns = np.r_[
-        result.steps[0] - 0.5,
-        (result.steps[:-1] + result.steps[1:]) / 2,
-        result.steps[-1] + 0.5,
-    ]
+    shown = result.checked.any(axis=0)  # of a long run some steps
+    shown[: result.prefixes[0]] = True
+    steps, skill = result.steps[shown], np.maximum(result.skill(method)[:, shown], _FLOOR)
+    columns = np.r_[steps[0] - 0.5, (steps[:-1] + steps[1:]) / 2, steps[-1] + 0.5]
     axes.pcolormesh(
         columns,
         np.arange(len(result.prefixes) + 1) - 0.5,

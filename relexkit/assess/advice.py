@@ -169,12 +169,12 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     matrix.
     """
     metrics = metrics or {}
-    steps, whole = gram.steps, gram.matrices.sum(axis=0)
+    steps, whole = gram.steps, gram.whole
     last_step = int(steps[-1]) if len(steps) else 0
     if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
         return _too_early(gram)
     with single_threaded_blas():
-        result = backtest(gram, _ASKED)
+        result = backtest(gram, _ASKED, ratios=RATIOS)
         fit = fit_whole(gram, SPACED)
     record = {m: _record(result, m) for m in result.methods if METHODS[m].moves}
     findings = Findings(record, fit, last_step)
@@ -318,7 +318,7 @@ def _advice(
 
 
 def _too_early(gram: Gram) -> Advice:
-    moved = np.trace(gram.matrices.sum(axis=0)) > 0
+    moved = np.trace(gram.whole) > 0
     seen = f"{len(gram.steps)} recorded step{'s' * (len(gram.steps) != 1)}"
     why = _few(len(gram.steps)) if moved else f"Nothing has moved over {seen}."
     needed = (

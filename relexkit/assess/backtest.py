@@ -18,14 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from relexkit.errors import ExtrapolationError
+from relexkit.geometry.shape import MANY_STEPS
 from relexkit.gram_matrix import Gram
 from relexkit.gram_matrix.compute.blas import single_threaded_blas
-from relexkit.predict.extrapolators import BASELINE, METHODS, fit_method, method_of, name_of
+from relexkit.predict.extrapolators import (
+    BASELINE,
+    METHODS,
+    Predict,
+    fit_method,
+    method_of,
+    name_of,
+)
 from relexkit.predict.fits import Options
 from relexkit.predict.prediction import Extrapolator
 from relexkit.results import Result
@@ -43,6 +52,7 @@ CHEAP = (
 """Methods of the default grid: hold, and those that go to later steps and are quickly fitted."""
 
 _NUM_PREFIXES = 8
+_CHECKED = 128  # of more than ``MANY_STEPS`` steps, evenly spaced, unless a prefix is named
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,8 @@ class Backtest(Result):
         prefixes: ``int64 [P]``, their numbers of recorded steps.
         names: N tensors (or groups) of the Gram matrices.
         overlaps: ``float64 [K, P, T, N]``, inner product of prediction and true delta; NaN where
-            the step is not later than the prefix, or the method could not be fitted.
+            the step is not later than the prefix or was not checked, or the method could not be
+            fitted.
         norms: ``float64 [K, P, T, N]``, squared norm of the prediction.
         truth: ``float64 [T, N]``, squared norm of the true delta.
         failures: what a method said where it could not be fitted, by method and last step of the
@@ -158,7 +169,7 @@ class Backtest(Result):
         """Rows of the whole model, by method, prefix and later step; what could not be fitted is
         left out.
         """
-        return self._rows(np.arange(len(self.names)))
+        return self._rows(self._whole)
 
     def by_group(self, scope: str) -> dict[str, list[Row]]:
         """The grid of every group of ``scope`` (``tensor``, ``layer`` or ``module``), in order of
@@ -167,12 +178,12 @@ class Backtest(Result):
         members: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             members.setdefault(scope_of(name, scope), []).append(row)
-        return {group: self._rows(np.array(rows)) for group, rows in members.items()}
+        return {group: self._rows(self._scores(np.array(rows))) for group, rows in members.items()}
 
     @property
     def horizon(self) -> list[Horizon]:
         """Trust horizon of every method except hold, on the whole model."""
-        skill = self._scores(np.arange(len(self.names)))[2]
+        skill = self._whole[2]
         return [
             self._horizon(name, skill[k]) for k, name in enumerate(self.methods) if name != BASELINE
         ]
@@ -181,9 +192,19 @@ class Backtest(Result):
         """Skill of a method against hold on the whole model, ``[P, T]``; NaN where there is
         none.
         """
-        return self._scores(np.arange(len(self.names)))[2][self.methods.index(method)]
+        return self._whole[2][self.methods.index(method)]
 
-    def _scores(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    @property
+    def checked(self) -> np.ndarray:
+        """Which later steps were checked from which prefix, ``bool [P, T]``."""
+        known: np.ndarray = ~np.isnan(self.norms[self.methods.index(BASELINE), :, :, 0])
+        return known
+
+    @cached_property
+    def _whole(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._scores(slice(None))
+
+    def _scores(self, members: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Relative error, cosine and skill of a sum of tensors, each ``[K, P, T]``."""
         overlap, norm = (
             self.overlaps[..., members].sum(axis=-1),
@@ -198,8 +219,8 @@ class Backtest(Result):
             skill[~np.isfinite(skill)] = np.nan
             return np.sqrt(error / truth), overlap / np.sqrt(norm * truth), skill
 
-    def _rows(self, members: np.ndarray) -> list[Row]:
-        scores = np.stack(self._scores(members), axis=-1).tolist()
+    def _rows(self, of: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[Row]:
+        scores = np.stack(of, axis=-1).tolist()
         known = ~np.isnan(self.norms[..., 0])
         steps = self.steps.tolist()
         return [
@@ -209,8 +230,8 @@ class Backtest(Result):
 
     def _horizon(self, method: str, skill: np.ndarray) -> Horizon:
         starts, ends, lost = [], [], []
-        for count, row in zip(self.prefixes, skill, strict=True):
-            ratios, ahead = self.steps[count:] / self.steps[count - 1], row[count:]
+        for count, row, checked in zip(self.prefixes, skill, self.checked, strict=True):
+            ratios, ahead = self.steps[checked] / self.steps[count - 1], row[checked]
             if np.isnan(ahead).all():
                 continue
             wins = np.flatnonzero(ahead > 0)
@@ -250,8 +271,9 @@ def backtest(
     methods: Sequence[str | Extrapolator] | None = None,
     prefixes: Sequence[int] | None = None,
     options: Options | None = None,
+    ratios: Sequence[float] | None = None,
 ) -> Backtest:
-    """Every method fitted to every prefix and compared with every later recorded step.
+    """Every method fitted to every prefix and compared with later recorded steps.
 
     Args:
         gram: Gram matrices of tensors, each of which is fitted on its own (the trajectory model
@@ -261,6 +283,9 @@ def backtest(
         prefixes: last recorded steps of the prefixes; None for up to eight, from a tenth of the run
             on, spaced by ratio.
         options: each method takes those that it uses.
+        ratios: compare with the first steps at so many times a prefix's last step; None for all
+            later steps, of more than 256 recorded ones and no prefixes named 128 evenly spaced,
+            between which a horizon misses what does not last.
 
     Reads no weights. The default grid takes less than a second for 400 tensors and 75 steps.
 
@@ -278,10 +303,13 @@ def backtest(
     overlaps, norms = np.full(shape, np.nan), np.full(shape, np.nan)
     failures: dict[tuple[str, int], str] = {}
     for p, count in enumerate(counts):
-        for k, method in enumerate(chosen):
+        later = _later(gram.steps, int(count), ratios, thin=prefixes is None)
+        for k, method in enumerate(chosen if len(later) else ()):
             try:
-                norms[k, p, count:], overlaps[k, p, count:] = _moments(
-                    gram, method, int(count), taken[method]
+                norms[k, p, later], overlaps[k, p, later] = _moments(
+                    gram,
+                    fit_method(gram.until(gram.steps[count - 1]), method, taken[method]),
+                    later,
                 )
             except ExtrapolationError as error:
                 failures[names[k], int(gram.steps[count - 1])] = str(error)
@@ -327,20 +355,44 @@ def _prefixes(steps: np.ndarray, wanted: Sequence[int] | None) -> np.ndarray:
     return np.unique(np.searchsorted(steps, np.asarray(wanted, np.int64), side="right"))
 
 
+def _later(
+    steps: np.ndarray, count: int, ratios: Sequence[float] | None, *, thin: bool
+) -> np.ndarray:
+    """Rows of the later steps that a prefix of ``count`` steps is compared with, ascending."""
+    if ratios is not None:
+        rows = np.searchsorted(steps, np.asarray(ratios) * steps[count - 1])
+        return np.unique(rows[(rows >= count) & (rows < len(steps))])
+    rows = np.arange(len(steps))
+    if thin and len(steps) > MANY_STEPS:
+        rows = np.unique(np.linspace(0, len(steps) - 1, _CHECKED).round().astype(np.int64))
+    return rows[rows >= count]
+
+
 # -- squared norms and overlaps of the predictions, [J, N] -----------------------------------------
 
 
-def _moments(
-    gram: Gram, method: str | Extrapolator, count: int, options: Options
-) -> tuple[np.ndarray, np.ndarray]:
-    """``a^T G a`` and ``a^T G[:n, j]`` for every later step and tensor."""
-    prefix = gram.until(int(gram.steps[count - 1]))
-    predict = fit_method(prefix, method, options)
-    weights_JNn = predict(gram.steps[count:].astype(np.float64))
+def _moments(gram: Gram, predict: Predict, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``a^T G a`` and ``a^T G[:n, j]`` for J later steps and every tensor."""
+    weights_JNn = predict(gram.steps[later].astype(np.float64))
     with single_threaded_blas():
         used = np.flatnonzero(weights_JNn.any(axis=(0, 1)))
         weights_NnJ = weights_JNn[:, :, used].transpose(1, 2, 0)
-        products = gram.matrices[:, used[:, None], used] @ weights_NnJ
-        norms = (weights_NnJ * products).sum(axis=1)
-        overlaps = (weights_NnJ * gram.matrices[:, used, count:]).sum(axis=1)
-    return norms.T, overlaps.T
+        count = weights_JNn.shape[2]
+        among = gram.matrices[:, :count, :count]
+        if len(used) < count:
+            among = gram.matrices[:, used[:, None], used]
+        if len(weights_NnJ) == 1 and len(used) > MANY_STEPS:
+            # the same for all tensors, and hardly more than a line in time: a few products do
+            left_nr, sizes_r, right_rJ = np.linalg.svd(weights_NnJ[0], full_matrices=False)
+            kept = max(1, int((sizes_r > 1e-14 * sizes_r[0]).sum()))
+            basis_nr, parts_rJ = left_nr[:, :kept] * sizes_r[:kept], right_rJ[:kept]
+            norms = ((basis_nr.T @ (among @ basis_nr) @ parts_rJ) * parts_rJ).sum(axis=1)
+        else:
+            norms = (weights_NnJ * (among @ weights_NnJ)).sum(axis=1)
+        crossed = gram.matrices[:, later[:, None], used]
+        overlaps = np.einsum(
+            "ntj,njt->tn",
+            crossed,
+            np.broadcast_to(weights_NnJ, (len(crossed), *weights_NnJ.shape[1:])),
+        )
+    return norms.T, overlaps

@@ -114,7 +114,7 @@ def forecast(
     from scipy.special import ndtri
 
     at = np.asarray(targets, np.float64)
-    steps, matrix = gram.steps, gram.matrices.sum(axis=0)
+    steps, matrix = gram.steps, gram.whole
     size = float(gram.num_parameters.sum())
     with single_threaded_blas():
         support, num_checked = np.tile(np.log(_PRIOR_FH)[..., None], (2, 1, 1, num_directions)), 0

@@ -12,7 +12,8 @@ their signs are arbitrary:
     sign-flips  G_f = L (s s^T * W) L^T  random signs s
 
 The first has the run's own step sizes and no direction; the second also keeps the chance overlaps
-of few parameters.
+of few parameters. Of many steps, whose matrices would be large, ``L^-1`` is taken where it is not
+negligible, and the directions of ``G_0`` are those of its rows at evenly spaced steps.
 
 Shape suffixes: N tensors or groups, B matrices, T recorded steps, F flips, K statistics.
 """
@@ -24,7 +25,7 @@ from functools import cached_property
 
 import numpy as np
 
-from relexkit.geometry.shape import in_blocks, leading_eigenpairs, update_products
+from relexkit.geometry.shape import MANY_STEPS, in_blocks, leading_eigenpairs, update_products
 from relexkit.geometry.trajectory_model import TrajectoryFit, fit_whole
 from relexkit.gram_matrix import Gram
 
@@ -35,6 +36,8 @@ direction of half the steps and of all.
 """
 
 _MOST_FLIPS, _FEWEST_FLIPS = 199, 19
+_SPACED = 128  # steps that tell the directions of a null of more than ``MANY_STEPS``
+_NEGLIGIBLE = 1e-8  # of the diagonal
 _FLIP_WORK = 6e6  # entries of all flipped matrices together: tenths of a second
 
 
@@ -49,7 +52,6 @@ class WalkNull:
         low, high: 5 and 95 % of the sign-flips; NaN without flips.
         p_value: share of sign-flips at least as large as observed, itself counted; NaN without
             flips.
-        gram: the analytic null's matrix ``[T, T]``.
         num_flips: F.
     """
 
@@ -58,8 +60,15 @@ class WalkNull:
     low: dict[str, float]
     high: dict[str, float]
     p_value: dict[str, float]
-    gram: np.ndarray
     num_flips: int
+    _factor: np.ndarray
+    _sizes: np.ndarray
+
+    @property
+    def gram(self) -> np.ndarray:
+        """The analytic null's matrix ``G_0 [T, T]``."""
+        scaled = self._factor * np.sqrt(self._sizes)
+        return scaled @ scaled.T
 
 
 @dataclass(frozen=True)
@@ -87,18 +96,15 @@ class Walk:
         self, matrices: np.ndarray, num_flips: int, rng: np.random.Generator
     ) -> list[WalkNull]:
         """Of each of ``[N, T, T]``."""
-        inverse = np.linalg.inv(self.factor)
-        half = inverse @ matrices
-        sizes = np.maximum(
-            (half * inverse).sum(axis=2), 0.0
-        )  # the diagonal of the innovations' Gram matrices
-        expected = (self.factor * sizes[:, None]) @ self.factor.T
-        observed_NK, expected_NK = self._statistics(matrices), self._statistics(expected)
+        sizes = self._sizes(matrices)
+        observed_NK = self._statistics(matrices)
+        expected_NK = self._expected(sizes)
         nulls = []
         for row in range(len(matrices)):
             low, high, reached = np.full((3, len(STATISTICS)), np.nan)
             if num_flips and sizes[row].any():
-                flipped = _flips(half[row] @ inverse.T, self.factor, num_flips, rng)
+                innovation = self._inverse @ matrices[row] @ self._inverse.T
+                flipped = _flips(innovation, self.factor, num_flips, rng)
                 flipped_FK = statistics(flipped, self.steps, centered=self.centered)
                 low, high = np.quantile(flipped_FK, [0.05, 0.95], axis=0)
                 reached = (1 + (flipped_FK >= observed_NK[row]).sum(axis=0)) / (1 + num_flips)
@@ -107,8 +113,54 @@ class Walk:
                 dict(zip(STATISTICS, v.tolist(), strict=True))
                 for v in (observed_NK[row], expected_NK[row], low, high, reached)
             )
-            nulls.append(WalkNull(seen, walk, least, most, p_value, expected[row], num_flips))
+            nulls.append(
+                WalkNull(seen, walk, least, most, p_value, num_flips, self.factor, sizes[row])
+            )
         return nulls
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        """``L^-1 [T, T]``."""
+        from scipy.linalg.lapack import dtrtri
+
+        inverse, failed = dtrtri(self.factor, lower=1)
+        assert not failed, "a Cholesky factor has no zero on its diagonal"
+        found: np.ndarray = inverse
+        return found
+
+    def _sizes(self, matrices: np.ndarray) -> np.ndarray:
+        """``diag(W) [N, T]``, from the part of ``L^-1`` near its diagonal that is not
+        negligible.
+        """
+        inverse, count = self._inverse, len(self.steps)
+        reach = count
+        if count > MANY_STEPS:
+            matters = np.abs(inverse) > _NEGLIGIBLE * np.diagonal(inverse)[:, None]
+            reach = int((np.arange(count) - matters.argmax(axis=1)).max())
+        sizes = np.empty((len(matrices), count))
+        stride = max(64, reach)
+        for begin in range(0, count, stride):
+            end, first = min(count, begin + stride), max(0, begin - reach)
+            rows = inverse[begin:end, first:end]
+            half = rows @ matrices[:, first:end, first:end]
+            sizes[:, begin:end] = (half * rows).sum(axis=2)
+        return np.maximum(sizes, 0.0)
+
+    def _expected(self, sizes: np.ndarray) -> np.ndarray:
+        """Statistics ``[N, K]`` of the analytic nulls of innovations ``sizes [N, T]``."""
+        factor, steps = self.factor, self.steps
+        moved = np.diff(factor, axis=0, prepend=0.0)
+        by_update = of_updates(
+            sizes @ (moved**2).T, sizes @ (moved[1:] * moved[:-1]).T, sizes @ factor[-1] ** 2
+        )
+        if len(steps) > MANY_STEPS:
+            middles = ((np.arange(_SPACED) + 0.5) * len(steps) / _SPACED).astype(np.int64)
+            factor, steps = factor[middles], steps[middles]
+        by_direction = [
+            of_directions((factor * some[:, None]) @ factor.T, steps, centered=self.centered)
+            for some in np.array_split(sizes, -(-len(sizes) // 64))
+        ]
+        return _together(np.concatenate(by_direction), by_update)
 
     def _statistics(self, matrices: np.ndarray) -> np.ndarray:
         def of(rows: slice) -> np.ndarray:
@@ -172,7 +224,7 @@ def calibrate(
     would fit into a few tenths of a second, the analytic null is then alone.
     """
     matrices, steps = gram.matrices, gram.steps
-    whole, fitted, rounding = matrices.sum(axis=0), fit_whole(gram), 0.0
+    whole, fitted, rounding = gram.whole, fit_whole(gram), 0.0
     if fitted is not None:
         rounding = fitted.rounding
         factor = np.linalg.cholesky(fitted.walk_covariance(momentum))
@@ -197,6 +249,30 @@ def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = Fals
     """``STATISTICS`` of Gram matrices ``[B, T, T]``, ``float64 [B, K]``; NaN where one does not
     exist.
     """
+    by_update = of_updates(*update_products(matrices), matrices[:, -1, -1])
+    return _together(of_directions(matrices, steps, centered=centered), by_update)
+
+
+def _together(by_direction: np.ndarray, by_update: np.ndarray) -> np.ndarray:
+    """In the order of ``STATISTICS``."""
+    return np.concatenate([by_direction[:, :3], by_update, by_direction[:, 3:]], axis=1)
+
+
+def of_updates(squares: np.ndarray, products: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Mean cosine and straightness ``[B, 2]`` from squared norms ``[B, T]`` of updates, products of
+    neighbouring ones ``[B, T - 1]``, and the squared distance of the last step ``[B]``.
+    """
+    norms = np.sqrt(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = products / (norms[:, 1:] * norms[:, :-1])
+        defined = np.isfinite(cosines)
+        cosine = np.where(defined, cosines, 0.0).sum(axis=1) / defined.sum(axis=1)
+        straightness = np.sqrt(np.maximum(last, 0.0)) / norms.sum(axis=1)
+    return np.stack([cosine, straightness], axis=1)
+
+
+def of_directions(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = False) -> np.ndarray:
+    """First ratio, first two, R^2 and agreement of Gram matrices ``[B, T, T]``, ``[B, 4]``."""
     about = _center(matrices) if centered else matrices
     total = np.trace(about, axis1=1, axis2=2)
     # what rounding leaves of checkpoints that differ from the base but not from each other
@@ -205,15 +281,9 @@ def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = Fals
     half = max(1, len(steps) // 2)
     prefix = _center(matrices[:, :half, :half]) if centered else matrices[:, :half, :half]
     half_values, half_vectors = leading_eigenpairs(prefix, 1)
-    squares, products = update_products(matrices)
-    norms = np.sqrt(squares)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.where(np.isnan(total[:, None]), np.nan, values)
         ratios = values / total[:, None]
-        cosines = products / (norms[:, 1:] * norms[:, :-1])
-        defined = np.isfinite(cosines)
-        cosine = np.where(defined, cosines, 0.0).sum(axis=1) / defined.sum(axis=1)
-        straightness = np.sqrt(np.maximum(matrices[:, -1, -1], 0.0)) / norms.sum(axis=1)
         across = np.einsum(
             "bi,bij,bj->b", half_vectors[:, :, 0], matrices[:, :half], vectors[:, :, 0]
         )
@@ -222,7 +292,7 @@ def statistics(matrices: np.ndarray, steps: np.ndarray, *, centered: bool = Fals
         first = vectors[:, :, 0] - vectors[:, :, 0].mean(axis=1, keepdims=True)
         r2 = (first @ time) ** 2 / ((time**2).sum() * (first**2).sum(axis=1))
     r2[np.isnan(total) | (len(steps) < 3)] = np.nan
-    return np.stack([ratios[:, 0], ratios.sum(axis=1), r2, cosine, straightness, agreement], axis=1)
+    return np.stack([ratios[:, 0], ratios.sum(axis=1), r2, agreement], axis=1)
 
 
 def _center(matrices: np.ndarray) -> np.ndarray:

@@ -24,9 +24,17 @@ dropped.
 """
 
 
+MANY_STEPS = 256
+"""Recorded steps above which only the leading directions are computed, ``LEADING`` at most: a full
+decomposition grows with the cube of the steps.
+"""
+LEADING = 24
+
+
 @dataclass(frozen=True)
 class Decomposition:
-    """Eigendecomposition of one Gram matrix, without its numerically zero directions.
+    """Eigendecomposition of one Gram matrix, without its numerically zero directions; of more than
+    ``MANY_STEPS`` steps its ``LEADING`` ones, as far as they could be told apart.
 
     Attributes:
         left: ``U [T, R]``; each column's sign makes its last coefficient positive.
@@ -53,14 +61,29 @@ def decompose(matrix: np.ndarray) -> Decomposition:
     """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at
     all.
     """
-    return _from_eigenpairs(matrix, *np.linalg.eigh(matrix))
+    return decompose_all(matrix[None])[0]
 
 
 def decompose_all(matrices: np.ndarray) -> list[Decomposition]:
     """``decompose`` of each of ``[N, T, T]``."""
-    pairs = in_blocks(lambda rows: np.linalg.eigh(matrices[rows]), len(matrices))
-    found = ((v, u) for values, vectors in pairs for v, u in zip(values, vectors, strict=True))
-    return [_from_eigenpairs(m, v, u) for m, (v, u) in zip(matrices, found, strict=True)]
+
+    def of(rows: slice) -> list[Decomposition]:
+        pairs = _leading if matrices.shape[1] > MANY_STEPS else np.linalg.eigh
+        block = matrices[rows]
+        return [_from_eigenpairs(*found) for found in zip(block, *pairs(block), strict=True)]
+
+    return [found for block in in_blocks(of, len(matrices)) for found in block]
+
+
+def _leading(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``LEADING`` eigenpairs, ascending as those of ``eigh``; zero from the third on
+    where they are too near to the next ones to be told apart.
+    """
+    values, vectors, sure = _iterated(matrices, LEADING)
+    _replace(matrices, values, vectors, ~sure[:, :2].all(axis=1))
+    sure[:, :2] = True
+    known = np.logical_and.accumulate(sure, axis=1)
+    return np.where(known, values, 0.0)[:, ::-1], vectors[:, :, ::-1]
 
 
 def in_blocks(work: Callable[[slice], _T], count: int) -> list[_T]:
@@ -167,19 +190,74 @@ def leading_eigenpairs(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.
     Block subspace iteration with a Rayleigh-Ritz step: the spectra fall off fast, so a few products
     replace hundreds of full decompositions; tensors that have not converged are decomposed in full.
     """
+    values, vectors, sure = _iterated(matrices, rank)
+    _replace(matrices, values, vectors, ~sure.all(axis=1))
+    known = values > RANK_TOLERANCE**2 * values[:, :1]
+    return np.where(known, values, 0.0), np.where(known[:, None], vectors, 0.0)
+
+
+def _iterated(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimated eigenvalues ``[N, R]`` and vectors ``[N, n, R]``, descending, and which have
+    converged, ``[N, R]``.
+
+    Of many steps the start are the directions of fewer, and each matrix is multiplied until its
+    directions have converged.
+    """
     size = matrices.shape[1]
+    if size > MANY_STEPS:
+        found = [_iterated_alone(matrix, rank) for matrix in matrices]
+        values, vectors, sure = (np.stack(parts) for parts in zip(*found, strict=True))
+        return values, vectors, sure
     block = min(size, rank + 4)
     vectors = np.linalg.qr(matrices[:, :, np.linspace(0, size - 1, block).astype(np.int64)]).Q
     for _ in range(5):
         vectors = np.linalg.qr(matrices @ (matrices @ vectors)).Q
-    products = matrices @ vectors
-    values, turn = np.linalg.eigh(vectors.transpose(0, 2, 1) @ products)
-    values, turn = values[:, ::-1][:, :rank], turn[:, :, ::-1][:, :, :rank]
-    vectors, products = vectors @ turn, products @ turn
-    residual = np.linalg.norm(products - vectors * values[:, None], axis=1)
-    rough = np.flatnonzero((residual > 1e-8 * values[:, :1]).any(axis=1))
-    if len(rough):
+    values, vectors, residual = _ritz(vectors, matrices @ vectors, rank)
+    return values, vectors, residual <= 1e-8 * values[:, :1]
+
+
+def _iterated_alone(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``_iterated`` of a matrix of many steps ``[n, n]``."""
+    vectors = _start(matrix, rank + max(8, rank // 2))
+    for _ in range(12):
+        products = matrix @ vectors
+        values, found, residual = _ritz(vectors, products, rank)
+        near = np.minimum(1e-8 * values[0], 1e-4 * values)
+        sure = residual <= np.maximum(near, 1e-13 * values[0])
+        if sure.all():
+            break
+        vectors = np.linalg.qr(products).Q
+    return values, found, sure
+
+
+def _start(matrix: np.ndarray, block: int) -> np.ndarray:
+    """Directions of evenly spaced steps, interpolated, ``[n, block]``."""
+    size = len(matrix)
+    rows = np.linspace(0, size - 1, max(64, 4 * block)).round().astype(np.int64)
+    start = np.linalg.eigh(matrix[np.ix_(rows, rows)])[1][:, -block:]
+    right = np.searchsorted(rows, np.arange(size)).clip(1)
+    share = ((np.arange(size) - rows[right - 1]) / (rows[right] - rows[right - 1]))[:, None]
+    between: np.ndarray = np.linalg.qr(start[right - 1] * (1 - share) + start[right] * share).Q
+    return between
+
+
+def _ritz(
+    vectors: np.ndarray, products: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eigenvalues ``[..., R]``, vectors ``[..., n, R]`` and norms of their residuals ``[..., R]``,
+    from orthonormal vectors and their products.
+    """
+    values, turn = np.linalg.eigh(np.swapaxes(vectors, -1, -2) @ products)
+    values, turn = values[..., ::-1][..., :rank], turn[..., ::-1][..., :rank]
+    found = vectors @ turn
+    return values, found, np.linalg.norm(products @ turn - found * values[..., None, :], axis=-2)
+
+
+def _replace(
+    matrices: np.ndarray, values: np.ndarray, vectors: np.ndarray, rough: np.ndarray
+) -> None:
+    """Replace the estimates of the ``rough [N]`` matrices, in place."""
+    rank = values.shape[1]
+    if rough.any():
         full, directions = np.linalg.eigh(matrices[rough])
         values[rough], vectors[rough] = full[:, ::-1][:, :rank], directions[:, :, ::-1][:, :, :rank]
-    known = values > RANK_TOLERANCE**2 * values[:, :1]
-    return np.where(known, values, 0.0), np.where(known[:, None], vectors, 0.0)

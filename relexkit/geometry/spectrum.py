@@ -18,6 +18,7 @@ import numpy as np
 
 from relexkit.geometry.null import Null, WalkNull, calibrate
 from relexkit.geometry.shape import (
+    MANY_STEPS,
     Decomposition,
     center,
     decompose,
@@ -145,10 +146,15 @@ class ScopeSpectrum:
         return math.asin(min(1.0, self.uncertainty / max(first - second, 1e-300)))
 
     def num_directions(self, share: float) -> int | None:
-        """Fewest directions that together hold ``share`` of the variance; None if nothing moved."""
-        if not len(self.explained_variance_ratio):
+        """Fewest directions that together hold ``share`` of the variance; None if nothing moved, or
+        if it takes more than are known.
+        """
+        held = np.cumsum(self.explained_variance_ratio)
+        fewest = int(np.searchsorted(held, share - 1e-12))
+        all_known = len(self.steps) <= MANY_STEPS
+        if not len(held) or (fewest == len(held) and not all_known):
             return None
-        return int(np.searchsorted(np.cumsum(self.explained_variance_ratio), share - 1e-12) + 1)
+        return fewest + 1
 
 
 class Groups:
@@ -182,7 +188,7 @@ class Groups:
     def of(self, rows: np.ndarray) -> list[ScopeSpectrum]:
         """Spectra of some groups."""
         gram, matrices = self._gram, self._gram.matrices[rows]
-        parts = decompose_all(self._about(rows))
+        parts = decompose_all(center(matrices) if self._centered else matrices)
         prefixes = quarters(len(gram.steps))
 
         def agreements_of(block: slice) -> np.ndarray:
@@ -211,11 +217,7 @@ class Groups:
         ]
 
     def _energy_about_mean(self, rows: slice) -> np.ndarray:
-        return np.trace(self._about(rows), axis1=1, axis2=2)
-
-    def _about(self, rows: np.ndarray | slice) -> np.ndarray:
-        matrices = self._gram.matrices[rows]
-        return center(matrices) if self._centered else matrices
+        return np.trace(center(self._gram.matrices[rows]), axis1=1, axis2=2)
 
 
 @dataclass(frozen=True, repr=False)
@@ -318,7 +320,8 @@ def spectrum(
 def _spectrum(chosen: Gram, scope: str, centered: bool, momentum: float | None) -> Spectrum:
     nulls = calibrate(chosen, centered=centered, momentum=momentum)
     steps = chosen.steps
-    walk = nulls.whole.gram if np.trace(nulls.whole.gram) > 0 else walk_gram(steps)
+    walk = nulls.whole.gram
+    walk = walk if np.trace(walk) > 0 else walk_gram(steps)
     parts, unknown = decompose(center(walk) if centered else walk), np.full(len(steps), np.nan)
     null = ScopeSpectrum(
         name="walk without direction",

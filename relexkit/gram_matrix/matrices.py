@@ -5,6 +5,7 @@ summed over scopes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,14 @@ class Gram(Result):
         """Which steps."""
         return [f"{len(self.names)} Gram matrices over {describe_steps(self.steps)}."]
 
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """The sum of all matrices, ``float64 [T, T]``: the Gram matrix of the run, computed once
+        for all of its prefixes.
+        """
+        total: np.ndarray = self.matrices.sum(axis=0)
+        return total
+
     def until(self, step: int | None) -> Gram:
         """The prefix of the run up to and including ``step``: leading blocks, no copy.
 
@@ -85,7 +94,7 @@ class Gram(Result):
             raise RelexkitError(
                 f"--until {step} keeps no step; the store holds {describe_steps(self.steps)}"
             )
-        return replace(
+        cut = replace(
             self,
             steps=self.steps[:count],
             matrices=self.matrices[:, :count, :count],
@@ -94,6 +103,9 @@ class Gram(Result):
             unit_moves=self.unit_moves[:, :count],
             uncertainty=self.uncertainty[:, :count],
         )
+        if "whole" in vars(self):
+            vars(cut)["whole"] = self.whole[:count, :count]
+        return cut
 
     def only(self, rows: np.ndarray) -> Gram:
         """Some of the N tensors or groups, by their rows."""
@@ -120,7 +132,8 @@ class Gram(Result):
 
         def add(values: np.ndarray) -> np.ndarray:
             total = np.zeros((len(names), *values.shape[1:]), values.dtype)
-            np.add.at(total, index, values)
+            for group, value in zip(index, values, strict=True):
+                total[group] += value
             return total
 
         unit = add(self.unit_moves)
@@ -129,7 +142,7 @@ class Gram(Result):
             self,
             names=names,
             num_parameters=add(self.num_parameters),
-            matrices=add(self.matrices),
+            matrices=self.whole[None] if len(names) == 1 else add(self.matrices),
             changed=add(self.changed),
             moved=add(self.moved),
             unit_moves=unit,

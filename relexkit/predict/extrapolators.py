@@ -363,7 +363,8 @@ def fit_method(
     if not len(moved):
         return lambda targets: np.zeros((len(targets), 1, len(gram.steps)))
     with single_threaded_blas():
-        predict_moved = chosen.fit(grouped.only(moved), options)
+        all_moved = len(moved) == len(grouped.names)
+        predict_moved = chosen.fit(grouped if all_moved else grouped.only(moved), options)
 
     def predict(targets: np.ndarray) -> np.ndarray:
         try:

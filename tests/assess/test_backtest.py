@@ -258,6 +258,61 @@ def test_a_method_that_wins_only_farther_out_says_where_it_starts() -> None:
     assert horizon.beyond
 
 
+@pytest.fixture(scope="module")
+def long_run() -> tuple[Gram, Backtest]:
+    """Drifting walks of 400 steps, and every later step of its prefixes."""
+    rng = np.random.default_rng(5)
+    drift = 0.2 * rng.standard_normal(50)
+    walks = [(drift + rng.standard_normal((400, 50))).cumsum(axis=0) for _ in range(3)]
+    gram = gram_of(walks, np.arange(1, 401), ("a.w", "b.w", "c.w"))
+    prefixes = backtest(gram, ["hold"]).prefixes.tolist()
+    return gram, backtest(gram, METHODS_OF_A_LONG_RUN, prefixes)
+
+
+METHODS_OF_A_LONG_RUN = ("relex", "least-squares", "two-point", "drift")
+
+
+def test_a_long_run_is_checked_at_evenly_spaced_steps(long_run: tuple[Gram, Backtest]) -> None:
+    """Which are as they are among all; the farthest horizon ends where one of them is lost."""
+    gram, whole = long_run
+    found = backtest(gram, METHODS_OF_A_LONG_RUN)
+    checked = np.flatnonzero(found.checked.any(axis=0))
+    assert 100 <= len(checked) <= 128
+    assert np.ptp(np.diff(checked)) <= 1
+    assert checked[-1] == 399
+    assert (found.checked <= whole.checked).all()
+    known = {(r.method, r.until, r.target): r.relative_error for r in whole.grid}
+    assert len(found.grid) == len(found.methods) * found.checked.sum()
+    for row in found.grid:
+        exact = known[row.method, row.until, row.target]
+        assert row.relative_error == pytest.approx(exact, rel=1e-9)
+    for horizon in found.horizon:
+        farthest = 1.0
+        for skills, row, count in zip(
+            whole.skill(horizon.method), found.checked, found.prefixes, strict=True
+        ):
+            wins = skills[row] > 0
+            stretch = np.logical_and.accumulate(wins[wins.argmax() :])
+            if wins.any():
+                last = np.flatnonzero(row)[wins.argmax() :][stretch][-1]
+                farthest = max(farthest, gram.steps[last] / gram.steps[count - 1])
+        assert horizon.high == pytest.approx(farthest)
+
+
+def test_ratios_are_the_first_steps_that_far(long_run: tuple[Gram, Backtest]) -> None:
+    gram, whole = long_run
+    found = backtest(gram, METHODS_OF_A_LONG_RUN, ratios=(1.25, 2.0))
+    expected = np.zeros_like(whole.checked)
+    for row, count in enumerate(whole.prefixes):
+        wanted = [int(np.ceil(r * count)) for r in (1.25, 2.0)]
+        expected[row, [w - 1 for w in wanted if w <= 400]] = True
+    np.testing.assert_array_equal(found.checked, expected)
+    for method in METHODS_OF_A_LONG_RUN:
+        np.testing.assert_allclose(
+            found.skill(method)[expected], whole.skill(method)[expected], rtol=1e-9
+        )
+
+
 # -- use -------------------------------------------------------------------------------------------
 
 

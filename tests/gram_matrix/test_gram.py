@@ -526,6 +526,19 @@ def test_scoped_sums_and_prefixes(fresh: tuple[Run, TrajectoryStore]) -> None:
         whole.until(1)
 
 
+def test_a_prefix_of_the_whole_is_the_whole_of_the_prefix(
+    fresh: tuple[Run, TrajectoryStore],
+) -> None:
+    """Whichever is asked for first."""
+    known = gram(fresh[1])
+    step = int(known.steps[1])
+    expected = known.matrices[:, :2, :2].sum(axis=0)
+    np.testing.assert_array_equal(known.until(step).whole, expected)
+    np.testing.assert_array_equal(known.whole[:2, :2], expected)
+    np.testing.assert_array_equal(known.until(step).whole, expected)
+    np.testing.assert_array_equal(known.until(step).scoped("global").matrices[0], expected)
+
+
 def test_unit_moves_of_a_scope_are_unknown_if_one_member_is_unknown() -> None:
     counts = np.array([[3], [4], [5]])
     names = ("layers.0.a.weight", "layers.0.b.weight", "layers.1.a.weight")

@@ -245,7 +245,7 @@ def fit_whole(gram: Gram, spaced: int | None = None) -> TrajectoryFit | None:
     """``fit_trajectory`` of all groups together; None with fewer than three steps, or if nothing
     moved.
     """
-    whole = gram.matrices.sum(axis=0)
+    whole = gram.whole
     if len(gram.steps) < 3 or not np.trace(whole) > 0:
         return None
     return fit_trajectory(
