@@ -94,6 +94,11 @@ def at_step(result: Result, step: int) -> Result | None:
     return next((c for c in result["curve"] if c["step"] == step), None)
 
 
+def until(result: Result, step: int) -> Result:
+    """A run as it was at a step."""
+    return result | {"curve": [c for c in result["curve"] if c["step"] <= step]}
+
+
 def curve(result: Result, kind: str, chosen: np.ndarray | None = None) -> np.ndarray:
     """Rollouts in thousands and accuracy along a run, the latter never falling, ``[2, places]``.
 
@@ -134,13 +139,14 @@ def savings(plain: dict[int, Result], other: dict[int, Result], kind: str, step:
         return ""
 
     def ratio(seed: int, chosen: np.ndarray | None) -> tuple[float, float]:
-        steps = [c["step"] for c in plain[seed]["curve"]]
-        places, others = (curve(r[seed], kind, chosen) for r in (plain, other))
-        target = min(places[1][steps.index(step)], others[1].max())
+        places, others = (curve(r, kind, chosen) for r in (until(plain[seed], step), other[seed]))
+        target = min(places[1][-1], others[1].max())
         needed = rollouts_to(others, target)
         return (rollouts_to(places, target) / needed if needed else np.nan), target
 
     logs, targets = np.array([ratio(seed, None) for seed in seeds]).T
+    if not np.isfinite(logs).all():
+        return "never above the base"
     logs = np.log(logs)
     if len(seeds) >= ENOUGH:
         half = student.ppf(0.975, len(seeds) - 1) * logs.std(ddof=1) / np.sqrt(len(seeds))
