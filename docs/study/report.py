@@ -1,8 +1,9 @@
-"""The tables and figures of docs/study.md from the results that are there.
+"""The tables and the figure of docs/study.md and docs/study-tables.md from the results that are
+there.
 
     python docs/study/report.py [--results DIR]
 
-Replaces what stands between the two marks in docs/study.md, and the figures in docs/study/. Every
+Replaces what stands between the two marks in both pages, and the figure in docs/study/. Every
 number says from how many seeds it comes. Intervals are of 95 %: over seeds (Student's t) from three
 on; with fewer over the 512 problems, in pairs, marked by a dagger: these leave out how runs differ.
 """
@@ -13,7 +14,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ LONGEST = 8.0
 """How many times as long as the run its drift may last: more than that a record cannot tell."""
 ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
-TARGET_STEPS, PROBLEMS = (150, 300), 512
+TARGETS = {3e-6: (150, 300), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
+"""Steps of plain training, by its rate, whose accuracy others are asked to reach."""
+PROBLEMS = 512
 
 Result = dict[str, Any]
 
@@ -84,13 +86,17 @@ def mean_text(right_SN: np.ndarray, sign: bool = False) -> str:
         by_problem = right_SN.mean(axis=0)
         half, mark = 1.96 * by_problem.std(ddof=1) / np.sqrt(len(by_problem)), "†"
     form = f"{'+' if sign else ''}.3f"
-    mean = means.mean()
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]{mark}"
+    return f"{means.mean():{form}} ± {half:.3f}{mark}"
 
 
 def at_step(result: Result, step: int) -> Result | None:
     """A place on the curve of a run."""
     return next((c for c in result["curve"] if c["step"] == step), None)
+
+
+def until(result: Result, step: int) -> Result:
+    """A run as it was at a step."""
+    return result | {"curve": [c for c in result["curve"] if c["step"] <= step]}
 
 
 def curve(result: Result, kind: str, chosen: np.ndarray | None = None) -> np.ndarray:
@@ -133,13 +139,14 @@ def savings(plain: dict[int, Result], other: dict[int, Result], kind: str, step:
         return ""
 
     def ratio(seed: int, chosen: np.ndarray | None) -> tuple[float, float]:
-        steps = [c["step"] for c in plain[seed]["curve"]]
-        places, others = (curve(r[seed], kind, chosen) for r in (plain, other))
-        target = min(places[1][steps.index(step)], others[1].max())
+        places, others = (curve(r, kind, chosen) for r in (until(plain[seed], step), other[seed]))
+        target = min(places[1][-1], others[1].max())
         needed = rollouts_to(others, target)
         return (rollouts_to(places, target) / needed if needed else np.nan), target
 
     logs, targets = np.array([ratio(seed, None) for seed in seeds]).T
+    if not np.isfinite(logs).all():
+        return "never above the base"
     logs = np.log(logs)
     if len(seeds) >= ENOUGH:
         half = student.ppf(0.975, len(seeds) - 1) * logs.std(ddof=1) / np.sqrt(len(seeds))
@@ -185,7 +192,7 @@ def savings_table(results: Results, task: str = "") -> str:
     """Every arm against plain training at the same rate, and every rate against each other."""
     rows = []
     plain = {rate: results.seeds(f"{task}plain-{rate_name(rate)}") for rate in RATES}
-    for rate, step in product((3e-6, 1e-5), TARGET_STEPS):
+    for rate, step in ((rate, step) for rate, steps in TARGETS.items() for step in steps):
         reached = {s: r for s, r in plain[rate].items() if at_step(r, step)}
         alike = [a for a in ARMS.values() if a.name.startswith("spelling-") == bool(task)]
         others = [a for a in alike if a.jumps and a.rate == rate]
@@ -648,42 +655,45 @@ def draw_curves(results: Results, folder: Path) -> None:
         (folder / f"curves.{other}").unlink(missing_ok=True)
 
 
-SECTIONS: dict[str, Callable[[Results], str]] = {
-    "Plain training, greedy / sampled accuracy": rates_table,
-    "Times fewer rollouts to plain training's accuracy": savings_table,
-    "Words backward, plain training": partial(rates_table, task="spelling-"),
-    "Words backward, times fewer rollouts": partial(savings_table, task="spelling-"),
-    "Jumps inside the training": jumps_table,
-    "Predicted steps on the task: greedy accuracy against hold": predictions_table,
-    "What the record of a run says": line_table,
-    "What a drift was worth on the task": worth_table,
-    "Advice against the task": confusion_table,
-    "Advice against the task, run by run": advice_table,
-    "Other systems, other batches, KL, random rewards, warm-up": systems_table,
-    "G2D": g2d_table,
-    "Precision": precision_table,
-    "What has been run": done_table,
+PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
+    "study.md": {
+        "Plain training, greedy / sampled accuracy": rates_table,
+        "Times fewer rollouts to plain training's accuracy": savings_table,
+        "Words backward, plain training": partial(rates_table, task="spelling-"),
+        "Words backward, times fewer rollouts": partial(savings_table, task="spelling-"),
+        "What a drift was worth on the task": worth_table,
+        "Advice against the task": confusion_table,
+        "Other systems, other batches, KL, random rewards, warm-up": systems_table,
+        "G2D": g2d_table,
+        "Precision": precision_table,
+    },
+    "study-tables.md": {
+        "Jumps inside the training": jumps_table,
+        "Predicted steps on the task: greedy accuracy against hold": predictions_table,
+        "What the record of a run says": line_table,
+        "Advice against the task, run by run": advice_table,
+        "What has been run": done_table,
+    },
 }
+"""What stands between the marks of each page."""
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Put the tables into docs/study.md and the figure beside the scripts; what has no results yet
-    is named.
+    """Put the tables into the pages of the study and the figure beside the scripts; what has no
+    results yet is named.
     """
     draw_curves(results, folder)
-    pieces, lacking = ["![Accuracy against rollouts](study/curves.png)"], []
-    for heading, make in SECTIONS.items():
-        made = make(results)
-        if made.count("\n") < 2:
-            lacking.append(heading)
-        else:
-            pieces.append(f"### {heading}\n\n{made}")
-    if lacking:
-        pieces.append("Without results so far: " + "; ".join(lacking) + ".")
-    page = folder.parent / "study.md"
-    before, _, rest = page.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    page.write_text(before + MARKS[0] + "\n\n" + "\n\n".join(pieces) + "\n\n" + MARKS[1] + after)
+    for name, sections in PAGES.items():
+        made = {heading: make(results) for heading, make in sections.items()}
+        pieces = [f"### {h}\n\n{t}" for h, t in made.items() if t.count("\n") >= 2]
+        lacking = [h for h, t in made.items() if t.count("\n") < 2]
+        if lacking:
+            pieces.append("Without results so far: " + "; ".join(lacking) + ".")
+        page = folder.parent / name
+        before, _, rest = page.read_text().partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        middle = "\n\n".join(pieces)
+        page.write_text(f"{before}{MARKS[0]}\n\n{middle}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ class Advice(Result):
         }
 
 
-def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advice:
+def advise(
+    gram: Gram, metrics: Mapping[str, np.ndarray] | None = None, *, record: bool = True
+) -> Advice:
     """Advice from the Gram matrices of a run so far, N tensors or a single group, and its metrics
     by recorded step.
 
@@ -167,21 +169,39 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
     say nothing. Metrics tell, if they are there, which steps were informative. Reads no weights;
     two seconds or so for 400 tensors and 75 steps, one for a single
     matrix.
+
+    Args:
+        record: also make the checks of every method where the verdict is known without them.
     """
-    metrics = metrics or {}
-    steps, whole = gram.steps, gram.whole
+    steps, moved = gram.steps, np.trace(gram.whole) > 0
     last_step = int(steps[-1]) if len(steps) else 0
-    if len(steps) < _FEWEST_STEPS or not np.trace(whole) > 0:
+    if len(steps) < _FEWEST_STEPS or not moved:
         return _too_early(gram)
-    with single_threaded_blas():
-        result = backtest(gram, _ASKED, ratios=RATIOS)
-        fit = fit_whole(gram, SPACED)
-    record = {m: _record(result, m) for m in result.methods if METHODS[m].moves}
-    findings = Findings(record, fit, last_step)
-    drift = _drift_reasons(fit)
     hidden = _hidden(gram)
+    if hidden and not record:
+        return _advice("hidden-by-precision", [hidden], Findings({}, None, last_step))
+    with single_threaded_blas():
+        fit = fit_whole(gram, SPACED)
+        doubted = _doubted(gram, metrics or {}, fit)
+        checks = _records(gram) if record or not (hidden or doubted) else {}
+    findings, drift = Findings(checks, fit, last_step), _drift_reasons(fit)
     if hidden:
         return _advice("hidden-by-precision", [hidden, *drift], findings)
+    if doubted:
+        verdict, why = doubted
+        in_vain = _in_vain(checks) if verdict == "not-a-line" else []
+        return _advice(verdict, [*why, *drift, *in_vain], findings)
+    assert fit is not None
+    return _by_record(findings, fit)
+
+
+def _doubted(
+    gram: Gram, metrics: Mapping[str, np.ndarray], fit: TrajectoryFit | None
+) -> tuple[Verdict, list[str]] | None:
+    """What speaks against extrapolating whatever the methods did in the run's own past, if anything
+    does, and why.
+    """
+    few = [_few(len(gram.steps))] if len(gram.steps) < SPACED else []
     informative = informative_steps(metrics)
     if informative and _is_sparse(informative):
         sparse = (
@@ -189,15 +209,24 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
             f" ({informative.metric}); the motion between them is the optimizer coasting on its"
             " momentum."
         )
-        return _advice("keep-training", [sparse, *drift], findings)
+        return "keep-training", [sparse]
     doubt = _doubt(fit)
     if doubt is not None:
-        few = [_few(len(steps))] if len(steps) < SPACED else []
-        return _advice("keep-training", [*few, doubt, *drift], findings)
-    if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * steps[-1]:
-        if len(steps) < SPACED:
-            return _advice("keep-training", [_few(len(steps)), *drift], findings)
-        return _advice("not-a-line", [*drift, *_in_vain(record)], findings)
+        return "keep-training", [*few, doubt]
+    if fit is None or fit.p_value > _CHANCE or fit.correlation_time < _SHORT_LIFE * gram.steps[-1]:
+        return ("keep-training", few) if few else ("not-a-line", [])
+    return None
+
+
+def _records(gram: Gram) -> dict[str, tuple[Check, ...]]:
+    """Checks of every method that moves, by distance."""
+    result = backtest(gram, _ASKED, ratios=RATIOS)
+    return {m: _record(result, m) for m in result.methods if METHODS[m].moves}
+
+
+def _by_record(findings: Findings, fit: TrajectoryFit) -> Advice:
+    """Advice on a run with a lasting drift: as far as the record reaches and the task gained."""
+    record, last_step, drift = findings.record, findings.last_step, _drift_reasons(fit)
     trusted = {m: _leading_passes(checks) for m, checks in record.items()}
     if trusted.get("drift"):  # the method whose worth on the task is known
         trusted = {"drift": trusted["drift"]}
@@ -208,7 +237,7 @@ def advise(gram: Gram, metrics: Mapping[str, np.ndarray] | None = None) -> Advic
         m: checks[-1] for m, checks in trusted.items() if checks and checks[-1].ratio == farthest
     }
     method = max(rivals, key=lambda m: rivals[m].skill)
-    best, target = rivals[method], int(farthest * steps[-1])
+    best, target = rivals[method], int(farthest * last_step)
     known = worth(fit)
     if standing(fit) < GAINING:
         weights = (

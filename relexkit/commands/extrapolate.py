@@ -111,7 +111,7 @@ def _warn(
     seen = observed.observe(store, until)
     if observed.silent:
         return
-    advice = advise(seen.gram, seen.metrics)
+    advice = advise(seen.gram, seen.metrics, record=False)
     last_step = float(seen.gram.steps[-1])
     asked_of = store.path if until is None else f"{store.path} --until {until}"
     against = objection(advice, name_of(prediction.method), last_step, targets, asked_of)

@@ -100,7 +100,7 @@ def headline(steps: np.ndarray, rows: np.ndarray, path: str) -> str:
             wide = rows[kept].astype(np.float64)
             rates = learning_rates(steps[kept], metrics)
             whole = _whole(steps[kept], wide @ wide.T, store.layout.num_parameters, rates)
-            advice = advise(whole, metrics)
+            advice = advise(whole, metrics, record=False)
         return f"Up to step {steps[-1]}: {advice.headline}"
     except Exception as error:
         return f"Up to step {steps[-1]}: no advice: {' '.join(str(error).split())}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import write_run
-from simulated import LABELLED, Run, judge, recorded, simulate
+from simulated import LABELLED, Run, judge, observe, recorded, simulate
 from study_runs import study_run
 
 from relexkit.assess.advice import HEADLINES, Check, advise, objection
@@ -41,6 +41,26 @@ QUICK = (
 def test_advice_is_right(name: str) -> None:
     verdict, right = judge(LABELLED[name], seed=0)
     assert right, verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "decided"),
+    [
+        ("line, fair", False),
+        ("walk, momentum", True),
+        ("sparse reward", True),
+        ("line below the spacing", True),
+    ],
+)
+def test_a_verdict_that_is_known_without_the_record_makes_no_checks(
+    name: str, decided: bool
+) -> None:
+    gram, metrics, _ = observe(LABELLED[name], 0)
+    whole, short = advise(gram, metrics), advise(gram, metrics, record=False)
+    assert short.verdict == whole.verdict
+    assert short.headline == whole.headline
+    assert bool(whole.record)
+    assert bool(short.record) is not decided
 
 
 @pytest.mark.slow

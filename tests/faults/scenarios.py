@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -248,6 +250,60 @@ def jumping() -> Scenario:
     return Scenario(plain.prepare, run, result, store="t/run.zarr", goes_back=True)
 
 
+def trl_jumping() -> Scenario:
+    """The same in a TRL run, which begins at the last checkpoint that its trainer completed."""
+
+    def prepare(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    def run(folder: Path) -> Outcome:
+        from test_trl_jumps import trl_trainer
+
+        from relexkit.record.callback import RecorderCallback
+
+        saved = trl_checkpoints(folder)
+        if not saved:  # the callback refuses to record from the start over recorded steps
+            shutil.rmtree(folder / "s.zarr", ignore_errors=True)
+        with forced_jumps(pause=0.1):
+            trainer = trl_trainer(folder / "trl", max_steps=27, save_steps=4, logging_strategy="no")
+            callback = RecorderCallback(folder / "s.zarr", jumps=Jumps(every=12), trainer=trainer)
+            trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        return Outcome(0, "")
+
+    def result(folder: Path) -> Any:
+        from safetensors.numpy import load_file
+
+        made = attempts(TrajectoryStore(folder / "s.zarr"))
+        assert [attempt.outcome for attempt in made] == ["kept", "taken back"]
+        last = trl_checkpoints(folder)[-1]
+        optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+        moments = {
+            (index, key): value.numpy().tobytes()
+            for index, values in optimizer.items()
+            for key, value in values.items()
+        }
+        weights = load_file(last / "model.safetensors")
+        final = {name: tensor.tobytes() for name, tensor in weights.items()}
+        return store_content(folder / "s.zarr"), last.name, moments, final
+
+    return Scenario(prepare, run, result, store="s.zarr", goes_back=True)
+
+
+def trl_checkpoints(folder: Path) -> list[Path]:
+    """Those that were completed, in order: the trainer's state comes last."""
+
+    def whole(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        return True
+
+    found = filter(whole, (folder / "trl").glob("checkpoint-*"))
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name.partition("-")[2]))
+
+
 @contextlib.contextmanager
 def forced_jumps(pause: float) -> Iterator[None]:
     """Every question ends in a jump, by another method the second time; the first stays, later ones
@@ -313,7 +369,7 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-LONG: dict[str, Scenario] = {"train, jumps": jumping()}
+LONG: dict[str, Scenario] = {"train, jumps": jumping(), "TRL, jumps": trl_jumping()}
 """Those that take too long to try every operation of."""
 
 

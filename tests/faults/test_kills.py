@@ -134,7 +134,7 @@ def kill(place: Path, kills: int, seed: int, names: Iterable[str]) -> None:
     [
         (20, ()),
         pytest.param(1000, (), marks=pytest.mark.slow),
-        pytest.param(6, tuple(LONG), marks=pytest.mark.slow),
+        pytest.param(12, tuple(LONG), marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_random_moments_nothing_is_lost(

@@ -120,7 +120,7 @@ def test_what_goes_wrong_is_said_in_one_line(tmp_path) -> None:
 def test_of_a_long_run_forty_steps_are_used(tmp_path, monkeypatch) -> None:
     seen = []
 
-    def advise(found, metrics):
+    def advise(found, metrics, *, record):
         seen.append((found, metrics))
         return SimpleNamespace(headline=".")
 

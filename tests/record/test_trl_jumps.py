@@ -62,7 +62,8 @@ def trl_trainer(folder: Path, **options: Any) -> Any:
         ),
         processing_class=tiny_tokenizer(),
         reward_funcs=lambda completions, **_: [float(c.count("1")) for c in completions],
-        train_dataset=Dataset.from_dict({"prompt": [f"{n:02d}>" for n in range(90)]}),
+        # one epoch: TRL itself goes on with other prompts where it resumes in a second one
+        train_dataset=Dataset.from_dict({"prompt": [f"{n:02d}>" for n in range(120)]}),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,43 @@ def test_checkpoints_are_written_from_it(pair, tmp_path: Path) -> None:
         assert (tensor == run.weights[5][name]).all()
     [predicted] = extrapolate(remote, [9], tmp_path / "out")
     assert (predicted.folder / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_and_predict_from_it(pair, bucket: str, tmp_path: Path) -> None:
+    run, local, _ = pair
+    url = f"{bucket}/team/run.zarr"
+
+    def torchrun(*words: object) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "relexkit"]
+        done = subprocess.run(
+            [*command, *meet, *map(str, words)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = ("import", run.source, "-o", url, "--base", run.base, "--encoding", "exact")
+    torchrun(*first, "--steps", ":2")
+    assert torchrun(*first).count(url) >= 1
+    written = TrajectoryStore(url)
+    written.verify()
+    assert written.steps.tolist() == local.steps.tolist()
+    np.testing.assert_array_equal(written.checksums(), local.checksums())
+    np.testing.assert_allclose(gram(written).matrices, gram(local).matrices, rtol=1e-6)
+    torchrun("extrapolate", url, "--to", 9, "-o", tmp_path / "several")
+    extrapolate(local, [9], tmp_path / "one")
+    one, several = (
+        {
+            name: tensor
+            for file in (tmp_path / folder / "step-9").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for folder in ("one", "several")
+    )
+    assert several.keys() == one.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(several[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_commands_take_urls(pair, capsys: pytest.CaptureFixture[str]) -> None:
