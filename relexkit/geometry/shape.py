@@ -57,31 +57,32 @@ class Decomposition:
         return self.singular_values**2 / self.total
 
 
-def decompose(matrix: np.ndarray) -> Decomposition:
+def decompose(matrix: np.ndarray, least: int = 2) -> Decomposition:
     """Decompose a Gram matrix ``float64 [T, T]``. A tensor that never moved has no directions at
-    all.
+    all. The first ``least`` directions are known however many steps there are.
     """
-    return decompose_all(matrix[None])[0]
+    return decompose_all(matrix[None], least)[0]
 
 
-def decompose_all(matrices: np.ndarray) -> list[Decomposition]:
+def decompose_all(matrices: np.ndarray, least: int = 2) -> list[Decomposition]:
     """``decompose`` of each of ``[N, T, T]``."""
 
     def of(rows: slice) -> list[Decomposition]:
-        pairs = _leading if matrices.shape[1] > MANY_STEPS else np.linalg.eigh
         block = matrices[rows]
-        return [_from_eigenpairs(*found) for found in zip(block, *pairs(block), strict=True)]
+        many = _is_many(block.shape[1], max(LEADING, least))
+        pairs = _leading(block, least) if many else np.linalg.eigh(block)
+        return [_from_eigenpairs(*found) for found in zip(block, *pairs, strict=True)]
 
     return [found for block in in_blocks(of, len(matrices)) for found in block]
 
 
-def _leading(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``LEADING`` eigenpairs, ascending as those of ``eigh``; zero from the third on
-    where they are too near to the next ones to be told apart.
+def _leading(matrices: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``LEADING`` or ``least`` eigenpairs, ascending as those of ``eigh``; zero after the
+    ``least`` where they are too near to the next ones to be told apart.
     """
-    values, vectors, sure = _iterated(matrices, LEADING)
-    _replace(matrices, values, vectors, ~sure[:, :2].all(axis=1))
-    sure[:, :2] = True
+    values, vectors, sure = _iterated(matrices, max(LEADING, least))
+    _replace(matrices, values, vectors, np.flatnonzero(~sure[:, :least].all(axis=1)))
+    sure[:, :least] = True
     known = np.logical_and.accumulate(sure, axis=1)
     return np.where(known, values, 0.0)[:, ::-1], vectors[:, :, ::-1]
 
@@ -191,7 +192,7 @@ def leading_eigenpairs(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.
     replace hundreds of full decompositions; tensors that have not converged are decomposed in full.
     """
     values, vectors, sure = _iterated(matrices, rank)
-    _replace(matrices, values, vectors, ~sure.all(axis=1))
+    _replace(matrices, values, vectors, np.flatnonzero(~sure.all(axis=1)))
     known = values > RANK_TOLERANCE**2 * values[:, :1]
     return np.where(known, values, 0.0), np.where(known[:, None], vectors, 0.0)
 
@@ -204,7 +205,7 @@ def _iterated(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, 
     directions have converged.
     """
     size = matrices.shape[1]
-    if size > MANY_STEPS:
+    if _is_many(size, rank):
         found = [_iterated_alone(matrix, rank) for matrix in matrices]
         values, vectors, sure = (np.stack(parts) for parts in zip(*found, strict=True))
         return values, vectors, sure
@@ -218,9 +219,9 @@ def _iterated(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, 
 
 def _iterated_alone(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``_iterated`` of a matrix of many steps ``[n, n]``."""
-    vectors = _start(matrix, rank + max(8, rank // 2))
+    vectors = _start(matrix, _block(rank))
     for _ in range(12):
-        products = matrix @ vectors
+        products = (vectors.T @ matrix).T  # the matrix is symmetric, and this the faster way
         values, found, residual = _ritz(vectors, products, rank)
         near = np.minimum(1e-8 * values[0], 1e-4 * values)
         sure = residual <= np.maximum(near, 1e-13 * values[0])
@@ -228,6 +229,16 @@ def _iterated_alone(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarr
             break
         vectors = np.linalg.qr(products).Q
     return values, found, sure
+
+
+def _block(rank: int) -> int:
+    """Vectors that are iterated together for the first ``rank`` directions of many steps."""
+    return rank + max(8, rank // 2)
+
+
+def _is_many(num_steps: int, rank: int) -> bool:
+    """Whether the first ``rank`` directions of so many steps can start from those of fewer."""
+    return num_steps > max(MANY_STEPS, 4 * _block(rank))
 
 
 def _start(matrix: np.ndarray, block: int) -> np.ndarray:
@@ -256,8 +267,8 @@ def _ritz(
 def _replace(
     matrices: np.ndarray, values: np.ndarray, vectors: np.ndarray, rough: np.ndarray
 ) -> None:
-    """Replace the estimates of the ``rough [N]`` matrices, in place."""
+    """Replace the estimates of some matrices, whose rows are ``rough``, in place."""
     rank = values.shape[1]
-    if rough.any():
+    if len(rough):
         full, directions = np.linalg.eigh(matrices[rough])
         values[rough], vectors[rough] = full[:, ::-1][:, :rank], directions[:, :, ::-1][:, :, :rank]

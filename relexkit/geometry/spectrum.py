@@ -187,7 +187,9 @@ class Groups:
 
     def of(self, rows: np.ndarray) -> list[ScopeSpectrum]:
         """Spectra of some groups."""
-        gram, matrices = self._gram, self._gram.matrices[rows]
+        gram = self._gram
+        every = len(rows) == len(gram.names) and (np.diff(rows) == 1).all()
+        matrices = gram.matrices if every else gram.matrices[rows]
         parts = decompose_all(center(matrices) if self._centered else matrices)
         prefixes = quarters(len(gram.steps))
 
@@ -252,6 +254,8 @@ class Spectrum(Result):
     def leading(self, count: int) -> list[ScopeSpectrum]:
         """The spectra of the groups with most energy; computes no others."""
         order = np.argsort(-self.groups.energy_share, kind="stable")  # NaN last
+        if count >= len(order):
+            return [self.scopes[row] for row in order]
         with single_threaded_blas():
             return self.groups.of(order[:count])
 

@@ -237,5 +237,5 @@ def find_directions(
     scoped = gram.scoped(scope)
     about = center(scoped.matrices) if centered else scoped.matrices
     with single_threaded_blas():
-        groups = {n: decompose(m) for n, m in zip(scoped.names, about, strict=True)}
+        groups = {n: decompose(m, count) for n, m in zip(scoped.names, about, strict=True)}
     return Directions(store, gram.steps, scope, centered, groups, tuple(gram.groups(scope)), count)

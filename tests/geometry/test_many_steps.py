@@ -68,6 +68,18 @@ def test_directions_that_cannot_be_told_apart_are_left_out_but_for_the_first_two
     np.testing.assert_allclose(values[0], singular[:3] ** 2, rtol=1e-9)
 
 
+@pytest.mark.parametrize("count", [3, 40, 200])
+def test_as_many_directions_as_are_asked_for_are_known(count: int) -> None:
+    """Of noise alone, and of a walk: more than are computed otherwise."""
+    noise = np.random.default_rng(1).standard_normal((T, 300))
+    for delta in (noise, deltas()["model.layers.0.walk"]):
+        singular = np.linalg.svd(delta, compute_uv=False)[:count]
+        parts = decompose(delta @ delta.T, count)
+        np.testing.assert_allclose(parts.singular_values[:count], singular, rtol=1e-6)
+        values, _ = leading_eigenpairs((delta @ delta.T)[None], count)
+        np.testing.assert_allclose(values[0], singular**2, rtol=1e-6, atol=1e-8 * singular[0] ** 2)
+
+
 def test_a_decomposition_does_not_depend_on_its_neighbours() -> None:
     matrices = np.array([d @ d.T for d in deltas().values()])
     for one, parts in zip(matrices, decompose_all(matrices), strict=True):
