@@ -90,7 +90,8 @@ class Response:
         self._grid, self._history = grid, clock.history
         self._beta = beta = max(momentum**clock.unit, _LEAST)
         self._places = np.arange(count + 1)
-        ages = self._places[1:] + clock.history
+        self._ages = np.arange(1, clock.history + count + 1)
+        ages = self._ages[clock.history :]
         self._updates = grid.rates * (1 - beta) / (1 - beta**ages)  # of a unit of momentum, [S]
         self._faded = _powers(beta, self._places)
         self._gains = self._between(self._faded)
@@ -176,8 +177,9 @@ class Response:
         of its last update, ``[T]`` each.
         """
         beta = self._beta
-        ages = np.arange(1, self._history + len(self._updates) + 1)
-        mixed = (1 - _powers(beta * rho, ages)[:-1]) / (1 - beta * rho)  # of gradient and momentum
+        mixed = (1 - _powers(beta * rho, self._ages)[:-1]) / (
+            1 - beta * rho
+        )  # of gradient and momentum
         momenta = _filtered(1 + 2 * beta * rho * _before(mixed), beta**2)
         mixed, momenta = mixed[self._history :], momenta[self._history :]
         gradient_before = rho * _before(_filtered(self._updates * mixed, rho))
@@ -220,7 +222,9 @@ class Response:
 
 def _at_lags(values: np.ndarray) -> np.ndarray:
     """Values by lag, and 0 for lag -1."""
-    return np.r_[values, 0.0]
+    by_lag = np.empty(len(values) + 1)
+    by_lag[:-1], by_lag[-1] = values, 0.0
+    return by_lag
 
 
 def _powers(ratio: float, lags: np.ndarray) -> np.ndarray:
@@ -230,7 +234,9 @@ def _powers(ratio: float, lags: np.ndarray) -> np.ndarray:
 
 def _before(values: np.ndarray) -> np.ndarray:
     """Of the grid point before; 0 at the first."""
-    return np.r_[0.0, values[:-1]]
+    before = np.empty_like(values)
+    before[0], before[1:] = 0.0, values[:-1]
+    return before
 
 
 def _filtered(values: np.ndarray, ratio: float) -> np.ndarray:
