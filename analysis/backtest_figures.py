@@ -101,7 +101,7 @@ def mapped_methods(result: Backtest) -> list[str]:
 
 def map_panel(axes: Axes, result: Backtest, method: str) -> None:
     """Skill of one method against hold by prefix and later step."""
-    shown = result.checked.any(axis=0)  # of a long run some steps
+    shown = np.array(result.checked.any(axis=0))  # of a long run some steps
     shown[: result.prefixes[0]] = True
     steps, skill = result.steps[shown], np.maximum(result.skill(method)[:, shown], _FLOOR)
     columns = np.r_[steps[0] - 0.5, (steps[:-1] + steps[1:]) / 2, steps[-1] + 0.5]
