@@ -110,11 +110,10 @@ def _remainder(
     """A walk plus independent noise, projected away from ``Q``, with the diagonal ``missing`` and
     about the given lengths.
     """
-    away = np.eye(len(steps)) - basis @ basis.T
-    shapes = [
-        away @ shape @ away
-        for shape in (np.minimum.outer(steps, steps).astype(np.float64), np.eye(len(steps)))
-    ]
+    walk = np.minimum.outer(steps, steps).astype(np.float64)
+    walk -= basis @ (basis.T @ walk)
+    walk -= (walk @ basis) @ basis.T
+    shapes = [walk, np.eye(len(steps)) - basis @ basis.T]
     system = np.array([[np.trace(s) for s in shapes], [_step_squares(s).sum() for s in shapes]])
     wanted = np.array([missing.sum(), missing_lengths])
     scales = np.linalg.lstsq(system / wanted.max(), wanted / wanted.max(), rcond=None)[0]
