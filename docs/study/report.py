@@ -27,11 +27,13 @@ from relexkit import Gram, spectrum
 from relexkit.analysis import style
 from relexkit.assess.advice import Advice, advise
 from relexkit.assess.task_evidence import Worth, standing
+from relexkit.geometry.trajectory_model import SPACED, fit_whole
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- what report.py made -->", "<!-- end -->")
 KINDS = ("greedy", "sampled")
 SHOWN_STEPS = (25, 50, 75, 100, 150, 300)
+COMPARED_STEPS = (50, 100, 150, 300)
 LONGEST = 8.0
 """How many times as long as the run its drift may last: more than that a record cannot tell."""
 ENOUGH = 3
@@ -514,7 +516,7 @@ def systems_table(results: Results) -> str:
 
 def _system_rows(arm: Arm, found: dict[int, Result], plain: dict[int, Result]) -> list[list[str]]:
     rows = []
-    for step in SHOWN_STEPS:
+    for step in COMPARED_STEPS:
         pairs = [
             (at_step(found[seed], step), at_step(plain[seed], step))
             for seed in found
@@ -612,16 +614,15 @@ def mean_curve(found: dict[int, Result], kind: str, step: float) -> tuple[np.nda
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 
+SHADES = dict(
+    zip(RATES, ("#B0B0B0", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#404040"), strict=True)
+)
 LOOKS = {None: "-", "adaptive": "--", "relex": ":", "drift": "-."}
 """How lines are drawn, by the kind of jumps."""
 
 
 def draw_curves(results: Results, folder: Path) -> None:
     """Accuracy against rollouts: rates as colours, kinds of jumps as lines."""
-    shades = dict(
-        zip(RATES, ("#B0B0B0", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#404040"), strict=True)
-    )
-
     with style.styled():
         figure = style.new_figure(3.2)
         axes = figure.subplots(1, 2)
@@ -643,7 +644,7 @@ def draw_curves(results: Results, folder: Path) -> None:
                     x,
                     y,
                     LOOKS[jumps],
-                    color=shades[arm.rate],
+                    color=SHADES[arm.rate],
                     marker="o",
                     markersize=2.5,
                     label=label,
@@ -653,6 +654,48 @@ def draw_curves(results: Results, folder: Path) -> None:
         style.save(figure, folder, "curves")
     for other in ("svg", "pdf"):
         (folder / f"curves.{other}").unlink(missing_ok=True)
+
+
+RANDOM = "#CC79A7"
+PREFIXES = (15, 20, 25, 35, 50, 75, 100)
+
+
+def draw_control(results: Results, folder: Path) -> None:
+    """Rewards of the task against random ones: the share of the first direction and the drift to
+    noise by the number of recorded steps, with the walk of each run's own updates.
+    """
+    random = "random-rewards"
+    with style.styled():
+        figure = style.new_figure(3.2)
+        share, drift = figure.subplots(1, 2)
+        for rate, kind in ((3e-6, "plain"), (1e-5, "plain"), (1e-4, "plain"), (3e-6, random)):
+            name = f"{kind}-{rate_name(rate)}"
+            color = RANDOM if kind == random else SHADES[rate]
+            label = f"{rate_name(rate)}, {'random rewards' if kind == random else 'the task'}"
+            for seed in results.seeds(name):
+                kept = results.gram(name, seed)
+                if kept is None:
+                    continue
+                until = [cut for cut in PREFIXES if cut <= kept[0].steps[-1]]
+                wholes = [spectrum(kept[0].until(cut), scope="global").whole for cut in until]
+                fits = [fit_whole(kept[0].until(cut), SPACED) for cut in until]
+                first = [100 * float(whole.observed["first"]) for whole in wholes]
+                line = {"color": color, "marker": "o", "markersize": 2, "linewidth": 0.8}
+                share.plot(until, first, label=label, **line)
+                drift.plot(until, [fit.drift_to_noise if fit else np.nan for fit in fits], **line)
+                if name == "plain-3e-6":
+                    walk = [100 * float(whole.expected["first"]) for whole in wholes]
+                    share.plot(until, walk, "k--", linewidth=0.6, label="a walk of its updates")
+                label = "_"
+        share.set(xlabel="recorded steps", ylabel="first direction, % of variance")
+        drift.axhline(1, color="k", linestyle="--", linewidth=0.6)
+        drift.set(xlabel="recorded steps", ylabel="drift to noise", yscale="log")
+        drift.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
+        handles = dict(zip(*share.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+        style.save(figure, folder, "control")
+    for other in ("svg", "pdf"):
+        (folder / f"control.{other}").unlink(missing_ok=True)
 
 
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
@@ -679,10 +722,11 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Put the tables into the pages of the study and the figure beside the scripts; what has no
+    """Put the tables into the pages of the study and the figures beside the scripts; what has no
     results yet is named.
     """
     draw_curves(results, folder)
+    draw_control(results, folder)
     for name, sections in PAGES.items():
         made = {heading: make(results) for heading, make in sections.items()}
         pieces = [f"### {h}\n\n{t}" for h, t in made.items() if t.count("\n") >= 2]
