@@ -729,7 +729,8 @@ def write_report(results: Results, folder: Path) -> None:
     draw_control(results, folder)
     for name, sections in PAGES.items():
         made = {heading: make(results) for heading, make in sections.items()}
-        pieces = [f"### {h}\n\n{t}" for h, t in made.items() if t.count("\n") >= 2]
+        level = "###" if name == "study.md" else "##"  # there below a heading of its own
+        pieces = [f"{level} {h}\n\n{t}" for h, t in made.items() if t.count("\n") >= 2]
         lacking = [h for h, t in made.items() if t.count("\n") < 2]
         if lacking:
             pieces.append("Without results so far: " + "; ".join(lacking) + ".")
