@@ -72,7 +72,7 @@ def standing(fit: TrajectoryFit) -> float:
 
 GAINING = 11.0
 """The standing from which an extrapolation is advised. Runs that gained next to nothing had up to
-10.7, runs that gained about half of what training did, or more, from 9.4 on: one of five at 3e-6
+10.7, runs that gained two fifths of what training did, or more, from 9.4 on: one of five at 3e-6
 after 25 steps is below.
 """
 
@@ -85,7 +85,7 @@ def worth(fit: TrajectoryFit) -> str:
     alike = [w for w in STUDY if (w.standing[1] >= GAINING) == (here >= GAINING)]
     nearest = sorted(alike, key=lambda w: _apart(w, here))[:2]
     side, what = (
-        ("above", "about half of what training does, or more")
+        ("above", "two fifths of what training does, or more,")
         if here >= GAINING
         else ("below", "next to nothing, or lost,")
     )
