@@ -167,8 +167,7 @@ def advise(
 
     Counts of changed weights in ``gram`` tell whether the stored precision hides the motion; zeros
     say nothing. Metrics tell, if they are there, which steps were informative. Reads no weights;
-    two seconds or so for 400 tensors and 75 steps, one for a single
-    matrix.
+    two seconds or so for 400 tensors and 75 steps, one for a single matrix.
 
     Args:
         record: also make the checks of every method where the verdict is known without them.
