@@ -24,6 +24,8 @@ from relexkit.store.fastpath.local import DurableStore
 
 Change = Callable[[Path], Any]
 STEPS, BACK_TO = 6, 2
+PACES = (0.0, 0.002, 0.05, 1.0, 200.0)
+"""Mean number of changes between two reads; without any, what is read is the old run."""
 
 
 class Model(torch.nn.Module):
@@ -111,7 +113,7 @@ def test_what_is_read_is_the_old_run_or_the_new_one_or_refused(
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(old, path)
         pending = list(changes)
-        pace = random.choice([0.002, 0.05, 1.0, 200.0])
+        pace = PACES[number // len(reads) % len(PACES)]
 
         def go_on(path: Path = path, pending: list[Change] = pending, pace: float = pace) -> None:
             for _ in range(min(len(pending), random.poisson(pace))):
