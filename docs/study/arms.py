@@ -7,14 +7,18 @@ some of them, in any order, at any time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from second_task import SPELLING
+from second_task import make as make_spelling_model
+from smollm2 import SUMS
+from smollm2 import make as make_smollm2
 
-SORTING = {"name": "arithmetic", "family": "sorting"}
+from relexkit.trainer.policy.small_model import FOLDER
+
 RANDOM_REWARDS = {"name": f"{Path(__file__).with_name('random_rewards.py')}:make"}
 GROUP = 8
 PROMPTS = 32
@@ -26,7 +30,67 @@ CUTS = (50, 25, 100, 150)
 RATIOS = (1.25, 1.5, 2.0, 4.0, 10.0)
 METHODS = ("relex", "two-point", "least-squares", "drift", "model")
 """Methods whose prediction depends on the target; hold and average are asked once a cut."""
-G2D_STEPS = (25, 50, 100, 150)
+
+
+def _packaged(out: Path) -> Path:
+    return FOLDER
+
+
+def _spelling_model(out: Path) -> Path:
+    return _made(out / "spelling-model", make_spelling_model)
+
+
+def _smollm2_model(out: Path) -> Path:
+    return _made(out / "smollm2", make_smollm2)
+
+
+def _made(place: Path, make: Callable[[Path], None]) -> Path:
+    if not place.exists():
+        make(place)
+    return place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model on a task, and how finely it is asked.
+
+    Attributes:
+        model: its folder, made below the study's own folder if need be.
+        task: what is trained and evaluated.
+        problems: held-out problems of an evaluation.
+        every: steps between two evaluations and two saved states of a run.
+        ratios, methods: targets of a prediction, as multiples of its last step, and its methods.
+        micro_batch_tokens, generation_rows: what the memory allows.
+        preferences: ``(steps, options)`` of G2D, by names of ``trainer.config.G2DConfig``.
+    """
+
+    model: Callable[[Path], Path]
+    task: Mapping[str, Any]
+    problems: int = 512
+    every: int = 25
+    ratios: tuple[float, ...] = RATIOS
+    methods: tuple[str, ...] = METHODS
+    micro_batch_tokens: int = 4096
+    generation_rows: int = 256
+    preferences: tuple[tuple[int, ...], Mapping[str, Any]] = (
+        (25, 50, 100, 150),
+        {"learning_rate": 3e-5, "beta": 0.5},
+    )
+
+
+SORTING = Subject(model=_packaged, task={"name": "arithmetic", "family": "sorting"})
+SPELLING_WORDS = Subject(model=_spelling_model, task=SPELLING)
+SMOLLM2 = Subject(
+    model=_smollm2_model,
+    task=SUMS,
+    problems=128,
+    every=15,
+    ratios=(1.5, 2.0, 4.0),
+    methods=("relex", "drift"),
+    micro_batch_tokens=2048,
+    generation_rows=64,
+    preferences=((30,), {"learning_rate": 1e-5, "beta": 0.1}),
+)
 
 _FIVE, _TWO = tuple(range(5)), (0, 1)
 
@@ -38,7 +102,7 @@ class Arm:
     Attributes:
         name: of its folder and in the tables.
         rate, prompts: learning rate, and prompts of a step, of eight rollouts each.
-        task: what is trained and evaluated; a task has a small model of its own to start from.
+        subject: what is trained and evaluated.
         jump: method, trained steps and jumped steps of fixed jumps; None for none.
         options: what else differs from plain GRPO, by names of ``trainer.config.GRPOConfig``.
         lengths: ``(priority, steps)``: a run is first trained to the step of least priority number,
@@ -51,7 +115,7 @@ class Arm:
     name: str
     rate: float
     prompts: int = PROMPTS
-    task: Mapping[str, Any] = field(default_factory=lambda: SORTING)
+    subject: Subject = SORTING
     jump: tuple[str, int, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[tuple[int, int], ...]
@@ -68,7 +132,7 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """Options of the training that are the arm's own."""
         own: dict[str, Any] = {
-            "task": self.task,
+            "task": self.subject.task,
             "learning_rate": self.rate,
             "generation_batch_size": GROUP * self.prompts,
             **self.options,
@@ -166,7 +230,7 @@ def _adaptive() -> Iterable[Arm]:
 def _spelling() -> Iterable[Arm]:
     """The second task: plain training, adaptive and fixed jumps at two rates, and a large rate."""
     for rate in (3e-6, 1e-5, 1e-4):
-        settings: dict[str, Any] = {"rate": rate, "task": SPELLING}
+        settings: dict[str, Any] = {"rate": rate, "subject": SPELLING_WORDS}
         steps = 150 if rate < 1e-4 else 75
         name = rate_name(rate)
         yield Arm(name=f"spelling-plain-{name}", lengths=((1, steps),), **settings)
@@ -218,6 +282,36 @@ def _systems() -> Iterable[Arm]:
             )
 
 
+def _smollm2() -> Iterable[Arm]:
+    """A real model, as far as two cores go: plain, jumps, LamPO, a larger rate."""
+    settings: dict[str, Any] = {"subject": SMOLLM2, "prompts": 8}
+    for rate, steps in ((5e-6, 60), (3e-5, 30)):
+        usual = rate == 5e-6
+        yield Arm(
+            name=f"smollm2-plain-{rate_name(rate)}",
+            rate=rate,
+            lengths=((2, steps),),
+            cuts=(30, 15) if usual else (),
+            further=("g2d",) if usual else (),
+            **settings,
+        )
+    for method in ("relex", "drift"):
+        yield Arm(
+            name=f"smollm2-{method}-15+15-5e-6",
+            rate=5e-6,
+            jump=(method, 15, 15),
+            lengths=((3, 60),),
+            **settings,
+        )
+    yield Arm(
+        name="smollm2-lampo-5e-6",
+        rate=5e-6,
+        options={"advantage": "lampo"},
+        lengths=((4, 30),),
+        **settings,
+    )
+
+
 def _warm_up() -> Iterable[Arm]:
     """The other control: a warm-up to the rate of a plain arm, which then stays."""
     for rate in (3e-5, 1e-4, 3e-4):
@@ -240,6 +334,7 @@ ARMS: dict[str, Arm] = {
         _noise_scale(),
         _systems(),
         _warm_up(),
+        _smollm2(),
     )
     for arm in arms
 }

@@ -1,4 +1,5 @@
-"""When does extrapolation pay? The runs and numbers of docs/study.md, on the small embedded model.
+"""When does extrapolation pay? The runs and numbers of docs/study.md, on the small embedded model,
+and a few on SmolLM2.
 
     python docs/study/study.py OUT [--only PATTERN ...] [--seeds S ...] [--until-priority P]
     python docs/study/study.py OUT --list
@@ -6,8 +7,8 @@
 Does the jobs of arms.py, the most decisive first: trains an arm, asks a finished run what its
 future looked like from some step, runs G2D from it, or exports it in bfloat16. Every answer is one
 JSON file in docs/study/results; what is there is not done again, and a run that was interrupted
-goes on from its last saved state. Runs stay in OUT until no job needs them. All models answer the
-same 512 held-out problems, greedily and once sampled, with the same noise.
+goes on from its last saved state. Runs stay in OUT until no job needs them. All models of a
+task answer the same held-out problems, greedily and once sampled, with the same noise.
 
     python docs/study/report.py
 
@@ -22,14 +23,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, G2D_STEPS, GROUP, METHODS, RATIOS, SORTING, Arm, Job, jobs
+from arms import ARMS, GROUP, SORTING, Arm, Job, Subject, jobs
 from kept_gram import keep_gram
-from second_task import make as make_spelling_model
 
 from relexkit import (
     Prediction,
@@ -55,7 +55,7 @@ from relexkit.trainer.policy.stored_model import StoredModel
 from relexkit.trainer.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results"
-PROBLEMS, LENGTH, EVERY = 512, 10, 25
+LENGTH = 10
 
 Result = dict[str, Any]
 Question = Callable[[Path, Job, "Draft"], None]
@@ -94,37 +94,27 @@ def make_run(folder: Path, arm: Arm, seed: int, steps: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     train(
         GRPOConfig(
-            model=str(_model(folder, arm)),
+            model=str(arm.subject.model(folder.parents[2])),
             output=str(folder),
             seed=seed,
             max_steps=steps,
             num_generations=GROUP,
             max_completion_length=LENGTH,
-            generation_rows=256,
-            micro_batch_tokens=4096,
+            generation_rows=arm.subject.generation_rows,
+            micro_batch_tokens=arm.subject.micro_batch_tokens,
             device="cpu",
-            save_steps=EVERY,
+            save_steps=arm.subject.every,
             **arm.settings,
         )
     )
 
 
-def _model(folder: Path, arm: Arm) -> Path:
-    """What a run begins with: the model of the package, or the second task's, made once."""
-    if arm.task is SORTING:
-        return FOLDER
-    place = folder.parents[2] / "spelling-model"
-    if not place.exists():
-        make_spelling_model(place)
-    return place
-
-
 class Models:
     """The models of a store, and what they answer."""
 
-    def __init__(self, store: TrajectoryStore, task: Mapping[str, Any] = SORTING):
+    def __init__(self, store: TrajectoryStore, subject: Subject = SORTING):
         self.store, self._stored = store, StoredModel(store, Loading())
-        self._task = load_task(task)
+        self._task, self._problems = load_task(subject.task), subject.problems
 
     def answers(self, weights: np.ndarray) -> Result:
         """Accuracies of ``theta_0 + M^T a``, and which problems were right, in hexadecimal."""
@@ -142,10 +132,10 @@ class Models:
             self._stored.tokenizer,
             self._task,
             EvaluationSettings(
-                num_problems=PROBLEMS,
+                num_problems=self._problems,
                 samples=1,
                 max_completion_length=LENGTH,
-                batch_size=PROBLEMS,
+                batch_size=self._problems,
             ),
         )
         return {
@@ -168,10 +158,10 @@ def trained(folder: Path, job: Job, result: Draft) -> None:
     make_run(folder, ARMS[job.arm], job.seed, job.steps)
     store = TrajectoryStore(folder / "run.zarr")
     log = read_log(folder)
-    models, landed = Models(store, ARMS[job.arm].task), set(jumps(store).tolist())
+    models, landed = Models(store, ARMS[job.arm].subject), set(jumps(store).tolist())
     known = {entry["step"]: entry for entry in result.get("curve", [])}
     curve = []
-    for step in _marks(store.steps, landed):
+    for step in _marks(store.steps, landed, ARMS[job.arm].subject.every):
         trained_steps = int(np.sum(store.steps <= step)) - len([s for s in landed if s <= step])
         place = {
             "step": step,
@@ -194,22 +184,26 @@ def _tests(store: TrajectoryStore, step: int) -> int:
     return sum("p_hurt" in attempt.numbers for attempt in attempts(store) if attempt.step < step)
 
 
-def _marks(steps: np.ndarray, landed: set[int]) -> list[int]:
-    """The base, every 25th step, and the steps before and after each jump."""
+def _marks(steps: np.ndarray, landed: set[int], every: int) -> list[int]:
+    """The base, every so many steps, and the steps before and after each jump."""
     before = {int(steps[row - 1]) for row in np.flatnonzero(np.isin(steps, list(landed)))}
-    regular = {int(step) for step in steps if step % EVERY == 0}
+    regular = {int(step) for step in steps if step % every == 0}
     return sorted({0, int(steps[-1])} | regular | before | landed)
 
 
 def predicted(folder: Path, job: Job, result: Draft) -> None:
     """What steps up to ``T_cut`` predict for later ones, on the task and in the weights."""
     store = TrajectoryStore(folder / "run.zarr")
-    matrices, models = gram(store), Models(store, ARMS[job.arm].task)
+    subject = ARMS[job.arm].subject
+    matrices, models = gram(store), Models(store, subject)
     seen, cut = matrices.until(job.steps), job.steps
     asked = [("hold", cut), ("average", cut)]
-    asked += [(method, round(ratio * cut)) for ratio in RATIOS for method in METHODS]
-    later = {round(ratio * cut) for ratio in RATIOS}
-    grid = backtest(matrices, methods=METHODS, prefixes=[int(np.sum(store.steps <= cut))]).grid
+    asked += [
+        (method, round(ratio * cut)) for ratio in subject.ratios for method in subject.methods
+    ]
+    later = {round(ratio * cut) for ratio in subject.ratios}
+    seen_steps = int(np.sum(store.steps <= cut))
+    grid = backtest(matrices, methods=subject.methods, prefixes=[seen_steps]).grid
     skill = {(row.method, row.target): row.skill for row in grid}
     done = {(row["method"], row["target"]): row for row in result.get("predictions", [])}
     result |= {"until": cut, "predictions": list(done.values())}
@@ -226,7 +220,9 @@ def predicted(folder: Path, job: Job, result: Draft) -> None:
             }
         )
         result.keep()
-    between = [s for s in sorted(later) if s <= store.steps[-1] and s % EVERY]  # not on the curve
+    between = [
+        s for s in sorted(later) if s <= store.steps[-1] and s % subject.every
+    ]  # not on the curve
     result["trained"] = {str(step): models.recorded(step) for step in between}
 
 
@@ -234,19 +230,19 @@ def preferred(folder: Path, job: Job, result: Draft) -> None:
     """G2D at several K, from the rollouts of the training and from fresh ones."""
     last = int(TrajectoryStore(folder / "run.zarr").steps[-1])
     place = folder.with_name(f"seed-{job.seed}-g2d")
+    subject = ARMS[job.arm].subject
+    steps, options = subject.preferences
     result["rows"] = []
     for pairs in ("training", "fresh"):
         config = G2DConfig(
             pairs=pairs,
-            learning_rate=3e-5,
-            beta=0.5,
-            eval_num_problems=PROBLEMS,
-            generation_rows=256,
+            eval_num_problems=subject.problems,
+            generation_rows=subject.generation_rows,
             device="cpu",
             seed=job.seed,
+            **options,
         )
-        steps = [k for k in G2D_STEPS if k <= last]
-        for found in g2d(folder, steps, place / pairs, config):
+        for found in g2d(folder, [k for k in steps if k <= last], place / pairs, config):
             result["rows"].append(
                 {
                     "pairs": pairs,

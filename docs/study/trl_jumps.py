@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import SORTING
 from datasets import Dataset
 from study import RESULTS, Models, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,12 +28,10 @@ from relexkit.record.callback import RecorderCallback
 from relexkit.trainer.policy.small_model import FOLDER
 from relexkit.trainer.tasks import load_task, prompt_text
 
-SORTING = {"name": "arithmetic", "family": "sorting"}
-
 
 def run(place: Path, jumps: Jumps | None, steps: int, rate: float) -> dict[str, Any]:
     """One run; its rewards, decisions and accuracy."""
-    task = load_task(SORTING)
+    task = load_task(SORTING.task)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     problems = list(task.problems("train"))[: 32 * steps]
     by_key = {problem.key: problem for problem in problems}

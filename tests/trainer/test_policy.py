@@ -16,6 +16,7 @@ from relexkit.trainer.policy.log_probabilities import (
     token_logprobs,
 )
 from relexkit.trainer.policy.sampling import Completion
+from relexkit.trainer.policy.shared_prompts import prompt_cache
 
 ROWS = [
     Completion([5, 6, 7], [8, 9, 1], "", False),
@@ -85,3 +86,62 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, max_tokens
 def test_padded_rows_are_zero_where_there_is_no_token():
     out = padded([torch.tensor([1.0, 2.0]), torch.empty(0)], torch.ones(2, 3))
     assert out.tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def grouped_rows() -> list[Completion]:
+    """Three prompts of different lengths, of which two begin alike, with four rollouts each."""
+    prompts = [[5, 6, 7, 8], [5, 6, 7], [9, 3, 9, 3, 9, 4]]
+    return [
+        Completion(prompt, [(3 * row + place) % 9 + 3 for place in range(length)], "", False)
+        for row, prompt in enumerate(prompts)
+        for length in (1, 4, 2, 0)
+    ]
+
+
+def test_the_prompt_of_a_group_passes_through_the_model_once(monkeypatch):
+    """Log-probabilities and gradients are those of rows that are computed one by one."""
+    model, rows = tiny_model(), grouped_rows()
+    sizes: list[int] = []
+    forward = model.model.forward
+
+    def counted(*arguments, **options):
+        sizes.append(options["input_ids"].numel())
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    logp_BT, _ = token_logprobs(model, make_batch(rows, 0, "cpu"), 1.0, False)
+    assert sizes == [3 * 5, 12 * 5]  # prompts but their last tokens; these and the completions
+    loss = torch.zeros(())
+    for weight, (row, logp_T) in enumerate(zip(rows, logp_BT, strict=True)):
+        count = len(row.completion_ids)
+        torch.testing.assert_close(
+            logp_T[:count].double().detach(), alone(model, row, 1.0)[0], atol=2e-6, rtol=1e-5
+        )
+        loss = loss + (weight + 1) * logp_T[:count].sum()
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for weight, row in enumerate(rows):
+        batch = make_batch([row], 0, "cpu")
+        single_BT, _ = token_logprobs(model, batch, 1.0, False)
+        ((weight + 1) * single_BT * batch.mask).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("why", ["recomputes", "sharded", "no repetition"])
+def test_a_prompt_is_not_shared_where_it_cannot_be(why, monkeypatch):
+    model, rows = tiny_model(), grouped_rows()
+    if why == "recomputes":
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train()
+    elif why == "sharded":
+        monkeypatch.setattr(model, "set_requires_gradient_sync", None, raising=False)
+    else:
+        rows = rows[::4]
+    batch = make_batch(rows, 0, "cpu")
+    prompt = slice(0, batch.input_ids.shape[1] - batch.completion_ids.shape[1])
+    shown = batch.input_ids[:, prompt], batch.attention_mask[:, prompt]
+    assert prompt_cache(model, *shown) is None
+    with torch.no_grad():
+        assert (prompt_cache(model, *shown) is None) == (why != "sharded")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from relexkit.trainer.policy.sampling import Completion
+from relexkit.trainer.policy.shared_prompts import prompt_cache
 
 _LOGITS_BLOCK = 2**22  # logits whose exponentials are held at a time
 
@@ -96,12 +97,16 @@ def token_logprobs(
     gradient of the entropy three more copies of them.
     """
     length = batch.completion_ids.shape[1]
+    prompt = batch.input_ids.shape[1] - length
     with autocast_for(batch.input_ids.device, autocast):
+        cache = prompt_cache(model, batch.input_ids[:, :prompt], batch.attention_mask[:, :prompt])
+        begin = 0 if cache is None else prompt - 1
         logits_BTV = model(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids[:, begin:],
             attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
+            position_ids=batch.position_ids[:, begin:],
+            past_key_values=cache,
+            use_cache=cache is not None,
             logits_to_keep=length + 1,
         ).logits[:, :-1]
     logits_BTV = logits_BTV.float()

@@ -17,16 +17,15 @@ from typing import Any, Protocol
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from relexkit import RelexkitError
+from relexkit.trainer.policy.shared_prompts import prompt_cache
 
 _NOISE_BLOCK = 1024  # numbers that a row's stream gives at a time: part of what the stream is
 
@@ -229,7 +228,7 @@ def _generate_batch(
         if sampling.top_p is not None and sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
         processors.append(_GumbelNoise(sampling.seed, keys, tokens.device))
-    shared = _shared_prefix(model, prompts, tokens, mask)
+    shared = prompt_cache(model, tokens, mask)
     with nullcontext() if watcher is None else watcher.batch():
         output = model.generate(
             input_ids=tokens,
@@ -248,42 +247,6 @@ def _generate_batch(
     if watcher is not None:
         watcher.finish(output[:, tokens.shape[1] :], [len(c.completion_ids) for c in completions])
     return completions
-
-
-def _shared_prefix(
-    model: Any, prompts: list[list[int]], tokens: torch.Tensor, mask: torch.Tensor
-) -> DynamicCache | None:
-    """Keys and values of all prompt tokens but the last, computed once for equal prompts; None
-    where that does not apply.
-
-    It applies if prompts repeat (the rollouts of a group do) and if the model keeps plain keys and
-    values, nothing else.
-    """
-    first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
-    if 2 * len(first) > len(prompts) or tokens.shape[1] == 1:
-        return None
-    rows = sorted(first.values())
-    place = {row: index for index, row in enumerate(rows)}
-    shown = mask[rows, :-1]
-    cache = getattr(
-        model(
-            input_ids=tokens[rows, :-1],
-            attention_mask=shown,
-            position_ids=(shown.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        ),
-        "past_key_values",
-        None,
-    )
-    if type(cache) is not DynamicCache or any(
-        type(layer) is not DynamicLayer for layer in cache.layers
-    ):
-        return None
-    cache.batch_select_indices(
-        torch.tensor([place[first[tuple(prompt)]] for prompt in prompts], device=tokens.device)
-    )
-    return cache
 
 
 @contextmanager
