@@ -51,6 +51,8 @@ LONGEST = 8.0
 """How many times as long as the run its drift may last: more than that a record cannot tell."""
 ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
+DISTANCES = (7.5e-5, 1.5e-4, 3e-4, 7.5e-4, 1.5e-3, 2.25e-3, 2.5e-3, 7.5e-3, 1.5e-2, 2.25e-2)
+"""Learning rate times step, where several rates have been evaluated."""
 TARGETS = {3e-6: (150, 300), 5e-6: (60,), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
 """Steps of plain training, by its rate, whose accuracy others are asked to reach."""
 
@@ -212,6 +214,24 @@ def rates_table(
             cells.append(both + fewer)
         rows.append([rate_name(rate), str(len(found)), *cells])
     return table(("rate", "seeds", *(f"step {s}" for s in steps)), rows)
+
+
+def distance_table(results: Results) -> str:
+    """Accuracy of plain training by how far it has gone, whatever the rate: rate times step."""
+    plain = {rate: results.seeds(arm.name) for rate, arm in plain_arms(SORTING).items()}
+    rows = []
+    for distance in DISTANCES:
+        cells = []
+        for rate, found in plain.items():
+            step = distance / rate
+            places = [p for r in found.values() if (p := at_step(r, round(step)))]
+            whole = abs(step - round(step)) < 1e-6 and places
+            mean = " / ".join(
+                f"{np.mean([p[kind] for p in places]):.3f}" for kind in KINDS if whole
+            )
+            cells.append(f"{mean} ({len(places)})" if whole else "")
+        rows.append([f"{distance:.1e}".replace("e-0", "e-"), *cells])
+    return table(("rate x step", *map(rate_name, plain)), rows)
 
 
 def savings_table(results: Results, subject: Subject = SORTING) -> str:
@@ -687,6 +707,43 @@ def draw_curves(results: Results, folder: Path) -> None:
         (folder / f"curves.{other}").unlink(missing_ok=True)
 
 
+def draw_reach(results: Results, folder: Path) -> None:
+    """What predictions gained on the task by how far they reach: learning rate times the step that
+    they are for, the farthest that a weight can have moved by then.
+    """
+    with style.styled():
+        figure = style.new_figure(3.0)
+        panels = figure.subplots(1, 2, sharey=True)
+        for arm in (*plain_arms(SORTING).values(), *plain_arms(SMOLLM2).values()):
+            small = arm.subject is SORTING
+            color = SHADES[arm.rate] if small else RANDOM
+            label = rate_name(arm.rate) if small else f"SmolLM2, {rate_name(arm.rate)}"
+            for axis, method in zip(panels, ("relex", "drift"), strict=True):
+                places = np.array(
+                    [
+                        (arm.rate * row["target"], row["greedy"] - rows["hold"]["greedy"])
+                        for cut in arm.cuts
+                        for result in results.others(arm.name, f"from-{cut}").values()
+                        for rows in [{r["method"]: r for r in result["predictions"]}]
+                        for row in result["predictions"]
+                        if row["method"] == method
+                    ]
+                ).reshape(-1, 2)
+                if len(places):
+                    marker = "o" if small else "D"
+                    axis.plot(*places.T, marker, color=color, markersize=2.5, label=label)
+        for axis, name in zip(panels, ("RELEX", "drift model"), strict=True):
+            axis.axhline(0, color="k", linewidth=0.6)
+            axis.set(title=name, xscale="log", xlabel="learning rate x predicted step")
+            axis.set_xticks([1e-4, 1e-3, 1e-2, 1e-1], ["1e-4", "1e-3", "1e-2", "1e-1"])
+            axis.minorticks_off()
+        panels[0].set_ylabel("greedy accuracy, over hold")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
+        style.save(figure, folder, "reach")
+    for other in ("svg", "pdf"):
+        (folder / f"reach.{other}").unlink(missing_ok=True)
+
+
 RANDOM = "#CC79A7"
 PREFIXES = (15, 20, 25, 35, 50, 75, 100)
 
@@ -732,6 +789,7 @@ def draw_control(results: Results, folder: Path) -> None:
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "study.md": {
         "Plain training, greedy / sampled accuracy": rates_table,
+        "Plain training by distance, greedy / sampled (seeds)": distance_table,
         "Times fewer rollouts to plain training's accuracy": savings_table,
         "Words backward, plain training": partial(rates_table, subject=SPELLING_WORDS),
         "Words backward, times fewer rollouts": partial(savings_table, subject=SPELLING_WORDS),
@@ -763,6 +821,7 @@ def write_report(results: Results, folder: Path) -> None:
     """
     draw_curves(results, folder)
     draw_control(results, folder)
+    draw_reach(results, folder)
     for name, sections in PAGES.items():
         made = {heading: make(results) for heading, make in sections.items()}
         level = "###" if name == "study.md" else "##"  # there below a heading of its own
