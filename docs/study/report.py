@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
 DISTANCES = (7.5e-5, 1.5e-4, 3e-4, 7.5e-4, 1.5e-3, 2.25e-3, 2.5e-3, 7.5e-3, 1.5e-2, 2.25e-2)
 """Learning rate times step, where several rates have been evaluated."""
+REACHES = (1e-4, 2.5e-4, 5e-4, 1e-3, 3e-3, np.inf)
 TARGETS = {3e-6: (150, 300), 5e-6: (60,), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
 """Steps of plain training, by its rate, whose accuracy others are asked to reach."""
 
@@ -186,6 +188,11 @@ def savings(plain: dict[int, Result], other: dict[int, Result], kind: str, step:
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]{mark} to {targets.mean():.3f}"
 
 
+def scientific(value: float) -> str:
+    """``2.5e-4`` for 0.00025."""
+    return np.format_float_scientific(value, trim="-", exp_digits=1)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -230,7 +237,7 @@ def distance_table(results: Results) -> str:
                 f"{np.mean([p[kind] for p in places]):.3f}" for kind in KINDS if whole
             )
             cells.append(f"{mean} ({len(places)})" if whole else "")
-        rows.append([f"{distance:.1e}".replace("e-0", "e-"), *cells])
+        rows.append([scientific(distance), *cells])
     return table(("rate x step", *map(rate_name, plain)), rows)
 
 
@@ -335,6 +342,37 @@ def _prediction_row(
         mean_text(average - hold, sign=True),
         *gains,
     ]
+
+
+def reach_table(results: Results) -> str:
+    """Mean gain of predictions over hold by how far they reach, whatever the rate."""
+    gains: dict[tuple[float, str], list[float]] = {}
+    for arm in plain_arms(SORTING).values():
+        for reach, method, gain in _reached(results, arm):
+            upper = next(bound for bound in REACHES if reach <= bound * 1.001)
+            gains.setdefault((upper, method), []).append(gain)
+    rows = []
+    for lower, upper in pairwise((0.0, *REACHES)):
+        cells = []
+        for method in METHODS:
+            found = np.array(gains.get((upper, method), []))
+            if len(found):
+                cells.append(f"{found.mean():+.3f} ({np.sum(found > 0)} of {len(found)})")
+        between = (
+            f"{scientific(lower)} to {scientific(upper)}" if lower else f"to {scientific(upper)}"
+        )
+        rows.append([between if upper < np.inf else f"above {scientific(lower)}", *cells])
+    return table(("rate x predicted step", *METHODS), rows)
+
+
+def _reached(results: Results, arm: Arm) -> Iterable[tuple[float, str, float]]:
+    """Rate times predicted step, method and gain over hold of all predictions of an arm's runs."""
+    for cut in arm.cuts:
+        for result in results.others(arm.name, f"from-{cut}").values():
+            rows = result["predictions"]
+            hold = next(row["greedy"] for row in rows if row["method"] == "hold")
+            for row in rows:
+                yield arm.rate * row["target"], row["method"], row["greedy"] - hold
 
 
 def line_table(results: Results) -> str:
@@ -719,16 +757,8 @@ def draw_reach(results: Results, folder: Path) -> None:
             color = SHADES[arm.rate] if small else RANDOM
             label = rate_name(arm.rate) if small else f"SmolLM2, {rate_name(arm.rate)}"
             for axis, method in zip(panels, ("relex", "drift"), strict=True):
-                places = np.array(
-                    [
-                        (arm.rate * row["target"], row["greedy"] - rows["hold"]["greedy"])
-                        for cut in arm.cuts
-                        for result in results.others(arm.name, f"from-{cut}").values()
-                        for rows in [{r["method"]: r for r in result["predictions"]}]
-                        for row in result["predictions"]
-                        if row["method"] == method
-                    ]
-                ).reshape(-1, 2)
+                found = [(x, gain) for x, name, gain in _reached(results, arm) if name == method]
+                places = np.array(found).reshape(-1, 2)
                 if len(places):
                     marker = "o" if small else "D"
                     axis.plot(*places.T, marker, color=color, markersize=2.5, label=label)
@@ -791,6 +821,7 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
         "Plain training, greedy / sampled accuracy": rates_table,
         "Plain training by distance, greedy / sampled (seeds)": distance_table,
         "Times fewer rollouts to plain training's accuracy": savings_table,
+        "Predictions by how far they reach: mean gain over hold (how many gained)": reach_table,
         "Words backward, plain training": partial(rates_table, subject=SPELLING_WORDS),
         "Words backward, times fewer rollouts": partial(savings_table, subject=SPELLING_WORDS),
         "What a drift was worth on the task": worth_table,
