@@ -55,7 +55,7 @@ ENOUGH = 3
 DISTANCES = (7.5e-5, 1.5e-4, 3e-4, 7.5e-4, 1.5e-3, 2.25e-3, 2.5e-3, 7.5e-3, 1.5e-2, 2.25e-2)
 """Learning rate times step, where several rates have been evaluated."""
 REACHES = (1e-4, 2.5e-4, 5e-4, 1e-3, 3e-3, np.inf)
-TARGETS = {3e-6: (150, 300), 5e-6: (60,), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
+TARGETS = {1e-6: (150,), 3e-6: (150, 300), 5e-6: (60,), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
 """Steps of plain training, by its rate, whose accuracy others are asked to reach."""
 
 Result = dict[str, Any]
