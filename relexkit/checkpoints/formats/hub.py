@@ -167,8 +167,8 @@ def in_cache(source: str, *, check: bool = False) -> HubCheckpoint:
         folder, check = _cached(name, commit), True
     if folder is None:
         raise CheckpointError(f"{where}: is not whole in the hub's cache; run the command again")
-    for path in folder.rglob("*") if check else ():
-        blob = path.resolve()  # its name is the hub's hash
+    for link in folder.rglob("*") if check else ():
+        blob = link.resolve()  # its name is the hub's hash
         digits = len(blob.name) if re.fullmatch("[0-9a-f]+", blob.name) else 0
         if digits in (40, 64) and _hash(blob, is_large=digits == 64) != blob.name:
             raise CheckpointError(
