@@ -4,7 +4,10 @@ are even digits.
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from relexkit.trainer.tasks import Problem, split_fixed
 
@@ -27,6 +30,28 @@ def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigit
     """``huge``: the key of a problem whose rewards are too large for float32."""
     problems = [Problem(key=str(n), prompt=f"{n:0{digits}d}>", answer="") for n in range(count)]
     return EvenDigits("even digits", split_fixed(problems, 10, 0), huge)
+
+
+class Deadly(EvenDigits):
+    """Kills the process of rank 1 as it scores an answer after so many, as long as a file is there.
+    """
+
+    spared: int
+    flag: Path
+    answered = 0
+
+    def reward(self, problem, completion):
+        self.__class__.answered += 1
+        lost = os.environ.get("RANK") == "1" and self.answered > self.spared
+        if lost and self.flag.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reward(problem, completion)
+
+
+def make_deadly(spared: int, flag: str) -> Deadly:
+    Deadly.spared, Deadly.flag = spared, Path(flag)
+    usual = make()
+    return Deadly(usual.name, usual.splits, None)
 
 
 def make_for_sweep() -> EvenDigits:

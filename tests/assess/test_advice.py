@@ -96,7 +96,7 @@ def test_a_single_small_matrix_is_enough_while_training() -> None:
     assert advise(gram).verdict == "not-a-line"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_a_walk_that_coasts_is_told_one_thing(seed: int) -> None:
     """The trajectory model follows momentum and is nearer to the weights; the advice, its reasons
     and the next command all say not to go on.
@@ -133,7 +133,7 @@ def test_a_line_objects_to_what_failed_in_its_own_past_alone() -> None:
 
 
 @pytest.mark.parametrize("run", [Run(drift=0.5), Run(drift=0.15, beta=0.9), Run(beta=0.9)])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_saving_less_often_turns_no_advice_around(run: Run, seed: int) -> None:
     """Fewer saved steps may say less, never the opposite."""
     deltas, said = simulate(run, 60, seed), set()

@@ -20,6 +20,19 @@ from scenarios import LONG, SCENARIOS, Outcome, Undisturbed
 
 _IN_A_ROW = 4  # kills of one folder, before it is completed
 
+ONE_OF_EACH = (
+    "import, exact",
+    "append, float",
+    "record, bfloat16",
+    "watch, sparse",
+    "gram",
+    "extrapolate",
+    "checkout",
+    "train",
+    "round",
+)
+"""Every command, on one of the encodings: for the default tests."""
+
 
 def begin(work: Callable[[], Any]) -> tuple[int, int]:
     """Fork and run ``work`` there, which then exits with 0; its process, and where it tells what
@@ -132,7 +145,7 @@ def kill(place: Path, kills: int, seed: int, names: Iterable[str]) -> None:
 @pytest.mark.parametrize(
     ("kills", "names"),
     [
-        (20, ()),
+        (10, ONE_OF_EACH),
         pytest.param(1000, (), marks=pytest.mark.slow),
         pytest.param(12, tuple(LONG), marks=pytest.mark.slow),
     ],

@@ -139,7 +139,7 @@ def test_energy_shares_and_scopes_add_up() -> None:
 def test_many_tensors_in_blocks_are_what_their_svd_says(centered: bool) -> None:
     deltas = {
         f"model.layers.{i}.mlp.up_proj.weight": trajectory("walk", STEPS, 9, seed=i).deltas
-        for i in range(600)
+        for i in range(300)  # more than one block holds
     }
     found = spectrum(gram_of(deltas, STEPS), centered=centered)
     assert [s.name for s in found.scopes] == list(deltas)
@@ -199,12 +199,21 @@ def test_two_steps_have_no_r2_because_every_line_fits() -> None:
     assert np.isnan(r_squared(np.array([[1.0], [5.0]]), np.array([1, 2]))).all()
 
 
-@pytest.mark.parametrize("num_steps", [3, 9, 14, 40, 77])
-def test_a_move_at_the_first_step_only_leaves_no_centered_direction(num_steps: int) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "draws"),
+    [
+        *((num_steps, 5) for num_steps in (3, 9, 14, 40)),
+        (77, 1),
+        *(pytest.param(n, 20, marks=pytest.mark.slow) for n in (3, 9, 14, 40, 77)),
+    ],
+)
+def test_a_move_at_the_first_step_only_leaves_no_centered_direction(
+    num_steps: int, draws: int
+) -> None:
     """All rows are equal, so nothing varies about the mean: what is left after centering is
     rounding.
     """
-    for seed in range(20):
+    for seed in range(draws):
         deltas = np.tile(np.random.default_rng(seed).standard_normal(30) * 1e-3, (num_steps, 1))
         [found] = spectrum(
             gram_of({"w": deltas}, np.arange(1, num_steps + 1)), centered=True

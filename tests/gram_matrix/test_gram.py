@@ -161,8 +161,15 @@ def test_exact_rows(dtype: str, tmp_path: Path) -> None:
     assert_counts_are_direct(found, run, bitwise=False)
 
 
-@pytest.mark.parametrize("encoding", ["dense", "sparse"])
-@pytest.mark.parametrize("shape", [(160,), (300, 400)])
+@pytest.mark.parametrize(
+    ("encoding", "shape"),
+    [
+        ("dense", (160,)),
+        ("sparse", (300, 400)),
+        pytest.param("dense", (300, 400), marks=pytest.mark.slow),
+        pytest.param("sparse", (160,), marks=pytest.mark.slow),
+    ],
+)
 def test_updates_of_a_long_line_keep_their_products(
     encoding: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:

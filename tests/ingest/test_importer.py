@@ -447,10 +447,23 @@ def test_the_same_command_again_changes_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "density"),
-    [("bfloat16", 0.03), ("bfloat16", 0.6), ("float32", 0.03), ("float32", 1.0)],
+    ("dtype", "density", "memory_budget_bytes"),
+    [
+        ("bfloat16", 0.03, 0),
+        ("bfloat16", 0.6, 1500),
+        ("float32", 0.03, 1500),
+        ("float32", 1.0, 0),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (
+                ("bfloat16", 0.03, 1500),
+                ("bfloat16", 0.6, 0),
+                ("float32", 0.03, 0),
+                ("float32", 1.0, 1500),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("memory_budget_bytes", [0, 1500])
 def test_small_parts_and_small_budgets_change_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -864,7 +877,7 @@ def test_a_file_size_limit_is_a_stated_error_and_leaves_whole_steps(
 
 
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write_leaves_whole_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, alone: bool
 ) -> None:

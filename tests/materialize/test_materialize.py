@@ -806,9 +806,10 @@ def children() -> Iterator[list[subprocess.Popen]]:
         child.communicate()
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["extrapolate", "checkout"])
 def test_killed_at_random_moments_the_same_command_completes_it(
-    command: str, tmp_path: Path, children: list[subprocess.Popen]
+    command: str, kills: int, tmp_path: Path, children: list[subprocess.Popen]
 ) -> None:
     _, store = make(tmp_path, "sparse", shapes={EMBEDDING: (700, 1301)}, extras=False)
     out = tmp_path / "out"
@@ -829,7 +830,7 @@ def test_killed_at_random_moments_the_same_command_completes_it(
         child.stdin.write(b"\n")
         child.stdin.flush()
 
-    waiting = [start() for _ in range(7)]
+    waiting = [start() for _ in range(kills + 1)]
     timed = waiting.pop()
     go(timed)
     began = time.monotonic()

@@ -234,34 +234,38 @@ from test_recorder import move, small_model
 
 ENCODINGS["float"].part_numel = 1000
 dist.init_process_group("gloo")
-sharded = sys.argv[2] == "sharded"
-model = small_model()
-if sharded:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model, mesh=mesh)
-else:
-    model = model.float()
-recorder = Recorder(model, sys.argv[1])
-for step in (1, 2, 3):
-    whole = small_model()
-    for done in range(1, step + 1):
-        move(whole, done)
-    values = dict(whole.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if sharded:
-                from torch.distributed.tensor import distribute_tensor
-                parameter.copy_(distribute_tensor(values[name].data, parameter.device_mesh, parameter.placements))
-            else:
-                parameter.copy_(values[name])
-                if sys.argv[2] == "failing" and step == 2 and dist.get_rank() == 1:
-                    parameter.fill_(float("inf"))
-    try:
-        recorder.record(step, {{"reward": step / 10}})
-    except RelexkitError as error:
-        print(f"rank {{dist.get_rank()}}: {{error}}", flush=True)
-        sys.exit(0)
-recorder.close()
+
+def record(kind):
+    model = small_model()
+    if kind == "sharded":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=mesh)
+    else:
+        model = model.float()
+    recorder = Recorder(model, f"{{sys.argv[1]}}/{{kind}}.zarr")
+    for step in (1, 2, 3):
+        whole = small_model()
+        for done in range(1, step + 1):
+            move(whole, done)
+        values = dict(whole.named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if kind == "sharded":
+                    from torch.distributed.tensor import distribute_tensor
+                    parameter.copy_(distribute_tensor(values[name].data, parameter.device_mesh, parameter.placements))
+                else:
+                    parameter.copy_(values[name])
+                    if kind == "failing" and step == 2 and dist.get_rank() == 1:
+                        parameter.fill_(float("inf"))
+        try:
+            recorder.record(step, {{"reward": step / 10}})
+        except RelexkitError as error:
+            print(f"rank {{dist.get_rank()}}: {{error}}", flush=True)
+            sys.exit(0)
+    recorder.close()
+
+for kind in ("sharded", "replicated", "failing"):
+    record(kind)
 dist.destroy_process_group()
 """
 
@@ -280,21 +284,31 @@ def torchrun(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "replicated", "failing"])
-def test_two_processes_write_the_store_of_one(tmp_path, monkeypatch, kind):
-    script = tmp_path / "record.py"
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The stores of two processes, by the way they hold the model, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "record.py"
     script.write_text(SEVERAL.format(tests=[str(Path(__file__).parents[n]) for n in (0, 1)]))
-    done = torchrun(str(script), str(tmp_path / "two.zarr"), kind)
+    done = torchrun(str(script), str(folder))
     assert done.returncode == 0, done.stderr
-    two = TrajectoryStore(tmp_path / "two.zarr")
+    return folder, done.stdout
+
+
+def test_two_processes_stop_together_and_the_failed_step_does_not_exist(of_two):
+    """One process had a bad weight in a part of its own."""
+    folder, printed = of_two
+    store = TrajectoryStore(folder / "failing.zarr")
+    store.verify()
+    assert store.steps.tolist() == [1]
+    assert "rank 0: process 1: step 2" in printed
+    assert "rank 1: step 2: tensor" in printed
+
+
+@pytest.mark.parametrize("kind", ["sharded", "replicated"])
+def test_two_processes_write_the_store_of_one(of_two, tmp_path, monkeypatch, kind):
+    two = TrajectoryStore(of_two[0] / f"{kind}.zarr")
     two.verify()
-    if (
-        kind == "failing"
-    ):  # one process had a bad weight in a part of its own: all stop, the step does not exist
-        assert two.steps.tolist() == [1]
-        assert "rank 0: process 1: step 2" in done.stdout
-        assert "rank 1: step 2: tensor" in done.stdout
-        return
     monkeypatch.setattr(ENCODINGS["float"], "part_numel", 1000)
     model = small_model()
     with Recorder(model, tmp_path / "one.zarr") as recorder:
