@@ -42,7 +42,7 @@ def prompt_cache(model: Any, tokens_BP: torch.Tensor, mask_BP: torch.Tensor) -> 
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = getattr(outputs, "past_key_values", None)
+    cache: Any = getattr(outputs, "past_key_values", None)
     if not _is_plain(cache):
         return None
     place = {row: index for index, row in enumerate(rows)}
