@@ -4,6 +4,7 @@ the killing: it loads everything once and forks a fresh command for every kill.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,9 @@ class Victim:
         self.place = place / name.replace(", ", "-")
         told = in_child(lambda: self.known())
         assert not told, told
+        for module in (self.place / "modules").read_text().split("\n"):  # once, not in every child
+            with contextlib.suppress(Exception):  # what is no module of its own
+                import_module(module)
         began = time.monotonic()
         assert not in_child(self.run)
         self.seconds = time.monotonic() - began
@@ -90,6 +95,7 @@ class Victim:
         if not kept.exists():
             found = Undisturbed.of(self.scenario, self.place)
             kept.write_bytes(pickle.dumps((found.expected, found.checksums)))
+            (self.place / "modules").write_text("\n".join(sys.modules))
         expected, checksums = pickle.loads(kept.read_bytes())
         before, work = self.place / "before", self.place / "work"
         return Undisturbed(self.scenario, before, work, expected, checksums)
