@@ -16,6 +16,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from relexkit.hooks import register_opener
+
 if TYPE_CHECKING:
     from relexkit.assess.advice import Advice
     from relexkit.assess.backtest import Backtest
@@ -191,6 +193,8 @@ __all__ = [
     "verify",
     "watch",
 ]
+
+register_opener("relexkit.checkpoints.referenced:open_base")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,6 @@ from relexkit.trainer.policy.small_model import FOLDER
 
 RANDOM_REWARDS = {"name": f"{Path(__file__).with_name('random_rewards.py')}:make"}
 GROUP = 8
-PROMPTS = 32
-"""Prompts of a step unless the arm says otherwise: 256 rollouts."""
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 CUTS = (50, 25, 100, 150)
@@ -55,6 +53,7 @@ class Subject:
     """A model on a task, and how finely it is asked.
 
     Attributes:
+        prefix: with which the names of its arms begin.
         model: its folder, made below the study's own folder if need be.
         task: what is trained and evaluated.
         problems: held-out problems of an evaluation.
@@ -64,6 +63,7 @@ class Subject:
         preferences: ``(steps, options)`` of G2D, by names of ``trainer.config.G2DConfig``.
     """
 
+    prefix: str = ""
     model: Callable[[Path], Path]
     task: Mapping[str, Any]
     problems: int = 512
@@ -79,8 +79,9 @@ class Subject:
 
 
 SORTING = Subject(model=_packaged, task={"name": "arithmetic", "family": "sorting"})
-SPELLING_WORDS = Subject(model=_spelling_model, task=SPELLING)
+SPELLING_WORDS = Subject(prefix="spelling-", model=_spelling_model, task=SPELLING)
 SMOLLM2 = Subject(
+    prefix="smollm2-",
     model=_smollm2_model,
     task=SUMS,
     problems=128,
@@ -103,6 +104,7 @@ class Arm:
         name: of its folder and in the tables.
         rate, prompts: learning rate, and prompts of a step, of eight rollouts each.
         subject: what is trained and evaluated.
+        control: whether it is plain training but for the size of its batches or its warm-up.
         jump: method, trained steps and jumped steps of fixed jumps; None for none.
         options: what else differs from plain GRPO, by names of ``trainer.config.GRPOConfig``.
         lengths: ``(priority, steps)``: a run is first trained to the step of least priority number,
@@ -114,8 +116,9 @@ class Arm:
 
     name: str
     rate: float
-    prompts: int = PROMPTS
+    prompts: int = 32
     subject: Subject = SORTING
+    control: bool = False
     jump: tuple[str, int, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[tuple[int, int], ...]
@@ -217,13 +220,13 @@ def _jumping() -> Iterable[Arm]:
 
 def _adaptive() -> Iterable[Arm]:
     """Jumps that ask the record, and are kept or taken back by rewards."""
-    for rate in RATES[1:5]:
+    for rate in RATES[:5]:
         yield Arm(
             name=f"adaptive-{rate_name(rate)}",
             rate=rate,
             options={"jumps": "adaptive"},
             lengths=((0, 200), (5, 360)) if rate < 3e-5 else ((1, 75),),
-            seeds=_FIVE,
+            seeds=_TWO if rate == 1e-6 else _FIVE,
         )
 
 
@@ -253,6 +256,7 @@ def _noise_scale() -> Iterable[Arm]:
                 name=f"plain-{rate_name(rate)}-{prompts}-prompts",
                 rate=rate,
                 prompts=prompts,
+                control=True,
                 lengths=((6, 100), (9, 300)),
                 cuts=(50,),
             )
@@ -318,6 +322,7 @@ def _warm_up() -> Iterable[Arm]:
         yield Arm(
             name=f"warm-up-{rate_name(rate)}",
             rate=rate,
+            control=True,
             options={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20},
             lengths=((4, 150),),
             cuts=(50,),
@@ -338,6 +343,12 @@ ARMS: dict[str, Arm] = {
     )
     for arm in arms
 }
+
+
+def plain_arms(subject: Subject) -> dict[float, Arm]:
+    """Plain training of a subject with the usual prompts, by rate."""
+    names = {rate: f"{subject.prefix}plain-{rate_name(rate)}" for rate in (*RATES, 5e-6)}
+    return {rate: ARMS[names[rate]] for rate in sorted(names) if names[rate] in ARMS}
 
 
 def jobs() -> list[Job]:

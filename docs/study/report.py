@@ -13,12 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, CUTS, METHODS, RATES, RATIOS, Arm, rate_name
+from arms import (
+    ARMS,
+    CUTS,
+    METHODS,
+    RATES,
+    SMOLLM2,
+    SORTING,
+    SPELLING_WORDS,
+    Arm,
+    Subject,
+    plain_arms,
+    rate_name,
+)
 from kept_gram import every, load_gram
 from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
@@ -38,9 +52,11 @@ LONGEST = 8.0
 """How many times as long as the run its drift may last: more than that a record cannot tell."""
 ENOUGH = 3
 """Seeds from which an interval over seeds is given."""
-TARGETS = {3e-6: (150, 300), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
+DISTANCES = (7.5e-5, 1.5e-4, 3e-4, 7.5e-4, 1.5e-3, 2.25e-3, 2.5e-3, 7.5e-3, 1.5e-2, 2.25e-2)
+"""Learning rate times step, where several rates have been evaluated."""
+REACHES = (1e-4, 2.5e-4, 5e-4, 1e-3, 3e-3, np.inf)
+TARGETS = {1e-6: (150,), 3e-6: (150, 300), 5e-6: (60,), 1e-5: (150, 300), 3e-5: (75,), 1e-4: (75,)}
 """Steps of plain training, by its rate, whose accuracy others are asked to reach."""
-PROBLEMS = 512
 
 Result = dict[str, Any]
 
@@ -50,6 +66,7 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._advice: dict[tuple[str, int, int, int], Advice | None] = {}
 
     def seeds(self, arm: str) -> dict[int, Result]:
         """What training left, by seed."""
@@ -68,12 +85,20 @@ class Results:
             return None
         return load_gram(place)
 
+    def advice(self, arm: str, seed: int, cut: int, interval: int = 1) -> Advice | None:
+        """Advice on the steps to ``cut`` if only every so many had been saved; asked once."""
+        key = (arm, seed, cut, interval)
+        if key not in self._advice:
+            kept = self.gram(arm, seed)
+            self._advice[key] = None if kept is None else advised(*kept, cut, interval)
+        return self._advice[key]
+
 
 # -- numbers ---------------------------------------------------------------------------------------
 
 
 def right(answer: Result, kind: str) -> np.ndarray:
-    """Which of the problems were right, ``float64 [512]``."""
+    """Which of the problems were right, ``float64 [problems]``."""
     bits = np.frombuffer(bytes.fromhex(answer[f"{kind}_right"]), np.uint8)
     return np.unpackbits(bits).astype(np.float64)
 
@@ -155,11 +180,17 @@ def savings(plain: dict[int, Result], other: dict[int, Result], kind: str, step:
         low, high, mark = logs.mean() - half, logs.mean() + half, ""
     else:
         rng = np.random.default_rng(0)
-        draws = rng.integers(0, PROBLEMS, (200, PROBLEMS))
+        problems = len(right(plain[seeds[0]]["curve"][0], kind))
+        draws = rng.integers(0, problems, (200, problems))
         means = [np.log([ratio(seed, drawn)[0] for seed in seeds]).mean() for drawn in draws]
         (low, high), mark = np.nanquantile(means, (0.025, 0.975)), "†"
     middle, low, high = np.exp([logs.mean(), low, high])
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]{mark} to {targets.mean():.3f}"
+
+
+def scientific(value: float) -> str:
+    """``2.5e-4`` for 0.00025."""
+    return np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -171,15 +202,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def rates_table(results: Results, task: str = "") -> str:
+def rates_table(
+    results: Results, subject: Subject = SORTING, steps: Sequence[int] = SHOWN_STEPS
+) -> str:
     """Accuracy of plain training by rate and step."""
     rows = []
-    for rate in RATES:
-        found = results.seeds(f"{task}plain-{rate_name(rate)}")
+    for rate, arm in plain_arms(subject).items():
+        found = results.seeds(arm.name)
         if not found:
             continue
         cells = []
-        for step in SHOWN_STEPS:
+        for step in steps:
             places = [p for p in (at_step(r, step) for r in found.values()) if p]
             both = " / ".join(
                 f"{np.mean([p[kind] for p in places]):.3f}" for kind in KINDS if places
@@ -187,25 +220,44 @@ def rates_table(results: Results, task: str = "") -> str:
             fewer = f" ({len(places)})" if 0 < len(places) < len(found) else ""
             cells.append(both + fewer)
         rows.append([rate_name(rate), str(len(found)), *cells])
-    return table(("rate", "seeds", *(f"step {s}" for s in SHOWN_STEPS)), rows)
+    return table(("rate", "seeds", *(f"step {s}" for s in steps)), rows)
 
 
-def savings_table(results: Results, task: str = "") -> str:
-    """Every arm against plain training at the same rate, and every rate against each other."""
+def distance_table(results: Results) -> str:
+    """Accuracy of plain training by how far it has gone, whatever the rate: rate times step."""
+    plain = {rate: results.seeds(arm.name) for rate, arm in plain_arms(SORTING).items()}
     rows = []
-    plain = {rate: results.seeds(f"{task}plain-{rate_name(rate)}") for rate in RATES}
-    for rate, step in ((rate, step) for rate, steps in TARGETS.items() for step in steps):
-        reached = {s: r for s, r in plain[rate].items() if at_step(r, step)}
-        alike = [a for a in ARMS.values() if a.name.startswith("spelling-") == bool(task)]
-        others = [a for a in alike if a.jumps and a.rate == rate]
-        others += [
-            a for a in alike if a.rate > rate and a.name == f"{task}plain-{rate_name(a.rate)}"
-        ]
-        for arm in others:
-            found = {seed: r for seed, r in results.seeds(arm.name).items() if seed in reached}
-            if found:
-                cells = [savings(reached, found, kind, step) for kind in KINDS]
-                rows.append([rate_name(rate), str(step), arm.name, str(len(found)), *cells])
+    for distance in DISTANCES:
+        cells = []
+        for rate, found in plain.items():
+            step = distance / rate
+            places = [p for r in found.values() if (p := at_step(r, round(step)))]
+            whole = abs(step - round(step)) < 1e-6 and places
+            mean = " / ".join(
+                f"{np.mean([p[kind] for p in places]):.3f}" for kind in KINDS if whole
+            )
+            cells.append(f"{mean} ({len(places)})" if whole else "")
+        rows.append([scientific(distance), *cells])
+    return table(("rate x step", *map(rate_name, plain)), rows)
+
+
+def savings_table(results: Results, subject: Subject = SORTING) -> str:
+    """Jumps, other batches and warm-up against plain training at the same rate, and every rate
+    against each other.
+    """
+    rows = []
+    plain = plain_arms(subject)
+    for rate, arm in plain.items():
+        others = [a for a in ARMS.values() if a.subject is subject and a.rate == rate]
+        others = [a for a in others if a.jumps or a.control]
+        others += [larger for other, larger in plain.items() if other > rate]
+        for step in TARGETS.get(rate, ()):
+            reached = {s: r for s, r in results.seeds(arm.name).items() if at_step(r, step)}
+            for other in others:
+                found = {s: r for s, r in results.seeds(other.name).items() if s in reached}
+                if found:
+                    cells = [savings(reached, found, kind, step) for kind in KINDS]
+                    rows.append([rate_name(rate), str(step), other.name, str(len(found)), *cells])
     return table(("plain at", "to step", "against", "seeds", "greedy", "sampled"), rows)
 
 
@@ -243,22 +295,21 @@ def jumps_table(results: Results) -> str:
     return table(head, rows)
 
 
-def predictions_table(results: Results) -> str:
+def predictions_table(results: Results, subject: Subject = SORTING) -> str:
     """Predicted steps on the task, hold beside every row."""
     rows = []
-    for rate in RATES:
-        name = f"plain-{rate_name(rate)}"
-        curves = results.seeds(name)
-        for cut in sorted(CUTS):
-            found = results.others(name, f"from-{cut}")
-            for ratio in RATIOS if found else ():
-                rows.append(_prediction_row(rate, cut, round(ratio * cut), found, curves))
-    head = ("rate", "from", "to", "seeds", "hold", "trained", "average", *METHODS)
+    for arm in plain_arms(subject).values():
+        curves = results.seeds(arm.name)
+        for cut in sorted(arm.cuts):
+            found = results.others(arm.name, f"from-{cut}")
+            for ratio in subject.ratios if found else ():
+                rows.append(_prediction_row(arm, cut, round(ratio * cut), found, curves))
+    head = ("rate", "from", "to", "seeds", "hold", "trained", "average", *subject.methods)
     return table(head, rows)
 
 
 def _prediction_row(
-    rate: float, cut: int, target: int, found: dict[int, Result], curves: dict[int, Result]
+    arm: Arm, cut: int, target: int, found: dict[int, Result], curves: dict[int, Result]
 ) -> list[str]:
     def answers(method: str, at: int) -> np.ndarray:
         return np.array(
@@ -280,9 +331,9 @@ def _prediction_row(
         if not all(places)
         else mean_text(np.array([right(p, "greedy") for p in places]) - hold, True)
     )
-    gains = [mean_text(answers(method, target) - hold, sign=True) for method in METHODS]
+    gains = [mean_text(answers(method, target) - hold, sign=True) for method in arm.subject.methods]
     return [
-        rate_name(rate),
+        rate_name(arm.rate),
         str(cut),
         str(target),
         str(len(found)),
@@ -291,6 +342,37 @@ def _prediction_row(
         mean_text(average - hold, sign=True),
         *gains,
     ]
+
+
+def reach_table(results: Results) -> str:
+    """Mean gain of predictions over hold by how far they reach, whatever the rate."""
+    gains: dict[tuple[float, str], list[float]] = {}
+    for arm in plain_arms(SORTING).values():
+        for reach, method, gain in _reached(results, arm):
+            upper = next(bound for bound in REACHES if reach <= bound * 1.001)
+            gains.setdefault((upper, method), []).append(gain)
+    rows = []
+    for lower, upper in pairwise((0.0, *REACHES)):
+        cells = []
+        for method in METHODS:
+            found = np.array(gains.get((upper, method), []))
+            if len(found):
+                cells.append(f"{found.mean():+.3f} ({np.sum(found > 0)} of {len(found)})")
+        between = (
+            f"{scientific(lower)} to {scientific(upper)}" if lower else f"to {scientific(upper)}"
+        )
+        rows.append([between if upper < np.inf else f"above {scientific(lower)}", *cells])
+    return table(("rate x predicted step", *METHODS), rows)
+
+
+def _reached(results: Results, arm: Arm) -> Iterable[tuple[float, str, float]]:
+    """Rate times predicted step, method and gain over hold of all predictions of an arm's runs."""
+    for cut in arm.cuts:
+        for result in results.others(arm.name, f"from-{cut}").values():
+            rows = result["predictions"]
+            hold = next(row["greedy"] for row in rows if row["method"] == "hold")
+            for row in rows:
+                yield arm.rate * row["target"], row["method"], row["greedy"] - hold
 
 
 def line_table(results: Results) -> str:
@@ -303,7 +385,8 @@ def line_table(results: Results) -> str:
                 continue
             for cut in (50, 150):
                 if kept[0].steps[-1] >= cut:
-                    rows.append([arm.name, str(seed), str(cut), *_line_cells(*kept, cut)])
+                    cells = _line_cells(results, arm.name, seed, cut)
+                    rows.append([arm.name, str(seed), str(cut), *cells])
     head = (
         "run",
         "seed",
@@ -320,12 +403,13 @@ def line_table(results: Results) -> str:
     return table(head, rows)
 
 
-def _line_cells(matrices: Gram, metrics: dict[str, np.ndarray], cut: int) -> list[str]:
-    seen = matrices.until(cut)
-    whole = spectrum(seen, scope="global").whole
-    found = advised(matrices, metrics, cut, 1)
-    fit = found.fit
+def _line_cells(results: Results, arm: str, seed: int, cut: int) -> list[str]:
+    kept, found = results.gram(arm, seed), results.advice(arm, seed, cut)
+    assert kept is not None
+    assert found is not None
+    whole, fit = spectrum(kept[0].until(cut), scope="global").whole, found.fit
     assert fit is not None
+    others = [results.advice(arm, seed, cut, interval) for interval in (5, 10)]
     lasting = fit.correlation_time
     return [
         *(
@@ -334,7 +418,7 @@ def _line_cells(matrices: Gram, metrics: dict[str, np.ndarray], cut: int) -> lis
         ),
         "{:.2g} ({:.2g} to {:.2g})".format(fit.drift_to_noise, *fit.drift_to_noise_interval),
         "on" if np.isinf(lasting) else f"{lasting:.3g}",
-        *(said(advised(matrices, metrics, cut, interval)) for interval in (1, 5, 10)),
+        *(said(advice) for advice in (found, *others) if advice),
         f"times {rate_factor(found):.2g}",
     ]
 
@@ -366,74 +450,80 @@ def rate_factor(advice: Advice) -> float:
     return max(1.0, fit.drift_to_noise * lasting)
 
 
+DRAWN_FROM = tuple(plain_arms(SORTING)[rate] for rate in RATES[1:])
+"""The runs from which the advice's bound was drawn; others are new to it."""
+
+
 def worth_rows(results: Results) -> list[Worth]:
     """What predictions by the drift gained on the task: the table of
     ``relexkit.assess.task_evidence``.
     """
     rows = []
-    for rate in RATES:
-        name = rate_name(rate)
-        plain = results.seeds(f"plain-{name}")
-        for cut, found in _predicted_twice(results, name):
-            cases = {
-                seed: _case(results, name, plain, seed, cut, result)
-                for seed, result in found.items()
-            }
+    for arm in DRAWN_FROM:
+        for cut in sorted(CUTS):
+            cases = predicted_twice(results, arm, cut)
             gains = {
-                seed: (standing(case[0].fit), *case[1:])
+                seed: (standing(case.advice.fit), case.gained, case.trained)
                 for seed, case in cases.items()
-                if case is not None and case[0].fit is not None and np.isfinite(case[2])
+                if case.advice.fit is not None and np.isfinite(case.trained)
             }
             if gains:
                 stand, gained, trained_by = np.array(list(gains.values())).T
                 spread = (round(float(stand.min()), 2), round(float(stand.max()), 2))
                 means = (round(float(v.mean()), 3) for v in (gained, trained_by))
-                rows.append(Worth(name, cut, 2 * cut, tuple(gains), spread, *means))
+                rows.append(Worth(rate_name(arm.rate), cut, 2 * cut, tuple(gains), spread, *means))
     return rows
 
 
 def confusion_table(results: Results) -> str:
     """Advice after so many steps against what the drift's prediction of twice as many gained."""
     outcomes = ("gained half of what training did, or more", "gained less", "lost")
-    counts: dict[str, np.ndarray] = {}
-    for rate in RATES:
-        name = rate_name(rate)
-        plain = results.seeds(f"plain-{name}")
-        for cut, found in _predicted_twice(results, name):
-            for seed, result in found.items():
-                case = _case(results, name, plain, seed, cut, result)
-                if case is None:
-                    continue
-                advice, gained, trained = case
-                outcome = 0 if gained >= trained / 2 else 1 if gained >= 0 else 2
-                tally = counts.setdefault(advice.verdict, np.zeros(len(outcomes), np.int64))
-                tally[outcome] += 1
-    return table(("advice", *outcomes), ([v, *map(str, n)] for v, n in counts.items()))
+    kinds = {
+        "from which its bound was drawn": lambda arm: arm in DRAWN_FROM,
+        "others of the small model": lambda arm: arm not in DRAWN_FROM and arm.subject is SORTING,
+        "SmolLM2": lambda arm: arm.subject is SMOLLM2,
+    }
+    rows = []
+    for kind, belongs in kinds.items():
+        counts: dict[str, np.ndarray] = {}
+        for arm in filter(belongs, ARMS.values()):
+            for cut in arm.cuts:
+                for case in predicted_twice(results, arm, cut).values():
+                    gained, trained = case.gained, case.trained
+                    outcome = 0 if gained >= trained / 2 else 1 if gained >= 0 else 2
+                    tally = counts.setdefault(case.advice.verdict, np.zeros(3, np.int64))
+                    tally[outcome] += 1
+        rows += [[kind, verdict, *map(str, tally)] for verdict, tally in counts.items()]
+    return table(("runs", "advice", *outcomes), rows)
 
 
-def _predicted_twice(results: Results, rate: str) -> Iterable[tuple[int, dict[int, Result]]]:
-    """Steps from which twice as many were predicted, and by seed what knows it: a finished run
-    that was asked, or one whose first jump it was.
+@dataclass(frozen=True)
+class Case:
+    """Advice at a step, and what the drift's prediction of twice as many steps and training to
+    them gained in greedy accuracy; NaN where training did not go so far.
     """
-    for cut in sorted(CUTS):
-        jumped = results.seeds(f"drift-25+25-{rate}") if cut == 25 else {}
-        yield cut, results.others(f"plain-{rate}", f"from-{cut}") | jumped
+
+    advice: Advice
+    gained: float
+    trained: float
 
 
-def _case(
-    results: Results, rate: str, plain: dict[int, Result], seed: int, cut: int, result: Result
-) -> tuple[Advice, float, float] | None:
-    """Advice at step ``cut``, and gains of the prediction of twice as many steps and of training;
-    None where one of them has not been measured.
-    """
-    kept = results.gram(f"plain-{rate}", seed)
-    held, trained = (seed in plain and at_step(plain[seed], s) for s in (cut, 2 * cut))
-    predicted = _first_jump(result) if "curve" in result else _by_drift(result, 2 * cut)
-    if not (kept and held and predicted):
-        return None
-    reached = trained or {"greedy": np.nan}
-    gained, gained_by_training = (p["greedy"] - held["greedy"] for p in (predicted, reached))
-    return advised(*kept, cut, 1), gained, gained_by_training
+def predicted_twice(results: Results, arm: Arm, cut: int) -> dict[int, Case]:
+    """By seed, of finished runs that were asked and of those whose first jump it was."""
+    plain, cases = results.seeds(arm.name), {}
+    jumped = results.seeds(f"drift-25+25-{rate_name(arm.rate)}")
+    known = results.others(arm.name, f"from-{cut}")
+    if cut == 25 and arm in DRAWN_FROM:
+        known |= jumped
+    for seed, result in known.items():
+        predicted = _first_jump(result) if "curve" in result else _by_drift(result, 2 * cut)
+        held, trained = (at_step(plain[seed], s) if seed in plain else None for s in (cut, 2 * cut))
+        advice = results.advice(arm.name, seed, cut)
+        if advice and held and predicted:
+            reached = trained["greedy"] if trained else np.nan
+            before = held["greedy"]
+            cases[seed] = Case(advice, predicted["greedy"] - before, reached - before)
+    return cases
 
 
 def _first_jump(result: Result) -> Result | None:
@@ -465,29 +555,27 @@ def worth_table(results: Results) -> str:
 def advice_table(results: Results) -> str:
     """What the advice said against what predictions did on the task."""
     rows = []
-    for rate in RATES:
-        name = f"plain-{rate_name(rate)}"
-        for cut in sorted(CUTS):
-            for seed, result in results.others(name, f"from-{cut}").items():
-                kept = results.gram(name, seed)
-                if kept is None:
-                    continue
-                by_key = {(r["method"], r["target"]): r for r in result["predictions"]}
-                hold = right(by_key["hold", cut], "greedy")
-                gains = {
-                    key: (right(row, "greedy") - hold).mean()
-                    for key, row in by_key.items()
-                    if key[0] in METHODS and key[1] <= 2 * cut
-                }
-                advice = advised(*kept, cut, 1)
-                best = max(gains, key=lambda key: gains[key])
-                asked = (advice.method, advice.target)
-                did = f"{gains[asked]:+.3f}" if asked in gains else ""
-                cells = [
-                    f"{best[0]} to {best[1]}: {gains[best]:+.3f}",
-                    f"{gains['relex', 2 * cut]:+.3f}",
-                ]
-                rows.append([name, str(seed), str(cut), said(advice), did, *cells])
+    asked = [(arm, cut) for arm in ARMS.values() for cut in sorted(arm.cuts)]
+    for arm, cut in asked:
+        for seed, result in results.others(arm.name, f"from-{cut}").items():
+            advice = results.advice(arm.name, seed, cut)
+            if advice is None:
+                continue
+            by_key = {(r["method"], r["target"]): r for r in result["predictions"]}
+            hold = right(by_key["hold", cut], "greedy")
+            gains = {
+                key: (right(row, "greedy") - hold).mean()
+                for key, row in by_key.items()
+                if key[0] in METHODS and key[1] <= 2 * cut
+            }
+            best = max(gains, key=lambda key: gains[key])
+            wanted = (advice.method, advice.target)
+            did = f"{gains[wanted]:+.3f}" if wanted in gains else ""
+            cells = [
+                f"{best[0]} to {best[1]}: {gains[best]:+.3f}",
+                f"{gains['relex', 2 * cut]:+.3f}",
+            ]
+            rows.append([arm.name, str(seed), str(cut), said(advice), did, *cells])
     head = (
         "run",
         "seed",
@@ -500,23 +588,25 @@ def advice_table(results: Results) -> str:
     return table(head, rows)
 
 
-def systems_table(results: Results) -> str:
+def systems_table(
+    results: Results, subject: Subject = SORTING, steps: Sequence[int] = COMPARED_STEPS
+) -> str:
     """Arms without jumps against plain training at the same rate and the same steps."""
     rows = []
+    plain = plain_arms(subject)
     for arm in ARMS.values():
-        alone = arm.name == f"plain-{rate_name(arm.rate)}" or arm.name.startswith("spelling-")
-        if arm.jumps or alone:
-            continue
-        rows += _system_rows(
-            arm, results.seeds(arm.name), results.seeds(f"plain-{rate_name(arm.rate)}")
-        )
+        if arm.subject is subject and not arm.jumps and arm is not plain[arm.rate]:
+            beside = results.seeds(plain[arm.rate].name)
+            rows += _system_rows(arm, results.seeds(arm.name), beside, steps)
     head = ("arm", "seeds", "step", "greedy", "against plain", "sampled", "against plain")
     return table(head, rows)
 
 
-def _system_rows(arm: Arm, found: dict[int, Result], plain: dict[int, Result]) -> list[list[str]]:
+def _system_rows(
+    arm: Arm, found: dict[int, Result], plain: dict[int, Result], steps: Sequence[int]
+) -> list[list[str]]:
     rows = []
-    for step in COMPARED_STEPS:
+    for step in steps:
         pairs = [
             (at_step(found[seed], step), at_step(plain[seed], step))
             for seed in found
@@ -534,12 +624,11 @@ def _system_rows(arm: Arm, found: dict[int, Result], plain: dict[int, Result]) -
     return rows
 
 
-def g2d_table(results: Results) -> str:
+def g2d_table(results: Results, subject: Subject = SORTING) -> str:
     """G2D by K and pairs."""
     rows = []
-    for rate in RATES:
-        name = f"plain-{rate_name(rate)}"
-        found = results.others(name, "g2d")
+    for rate, arm in plain_arms(subject).items():
+        found = results.others(arm.name, "g2d")
         for first in next(iter(found.values()))["rows"] if found else ():
             key = (first["pairs"], first["k"])
             same = [
@@ -656,6 +745,35 @@ def draw_curves(results: Results, folder: Path) -> None:
         (folder / f"curves.{other}").unlink(missing_ok=True)
 
 
+def draw_reach(results: Results, folder: Path) -> None:
+    """What predictions gained on the task by how far they reach: learning rate times the step that
+    they are for, the farthest that a weight can have moved by then.
+    """
+    with style.styled():
+        figure = style.new_figure(3.0)
+        panels = figure.subplots(1, 2, sharey=True)
+        for arm in (*plain_arms(SORTING).values(), *plain_arms(SMOLLM2).values()):
+            small = arm.subject is SORTING
+            color = SHADES[arm.rate] if small else RANDOM
+            label = rate_name(arm.rate) if small else f"SmolLM2, {rate_name(arm.rate)}"
+            for axis, method in zip(panels, ("relex", "drift"), strict=True):
+                found = [(x, gain) for x, name, gain in _reached(results, arm) if name == method]
+                places = np.array(found).reshape(-1, 2)
+                if len(places):
+                    marker = "o" if small else "D"
+                    axis.plot(*places.T, marker, color=color, markersize=2.5, label=label)
+        for axis, name in zip(panels, ("RELEX", "drift model"), strict=True):
+            axis.axhline(0, color="k", linewidth=0.6)
+            axis.set(title=name, xscale="log", xlabel="learning rate x predicted step")
+            axis.set_xticks([1e-4, 1e-3, 1e-2, 1e-1], ["1e-4", "1e-3", "1e-2", "1e-1"])
+            axis.minorticks_off()
+        panels[0].set_ylabel("greedy accuracy, over hold")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
+        style.save(figure, folder, "reach")
+    for other in ("svg", "pdf"):
+        (folder / f"reach.{other}").unlink(missing_ok=True)
+
+
 RANDOM = "#CC79A7"
 PREFIXES = (15, 20, 25, 35, 50, 75, 100)
 
@@ -701,14 +819,21 @@ def draw_control(results: Results, folder: Path) -> None:
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "study.md": {
         "Plain training, greedy / sampled accuracy": rates_table,
+        "Plain training by distance, greedy / sampled (seeds)": distance_table,
         "Times fewer rollouts to plain training's accuracy": savings_table,
-        "Words backward, plain training": partial(rates_table, task="spelling-"),
-        "Words backward, times fewer rollouts": partial(savings_table, task="spelling-"),
+        "Predictions by how far they reach: mean gain over hold (how many gained)": reach_table,
+        "Words backward, plain training": partial(rates_table, subject=SPELLING_WORDS),
+        "Words backward, times fewer rollouts": partial(savings_table, subject=SPELLING_WORDS),
         "What a drift was worth on the task": worth_table,
         "Advice against the task": confusion_table,
         "Other systems, other batches, KL, random rewards, warm-up": systems_table,
         "G2D": g2d_table,
         "Precision": precision_table,
+        "SmolLM2, plain training": partial(rates_table, subject=SMOLLM2, steps=(0, 15, 30, 45, 60)),
+        "SmolLM2, times fewer rollouts": partial(savings_table, subject=SMOLLM2),
+        "SmolLM2, predicted steps": partial(predictions_table, subject=SMOLLM2),
+        "SmolLM2, LamPO": partial(systems_table, subject=SMOLLM2, steps=(15, 30)),
+        "SmolLM2, G2D": partial(g2d_table, subject=SMOLLM2),
     },
     "study-tables.md": {
         "Jumps inside the training": jumps_table,
@@ -727,6 +852,7 @@ def write_report(results: Results, folder: Path) -> None:
     """
     draw_curves(results, folder)
     draw_control(results, folder)
+    draw_reach(results, folder)
     for name, sections in PAGES.items():
         made = {heading: make(results) for heading, make in sections.items()}
         level = "###" if name == "study.md" else "##"  # there below a heading of its own

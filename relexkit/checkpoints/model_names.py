@@ -15,8 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from relexkit.checkpoints.protocol import Checkpoint, Run
 from relexkit.checkpoints.view import CheckpointView, RunView
 from relexkit.weights.safetensors_io import TensorInfo
@@ -48,13 +46,10 @@ class OnDisk(CheckpointView):
             **{n: TensorInfo(p.shape, checkpoint.tensors[p.name].dtype) for n, p in moved.items()},
         }
 
-    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
-        """See ``relexkit.checkpoints.Checkpoint``."""
+    def place(self, name: str) -> tuple[str, int]:
+        """See ``CheckpointView``."""
         place = self._places.get(name)
-        if place is None:
-            self.inner.read_into(name, start, out)
-        else:
-            self.inner.read_into(place.name, place.start + start, out)
+        return (name, 0) if place is None else (place.name, place.start)
 
 
 def _is_at(place: Place, tensors: Mapping[str, TensorInfo]) -> bool:

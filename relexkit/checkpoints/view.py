@@ -38,9 +38,14 @@ class CheckpointView(WholeTensors):
         """The adapter that this is a view of."""
         return self.inner.adapter
 
+    def place(self, name: str) -> tuple[str, int]:
+        """The tensor of ``inner`` that ``name`` lies in, and its first element there."""
+        return name if self._stored is None else self._stored[name], 0
+
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """See ``relexkit.checkpoints.Checkpoint``."""
-        self.inner.read_into(name if self._stored is None else self._stored[name], start, out)
+        inside, first = self.place(name)
+        self.inner.read_into(inside, first + start, out)
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer files by name."""

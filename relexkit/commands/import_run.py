@@ -22,6 +22,8 @@ class SourceOptions(Json):
     """the store to write or to continue"""
     base: str | None = option(default=None, metavar="DIR")
     """the base model, a folder or hf://OWNER/NAME (default: the run's step 0)"""
+    base_by_reference: bool = False
+    """keep where the base is and its checksums, not its weights: it has to stay there"""
     format: str | None = option(default=None, metavar="F")
     """peft, huggingface, verl, dcp, deepspeed, sharded-safetensors, flat or weight-sync, where
     several lie side by side (default: the most precise one)"""
@@ -44,6 +46,7 @@ class SourceOptions(Json):
 
         return Reading(
             base=self.base,
+            base_by_reference=self.base_by_reference,
             encoding=self.encoding,
             mantissa_bits=self.mantissa_bits,
             source_format=self.format,

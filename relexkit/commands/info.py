@@ -49,6 +49,9 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
     log = sizes.get("updates", 0) + sizes.get("deltas", 0) + sizes.get("factors", 0)
     whole = checkpoint_bytes * max(1, len(store.steps))
     merged = "merged " if store.has_factors else ""
+    base_text = f"base {size_text(sizes.get('base', 0))}"
+    if store.reference is not None:
+        base_text = f"base by reference, {size_text(document['base_bytes'])} not held"
     rows = [
         ("steps", describe_steps(store.steps)),
         ("parameters", f"{store.layout.num_parameters:,} in {len(store.layout.tensors)} tensors"),
@@ -62,10 +65,7 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
         ("source", f"{store.attributes['source']}; base {store.attributes['base']['description']}"),
         (
             "on disk",
-            (
-                f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, base"
-                f" {size_text(sizes.get('base', 0))}"
-            ),
+            f"{size_text(sum(sizes.values()))}: steps {size_text(log)}, {base_text}",
         ),
         (
             "instead of",
@@ -75,6 +75,8 @@ def print_info(store: TrajectoryStore, as_json: bool) -> None:
             ),
         ),
     ]
+    if store.reference is not None:
+        rows.append(("base", f"read from {store.reference.place}, checked by its checksums"))
     if document["tied"]:
         rows.append(("tied", ", ".join(f"{a} = {b}" for a, b in document["tied"].items())))
     if document["metrics"]:

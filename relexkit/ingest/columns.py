@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ from relexkit.errors import CheckpointError
 from relexkit.store import TrajectoryStore
 from relexkit.store.encodings.bits import apply_update
 from relexkit.store.encodings.protocol import Place
-from relexkit.weights.dtypes import bits_dtype, nonfinite_index, widen_bits
+from relexkit.weights.columns import read_columns
+from relexkit.weights.dtypes import nonfinite_index
 from relexkit.weights.layout import Layout
+from relexkit.weights.safetensors_io import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,12 @@ class Columns:
         """Bits of columns ``begin:end`` of a part, widened to the part's dtype; into ``out`` if
         given.
         """
-        if out is None:
-            out = np.empty(end - begin, bits_dtype(self.layout.parts[part].dtype))
-        for segment in self.layout.segments_in(part, begin, end):
-            stored = self.checkpoint.tensors[segment.tensor.name].dtype
-            target = out[segment.offset - begin : segment.offset - begin + segment.numel]
-            if stored == segment.tensor.dtype:
-                self._read(segment.tensor.name, segment.start, target)
-            else:
-                raw = np.empty(segment.numel, bits_dtype(stored))
-                self._read(segment.tensor.name, segment.start, raw)
-                target[:] = widen_bits(raw, stored, segment.tensor.dtype)
-        return out
+        return read_columns(self, self.layout, part, begin, end, out)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Those of the checkpoint."""
+        return self.checkpoint.tensors
 
     def content(self, part: int, begin: int, end: int) -> np.ndarray:
         """What a recorded step is compared with: the factors of a part that has some, else
@@ -68,7 +64,8 @@ class Columns:
             " weights: the run diverged or the file is damaged; leave the step out with --steps"
         )
 
-    def _read(self, name: str, start: int, out: np.ndarray) -> None:
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """That of the checkpoint; errors say where."""
         try:
             self.checkpoint.read_into(name, start, out)
         except CheckpointError as error:

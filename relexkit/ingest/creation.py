@@ -18,7 +18,7 @@ from relexkit.gram_matrix.compute.settings import Compute
 from relexkit.ingest.columns import base_reader
 from relexkit.ingest.reading import DEFAULT_MANTISSA_BITS, Reading
 from relexkit.ingest.shared_writer import creation
-from relexkit.store import About, build_layout, create_store
+from relexkit.store import About, Reference, build_layout, create_store
 from relexkit.weights.dtypes import FLOAT_DTYPES, bits_dtype, widen_bits
 from relexkit.weights.layout import Layout
 
@@ -26,10 +26,11 @@ _SAMPLE_ELEMENTS = 2**14
 
 
 class Base(NamedTuple):
-    """The base of a run, and where it came from, in words."""
+    """The base of a run; where it came from, in words; and what the store keeps in its place."""
 
     checkpoint: Checkpoint
     words: str
+    reference: Reference | None = None
 
 
 def create_for(
@@ -71,6 +72,7 @@ def _planned(
         base=base.words,
         files=files,
         mantissa_bits=reading.mantissa_bits or DEFAULT_MANTISSA_BITS,
+        reference=base.reference,
     )
     return layout, about, notes
 

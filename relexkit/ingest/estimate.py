@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import Checkpoint, Run, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import is_hub
 from relexkit.checkpoints.formats.peft import named_base
 from relexkit.checkpoints.protocol import WholeTensors
+from relexkit.checkpoints.referenced import no_reference, open_base
 from relexkit.errors import CheckpointError
 from relexkit.gram_matrix.compute.distributed import ALONE
 from relexkit.gram_matrix.compute.settings import DEFAULT
@@ -40,8 +41,8 @@ class Estimate:
     Attributes:
         steps: the steps that would be recorded.
         dtypes, encodings: of the recorded tensors.
-        step_bytes, base_bytes: of the store; ``checkpoint_bytes`` of the weights that it stands
-            for.
+        step_bytes, base_bytes: of the store (0 for a base by reference); ``checkpoint_bytes`` of
+            the weights that it stands for.
         seconds: of the import, at the speed of the miniature; None for adapters, which are small.
         sampled: share of the elements that the miniature held.
         notes, left_out: see ``ImportResult``.
@@ -92,13 +93,17 @@ def estimate_import(
         raise CheckpointError(
             f"{source}: has no step 0, so the base is unknown; give the base model with --base DIR"
         )
-    with closing(run.checkpoint(0) if base is None else open_checkpoint(Path(base))) as original:
+    if base is None and reading.base_by_reference:
+        raise no_reference(source)
+    with closing(run.checkpoint(0) if base is None else open_base(str(base))) as original:
         view, over, said = seen_alike(run, original, wanted[0], reading.exclude)
         with closing(view.checkpoint(wanted[0])) as first:
             if first.factors:
-                return _of_adapters(first, run, wanted)
-            estimate = _of_miniature(view, over, first, run, wanted, reading)
-            return replace(estimate, notes=[*estimate.notes, *said])
+                estimate = _of_adapters(first, run, wanted)
+            else:
+                estimate = _of_miniature(view, over, first, run, wanted, reading)
+                estimate = replace(estimate, notes=[*estimate.notes, *said])
+            return replace(estimate, base_bytes=0) if reading.base_by_reference else estimate
 
 
 def _of_adapters(first: Checkpoint, run: Run, wanted: list[int]) -> Estimate:

@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 
-from relexkit.checkpoints import Checkpoint, Run, open_checkpoint, open_run
+from relexkit.checkpoints import Checkpoint, Run, open_run
 from relexkit.checkpoints.chain import ChainedRun
 from relexkit.checkpoints.formats.hub import Hub, HubRun, is_hub
 from relexkit.checkpoints.formats.peft import named_base, over_base
 from relexkit.checkpoints.model_names import named_alike
 from relexkit.checkpoints.one_sided import KeptFromBase, refuse_exclude, sides
+from relexkit.checkpoints.referenced import no_reference, open_base, reference_to
 from relexkit.checkpoints.same_tensors import check_tensors
 from relexkit.checkpoints.stored import StoredBase
 from relexkit.checkpoints.tied import heads_on_one_side, with_heads
@@ -70,6 +71,7 @@ def import_checkpoints(
     out: str | Path,
     *,
     base: str | Path | None = None,
+    base_by_reference: bool = False,
     steps: str | None = None,
     encoding: Literal["auto", "exact", "float"] = "auto",
     mantissa_bits: int | None = None,
@@ -94,6 +96,10 @@ def import_checkpoints(
             branches ``step_N``; or the URL of a folder of weight-sync versions.
         base: folder of the base model, or ``hf://OWNER/NAME``; without it the run's step 0 is the
             base. Adapters may name it.
+        base_by_reference: keep in the store where the base is, and checksums of it, instead of its
+            weights. Whatever needs it later reads it there, compared with the checksums, or where
+            the environment variable ``RELEXKIT_BASE`` says that it is now. From the hub it is
+            downloaded into the cache that other programs use, and stays there.
         steps: ``"A:B"`` or ``"A:B:C"``: only steps from A to B, both included, whose number is A
             plus a multiple of C.
         encoding: ``exact`` keeps every bit, ``float`` rounded float deltas; ``auto`` is exact for
@@ -143,6 +149,7 @@ def import_checkpoints(
     """
     reading = Reading(
         base=base,
+        base_by_reference=base_by_reference,
         encoding=encoding,
         mantissa_bits=mantissa_bits,
         source_format=source_format,
@@ -193,16 +200,18 @@ def _imported(
                 scratch=_scratch(out),
             )
         wanted = team.share(lambda: select_steps(run.steps, joining.steps))
-        base_checkpoint, base_words, wanted = _open_base(
-            run, reading.base, wanted, source, hub, team
-        )
+        base_checkpoint, base_words, wanted = _open_base(run, reading, wanted, source, hub, team)
         stack.enter_context(closing(base_checkpoint))
         view, over, said = seen_alike(run, base_checkpoint, wanted[0], reading.exclude)
         notes = [*run.notes, *said]
         created = team.share(lambda: not _is_store(out))
         if created:
             sampled = wanted[:1] if is_hub(source) else wanted
-            notes += create_for(out, view, sampled, Base(over, base_words), reading, compute)
+            reference = None
+            if reading.base_by_reference:
+                reference = reference_to(base_checkpoint, base_words, over)
+            described = Base(over, base_words, reference)
+            notes += create_for(out, view, sampled, described, reading, compute)
         left_out = team.share(lambda: {**run.left_out, **_step_zero(run, reading, view, over)})
         if not team.rank:
             writer = stack.enter_context(SharedWriter(out, team))
@@ -212,7 +221,8 @@ def _imported(
         team.share(lambda: None)  # the first process has the lock, and has removed what it must
         if team.rank:
             writer = stack.enter_context(SharedWriter(out, team))
-        if is_hub(base_words):  # the store has it by now, and the disk needs the room
+        if is_hub(base_words) and not reading.base_by_reference:
+            # the store has it by now, and the disk needs the room
             base_checkpoint.close()
             view, over, _ = seen_alike(run, StoredBase(writer.store), wanted[0], reading.exclude)
         recorded = {int(s) for s in writer.store.steps}
@@ -384,21 +394,24 @@ def _refuse_several(source: str | Path, team: Team) -> None:
 
 
 def _open_base(
-    run: Run, base: str | Path | None, wanted: list[int], source: str | Path, hub: Hub, team: Team
+    run: Run, reading: Reading, wanted: list[int], source: str | Path, hub: Hub, team: Team
 ) -> tuple[Checkpoint, str, list[int]]:
     after_base = [s for s in wanted if s > 0]
     if not after_base:
         raise CheckpointError(
             f"{source}: holds no step after the base; expected at least one step from 1 upwards"
         )
-    base = named_base(run, after_base[0]) if base is None else base
+    base = named_base(run, after_base[0]) if reading.base is None else reading.base
     if base is not None and is_hub(base):
         _refuse_several(base, team)
-        opened = hub.open(str(base))
+        base = str(base)
+        opened = open_base(base, check=True) if reading.base_by_reference else hub.open(base)
         return opened, opened.description, after_base
     if base is not None:
-        return open_checkpoint(Path(base)), str(base), after_base
+        return open_base(str(base)), str(base), after_base
     if 0 in run.steps:
+        if reading.base_by_reference:
+            raise no_reference(source)
         return run.checkpoint(0), f"step 0 of {source}", after_base
     raise CheckpointError(
         f"{source}: has no step 0, so the base is unknown; give the base model with --base DIR"
@@ -440,6 +453,10 @@ def _check_same_base(store: TrajectoryStore, base: Checkpoint, reading: Reading)
         raise CheckpointError(
             f"the base differs from the one in {store.path}"
             f" ({store.attributes['base']['description']}); give the same --base, or another -o"
+        )
+    if reading.base_by_reference and store.reference is None:
+        raise CheckpointError(
+            f"{store.path} holds its base; leave --base-by-reference out, or choose another -o"
         )
     if reading.mantissa_bits not in (None, store.mantissa_bits):
         raise CheckpointError(

@@ -26,6 +26,7 @@ class Reading:
     """
 
     base: str | Path | None = None
+    base_by_reference: bool = False
     encoding: str = "auto"
     mantissa_bits: int | None = None
     source_format: str | None = None

@@ -163,10 +163,11 @@ def front_matter(values: Mapping[str, Any]) -> str:
 def _store_card(folder: Path) -> str:
     store = TrajectoryStore(folder)
     base = store.attributes["base"]
+    held = "with the base" if store.reference is None else "with its base by reference"
     about = front_matter({"tags": ["relexkit", "trajectory"], "pretty_name": folder.name})
     return (
         f"---\n{about}---\n\n# Trajectory of a training run\n\n{describe_steps(store.steps)} of a"
-        f" model of {store.layout.num_parameters:,} parameters, with the base, in one Zarr group"
+        f" model of {store.layout.num_parameters:,} parameters, {held}, in one Zarr group"
         f" `{folder.name}` that [relexkit](https://pypi.org/project/relexkit) reads.\n\n| | |\n|---"
         f"|---|\n| base | {base['description']} (sha256 `{base['sha256']}`) |\n| source |"
         f" {store.attributes['source']} |\n\n```\nhf download ORG/NAME --repo-type dataset"

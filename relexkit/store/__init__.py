@@ -12,6 +12,7 @@ uses those before it:
 - ``codecs``: chunks and compression of arrays; ``fastpath``: reads and writes past Zarr's pipeline
 - ``encodings``: how the steps of a part are kept, a module each, and their table; ``packing``:
   tensors into parts
+- ``reference``: a base that the store does not hold
 - ``format``: names of the arrays; ``opening``: is this a store, and one that we read
 - ``base``, ``create``: a new store with its base weights
 - ``descriptions``: what Zarr's descriptions must say; ``kept``: results derived from the steps
@@ -29,6 +30,7 @@ from relexkit.store.opening import NotAStoreError
 from relexkit.store.packing import build_layout, owned_parts
 from relexkit.store.passes import ProgressCallback, blocks, column_windows, stretches
 from relexkit.store.reader import TrajectoryStore
+from relexkit.store.reference import Reference
 from relexkit.store.writer import StoreWriter
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Encoded",
     "NotAStoreError",
     "ProgressCallback",
+    "Reference",
     "Shared",
     "StoreWriter",
     "TrajectoryStore",

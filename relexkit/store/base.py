@@ -1,4 +1,6 @@
-"""The base weights of a new store, and the content hash by which a base is known again."""
+"""The base weights of a new store, or the checksums of a base that it refers to; and the content
+hash by which a base is known again.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ from relexkit.store.codecs import (
     Grid,
     create_array,
 )
+from relexkit.store.encodings.bits import block_checksums
 from relexkit.store.fastpath.chunk_files import Encoded, chunk_files
 from relexkit.store.passes import ProgressCallback, blocks, in_order, stretches
+from relexkit.store.reference import CHECKSUMS, num_blocks
 from relexkit.weights.dtypes import bits_dtype
 from relexkit.weights.layout import Layout
 
@@ -35,25 +39,36 @@ def write_base(
     owned: Collection[int],
     progress: ProgressCallback | None,
 ) -> str:
-    """Write the base of the ``owned`` parts, whose arrays are there, and return the ``base_sha256``
-    of all parts: others are only read.
+    """Write the base of the ``owned`` parts, or the checksums of a base by reference, whose arrays
+    are there, and return the ``base_sha256`` of all parts: others are only read.
     """
-    digest = hashlib.sha256()
+    digest, checksums = hashlib.sha256(), list[int]()
+    by_reference = CHECKSUMS in group
     with ThreadPoolExecutor(cores()) as pool:
         for part, spec in enumerate(layout.parts):
             read = partial(read_base, part)
             pieces: Iterable[np.ndarray] = (read(*span) for span in blocks(spec.numel))
-            if part in owned:
+            if part in owned and not by_reference:
                 pieces = _written(_array(group, part), read, pool)
             for bits in pieces:
                 digest.update(bits.data.cast("B"))
+                if by_reference:
+                    checksums += block_checksums(bits, BASE_CHUNK)
             if progress:
                 progress("writing the base", part + 1, len(layout.parts))
+    if by_reference:
+        array = group[CHECKSUMS]
+        assert isinstance(array, zarr.Array)
+        array[:] = np.array(checksums, np.uint32)
     return digest.hexdigest()
 
 
 def write_base_parts(group: zarr.Group, read_base: ReadBase, owned: Collection[int]) -> None:
-    """Write the base of the ``owned`` parts, whose arrays are there."""
+    """Write the base of the ``owned`` parts, whose arrays are there; nothing of a base by
+    reference.
+    """
+    if CHECKSUMS in group:
+        return
     with ThreadPoolExecutor(cores()) as pool:
         for part in owned:
             for _ in _written(_array(group, part), partial(read_base, part), pool):
@@ -96,13 +111,19 @@ def _written(
             raise
 
 
-def create_base_array(group: zarr.Group, layout: Layout, part: int) -> zarr.Array:
-    """The array of the base weights of a part, with nothing in it."""
-    spec = layout.parts[part]
-    chunk = min(BASE_CHUNK, max(1, spec.numel))
-    shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
-    grid = Grid((spec.numel,), (chunk,), (shard,))
-    return create_array(group, f"base/{part}", grid, bits_dtype(spec.dtype), DENSE_CODECS)
+def create_base(group: zarr.Group, layout: Layout, *, by_reference: bool) -> None:
+    """The arrays of the base weights, one for each part, or that of their checksums, with nothing
+    in them.
+    """
+    if by_reference:
+        count = sum(num_blocks(layout))
+        create_array(group, CHECKSUMS, Grid((count,), (max(1, count),)), "uint32")
+        return
+    for part, spec in enumerate(layout.parts):
+        chunk = min(BASE_CHUNK, max(1, spec.numel))
+        shard = -(-min(BASE_SHARD, max(1, spec.numel)) // chunk) * chunk
+        grid = Grid((spec.numel,), (chunk,), (shard,))
+        create_array(group, f"base/{part}", grid, bits_dtype(spec.dtype), DENSE_CODECS)
 
 
 def base_sha256(layout: Layout, read_base: ReadBase) -> str:

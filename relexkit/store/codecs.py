@@ -64,6 +64,7 @@ _DIMENSIONS = {
     "checksums": ("step", "part"),
     "metrics": ("step",),
     "base": ("element {}",),
+    "base-checksums": ("base block",),
     "deltas": ("step", "element {}"),
     "factors": ("step", "factor element {}"),
     "updates": ("step", "entry"),

@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 
 from relexkit.errors import StoreError
-from relexkit.store.base import ReadBase, create_base_array, write_base, write_base_parts
+from relexkit.store.base import ReadBase, create_base, write_base, write_base_parts
 from relexkit.store.durable import make_folder
 from relexkit.store.encodings.table import format_version, is_exact
 from relexkit.store.fastpath.keys import delete_below, delete_key
@@ -25,6 +25,7 @@ from relexkit.store.format import create_file_array, create_step_arrays, json_ch
 from relexkit.store.lock import WriterLock, leading
 from relexkit.store.opening import CreationInterrupted, NotAStoreError, open_group, read_attributes
 from relexkit.store.passes import ProgressCallback
+from relexkit.store.reference import FORMAT_VERSION, Reference
 from relexkit.version import __version__
 from relexkit.weights.layout import Layout
 
@@ -37,12 +38,14 @@ class About:
         source, base: where the checkpoints and the base came from, in words.
         files: configuration and tokenizer, by name.
         mantissa_bits: of float deltas; of no effect if there are none.
+        reference: of a base that the store does not hold.
     """
 
     source: str
     base: str
     files: Mapping[str, bytes] = field(default_factory=dict)
     mantissa_bits: int | None = None
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,8 @@ def create_store(
     progress: ProgressCallback | None = None,
     shared: Shared | None = None,
 ) -> None:
-    """Write a store without steps: layout, base weights, files. Killed half-way, the next call
-    starts over.
+    """Write a store without steps: layout, base weights or their checksums, files. Killed half-way,
+    the next call starts over.
 
     Args:
         read_base: ``(part, begin, end) -> bits`` of the base weights.
@@ -90,7 +93,7 @@ def create_store(
     with leading(path):
         _clear_for_creation(path)
         attributes: dict[str, Any] = {
-            "format_version": format_version(layout),
+            "format_version": format_version(layout) if about.reference is None else FORMAT_VERSION,
             "state": "creating",
             "relexkit_version": __version__,
             "source": about.source,
@@ -98,12 +101,13 @@ def create_store(
             "layout": layout.to_json(),
             "files": sorted(about.files),
         }
+        if about.reference is not None:
+            attributes["base_reference"] = about.reference.to_json()
         with _writing(path) as place:
             if "://" not in path:
                 make_folder(Path(path))
             group = zarr.create_group(place, attributes={"relexkit": attributes})
-            for part in range(len(layout.parts)):
-                create_base_array(group, layout, part)
+            create_base(group, layout, by_reference=about.reference is not None)
             shared.wait()
             digest = write_base(group, layout, read_base, shared.owned, progress)
             create_step_arrays(group, layout)

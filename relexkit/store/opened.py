@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ from relexkit.errors import StoreError
 from relexkit.store.encodings.protocol import Encoding
 from relexkit.store.encodings.table import ENCODINGS, is_exact
 from relexkit.store.fastpath.arrays import ReadableArrays
-from relexkit.store.opening import layout_of, open_group, read_attributes
+from relexkit.store.opening import layout_of, open_group, read_attributes, reference_of
+from relexkit.store.reference import CHECKSUMS, ReferencedBase
 
 _T = TypeVar("_T")
 
@@ -31,6 +33,16 @@ class OpenedStore:
         self._arrays = ReadableArrays(self._group, self.path)
         self.attributes = read_attributes(self._group, self.path)
         self.layout = layout_of(self.attributes, self.path)
+        self.reference = reference_of(self.attributes, self.path)
+        self._base: ReferencedBase | None = None
+        if self.reference is not None:
+            self._base = ReferencedBase(
+                self.path,
+                self.layout,
+                self.reference,
+                self.attributes["base"]["sha256"],
+                partial(self._arrays.read_rows, "the checksums of the base", CHECKSUMS, None),
+            )
         self.refresh()
 
     def refresh(self) -> None:

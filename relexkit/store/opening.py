@@ -14,6 +14,7 @@ import zarr
 from relexkit.errors import StoreError
 from relexkit.store.encodings.table import check_encodings, format_versions
 from relexkit.store.format import json_checksum
+from relexkit.store.reference import FORMAT_VERSION, Reference
 from relexkit.weights.layout import Layout
 
 
@@ -77,8 +78,9 @@ def read_attributes(group: zarr.Group, path: str) -> dict[str, Any]:
             f"{path}: is a Zarr group but not a trajectory store; expected one written by `relexkit"
             " import`"
         )
-    if attributes["format_version"] not in format_versions():
-        known = " and ".join(map(str, format_versions()))
+    versions = [*format_versions(), FORMAT_VERSION]
+    if attributes["format_version"] not in versions:
+        known = f"{', '.join(map(str, versions[:-1]))} and {versions[-1]}"
         raise StoreError(
             f"{path}: has format version {attributes['format_version']!r}; this relexkit reads"
             f" versions {known}: install the release that wrote it"
@@ -113,6 +115,23 @@ def layout_of(attributes: dict[str, Any], path: str) -> Layout:
         layout = Layout.from_json(attributes["layout"])
         check_encodings(layout)
         return layout
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"
+            " copy"
+        ) from None
+
+
+def reference_of(attributes: dict[str, Any], path: str) -> Reference | None:
+    """Where the base is that a store only refers to; None if the store holds it.
+
+    Raises:
+        StoreError: the description is not valid.
+    """
+    if "base_reference" not in attributes:
+        return None
+    try:
+        return Reference.from_json(attributes["base_reference"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path}: its description (zarr.json) is malformed ({error}); restore the store from a"

@@ -50,6 +50,7 @@ class TrajectoryStore(OpenedStore):
 
     Attributes:
         layout: the flat parameter space.
+        reference: where the base is, if the store does not hold it.
         steps: recorded optimizer steps, ``int64 [T]``, ascending.
         attributes: ``source``, ``base`` (description, sha256), ``mantissa_bits``,
             ``relexkit_version``, ...
@@ -66,9 +67,14 @@ class TrajectoryStore(OpenedStore):
         """Raw bits of the base weights in columns ``begin:end`` of a part (bytes, for a fixed
         part).
         """
+        base = self._base
         return self._content(
             lambda: f"the base, tensor {self._tensor_at(part, begin)!r}",
-            lambda: self._arrays.read(f"base/{part}", None, begin, end),
+            lambda: (
+                self._arrays.read(f"base/{part}", None, begin, end)
+                if base is None
+                else base.read(part, begin, end)
+            ),
         )
 
     def indptr(self, part: int) -> np.ndarray:
@@ -309,6 +315,7 @@ class TrajectoryStore(OpenedStore):
             self.attributes["files"],
             list(self.metric_keys().values()),
             self.path,
+            by_reference=self.reference is not None,
         )
         self.sketches()
         checksums = self.checksums()

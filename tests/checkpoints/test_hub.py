@@ -10,7 +10,14 @@ import pytest
 from hub_server import HubServer
 from runs import Run, write_run
 
-from relexkit import CheckpointError, TrajectoryStore, checkout, gram, import_checkpoints
+from relexkit import (
+    CheckpointError,
+    StoreError,
+    TrajectoryStore,
+    checkout,
+    gram,
+    import_checkpoints,
+)
 from relexkit.checkpoints.formats.hub import Hub, HubRun
 from relexkit.cli import main
 
@@ -215,3 +222,50 @@ def test_info_lists_the_steps_of_a_repository_without_a_download(
     assert main(["info", RUN, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == run.steps
     assert not any("/resolve/" in request for request in hub.requests)
+
+
+def test_a_base_by_reference_stays_in_the_cache_and_is_read_there(
+    hub: HubServer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    place = f"{BASE}@{hub.commit('lab/base-model', 'main')}"
+    for source, name in ((RUN, "hub.zarr"), (run.source, "local.zarr")):
+        out = tmp_path / name
+        store = import_checkpoints(source, out, base=BASE, base_by_reference=True).store
+        assert store.reference is not None
+        assert (store.reference.place, dict(store.reference.tensors)) == (place, {})
+        assert store.attributes["base"]["description"] == place
+        assert "base" not in store.num_bytes()
+        assert not (tmp_path / f"{name}.download").exists()
+    weights = "GET /lab/base-model/resolve/" + place.partition("@")[2] + "/model.safetensors"
+    assert hub.requests.count(weights) == 1
+    asked = len(hub.requests)
+    whole = import_checkpoints(run.source, tmp_path / "whole.zarr", base=run.base).store
+    for part, spec in enumerate(whole.layout.parts):
+        bits = TrajectoryStore(out).read_base(part, 0, spec.numel)
+        np.testing.assert_array_equal(bits, whole.read_base(part, 0, spec.numel))
+    assert len(hub.requests) == asked  # a commit that is there is not asked for
+
+    shutil.rmtree(cache)
+    TrajectoryStore(out).verify()  # downloaded again
+    assert hub.requests.count(weights) == 2
+    shutil.rmtree(cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(StoreError, match=rf"cannot be read at {place} \(.*HF_HUB_OFFLINE is set"):
+        TrajectoryStore(out).verify()
+    monkeypatch.setenv("RELEXKIT_BASE", str(run.base))
+    TrajectoryStore(out).verify()
+
+
+def test_a_file_in_the_cache_that_is_not_the_hubs_is_no_base(
+    hub: HubServer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.spoil = lambda path, content: (
+        content[:-1] + b"\0" if path.endswith(".safetensors") else content
+    )
+    for _ in range(2):  # arriving, and when it lies there
+        with pytest.raises(CheckpointError, match=r"is damaged \(its hash is not the hub's\); del"):
+            import_checkpoints(run.source, tmp_path / "s.zarr", base=BASE, base_by_reference=True)
+    assert not (tmp_path / "s.zarr").exists()

@@ -409,6 +409,24 @@ def test_the_base_that_the_adapters_name_is_taken_when_it_is_here(
     ] == str(plain.base)
 
 
+def test_a_base_by_reference_gives_what_the_base_in_the_store_does(
+    plain: Made, plain_store: TrajectoryStore, tmp_path: Path
+) -> None:
+    """Under the adapter's names, with a head of its own."""
+    out = tmp_path / "s.zarr"
+    store = import_checkpoints(plain.source, out, base=plain.base, base_by_reference=True).store
+    assert store.attributes["format_version"] == 3
+    store.verify()
+    for part, spec in enumerate(plain_store.layout.parts):
+        for begin, end in ((0, spec.numel), (spec.numel // 3, spec.numel // 2)):
+            expected = plain_store.read_base(part, begin, end)
+            np.testing.assert_array_equal(store.read_base(part, begin, end), expected)
+    np.testing.assert_array_equal(gram(store).matrices, gram(plain_store).matrices)
+    written = [checkout(s, STEPS[-1], tmp_path / n) for n, s in (("a", store), ("b", plain_store))]
+    files = [(folder / "model.safetensors").read_bytes() for folder in written]
+    assert files[0] == files[1]
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

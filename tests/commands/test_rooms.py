@@ -17,6 +17,7 @@ ROOMS = (
     "relexkit.errors",
     "relexkit.interrupts",
     "relexkit.version",
+    "relexkit.hooks",
     "relexkit.processes",
     "relexkit.options",
     "relexkit.registry",

@@ -1,6 +1,6 @@
 """Make the sample stores of the current format version and the checkpoints that they hold.
 
-    python tests/data/make_samples.py
+    python tests/data/make_samples.py [NAME ...]
 
 Run once for a format version and commit the result: later releases must read these very files
 (`tests/test_format.py`).
@@ -25,13 +25,18 @@ SAMPLES = {
     "sparse": ({"dtype": "bfloat16", "head": "tied", "buffers": True, "metrics": True}, {}),
     "float": ({"dtype": "float32", "motion": "drift", "density": 1.0}, {"mantissa_bits": 7}),
     "exact": ({"dtype": "float32", "motion": "drift", "density": 1.0}, {"encoding": "exact"}),
+    "reference": ({"dtype": "bfloat16", "head": "tied"}, {"base_by_reference": True}),
 }
-"""Name -> how the run is made, how it is imported."""
+"""Name -> how the run is made, how it is imported. The base of the last one is not kept: it is step
+0 of the weights beside the sample.
+"""
 
 
 def main() -> None:
-    for name, (run_options, import_options) in SAMPLES.items():
-        path = HERE / f"sample-v1-{name}.zarr"
+    for name in sys.argv[1:] or SAMPLES:
+        run_options, import_options = SAMPLES[name]
+        stem = f"sample-v{3 if name == 'reference' else 1}-{name}"
+        path = HERE / f"{stem}.zarr"
         shutil.rmtree(path, ignore_errors=True)
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             run = write_run(Path("sample"), steps=(1, 2, 5), **run_options)
@@ -42,9 +47,7 @@ def main() -> None:
                 for step, weights in run.weights.items()
                 for key, t in weights.items()
             }
-            save_file(
-                {k: t.clone() for k, t in tensors.items()}, HERE / f"sample-v1-{name}.safetensors"
-            )
+            save_file({k: t.clone() for k, t in tensors.items()}, HERE / f"{stem}.safetensors")
 
 
 if __name__ == "__main__":

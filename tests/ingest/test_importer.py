@@ -807,7 +807,7 @@ def test_what_is_no_store_is_neither_overwritten_nor_deleted(tmp_path: Path) -> 
     assert dict(zarr.open_group(str(tmp_path / "group.zarr"), mode="r").attrs) == {"mine": 1}
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_a_store_of_another_format_version_is_refused_and_kept(
     tmp_path: Path, version: Any
 ) -> None:
@@ -819,7 +819,7 @@ def test_a_store_of_another_format_version_is_refused_and_kept(
     (out / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(
         StoreError,
-        match=r"has format version .*; this relexkit reads versions 1 and 2: install the release",
+        match=r"has format version .*; this relexkit reads versions 1, 2 and 3: install the rel",
     ):
         TrajectoryStore(out)
     before = sorted(p for p in out.rglob("*"))

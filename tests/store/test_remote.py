@@ -15,7 +15,15 @@ from runs import Run, write_run
 from safetensors.torch import load_file
 from versions import write_versions
 
-from relexkit import StoreError, TrajectoryStore, checkout, extrapolate, gram, import_checkpoints
+from relexkit import (
+    CheckpointError,
+    StoreError,
+    TrajectoryStore,
+    checkout,
+    extrapolate,
+    gram,
+    import_checkpoints,
+)
 from relexkit.cli import main
 from relexkit.gram_matrix.lowrank.randomized import randomized_gram
 from relexkit.store import StoreWriter
@@ -82,6 +90,26 @@ def test_a_remote_store_is_the_local_one(pair) -> None:
     sizes = remote.num_bytes()
     assert {"base", "deltas", "steps", "metrics"} <= set(sizes)
     assert sizes["deltas"] == local.num_bytes()["deltas"]
+
+
+def test_a_base_by_reference_is_read_here_and_compared_with_checksums_there(
+    pair, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, local, _ = pair
+    options = {"encoding": "exact", "steps": ":2", "base_by_reference": True}
+    url = f"{bucket}/reference.zarr"
+    with pytest.raises(CheckpointError, match="a base is read from a folder or from the hub; copy"):
+        import_checkpoints(run.source, url, base=f"{bucket}/base", **options)
+    store = import_checkpoints(run.source, url, base=run.base, **options).store
+    assert {"base-checksums", "deltas"} <= set(store.num_bytes())
+    assert "base" not in store.num_bytes()
+    store.verify()
+    for part, spec in enumerate(local.layout.parts):
+        expected = local.read_base(part, 0, spec.numel)
+        np.testing.assert_array_equal(store.read_base(part, 0, spec.numel), expected)
+    monkeypatch.setenv("RELEXKIT_BASE", str(run.folders[1]))
+    with pytest.raises(StoreError, match="differs at"):
+        TrajectoryStore(url).verify()
 
 
 def test_gram_matrices_come_from_it_and_are_kept_in_it(pair) -> None:

@@ -129,7 +129,7 @@ def test_the_prompt_of_a_group_passes_through_the_model_once(monkeypatch):
         torch.testing.assert_close(found[name], parameter.grad, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("why", ["recomputes", "sharded", "no repetition"])
+@pytest.mark.parametrize("why", ["recomputes", "sharded", "no repetition", "slides"])
 def test_a_prompt_is_not_shared_where_it_cannot_be(why, monkeypatch):
     model, rows = tiny_model(), grouped_rows()
     if why == "recomputes":
@@ -137,6 +137,10 @@ def test_a_prompt_is_not_shared_where_it_cannot_be(why, monkeypatch):
         model.train()
     elif why == "sharded":
         monkeypatch.setattr(model, "set_requires_gradient_sync", None, raising=False)
+    elif why == "slides":
+        model.config.sliding_window = 4
+        model.config.layer_types = ["sliding_attention"] * model.config.num_hidden_layers
+        monkeypatch.setattr(model, "forward", None)  # is not asked
     else:
         rows = rows[::4]
     batch = make_batch(rows, 0, "cpu")

@@ -72,7 +72,7 @@ def run(report, accuracies: list[int], trained: list[int], steps: list[int]) -> 
     """A run with so many of 512 problems right."""
     curve = []
     for many, at, step in zip(accuracies, trained, steps, strict=True):
-        bits = answer([1] * many + [0] * (report.PROBLEMS - many))
+        bits = answer([1] * many + [0] * (512 - many))
         curve.append({"step": step, "trained": at, "greedy_right": bits, "sampled_right": bits})
     return {"rollouts_per_step": 256, "curve": curve}
 

@@ -29,28 +29,31 @@ def prompt_cache(model: Any, tokens_BP: torch.Tensor, mask_BP: torch.Tensor) -> 
         return None
     if _recomputes(model) or (torch.is_grad_enabled() and _is_sharded(model)):
         return None
+    empty = DynamicCache(config=model.config)
+    if not _is_plain(empty):
+        return None
     rows = list(rows_of.values())
     shown = mask_BP[rows, :-1]
-    cache = getattr(
-        model(
-            input_ids=tokens_BP[rows, :-1],
-            attention_mask=shown,
-            position_ids=(shown.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        ),
-        "past_key_values",
-        None,
+    outputs = model(
+        input_ids=tokens_BP[rows, :-1],
+        attention_mask=shown,
+        position_ids=(shown.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=empty,
+        use_cache=True,
+        logits_to_keep=1,
     )
-    if type(cache) is not DynamicCache or any(
-        type(layer) is not DynamicLayer for layer in cache.layers
-    ):
+    cache = getattr(outputs, "past_key_values", None)
+    if not _is_plain(cache):
         return None
     place = {row: index for index, row in enumerate(rows)}
     cache.batch_select_indices(
         torch.tensor([place[row] for row in first_B], device=tokens_BP.device)
     )
     return cache
+
+
+def _is_plain(cache: Any) -> bool:
+    return type(cache) is DynamicCache and all(type(e) is DynamicLayer for e in cache.layers)
 
 
 def _is_sharded(model: Any) -> bool:

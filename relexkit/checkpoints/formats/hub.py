@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,6 @@ class Hub:
         ] = {}  # how often each is open; in the order of last use
         shutil.rmtree(scratch, ignore_errors=True)
 
-    @cached_property
-    def _api(self) -> Any:
-        """Loaded when the hub is asked: other imports have one as well, and it takes half a
-        second.
-        """
-        from huggingface_hub import HfApi
-
-        return HfApi()
-
     def steps(self, source: str) -> dict[int, str]:
         """Step -> commit, of the branches and tags that are named for a step.
 
@@ -80,7 +71,7 @@ class Hub:
                 f"{source}: names one revision; expected {SCHEME}{name}, whose branches step_N are"
                 " the steps"
             )
-        refs = self._ask(source, lambda: self._api.list_repo_refs(name))
+        refs = _ask(source, lambda: _api().list_repo_refs(name))
         commits: dict[int, str] = {}
         for ref in (*refs.branches, *refs.tags):
             match = _STEP.fullmatch(ref.name)
@@ -106,14 +97,8 @@ class Hub:
         Raises:
             CheckpointError: it cannot be downloaded, or what arrived is not what the hub has.
         """
-        name, revision = _parse(source)
-        if commit is None:
-            info = self._ask(source, lambda: self._api.model_info(name, revision=revision))
-            commit = str(info.sha)
-        if not _COMMIT.fullmatch(commit):  # it becomes part of a folder's name
-            raise CheckpointError(
-                f"{source}: the server calls a commit {commit[:80]!r}; expected hexadecimal digits"
-            )
+        name, _ = _parse(source)
+        commit = _commit(source, commit)
         key = (name, commit)
         folder = self._scratch / f"{name.replace('/', '--')}@{commit}"
         if key not in self._in_use:
@@ -152,63 +137,133 @@ class Hub:
 
     def _download(self, name: str, commit: str, folder: Path) -> None:
         where = f"{SCHEME}{name}@{commit}"
-        tree = self._ask(
-            where, lambda: list(self._api.list_repo_tree(name, revision=commit, recursive=True))
-        )
-        files = {
-            entry.path: entry
-            for entry in tree
-            if hasattr(entry, "blob_id")
-            and (_WEIGHTS.fullmatch(entry.path) or is_model_file(entry.path, with_code=True))
-        }
-        if any(path.endswith(".safetensors") for path in files):
-            files = {
-                path: entry
-                for path, entry in files.items()
-                if not path.endswith((".bin", ".bin.index.json"))
-            }
-        if not files:
-            raise CheckpointError(
-                f"{where}: holds no weights; expected safetensors or pytorch_model.bin"
-            )
+        files = _files(name, commit)
         for path, entry in files.items():
-            self._ask(
+            _ask(
                 where,
-                partial(self._api.hf_hub_download, name, path, revision=commit, local_dir=folder),
+                partial(_api().hf_hub_download, name, path, revision=commit, local_dir=folder),
             )
             _check_content(folder / path, entry, where)
 
-    @staticmethod
-    def _ask(where: str, ask: Callable[[], Any]) -> Any:
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-        )
 
-        try:
-            return ask()
-        except OfflineModeIsEnabled:
+def in_cache(source: str, *, check: bool = False) -> HubCheckpoint:
+    """Open one revision in the cache of the hub's client, where it stays; downloaded if it is not
+    there whole. A commit that is there is not asked for.
+
+    Args:
+        check: compare the files with the hub's hashes also if they were there already.
+
+    Raises:
+        CheckpointError: see ``Hub.open``.
+    """
+    name, revision = _parse(source)
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    commit = _commit(source, revision if is_commit else None)
+    where = f"{SCHEME}{name}@{commit}"
+    folder = _cached(name, commit)
+    if folder is None:
+        for path in _files(name, commit):
+            _ask(where, partial(_api().hf_hub_download, name, path, revision=commit))
+        folder, check = _cached(name, commit), True
+    if folder is None:
+        raise CheckpointError(f"{where}: is not whole in the hub's cache; run the command again")
+    for link in folder.rglob("*") if check else ():
+        blob = link.resolve()  # its name is the hub's hash
+        digits = len(blob.name) if re.fullmatch("[0-9a-f]+", blob.name) else 0
+        if digits in (40, 64) and _hash(blob, is_large=digits == 64) != blob.name:
             raise CheckpointError(
-                f"{where}: cannot be asked for, because HF_HUB_OFFLINE is set; unset it"
-            ) from None
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            if (
-                isinstance(error, OSError)
-                and error.errno is not None
-                and not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError)
-            ):
-                raise  # the disk
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{where}: the hub did not give it ({reason}); check the name and your access, and"
-                " run again"
-            ) from None
-        except Exception as error:  # the client's transport has kinds of errors of its own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise CheckpointError(
-                f"{where}: cannot be downloaded ({reason}); run the command again to go on"
-            ) from None
+                f"{where}: {blob} is damaged (its hash is not the hub's); delete it and run the"
+                " command again"
+            )
+    return HubCheckpoint(open_checkpoint(folder), where, lambda: None)
+
+
+def _cached(name: str, commit: str) -> Path | None:
+    """The folder of a revision in the cache; None if it is not there, or not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
+        open_checkpoint(folder).close()
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
+    return folder
+
+
+def _commit(source: str, commit: str | None) -> str:
+    """The commit of a revision, asked for if it is not known, and checked."""
+    if commit is None:
+        name, revision = _parse(source)
+        info = _ask(source, lambda: _api().model_info(name, revision=revision))
+        commit = str(info.sha)
+    if not _COMMIT.fullmatch(commit):  # it becomes part of a folder's name
+        raise CheckpointError(
+            f"{source}: the server calls a commit {commit[:80]!r}; expected hexadecimal digits"
+        )
+    return commit
+
+
+def _files(name: str, commit: str) -> dict[str, Any]:
+    """Path -> entry of the files of a revision that a checkpoint is read from."""
+    where = f"{SCHEME}{name}@{commit}"
+    tree = _ask(where, lambda: list(_api().list_repo_tree(name, revision=commit, recursive=True)))
+    files = {
+        entry.path: entry
+        for entry in tree
+        if hasattr(entry, "blob_id")
+        and (_WEIGHTS.fullmatch(entry.path) or is_model_file(entry.path, with_code=True))
+    }
+    if any(path.endswith(".safetensors") for path in files):
+        files = {
+            path: entry
+            for path, entry in files.items()
+            if not path.endswith((".bin", ".bin.index.json"))
+        }
+    if not files:
+        raise CheckpointError(
+            f"{where}: holds no weights; expected safetensors or pytorch_model.bin"
+        )
+    return files
+
+
+def _api() -> Any:
+    """Loaded when the hub is asked: other imports have one as well, and it takes half a second."""
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _ask(where: str, ask: Callable[[], Any]) -> Any:
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        return ask()
+    except OfflineModeIsEnabled:
+        raise CheckpointError(
+            f"{where}: cannot be asked for, because HF_HUB_OFFLINE is set; unset it"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, HfHubHTTPError | LocalEntryNotFoundError)
+        ):
+            raise  # the disk
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{where}: the hub did not give it ({reason}); check the name and your access, and"
+            " run again"
+        ) from None
+    except Exception as error:  # the client's transport has kinds of errors of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{where}: cannot be downloaded ({reason}); run the command again to go on"
+        ) from None
 
 
 class HubCheckpoint(CheckpointView):
@@ -302,14 +357,20 @@ def _parse(source: str) -> tuple[str, str | None]:
 
 
 def _check_content(path: Path, entry: Any, where: str) -> None:
-    """Size and hash as the hub has them: sha256 of large files, git's hash of small ones."""
-    digest = hashlib.sha256() if entry.lfs else hashlib.sha1(f"blob {entry.size}\0".encode())
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    """Size and hash as the hub has them."""
     expected = entry.lfs.sha256 if entry.lfs else entry.blob_id
-    if path.stat().st_size != entry.size or digest.hexdigest() != expected:
+    if path.stat().st_size != entry.size or _hash(path, is_large=bool(entry.lfs)) != expected:
         raise CheckpointError(
             f"{where}: {path.name} arrived damaged (its hash is not the hub's); run the command"
             " again"
         )
+
+
+def _hash(path: Path, *, is_large: bool) -> str:
+    """What the hub calls the content of a file: sha256 of large files, git's hash of small ones."""
+    size = path.stat().st_size
+    digest = hashlib.sha256() if is_large else hashlib.sha1(f"blob {size}\0".encode())
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

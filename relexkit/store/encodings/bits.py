@@ -147,9 +147,9 @@ def extend_checksum(checksum: int, bits: np.ndarray) -> int:
     return google_crc32c.extend(checksum, frozen)
 
 
-def block_checksums(bits: np.ndarray) -> list[int]:
-    """CRC-32C of each consecutive block of ``CHECKSUM_BLOCK`` elements of ``bits`` ``[n]``."""
+def block_checksums(bits: np.ndarray, size: int = CHECKSUM_BLOCK) -> list[int]:
+    """CRC-32C of each consecutive block of ``size`` elements of ``bits`` ``[n]``."""
     frozen = bits.view()
     frozen.flags.writeable = False  # the extension takes read-only buffers, and then copies nothing
-    starts = range(0, len(frozen), CHECKSUM_BLOCK)
-    return [google_crc32c.value(frozen[begin : begin + CHECKSUM_BLOCK]) for begin in starts]
+    starts = range(0, len(frozen), size)
+    return [google_crc32c.value(frozen[begin : begin + size]) for begin in starts]
