@@ -33,7 +33,7 @@ def make(count: int = 50, digits: int = 2, huge: str | None = None) -> EvenDigit
 
 
 class Deadly(EvenDigits):
-    """Kills the process of rank 1 as it scores an answer after so many, as long as a file is there."""
+    """Kills the process of rank 1 as it scores an answer after so many, while a file is there."""
 
     spared: int
     flag: Path

@@ -77,7 +77,7 @@ def check(outcomes: dict[str, dict[str, int]], count: int) -> None:
 
 
 def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
-    check(fuzz(tmp_path, 40, *FORMATS), 40)
+    check(fuzz(tmp_path, 16, *FORMATS), 16)
 
 
 def test_links_that_lead_back_are_neither_followed_for_ever_nor_taken_for_steps(

@@ -10,7 +10,7 @@ import pytest
 from disk import Disk, watched
 from scenarios import SCENARIOS, Undisturbed
 
-SAMPLE = int(os.environ.get("RELEXKIT_FAULTS", "4"))
+SAMPLE = int(os.environ.get("RELEXKIT_FAULTS", "2"))
 """Of the operations, so many evenly spread are made to fail; 0 for every one."""
 
 FAULTS = {

@@ -223,7 +223,9 @@ class StopAt:
         return Stop()
 
 
-@pytest.mark.parametrize(("every", "stop"), [(1, 5), (2, 5), (3, 5), (2, 4)])
+@pytest.mark.parametrize(
+    ("every", "stop"), [pytest.param(1, 5, marks=pytest.mark.slow), (2, 5), (3, 5), (2, 4)]
+)
 def test_a_stopped_and_resumed_run_gives_the_store_of_an_uninterrupted_one(
     every: int, stop: int, tmp_path: Path
 ) -> None:
