@@ -86,7 +86,7 @@ SMOLLM2 = Subject(
     task=SUMS,
     problems=128,
     every=15,
-    ratios=(1.5, 2.0),
+    ratios=(1.5,),
     methods=("relex", "drift"),
     micro_batch_tokens=2048,
     generation_rows=64,
@@ -295,7 +295,7 @@ def _smollm2() -> Iterable[Arm]:
             name=f"smollm2-plain-{rate_name(rate)}",
             rate=rate,
             lengths=((2, steps),),
-            cuts=(30, 15) if usual else (),
+            cuts=(30,) if usual else (),
             further=("g2d",) if usual else (),
             **settings,
         )
