@@ -750,7 +750,7 @@ def draw_reach(results: Results, folder: Path) -> None:
     they are for, the farthest that a weight can have moved by then.
     """
     with style.styled():
-        figure = style.new_figure(3.0)
+        figure = style.new_figure(3.3)
         panels = figure.subplots(1, 2, sharey=True)
         for arm in (*plain_arms(SORTING).values(), *plain_arms(SMOLLM2).values()):
             small = arm.subject is SORTING
@@ -768,7 +768,7 @@ def draw_reach(results: Results, folder: Path) -> None:
             axis.set_xticks([1e-4, 1e-3, 1e-2, 1e-1], ["1e-4", "1e-3", "1e-2", "1e-1"])
             axis.minorticks_off()
         panels[0].set_ylabel("greedy accuracy, over hold")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         style.save(figure, folder, "reach")
     for other in ("svg", "pdf"):
         (folder / f"reach.{other}").unlink(missing_ok=True)
